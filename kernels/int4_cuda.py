@@ -1,0 +1,101 @@
+"""The int4 product on a GPU: the Triton kernels, their scratch memory, and inputs of another dtype."""
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from qsun.kernels.bytes_product import bytes_input_grad, bytes_linear, reordered
+from qsun.kernels.layout import PackedInt4, separate_gate_up, unpack_int4
+from qsun.kernels.tuning import dequantize_above_m, workspace_bytes
+from qsun.kernels.workspace import Workspace
+
+_workspaces: dict[torch.device, list[Workspace]] = {}
+
+
+def available() -> bool:
+    """Whether triton is installed."""
+    return find_spec("triton") is not None
+
+
+def int4_linear(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    order: Tensor | None,
+    dense: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_features: int,
+    group_size: int,
+    silu_mul: bool,
+) -> Tensor:
+    """torch.ops.qsun.int4_linear on a GPU; qsun/ops.py has the schema."""
+    rows = (x if order is None else x[..., order]).reshape(-1, x.shape[-1])
+    wanted = (*x.shape[:-1], out_features // 2 if silu_mul else out_features)
+    if x.dtype != scales.dtype:
+        y = _other_dtype(rows, (words, scales, zeros), out_features, group_size, bias, silu_mul)
+        y = y.view(wanted)
+        return y if residual is None else y.add_(residual)
+    from qsun.kernels import int4_triton
+
+    y = int4_triton.int4_linear(
+        *(rows, words, scales, zeros, out_features, group_size),
+        bias=bias,
+        residual=None if residual is None else residual.reshape(-1, wanted[-1]),
+        silu_mul=silu_mul,
+        workspace=_workspaces[x.device][-1] if x.device in _workspaces else None,
+    )
+    return y.view(wanted)
+
+
+def int4_input_grad(
+    grad: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    order: Tensor | None,
+    dense: Tensor | None,
+    in_features: int,
+    group_size: int,
+) -> Tensor:
+    """The gradient of the product's input: grad (..., N) times the dequantized weights."""
+    q, plain, zero = unpack_int4(PackedInt4(words, scales, zeros), grad.shape[-1], in_features, group_size)
+    return reordered(bytes_input_grad(grad, q, plain.float(), zero, None, None), order)
+
+
+def reserve_workspace(N: int, K: int, group_size: int, device: torch.device) -> None:
+    """Make sure that products with an (N, K) matrix find scratch memory on a device; called when layers are loaded.
+
+    There is one for each device, so int4 products of one device must run on one stream at a time. One that grew out of
+    use is kept: a CUDA graph may hold its address.
+    """
+    from qsun.kernels.int4_triton import gpu_name
+
+    limit = dequantize_above_m(gpu_name(device))
+    buffer_bytes, counters = workspace_bytes(limit + 1, N, K, group_size, gpu_name(device))
+    held = _workspaces.setdefault(device, [])
+    if held:
+        buffer_bytes = max(buffer_bytes, held[-1].buffer.numel())
+        counters = max(counters, held[-1].counters.numel())
+    if not held or (buffer_bytes, counters) != (held[-1].buffer.numel(), held[-1].counters.numel()):
+        held.append(Workspace.allocate(buffer_bytes, counters, device))
+
+
+def _other_dtype(
+    rows: Tensor,
+    packed: tuple[Tensor, Tensor, Tensor | None],
+    N: int,
+    group_size: int,
+    bias: Tensor | None,
+    silu_mul: bool,
+) -> Tensor:
+    """An input of another dtype than the kernels were packed for, such as float32 in a test."""
+    q, scales, zeros = unpack_int4(PackedInt4(*packed), N, rows.shape[1], group_size)
+    y = bytes_linear(rows, q, scales.float(), zeros, None, None, bias)
+    if silu_mul:
+        gate, up = separate_gate_up(y.t())
+        y = (silu(gate) * up).t().contiguous()
+    return y

@@ -1,0 +1,196 @@
+"""int4 products and dequantization on a GPU, from tensors to tensors.
+
+On a CPU the same kernels run in Triton's interpreter (TRITON_INTERPRET=1), in float16 and float32: it computes bfloat16
+wrongly.
+"""
+
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from qsun.kernels.layout import COLUMNS, INTERLEAVED_ROWS, ROWS, ceil_div, padded_rows, tile_group
+from qsun.kernels.matmul_triton import int4_matmul
+from qsun.kernels.nibbles_triton import dequantize_tiles
+from qsun.kernels.tuning import Launch, choose, dequantize_above_m
+from qsun.kernels.workspace import Workspace
+
+_INTERPRETED = not isinstance(int4_matmul, triton.runtime.JITFunction)
+
+
+def int4_linear(
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    out_features: int,
+    group_size: int,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    silu_mul: bool = False,
+    workspace: Workspace | None = None,
+    launch: Launch | None = None,
+) -> Tensor:
+    """``x @ w.T + bias``, then SiLU(gate) * up, then ``+ residual``, in float32 with one rounding at the end.
+
+    The same input gives the same bits: sums have one order, and no atomic touches data. With a workspace the call
+    allocates nothing but its result, sets no memory and does not wait: fit for CUDA graphs. A result that depends on an
+    infinite x may be NaN.
+
+    Args:
+        x: (M, in_features) bfloat16 or float16, columns contiguous.
+        words, scales, zeros: of layout.PackedInt4, scales and zeros in the dtype of x.
+        out_features: N, a multiple of 16.
+        group_size: 32, 64, 128, a multiple of 128, or -1; in_features is a multiple of 32.
+        bias: (N,).
+        residual: (M, N), contiguous; with silu_mul (M, N / 2).
+        silu_mul: the rows are gate's and up's in the order of layout.interleave_gate_up.
+        workspace: of one stream, at least tuning.workspace_bytes; None allocates one for this call.
+        launch: instead of the table's choice, for tuning.
+    Returns:
+        (M, N), or (M, N / 2) with silu_mul, in the dtype of x. Above the table's dequantize_above_m it is made by
+        dequantizing into the workspace and torch's product: weights and what follows are rounded to the dtype of x.
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    N, (M, K) = out_features, x.shape
+    _check(x, words, scales, zeros, N, group_size)
+    wanted = (M, N // 2 if silu_mul else N)
+    _check_epilogue(wanted, N, bias, residual)
+    gpu = gpu_name(x.device)
+    if launch is None and dequantize_above_m(gpu) < M:
+        space = workspace or Workspace.allocate(2 * N * K, 0, x.device)
+        weight = int4_dequantize(words, scales, zeros, N, K, group_size, space.view((N, K), x.dtype))
+        return _dense_linear(x, weight, bias, residual, silu_mul)
+    y = torch.empty(wanted, dtype=x.dtype, device=x.device)
+    if M == 0:
+        return y
+    launch = launch or choose(M, N, K, group_size, gpu)
+    blocks, batches = ceil_div(N, launch.block_n), ceil_div(M, launch.block_m)
+    splits = launch.split_k if launch.split_k > 1 else 0
+    space = workspace or Workspace.allocate(4 * splits * M * N, blocks * batches, x.device)
+    partials, counters = space.view((splits, M, N), torch.float32), space.tickets(blocks * batches)
+    grid = blocks, launch.split_k, batches
+    _multiply(y, x, words, scales, zeros, bias, residual, partials, counters, grid, N, group_size, launch)
+    return y
+
+
+def _multiply(
+    y: Tensor,
+    x: Tensor,
+    words: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    partials: Tensor,
+    counters: Tensor,
+    grid: tuple[int, int, int],
+    N: int,
+    group_size: int,
+    launch: Launch,
+) -> None:
+    M, K = x.shape
+    int4_matmul[grid](
+        x,
+        words,
+        scales,
+        scales if zeros is None else zeros,
+        x if bias is None else bias,
+        x if residual is None else residual,
+        y,
+        partials,
+        counters,
+        M,
+        N,
+        K,
+        padded_rows(N),
+        x.stride(0),
+        GROUP=tile_group(group_size, K),
+        BF16=x.dtype != torch.float16,  # the interpreter runs bfloat16's algebra in float32
+        ASM=not _INTERPRETED,
+        ASYM=zeros is not None,
+        BIAS=bias is not None,
+        RESIDUAL=residual is not None,
+        SILU=y.shape[1] != N,
+        EVEN_K=K % COLUMNS == 0,
+        BN=launch.block_n,
+        B=launch.block_m,
+        SPLIT_K=launch.split_k,
+        FOLD=launch.fold,
+        STAGES=launch.stages,
+        num_warps=launch.warps,
+        enable_fp_fusion=True,  # Triton 3.10 changes the default
+    )
+
+
+def int4_dequantize(
+    words: Tensor, scales: Tensor, zeros: Tensor | None, N: int, K: int, group_size: int, out: Tensor
+) -> Tensor:
+    """Write ``(q - zero) * scale``, rounded once, to out (N, K), contiguous, in the dtype of scales; returns out.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    _check(out, words, scales, zeros, N, group_size)
+    if tuple(out.shape) != (N, K) or not out.is_contiguous():
+        raise ValueError(f"out is {tuple(out.shape)}, strides {out.stride()}; want ({N}, {K}), contiguous")
+    dequantize_tiles[words.shape[0], words.shape[1]](
+        words,
+        scales,
+        scales if zeros is None else zeros,
+        out,
+        N,
+        K,
+        padded_rows(N),
+        GROUP=tile_group(group_size, K),
+        ASYM=zeros is not None,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return out
+
+
+def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu_mul: bool) -> Tensor:
+    y = torch.nn.functional.linear(x, weight, bias)
+    if silu_mul:
+        gate, up = y.view(x.shape[0], -1, 2, INTERLEAVED_ROWS).unbind(2)
+        y = (torch.nn.functional.silu(gate) * up).view(x.shape[0], -1)
+    return y if residual is None else y.add_(residual)
+
+
+def _check(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, N: int, group_size: int) -> None:
+    """x, or any other (..., K) tensor in the dtype of the product."""
+    K = x.shape[1]
+    group = tile_group(group_size, K)
+    tiles = ceil_div(K, COLUMNS)
+    dtypes = (torch.float16, torch.float32) if _INTERPRETED else (torch.float16, torch.bfloat16)
+    if x.dtype not in dtypes or x.stride(1) != 1:
+        raise ValueError(
+            f"x is {x.dtype} with strides {x.stride()}; want {dtypes[0]} or {dtypes[1]}, columns contiguous"
+        )
+    if x.is_cuda == _INTERPRETED or x.device != words.device:
+        raise ValueError(f"x is on {x.device}, words on {words.device}; the kernels need both on one CUDA device")
+    if N % 16 or tuple(words.shape) != (padded_rows(N) // ROWS, tiles, ROWS, 32) or words.dtype != torch.int16:
+        raise ValueError(
+            f"words {tuple(words.shape)} {words.dtype} do not hold ({N}, {K}); want pack_int4's and N a multiple of 16"
+        )
+    wanted = (tiles * (COLUMNS // group) if group else 1, padded_rows(N))
+    for name, values in (("scales", scales), ("zeros", scales if zeros is None else zeros)):
+        if tuple(values.shape) != wanted or values.dtype != x.dtype or not values.is_contiguous():
+            raise ValueError(f"{name} are {tuple(values.shape)} {values.dtype}; want {wanted} {x.dtype}, contiguous")
+
+
+def _check_epilogue(wanted: tuple[int, int], N: int, bias: Tensor | None, residual: Tensor | None) -> None:
+    if bias is not None and tuple(bias.shape) != (N,):
+        raise ValueError(f"bias is {tuple(bias.shape)}; want ({N},)")
+    if residual is not None and (tuple(residual.shape) != wanted or not residual.is_contiguous()):
+        raise ValueError(f"residual is {tuple(residual.shape)}; want {wanted}, contiguous")
+
+
+@lru_cache(maxsize=64)
+def gpu_name(device: torch.device) -> str:
+    """The name that launch tables know a device by."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "default"
