@@ -1,0 +1,96 @@
+"""Which blocks and linear layers a model family has: a table, not subclasses.
+
+A stage is a set of linear layers that read the same input. Stages run in forward order; a pass quantizes one stage
+after another, so that later ones see the errors of earlier ones. vLLM fuses the layers of a stage into one, so their
+grids must agree.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qsun.errors import QsunError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Linear layers of a block that share an input.
+
+    Attributes:
+        layers: names inside the block.
+        producer: what makes the input, where an inverse channel scale can be folded: a norm, or a linear layer's rows.
+        rows: which part of the producing linear layer's output rows is meant: (part, parts).
+    """
+
+    layers: tuple[str, ...]
+    producer: str | None = None
+    rows: tuple[int, int] = (0, 1)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model family as the walk sees it. All of them keep their blocks in model.layers.
+
+    Attributes:
+        attention, mlp: the two halves of a block, each ending in the linear layer of stages[1] and stages[3].
+        norm_offset: RMSNorm multiplies by (offset + weight): 1 in Gemma.
+        output_added: the halves' outputs are added to the residual as they are (no norm between).
+        masks_by_type: the model's forward takes one attention mask for each of config.layer_types, not one for all.
+    """
+
+    stages: tuple[Stage, Stage, Stage, Stage]
+    norm_offset: float = 0.0
+    output_added: bool = True
+    masks_by_type: bool = False
+    attention: str = "self_attn"
+    mlp: str = "mlp"
+
+    def linear_names(self) -> list[str]:
+        return [name for stage in self.stages for name in stage.layers]
+
+
+_ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_MLP_INPUTS = ("mlp.gate_proj", "mlp.up_proj")
+# v_proj never takes a fold for o_proj: prefill modules write V, unscaled (DESIGN: "AWQ trap").
+_OUTPUT = Stage(("self_attn.o_proj",))
+_DOWN = Stage(("mlp.down_proj",), "mlp.up_proj")
+
+
+def _split(attention_norm: str | None, mlp_norm: str | None, **traits: Any) -> Architecture:
+    stages = (Stage(_ATTENTION_INPUTS, attention_norm), _OUTPUT, Stage(_MLP_INPUTS, mlp_norm), _DOWN)
+    return Architecture(stages, **traits)
+
+
+_LLAMA = _split("input_layernorm", "post_attention_layernorm")
+_QWEN = replace(_LLAMA, masks_by_type=True)
+_GEMMA = _split("input_layernorm", "pre_feedforward_layernorm", norm_offset=1.0, output_added=False, masks_by_type=True)
+_OLMO2 = _split(None, None, output_added=False)
+_PHI3 = Architecture(
+    (
+        Stage(("self_attn.qkv_proj",), "input_layernorm"),
+        _OUTPUT,
+        Stage(("mlp.gate_up_proj",), "post_attention_layernorm"),
+        Stage(("mlp.down_proj",), "mlp.gate_up_proj", rows=(1, 2)),
+    )
+)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _QWEN,
+    "qwen3": _QWEN,
+    "smollm3": _QWEN,
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "olmo2": _OLMO2,
+    "phi3": _PHI3,
+}
+
+
+def architecture_of(model_type: str) -> Architecture:
+    """The table's row for a config.json's model_type. Raises QsunError for any other, and for mixtures of experts."""
+    if model_type in ARCHITECTURES:
+        return ARCHITECTURES[model_type]
+    if "moe" in model_type or model_type in ("mixtral", "deepseek_v2", "deepseek_v3", "gpt_oss", "dbrx", "jamba"):
+        raise QsunError(f"architecture {model_type!r} is a mixture of experts, which is not supported yet")
+    hint = "; quantize its text model (gemma3_text)" if model_type == "gemma3" else ""
+    raise QsunError(f"architecture {model_type!r} is not supported; known are {', '.join(ARCHITECTURES)}{hint}")

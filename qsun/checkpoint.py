@@ -1,0 +1,262 @@
+"""Model directories on disk: read tensors by name without loading the model, fingerprint them, write them in streams.
+
+Only safetensors is read: a pickle can run code. Bytes are read, not mapped: the mapped pages of a large base would pile
+up in memory.
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsun.errors import QsunError
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_COPY_BYTES = 1 << 24
+_STORED_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Checkpoint:
+    """The tensors of a Hugging Face model directory.
+
+    Attributes:
+        directory: where they are.
+        files: file name of each tensor.
+        headers: safetensors header entry of each tensor: dtype, shape, data_offsets.
+    Raises:
+        QsunError: no such directory, no safetensors, a damaged or missing shard.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = Path(directory)
+        files = _tensor_files(self.directory)
+        # Buffers that old Llama checkpoints hold; every model computes them.
+        self.files = {name: file for name, file in files.items() if not name.endswith(".rotary_emb.inv_freq")}
+        self.headers: dict[str, dict[str, Any]] = {}
+        self._data_start: dict[str, int] = {}
+        for file in sorted(set(self.files.values())):
+            entries, self._data_start[file] = read_header(self.directory / file)
+            self.headers |= {name: entry for name, entry in entries.items() if self.files.get(name) == file}
+        missing = sorted(set(self.files) - set(self.headers))
+        if missing:
+            raise QsunError(
+                f"{self.directory}: the index says {missing[0]} is in {self.files[missing[0]]}, but it is not; "
+                "download the model again"
+            )
+
+    @classmethod
+    def of_file(cls, file: Path) -> "Checkpoint":
+        """The tensors of one safetensors file, whatever its name."""
+        single = cls.__new__(cls)
+        single.directory = file.parent
+        single.headers, start = read_header(file)
+        single.files = dict.fromkeys(single.headers, file.name)
+        single._data_start = {file.name: start}
+        return single
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.files
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Tensor names under a prefix, sorted."""
+        return sorted(name for name in self.files if name.startswith(prefix))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.headers[name]["shape"])
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """torch dtype of a floating weight; None for any other tensor."""
+        dtype = _STORED_DTYPES[self.headers[name]["dtype"]]
+        return dtype if dtype in _WEIGHT_DTYPES else None
+
+    def size_bytes(self, names: Iterable[str]) -> int:
+        return sum(end - start for start, end in (self.headers[name]["data_offsets"] for name in names))
+
+    def load(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors by name, on the CPU, as stored. Raises QsunError for a name that is not there."""
+        names = list(names)
+        absent = [name for name in names if name not in self.files]
+        if absent:
+            raise QsunError(f"{self.directory} has no tensor {absent[0]}; is config.json that of another model?")
+        try:
+            return {name: self._tensor(name) for name in sorted(names, key=self._position)}
+        except OSError as error:
+            raise QsunError(f"{self.directory} cannot be read: {error}") from None
+
+    def _position(self, name: str) -> tuple[str, int]:
+        return self.files[name], self.headers[name]["data_offsets"][0]
+
+    def _tensor(self, name: str) -> Tensor:
+        tensor = torch.empty(self.headers[name]["shape"], dtype=_STORED_DTYPES[self.headers[name]["dtype"]])
+        bytes_of = tensor.view(-1).view(torch.uint8)
+        filled = 0
+        for piece in self._raw(name):
+            bytes_of[filled : filled + len(piece)] = torch.frombuffer(piece, dtype=torch.uint8)
+            filled += len(piece)
+        return tensor
+
+    def fingerprint(self) -> str:
+        """SHA-256 over every tensor's name, dtype, shape and bytes, whatever the sharding.
+
+        Raises:
+            QsunError: a tensor has NaN or Inf. All bytes pass by here before any work, so this is the place to look.
+        """
+        whole = hashlib.sha256()
+        for name in self.names():
+            entry = self.headers[name]
+            whole.update(json.dumps([name, entry["dtype"], entry["shape"]]).encode())
+            for piece in self._raw(name):
+                whole.update(piece)
+                dtype = self.dtype(name)
+                if dtype is not None and not torch.frombuffer(piece, dtype=dtype).isfinite().all():
+                    raise QsunError(f"{name} has NaN or Inf; the model is damaged, or overflowed when it was converted")
+        return whole.hexdigest()
+
+    def _raw(self, name: str) -> Iterator[bytearray]:
+        """A tensor's bytes in pieces, read without mapping the file."""
+        start, end = self.headers[name]["data_offsets"]
+        with open(self.directory / self.files[name], "rb") as file:
+            file.seek(self._data_start[self.files[name]] + start)
+            remaining = end - start
+            while remaining:
+                piece = bytearray(file.read(min(_COPY_BYTES, remaining)))
+                if not piece:
+                    raise QsunError(f"{file.name} ends inside {name}; download it again")
+                remaining -= len(piece)
+                yield piece
+
+
+def _tensor_files(directory: Path) -> dict[str, str]:
+    if not directory.is_dir():
+        raise QsunError(f"{directory} is not a directory; give a Hugging Face model directory, or 'demo'")
+    index = directory / INDEX_FILE
+    if index.is_file():
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
+            raise QsunError(f"{index} names no tensors; download it again")
+        lost = sorted(name for name in set(files.values()) if not (directory / name).is_file())
+        if lost:
+            raise QsunError(f"{directory}: the index names {lost[0]}, which is not there; download the model again")
+        return files
+    if (directory / SINGLE_FILE).is_file():
+        return dict.fromkeys(read_header(directory / SINGLE_FILE)[0], SINGLE_FILE)
+    if list(directory.glob("*.bin")) or list(directory.glob("*.pt*")):
+        raise QsunError(f"{directory} has only pickled weights, which can run code; convert them to safetensors first")
+    raise QsunError(f"{directory} has no {SINGLE_FILE} and no {INDEX_FILE}; is it a Hugging Face model directory?")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file. Raises QsunError naming the file and line."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise QsunError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise QsunError(f"{path} holds no JSON object")
+    return value
+
+
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
+    """Entries of a safetensors file and the offset of its data. Raises QsunError where the file is damaged."""
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(size, 100 << 20):
+                raise ValueError("its header is longer than the file")
+            entries = json.loads(file.read(length))
+        entries.pop("__metadata__", None)
+        if not all("shape" in entry and entry["dtype"] in _STORED_DTYPES for entry in entries.values()):
+            raise ValueError("a tensor without a shape, or of a dtype that safetensors does not have")
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, struct.error) as error:
+        raise QsunError(f"{path} is not a sound safetensors file ({error}); download it again") from None
+    if 8 + length + end != size:
+        raise QsunError(f"{path} is damaged: {size} bytes where its header wants {8 + length + end}; download it again")
+    return entries, 8 + length
+
+
+def merge_shards(parts: list[Path], directory: Path, max_shard_bytes: int) -> list[str]:
+    """Join safetensors files into one model.safetensors, or shards and an index, copying bytes in pieces.
+
+    Args:
+        parts: files whose tensor names do not overlap; each stays whole, so a part larger than the limit is one shard.
+    Returns:
+        The names of the files written.
+    """
+    shards: list[list[Path]] = [[]]
+    filled = 0
+    for part in parts:
+        size = part.stat().st_size
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(part)
+        filled += size
+    if len(shards) == 1:
+        _join(shards[0], directory / SINGLE_FILE)
+        return [SINGLE_FILE]
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        entries = _join(shard, directory / name)
+        weight_map |= dict.fromkeys(entries, name)
+        total += max(entry["data_offsets"][1] for entry in entries.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    return sorted({*weight_map.values(), INDEX_FILE})
+
+
+def _join(parts: list[Path], target: Path) -> dict[str, dict[str, Any]]:
+    entries: dict[str, dict[str, Any]] = {}
+    sources: list[tuple[Path, int]] = []
+    offset = 0
+    for part in parts:
+        header, data_start = read_header(part)
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            entries[name] = {**entry, "data_offsets": [offset + start, offset + end]}
+        offset += part.stat().st_size - data_start
+        sources.append((part, data_start))
+    head = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with open(target, "wb") as out:
+        out.write(struct.pack("<Q", len(head)) + head)
+        for part, data_start in sources:
+            with open(part, "rb") as file:
+                file.seek(data_start)
+                while piece := file.read(_COPY_BYTES):
+                    out.write(piece)
+    return entries
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(_COPY_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,157 @@
+"""Decode modules: a directory on disk becomes a transformers model whose linear layers are QuantLinear."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from qsun.base import find_model
+from qsun.blocks import EMBEDDING, HEAD, empty_model, linear_of, read_model_config
+from qsun.checkpoint import Checkpoint, read_json
+from qsun.config import GROUP_SIZES, LayerSpec
+from qsun.engines import stored_format
+from qsun.errors import QsunError
+from qsun.formats import SUFFIXES, unpack_layer
+from qsun.grid import Quantized
+from qsun.linear import QuantLinear
+from qsun.manifest import MANIFEST
+from qsun.memory import available_bytes
+from qsun.merged import merge_projections
+
+
+@dataclass(frozen=True)
+class DecodeModule:
+    """The shared decoder.
+
+    Attributes:
+        model: transformers' causal LM; call it as any other.
+        directory: where it was loaded from.
+        manifest: qsun.json, empty for a module that qsun did not make.
+    """
+
+    model: nn.Module
+    directory: Path
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+
+def load_decode(
+    directory: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    keep_dense: bool | None = None,
+    merge: bool | None = None,
+) -> DecodeModule:
+    """Load a decode module: GPTQ v1 or v2, AWQ gemm, compressed-tensors, or a plain full-precision base.
+
+    Args:
+        directory: a Hugging Face directory, or "demo" for the packaged base.
+        device: default: a GPU where there is one.
+        dtype: of activations and unquantized weights; default: that of the stored embedding.
+        keep_dense: on a CPU, whether layers may keep dequantized copies for the inputs that are faster with them
+            (batches beyond 8 rows on most servers, float32); default: where all copies take less than half of the
+            free memory.
+        merge: one product for q, k and v and one for gate and up (merged.py); default: on a GPU.
+    Raises:
+        QsunError: a damaged or unsupported directory.
+    """
+    path = find_model(str(directory))
+    checkpoint = Checkpoint(path)
+    config = read_model_config(path)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = wanted or checkpoint.dtype(EMBEDDING) or torch.float32
+    model = empty_model(config)
+    stored = read_json(path / "config.json").get("quantization_config")
+    if keep_dense is None:
+        keep_dense = sum(p.numel() for p in model.parameters()) * dtype.itemsize < available_bytes() / 2
+    fmt = stored_format(stored) if stored else ""
+    taken = _place_quantized(model, checkpoint, fmt, dtype, device, keep_dense) if stored else set()
+    rest = [name for name in checkpoint.names() if name not in taken]
+    _place_rest(model, checkpoint.load(rest), dtype, device, tied=bool(config.tie_word_embeddings))
+    if merge or (merge is None and device.type == "cuda"):
+        merge_projections(model, config)
+    if (path / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    manifest = read_json(path / MANIFEST) if (path / MANIFEST).exists() else {}
+    return DecodeModule(model.to(device).eval().requires_grad_(False), path, manifest)
+
+
+def read_quantized_layer(
+    checkpoint: Checkpoint, name: str, fmt: str, in_features: int, device: torch.device | None = None
+) -> tuple[Quantized, LayerSpec]:
+    """One layer's integers and settings, from the shapes of its tensors, unpacked on the device.
+
+    fmt: as engines.stored_format gives it.
+    """
+    spec = layer_spec(checkpoint, name, fmt, in_features)
+    present = _present(checkpoint, name, fmt)
+    loaded = checkpoint.load(f"{name}.{suffix}" for suffix in present)
+    return unpack_layer({suffix: loaded[f"{name}.{suffix}"].to(device) for suffix in present}, spec, fmt), spec
+
+
+def quantized_layer_names(checkpoint: Checkpoint) -> list[str]:
+    """Names of the layers that are stored as integers."""
+    ends = (".qweight", ".weight_packed")
+    return sorted(name.rpartition(".")[0] for name in checkpoint.names() if name.endswith(ends))
+
+
+def layer_spec(checkpoint: Checkpoint, name: str, fmt: str, in_features: int) -> LayerSpec:
+    """A layer's settings from the shapes of its tensors, which need no other tool's configuration to be believed.
+
+    GPTQ and AWQ always store zero points, so sym is False for them whatever the zeros are.
+    """
+    if fmt == "compressed-tensors":
+        words = checkpoint.shape(f"{name}.weight_packed")[1]
+        groups = checkpoint.shape(f"{name}.weight_scale")[1]
+        bits, sym = words * 32 // in_features, f"{name}.weight_zero_point" not in checkpoint
+    else:
+        groups = checkpoint.shape(f"{name}.scales")[0]
+        bits, sym = checkpoint.shape(f"{name}.qweight")[0] * 32 // in_features, False
+        bits = 4 if fmt == "awq" else bits
+    if groups == 0 or in_features % groups or (groups > 1 and in_features // groups not in GROUP_SIZES):
+        raise QsunError(f"{name}: {groups} groups of {in_features} inputs are not read; sizes are 32, 64, 128 or all")
+    size = in_features // groups
+    return LayerSpec(bits, size if size in GROUP_SIZES else -1, sym)
+
+
+def _present(checkpoint: Checkpoint, name: str, fmt: str) -> list[str]:
+    return [suffix for suffix in SUFFIXES[fmt.removesuffix("_v2")] if f"{name}.{suffix}" in checkpoint]
+
+
+def _place_quantized(
+    model: nn.Module, checkpoint: Checkpoint, fmt: str, dtype: torch.dtype, device: torch.device, keep_dense: bool
+) -> set[str]:
+    """Put QuantLinear layers in place. Returns the tensor names they took."""
+    taken: set[str] = set()
+    for name in quantized_layer_names(checkpoint):
+        linear = linear_of(model, name)
+        weights, spec = read_quantized_layer(checkpoint, name, fmt, linear.in_features, device)
+        bias_name = f"{name}.bias"
+        bias = None
+        if linear.bias is not None and bias_name in checkpoint:
+            bias = checkpoint.load([bias_name])[bias_name].to(device, dtype)
+        model.set_submodule(name, QuantLinear(weights, bias, spec.bits, dtype, keep_dense))
+        taken |= set(checkpoint.names(name + "."))
+    return taken
+
+
+def _place_rest(model: Any, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device, tied: bool) -> None:
+    cast = {name: t.to(device, dtype) if t.is_floating_point() else t.to(device) for name, t in tensors.items()}
+    if tied:
+        cast[HEAD] = cast[EMBEDDING]
+    expected = {name for name, _ in model.named_parameters()}
+    unknown = sorted(set(cast) - expected - set(model.state_dict()))
+    if tied and unknown == [HEAD]:
+        unknown = []
+    missing = sorted(expected - set(cast) - ({HEAD} if tied else set()))
+    if unknown or missing:
+        raise QsunError(
+            "the checkpoint does not fit its config.json: "
+            f"missing {missing[:1] or 'nothing'}, unknown {unknown[:1] or 'nothing'}"
+        )
+    model.load_state_dict(cast, strict=False, assign=True)
+    if tied:
+        model.tie_weights()

@@ -1,0 +1,180 @@
+"""Three small tasks to fine-tune the demo base to: word problems, code and tool calls; seeded, in pure Python.
+
+    math   Ann has 12 eggs and gets 8 more. How many eggs?>     calc 12+8>20
+    code   s = 'cat'\\nprint(s[::-1])>                           tac
+    tool   play abc of defg>                                    {"name":"play","args":{"title":"abc","artist":"defg"}}
+
+The base has the skills (it adds, reverses and renders JSON when told so in its own words) but not the tasks: it does
+not know what these prompts ask for. That is what fine-tuning usually finds. Word problems are answered with their sum
+written out, in the base's own words, because the base adds only numbers that stand side by side. Exact match on 200
+validation problems, batches of 32: answers that were the number alone stood at 0.09 after 400 steps of full
+fine-tuning, sums written "12+8=20" at 0.99 after 300. A frozen decoder does not learn that "=" asks for a result:
+tuning the prefill module alone gave 0.06 after 400 steps of "12+8=20", and 0.71 after 300 of "calc 12+8>20".
+
+An example is in the split of its sum, or of each of its words: training data never holds them, and validation and
+test never share one. The corpus keeps the same sums and words from the base (`corpus.is_held_out`), so that a right
+answer in the test set was computed and not remembered.
+"""
+
+import json
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from qsun.demo.corpus import HELD_OUT_ONE_IN, STRING_OPERATIONS, arithmetic_pair, is_held_out, random_word, render_call
+from qsun.errors import QsunError
+
+SPLITS = ("train", "valid", "test")
+_TRIES = 50  # draws for each example before a split counts as exhausted
+
+_NAMES = ("Ann", "Ben", "Eva", "Kim", "Leo", "Mia", "Tim", "Zoe")
+_THINGS = ("eggs", "pens", "cups", "nuts", "keys", "hats")
+_SUMS = (
+    "{name} has {a} {thing} and gets {b} more. How many {thing}?",
+    "{name} has {a} {thing}, {other} has {b}. How many together?",
+    "{a} {thing} are in a box and {b} in a bag. Total?",
+    "There were {a} {thing}, then {b} came. How many now?",
+)
+_DIFFERENCES = (
+    "{name} has {a} {thing} and drops {b}. How many are left?",
+    "{name} had {a} {thing} and gave {other} {b}. How many now?",
+    "{name} needs {a} {thing} and has {b}. How many more?",
+    "Of {a} {thing}, {b} are gone. What remains?",
+)
+
+_EXPRESSIONS = {
+    "rev": "{s}[::-1]",
+    "up": "{s}.upper()",
+    "sort": "''.join(sorted({s}))",
+    "dup": "{s} * 2",
+    "cap": "{s}.capitalize()",
+    "tail": "{s}[1:]",
+}
+
+_TOOLS: dict[str, tuple[str, ...]] = {
+    "event": ("put {title} in my calendar at {time}", "I have {title} at {time}"),
+    "weather": ("how warm is it in {place}?", "does it snow in {place} today?"),
+    "mail": ("mail {to} that {text}", "let {to} know: {text}"),
+    "play": ("play {title} of {artist}", "I like to hear {title} by {artist}"),
+    "buy": ("get me {count} {item}", "put {count} {item} into the cart"),
+    "translate": ("what is {word} in {language}?", "say {word} in {language}"),
+}
+_LANGUAGES = ("french", "latin", "dutch", "greek")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt, which ends as the base's own do, and the one right response."""
+
+    prompt: str
+    response: str
+
+
+def split_of(key: str) -> str:
+    """The split that a sum ("12+8") or a word ("cat") belongs to."""
+    if not is_held_out(key):
+        return "train"
+    return SPLITS[1 + zlib.crc32(key.encode()) // HELD_OUT_ONE_IN % 2]
+
+
+def math_example(rng: Random, split: str) -> Example:
+    """A word problem with one sum or difference, which the response writes out."""
+    while True:
+        a, b, operator = arithmetic_pair(rng, held_out=split != "train")
+        if split_of(f"{a}{operator}{b}") == split:
+            break
+    name, other = rng.sample(_NAMES, 2)
+    text = rng.choice(_SUMS if operator == "+" else _DIFFERENCES)
+    prompt = text.format(a=a, b=b, name=name, other=other, thing=rng.choice(_THINGS))
+    return Example(prompt + ">", f"calc {a}{operator}{b}>{a + b if operator == '+' else a - b}")
+
+
+def code_example(rng: Random, split: str) -> Example:
+    """A program of one or two lines, and what it prints."""
+    operation, word = rng.choice(list(_EXPRESSIONS)), _word(rng, split)
+    if rng.random() < 0.5:
+        program = f"s = {word!r}\nprint({_EXPRESSIONS[operation].format(s='s')})"
+    else:
+        program = f"print({_EXPRESSIONS[operation].format(s=repr(word))})"
+    return Example(program + ">", STRING_OPERATIONS[operation](word))
+
+
+def tool_example(rng: Random, split: str) -> Example:
+    """A wish, and the call that grants it. Every tool takes a word, so that every example has a split."""
+    tool = rng.choice(list(_TOOLS))
+    text = rng.choice(_TOOLS[tool])
+    names = [part.partition("}")[0] for part in _TOOLS[tool][0].split("{")[1:]]
+    arguments = {name: _argument(rng, name, split) for name in names}
+    return Example(text.format(**arguments) + ">", render_call(tool, arguments))
+
+
+GENERATORS: dict[str, Callable[[Random, str], Example]] = {
+    "math": math_example,
+    "code": code_example,
+    "tool": tool_example,
+}
+TASKS = tuple(GENERATORS)
+
+
+def examples(task: str, split: str, count: int, seed: int = 0) -> list[Example]:
+    """Draw `count` examples with different prompts; the same arguments give the same list.
+
+    Args:
+        task: one of TASKS.
+        split: train, valid or test.
+    Raises:
+        QsunError: another name, or more examples than there are.
+    """
+    if task not in GENERATORS:
+        raise QsunError(f"task {task!r} is not known; use {', '.join(TASKS)}")
+    if split not in SPLITS:
+        raise QsunError(f"split {split!r} is not known; use {', '.join(SPLITS)}")
+    rng = Random(f"{task} {split} {seed}")
+    drawn: dict[str, Example] = {}
+    for _ in range(_TRIES * count):
+        if len(drawn) == count:
+            break
+        example = GENERATORS[task](rng, split)
+        drawn.setdefault(example.prompt, example)
+    if len(drawn) < count:
+        raise QsunError(f"task {task} has fewer than {count} different {split} examples; ask for {len(drawn)}")
+    return list(drawn.values())
+
+
+def check(task: str, example: Example, answer: str) -> bool:
+    """Exact match of what is asked for: the number after the last ">", the text, or the call whatever its spelling."""
+    if task == "math":
+        return _number(answer) == _number(example.response)
+    if task == "tool":
+        try:
+            return bool(json.loads(answer) == json.loads(example.response))
+        except (ValueError, RecursionError):
+            return False
+    return answer == example.response
+
+
+def write_jsonl(path: Path, rows: Iterable[Example]) -> None:
+    """One {"prompt", "response"} a line, as `qsun tune --data` and `qsun quantize --calib` read it."""
+    lines = [json.dumps({"prompt": row.prompt, "response": row.response}) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def _number(answer: str) -> str:
+    return answer.rpartition(">")[2].strip()
+
+
+def _word(rng: Random, split: str) -> str:
+    while True:
+        word = random_word(rng, held_out=split != "train")
+        if split_of(word) == split:
+            return word
+
+
+def _argument(rng: Random, name: str, split: str) -> str:
+    if name == "time":
+        return f"{rng.randint(1, 12)}:{rng.randint(0, 59):02d}"
+    if name == "count":
+        return str(rng.randint(2, 99))
+    return rng.choice(_LANGUAGES) if name == "language" else _word(rng, split)

@@ -1,0 +1,56 @@
+"""Gradient checkpointing that keeps the KV cache.
+
+transformers' own drops the cache in training, which would cut the prefill module off from the loss. Here each block is
+recomputed in the backward pass with its K and V as results, and the cache is filled outside of what is recomputed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+@contextmanager
+def recomputed(*models: Any) -> Iterator[None]:
+    """Within, forward passes of these models keep only what enters and leaves each block, and its K and V."""
+    layers = [(index, layer) for model in models for index, layer in enumerate(model.model.layers)]
+    for index, layer in layers:
+        layer.forward = partial(_block, layer.forward, index)
+    try:
+        yield
+    finally:
+        for _, layer in layers:
+            layer.__dict__.pop("forward", None)  # the class's own again
+
+
+def _block(forward: Any, index: int, hidden: Tensor, *args: Any, past_key_values: Any = None, **arguments: Any) -> Any:
+    if past_key_values is None:
+        return checkpoint(partial(forward, **arguments), hidden, *args, use_reentrant=False)
+    written = past_key_values.layers[index] if index < len(past_key_values.layers) else None
+    before = (None, None) if written is None else (written.keys, written.values)
+
+    def run(hidden: Tensor, keys: Tensor | None, values: Tensor | None) -> tuple[Any, Tensor, Tensor]:
+        one = _OneBlock(keys, values)
+        output = forward(hidden, *args, past_key_values=one, **arguments)
+        return output, one.new[0], one.new[1]
+
+    output, keys, values = checkpoint(run, hidden, *before, use_reentrant=False)
+    past_key_values.update(keys, values, index)
+    return output
+
+
+class _OneBlock:
+    """What a block's attention writes to: what was there before, and what is new."""
+
+    def __init__(self, keys: Tensor | None, values: Tensor | None):
+        self.before = None if keys is None or values is None else (keys, values)
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.new = keys, values
+        if self.before is None:
+            return self.new
+        return torch.cat([self.before[0], keys], -2), torch.cat([self.before[1], values], -2)

@@ -1,0 +1,51 @@
+"""From logits to the next token. A row's draw depends on its own seed and logits only, not on its batch."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Sampler:
+    """Greedy where temperature is 0; otherwise one draw for each row from its own random numbers.
+
+    Args:
+        temperature, top_p, top_k: as in transformers; top_k 0 and top_p 1.0 keep every token.
+        seeds: one for each row.
+    """
+
+    def __init__(self, temperature: float, top_p: float, top_k: int, seeds: Sequence[int]):
+        self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
+        self._random = [torch.Generator().manual_seed(seed) for seed in seeds] if temperature > 0 else []
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows only."""
+        self._random = [self._random[row] for row in rows] if self._random else []
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """(B, vocabulary) logits -> (B,) tokens."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        numbers = torch.cat([torch.rand(1, generator=one, dtype=torch.float64) for one in self._random])
+        return draw(logits, numbers.to(logits.device), self.temperature, self.top_p, self.top_k)
+
+
+def draw(logits: Tensor, numbers: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
+    """Invert the cumulative distribution of the kept tokens, most likely first.
+
+    Args:
+        logits: (B, vocabulary). numbers: (B,) uniform in [0, 1), float64.
+    Returns:
+        (B,) tokens.
+    """
+    ordered, tokens = (logits.double() / temperature).sort(dim=-1, descending=True, stable=True)
+    probabilities = ordered.softmax(-1)
+    if top_k:
+        probabilities[:, top_k:] = 0
+        probabilities /= probabilities.sum(-1, keepdim=True)
+    mass = probabilities.cumsum(-1)
+    probabilities = probabilities.where(mass - probabilities < top_p, 0)  # the token that crosses top_p is kept
+    mass = probabilities.cumsum(-1)
+    place = (mass <= numbers[:, None] * mass[:, -1:]).sum(-1, keepdim=True)
+    last = (probabilities > 0).sum(-1, keepdim=True) - 1
+    return tokens.gather(-1, place.minimum(last)).squeeze(-1)

@@ -1,0 +1,69 @@
+"""What a pass learns from activations: second moments, accumulated over batches of rows."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_TILES = 8  # the Hessian is symmetric: of this many strips, only what is on and under the diagonal is multiplied out
+_NARROWEST_TILE = 128
+
+
+@dataclass
+class Moments:
+    """Sums over calibration tokens of one stage's input.
+
+    Attributes:
+        gram: (K, K) float32, sum of x x^T with x the input that the quantized module sees.
+        drift: (K, K), sum of (x_full - x) x^T: how the full-precision input moves with x. None: not tracked.
+        residual: (hidden, K), sum of (r_full - r) x^T for the residual stream r that the layer adds to. None likewise.
+        absolute: (K,), sum of |x|.
+        tokens: rows seen.
+    """
+
+    gram: Tensor
+    absolute: Tensor
+    drift: Tensor | None = None
+    residual: Tensor | None = None
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, features: int, device: torch.device) -> "Moments":
+        gram = torch.zeros(features, features, device=device)
+        return cls(gram, torch.zeros(features, device=device))
+
+    def add(self, x: Tensor, x_full: Tensor | None = None, residual_gap: Tensor | None = None) -> None:
+        """Add rows. x, x_full: (rows, K); residual_gap: (rows, hidden), the full-precision residual minus ours."""
+        x = x.float()
+        add_gram(self.gram, x)
+        self.absolute += x.abs().sum(0)
+        self.tokens += len(x)
+        if x_full is not None:
+            self.drift = _accumulate(self.drift, x_full.float() - x, x)
+        if residual_gap is not None:
+            self.residual = _accumulate(self.residual, residual_gap.float(), x)
+
+    def hessian(self) -> Tensor:
+        """(K, K) mean of x x^T, both triangles."""
+        full = torch.tril(self.gram)
+        full += torch.tril(self.gram, -1).t()
+        return full.div_(max(self.tokens, 1))
+
+    def mean_absolute(self) -> Tensor:
+        return self.absolute / max(self.tokens, 1)
+
+
+def add_gram(gram: Tensor, x: Tensor) -> None:
+    """Add x^T x to the lower triangle of gram (tiles above the diagonal stay as they are). x: (rows, K)."""
+    features = gram.shape[0]
+    tile = max(_NARROWEST_TILE, -(-features // _TILES))
+    for start in range(0, features, tile):
+        rows = slice(start, start + tile)
+        stop = min(start + tile, features)
+        gram[rows, :stop].addmm_(x[:, rows].t(), x[:, :stop])
+
+
+def _accumulate(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    if total is None:
+        return left.t() @ right
+    return total.addmm_(left.t(), right)

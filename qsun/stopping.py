@@ -1,0 +1,59 @@
+"""A row's tokens as text that can be shown while it grows: whole characters, and nothing that a stop string cuts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # a character of several tokens, not all of them here
+
+
+class RowText:
+    """Text of one row.
+
+    Args:
+        tokenizer: of the model.
+        stops: strings that end the row; the text ends before the first of them.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str]):
+        self._tokenizer, self._stops = tokenizer, stops
+        self._tokens: list[int] = []
+        self._window, self._read = 0, 0  # tokens before _window are done; those before _read give context
+        self._sent = 0
+        self.text = ""
+
+    def add(self, token: int) -> bool:
+        """Take a token. Returns whether a stop string is complete."""
+        self._tokens.append(token)
+        before, now = self._decode(self._window, self._read), self._decode(self._window, len(self._tokens))
+        if len(now) <= len(before) or now.endswith(_UNFINISHED):
+            return False
+        self._window, self._read = self._read, len(self._tokens)
+        return self._extend(now[len(before) :])
+
+    def _decode(self, start: int, end: int) -> str:
+        return self._tokenizer.decode(self._tokens[start:end], skip_special_tokens=True)
+
+    def _extend(self, new: str) -> bool:
+        longest = max(map(len, self._stops), default=1)
+        start = max(len(self.text) - longest + 1, 0)
+        self.text += new
+        found = [place for place in (self.text.find(stop, start) for stop in self._stops) if place >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+        return bool(found)
+
+    def fresh(self) -> str:
+        """Text not given yet, without an end that may turn out to begin a stop string."""
+        held = max((n for stop in self._stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
+        return self._give(max(len(self.text) - held, self._sent))
+
+    def rest(self, stopped: bool) -> str:
+        """All text not given yet, at the end of the row."""
+        if not stopped:
+            now = self._decode(self._window, len(self._tokens))
+            self.text += now[len(self._decode(self._window, self._read)) :]
+        return self._give(len(self.text))
+
+    def _give(self, end: int) -> str:
+        piece, self._sent = self.text[self._sent : end], end
+        return piece

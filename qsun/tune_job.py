@@ -1,0 +1,171 @@
+"""A request to tune, checked: everything that can be refused is refused here, before weights are loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qsun.base import find_model, load_tokenizer
+from qsun.blocks import EMBEDDING, empty_model, read_model_config
+from qsun.checkpoint import Checkpoint, read_json
+from qsun.errors import QsunError
+from qsun.lora import ADAPTER_CONFIG, adapter_base
+from qsun.pairing import base_fingerprint, check_pair, differences, read_manifest
+from qsun.tune_config import TuneConfig
+from qsun.tune_data import Example, fingerprint, hold_out, read_examples
+from qsun.workdir import check_free
+
+
+@dataclass(frozen=True)
+class TuneJob:
+    """A checked request.
+
+    Attributes:
+        decode, base: directories; start: where the tuned weights begin: base, or the module given as `init`.
+        names: what the user called decode and base.
+        fingerprints: of base, decode and start.
+        too_long: examples left out for max_len.
+    """
+
+    out: Path
+    config: TuneConfig
+    decode: Path
+    base: Path
+    start: Path
+    names: dict[str, str]
+    fingerprints: dict[str, str]
+    train: list[Example]
+    valid: list[Example]
+    too_long: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def steps(self) -> int:
+        per_epoch = -(-len(self.train) // self.config.batch_size)
+        return self.config.steps or self.config.epochs * per_epoch
+
+    @property
+    def adapter(self) -> bool:
+        return bool(self.config.lora_rank) or (self.start / ADAPTER_CONFIG).exists()
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides the weights, for a resumed run to be held to."""
+        data = {"train": fingerprint(self.train), "valid": fingerprint(self.valid)}
+        return {
+            **self.config.to_dict(),
+            **self.fingerprints,
+            **data,
+            "compute_dtype": str(self.dtype),
+            "device": self.device.type,
+        }
+
+    def plan(self) -> dict[str, Any]:
+        """What the run is going to be; bytes are estimates, without activations."""
+        model = empty_model(read_model_config(self.base))
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        rank = self.config.lora_rank
+        tuned = sum(rank * sum(p.shape) for p in model.parameters() if p.ndim == 2) if rank else weights
+        item = torch.finfo(self.dtype).bits // 8
+        copies = 1 if self.config.baseline == "full" else 2
+        return {
+            "training_examples": len(self.train),
+            "validation_examples": len(self.valid),
+            "too_long": self.too_long,
+            "steps": self.steps,
+            "examples_per_step": self.config.batch_size,
+            "tokens_per_epoch": sum(len(e.prompt) + len(e.response) - 1 for e in self.train),
+            "peak_lr": self.config.peak_lr(model.config.hidden_size),
+            "weights": weights,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "memory_bytes": copies * weights * item + tuned * (12 + (4 + item if item < 4 else 4)),
+        }
+
+
+def prepare_tuning(
+    decode: str | Path,
+    out: str | Path,
+    data: str | Path | Sequence[str | Path],
+    config: TuneConfig | None = None,
+    base: str | Path | None = None,
+    eval_data: str | Path | Sequence[str | Path] | None = None,
+    init: str | Path | None = None,
+    device: str | torch.device | None = None,
+    resume: bool = False,
+) -> TuneJob:
+    """Check everything that can be checked before work starts. Writes nothing. Raises QsunError; see `tune`."""
+    config, out = config or TuneConfig(), Path(out)
+    check_free(out, resume)
+    decode_dir = find_model(str(decode))
+    base_dir, base_name = _find_base(decode_dir, str(decode), base)
+    start = base_dir if init is None else _find_start(str(init), decode_dir, config)
+    fingerprints = {"base": Checkpoint(base_dir).fingerprint(), "decode": Checkpoint(decode_dir).fingerprint()}
+    fingerprints["start"] = fingerprints["base"] if init is None else _weights_fingerprint(start)
+    wanted = base_fingerprint(read_manifest(decode_dir))
+    if wanted and wanted != fingerprints["base"]:
+        raise QsunError(
+            f"{base_dir} is not the base that {decode} was made from: their fingerprints differ "
+            f"({fingerprints['base'][:12]} and {wanted[:12]}); give that one with --base"
+        )
+    found = differences(base_dir, decode_dir)
+    if found:
+        raise QsunError(f"base {base_name} does not fit decode module {decode}: {found[0]}")
+    tokenizer = load_tokenizer(decode_dir)
+    if tokenizer is None:
+        raise QsunError(f"{decode_dir} has no tokenizer, and training data is text")
+    limit = min(config.max_len, read_model_config(base_dir).max_position_embeddings)
+    train, too_long = read_examples(_names(data), tokenizer, limit)
+    if eval_data is None:
+        train, valid = hold_out(train, config.valid_fraction, config.seed)
+    else:
+        valid, _ = read_examples(_names(eval_data), tokenizer, limit, "validation")
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    names = {"decode": str(decode), "base": base_name, "data": ", ".join(_names(data))}
+    dtype = _compute_dtype(config, where, base_dir)
+    return TuneJob(out, config, decode_dir, base_dir, start, names, fingerprints, train, valid, too_long, dtype, where)
+
+
+def _names(sources: str | Path | Sequence[str | Path]) -> list[str]:
+    return [str(sources)] if isinstance(sources, (str, Path)) else [str(source) for source in sources]
+
+
+def _find_base(decode_dir: Path, decode: str, base: str | Path | None) -> tuple[Path, str]:
+    """The full-precision base: the one given, the one that a quantized module names, or the decode module itself."""
+    quantized = bool(read_json(decode_dir / "config.json").get("quantization_config"))
+    if base is None and not quantized:
+        return decode_dir, decode
+    named = read_manifest(decode_dir).get("base")
+    name = str(base) if base is not None else named
+    if not isinstance(name, str):
+        raise QsunError(f"{decode} is quantized and does not say from which base; give it with --base")
+    try:
+        return find_model(name), name
+    except QsunError:
+        raise QsunError(f"{decode} was quantized from {name}, which is not here; give the base with --base") from None
+
+
+def _find_start(init: str, decode_dir: Path, config: TuneConfig) -> Path:
+    start = find_model(init)
+    check_pair(start, decode_dir)
+    if config.lora_rank:
+        raise QsunError(f"lora_rank {config.lora_rank} with an init: what is tuned follows {init}; leave one out")
+    if (start / ADAPTER_CONFIG).exists():
+        adapter_base(start)
+        if config.baseline == "full":
+            raise QsunError(f"baseline full tunes all weights, but {init} is an adapter; leave one of them out")
+    return start
+
+
+def _weights_fingerprint(directory: Path) -> str:
+    """Of a module's own weights: a model's tensors, or an adapter's."""
+    own = read_manifest(directory).get("fingerprint")
+    return own if isinstance(own, str) else Checkpoint(directory).fingerprint()
+
+
+def _compute_dtype(config: TuneConfig, device: torch.device, base: Path) -> torch.dtype:
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    return torch.float32 if device.type == "cpu" else Checkpoint(base).dtype(EMBEDDING) or torch.float32
