@@ -1,0 +1,39 @@
+"""`qsun inspect`: what a model directory is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+
+
+def inspect(
+    directory: Path = typer.Argument(..., help="A decode module, or any model directory that qsun reads."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
+) -> None:
+    """Say what a directory is: layers, bits a weight, errors by layer, and which engines load it.
+
+    Examples:
+
+      qsun inspect out/
+
+      qsun inspect out/ --json | jq .bits_per_weight
+    """
+    from qsun.inspection import describe
+
+    found = describe(directory)
+    typer.echo(json.dumps(found) if as_json else "\n".join(_lines(found)))
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    lines = [f"{found['directory']}: {found['kind']}, {found['architecture']}, {found['format']}"]
+    lines.append(f"{found['bits_per_weight']:.3f} bits a weight in {len(found['layers'])} linear layers")
+    if found["manifest"]:
+        lines.append(f"made by qsun with {found['manifest']['method']} from {found['manifest']['base']}")
+    lines += [f"  {engine}: {answer}" for engine, answer in found["engines"].items()]
+    lines.append(f"{'layer':<48}{'bits':>5}{'group':>7}{'grid':>6}{'error':>11}")
+    for layer in found["layers"]:
+        error = "" if layer["error"] is None else f"{layer['error']:.2e}"
+        grid = "sym" if layer["sym"] else "asym"
+        lines.append(f"{layer['name']:<48}{layer['bits']:>5}{layer['group_size']:>7}{grid:>6}{error:>11}")
+    return lines

@@ -1,0 +1,50 @@
+"""`qsun`: the commands, and how an error looks."""
+
+import os
+import sys
+
+import typer
+
+from qsun._version import __version__
+from qsun.cli import bench, check_pair, demo, demo_data, inspect, quantize, screen, tune
+from qsun.errors import QsunError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Quantize, tune and serve the shared decode module of SUN: many fine-tuned models, one int4 decoder.",
+)
+app.command("quantize", no_args_is_help=True, help=quantize.EXAMPLES)(quantize.quantize)
+app.command("tune", no_args_is_help=True)(tune.tune)
+app.command("inspect", no_args_is_help=True)(inspect.inspect)
+app.command("check-pair", no_args_is_help=True)(check_pair.check_pair)
+app.command("demo")(demo.demo)
+app.command("demo-data", no_args_is_help=True)(demo_data.demo_data)
+app.add_typer(bench.app, name="bench")
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: bool = typer.Option(False, "--version", help="Print the version and leave.")) -> None:
+    if version:
+        typer.echo(f"qsun {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point. Errors that a user can mend are one line on stderr and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except QsunError as error:
+        screen.error(str(error))
+        sys.exit(2)
+    except OSError as error:
+        screen.error(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "))
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

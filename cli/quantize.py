@@ -1,0 +1,154 @@
+"""`qsun quantize`: one command from a model directory to a decode module."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from qsun.cli import screen
+from qsun.cli.device import check_device
+from qsun.config import FORMATS, METHODS, QuantConfig, read_config_file
+
+EXAMPLES = """Quantize the decode module of a model: a Hugging Face directory, a hub id, or [bold]demo[/].
+
+Examples:
+
+  qsun quantize demo -o out/
+
+  qsun quantize ./Llama-3.1-8B -o ./Llama-3.1-8B-int4 --calib tasks.jsonl
+
+  qsun quantize ./Qwen3-8B -o out/ --bits 3 --group-size 64 --format compressed-tensors
+
+  qsun quantize ./Qwen3-8B -o out/ --bits 2 --calib math.jsonl --calib-prefill P1 --calib code.jsonl --calib-prefill P2
+
+  qsun quantize ./Llama-3.1-8B -o out/ --override 'down_proj=bits:8' --dry-run
+
+The output directory appears whole or not at all; a run that was stopped goes on with --resume.
+"""
+
+
+def quantize(
+    model: str = typer.Argument(..., help="Model directory, hub id, or 'demo'."),
+    out: Path = typer.Option(..., "--out", "-o", help="Directory to make."),
+    method: str | None = typer.Option(None, help=f"{', '.join(METHODS)}. Default: refined."),
+    bits: int | None = typer.Option(None, help="2, 3, 4 or 8. Default: 4."),
+    group_size: int | None = typer.Option(None, help="-1, 32, 64 or 128. Default: 128."),
+    sym: bool | None = typer.Option(None, "--sym/--asym", help="Symmetric grid. Default: sym."),
+    desc_act: bool | None = typer.Option(None, "--desc-act", help="Groups follow activation order (gptq format)."),
+    lm_head: bool | None = typer.Option(None, "--lm-head", help="Quantize the output projection as well."),
+    calib: list[str] | None = typer.Option(
+        None, help="Calibration: .txt, .jsonl, .npy, a data set id, or 'builtin'; may be repeated. Default: builtin."
+    ),
+    calib_prefill: list[str] | None = typer.Option(
+        None,
+        "--calib-prefill",
+        help="Prefill module that reads the prompts of the --calib in the same place; may be repeated. "
+        "Default: the base reads them.",
+    ),
+    served: list[str] | None = typer.Option(
+        None, help="A prefill module that will be served; a warning says if calibration leaves it out. May be repeated."
+    ),
+    samples: int | None = typer.Option(None, help="Calibration sequences. Default: 128."),
+    seq_len: int | None = typer.Option(None, help="Tokens in each. Default: 2048."),
+    fmt: str | None = typer.Option(None, "--format", help=f"{', '.join(FORMATS)}. Default: gptq."),
+    override: list[str] | None = typer.Option(
+        None, help="Per-layer settings, 'REGEX=bits:8,group_size:32' or 'REGEX=skip'; may be repeated."
+    ),
+    seed: int | None = typer.Option(None, help="Of the draw from calibration data. Default: 0."),
+    dtype: str | None = typer.Option(None, help="Of the computation: auto, float32, bfloat16, float16."),
+    device: str | None = typer.Option(None, help="cpu, cuda, cuda:1 ... Default: a GPU where there is one."),
+    config: Path | None = typer.Option(None, help="YAML file of settings; options on the command line win."),
+    resume: bool = typer.Option(False, "--resume", help="Continue an interrupted run."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, print the plan, write nothing."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
+) -> None:
+    values = read_config_file(config) if config else {}
+    given = {
+        "method": method,
+        "bits": bits,
+        "group_size": group_size,
+        "sym": sym,
+        "desc_act": desc_act,
+        "lm_head": lm_head,
+        "samples": samples,
+        "seq_len": seq_len,
+        "format": fmt,
+        "overrides": override or None,
+        "seed": seed,
+        "dtype": dtype,
+    }
+    settings = QuantConfig.from_dict(values | {key: value for key, value in given.items() if value is not None})
+    check_device(device)
+    screen.show_warnings()
+    from qsun.job import prepare
+    from qsun.pipeline import run
+
+    job = prepare(model, out, settings, calib, device, resume, calib_prefill or ())
+    _warn_of_unserved(served or [], job.prefill.names, model)
+    if dry_run:
+        _show(job.plan.to_dict(), as_json, _plan_lines(job.plan.to_dict()))
+        return
+    if job.calibration is not None and not as_json:
+        screen.note(f"calibration: {len(job.calibration.samples)} samples from {job.calibration.source}; the first:")
+        screen.note("  " + _shortened(job.calibration.preview))
+    try:
+        with screen.progress(quiet=as_json) as progress:
+            report = run(job, resume, progress)
+    except KeyboardInterrupt:  # typer would only say "Aborted."
+        screen.error("interrupted; finished blocks are kept, --resume continues")
+        raise typer.Exit(130) from None
+    _show(report, as_json, _report_lines(report))
+
+
+def _warn_of_unserved(served: list[str], covered: tuple[str, ...], model: str) -> None:
+    """Warn of served prefill modules whose task calibration does not see. Raises QsunError for one that cannot fit."""
+    from qsun.pairing import check_pair
+    from qsun.prefill_kv import unserved
+
+    for name in served:
+        check_pair(name, model)
+    for name in unserved(served, covered):
+        screen.note(
+            f"warning: calibration does not cover served module {name}; at 2 and 3 bits its answers may be lost: "
+            f"add --calib DATA --calib-prefill {name}"
+        )
+
+
+def _show(value: dict[str, Any], as_json: bool, lines: list[str]) -> None:
+    typer.echo(json.dumps(value) if as_json else "\n".join(lines))
+
+
+def _shortened(text: str, limit: int = 240) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= limit else flat[:limit] + " ..."
+
+
+def _plan_lines(plan: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{plan['quantized_layers']} layers in {plan['blocks']} blocks to quantize, "
+        f"{plan['full_precision_layers']} left as they are",
+        f"{plan['calibration_tokens']} calibration tokens, computed in {plan['dtype']} on {plan['device']}",
+    ]
+    if plan["prefill_modules"]:
+        lines.append(f"prompt tokens read by {plan['prefill_modules']} prefill modules: {plan['prefill_tokens']}")
+    for label, key in (
+        ("output", "output_bytes"),
+        ("disk while running", "disk_bytes"),
+        ("peak RAM, estimated", "peak_ram_bytes"),
+        ("peak VRAM, estimated", "peak_vram_bytes"),
+    ):
+        lines.append(f"{label:<22}{plan[key] / 2**20:>12,.1f} MiB")
+    return lines
+
+
+def _report_lines(report: dict[str, Any]) -> list[str]:
+    worst = max(report["layers"], key=lambda layer: layer["error"], default=None)
+    lines = [
+        f"{report['out']}: {len(report['layers'])} layers, {report['bits_per_weight']:.3f} bits a weight, "
+        f"{report['seconds']:.1f} s, peak {report['peak_rss_bytes'] / 2**20:,.0f} MiB",
+    ]
+    if worst:
+        lines.append(f"largest error: {worst['error']:.2e} in {worst['name']} (all: report.json, errors.png)")
+    lines += [f"  {engine}: {answer}" for engine, answer in report["engines"].items()]
+    return lines

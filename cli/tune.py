@@ -1,0 +1,120 @@
+"""`qsun tune`: one command from a decode module and examples to a prefill module."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from qsun.cli import screen
+from qsun.cli.device import check_device
+from qsun.config import read_config_file
+from qsun.tune_config import TuneConfig
+
+_EXAMPLES = """Tune a prefill module for a task against the frozen decode module that all tasks share.
+
+Examples:
+
+  qsun tune demo -o tuned/math --data math.jsonl
+
+  qsun tune ./Llama-3.1-8B-int4 -o tuned/code --data code.jsonl --lora-rank 32 --grad-checkpoint
+
+  qsun tune ./Llama-3.1-8B-int2 -o tuned/math-int2 --data math.jsonl --init tuned/math --steps 100
+
+  qsun tune demo -o full/math --data math.jsonl --baseline full
+
+  accelerate launch --num_processes 8 -m qsun.cli.main tune ./Llama-3.1-8B -o out/ --data chat.jsonl
+
+The output directory appears whole or not at all; a run that was stopped goes on with --resume.
+"""
+
+
+def tune(
+    decode: str = typer.Argument(..., help="Decode module, quantized or not: directory, hub id, or 'demo'."),
+    out: Path = typer.Option(..., "--out", "-o", help="Directory to make."),
+    data: list[str] = typer.Option(..., help=".jsonl of prompt/response or chat messages; may be repeated."),
+    base: str | None = typer.Option(None, help="Full-precision base. Default: what the decode module names."),
+    init: str | None = typer.Option(None, help="Prefill module to start from: re-tune it against this decode module."),
+    eval_data: list[str] | None = typer.Option(None, help="Validation .jsonl. Default: a part of --data is held out."),
+    baseline: str | None = typer.Option(None, help="'full': the conventional full fine-tune instead, to compare with."),
+    lora_rank: int | None = typer.Option(None, help="Tune a LoRA adapter of this rank. Default: all weights."),
+    epochs: int | None = typer.Option(None, help="Passes over the data. Default: 3."),
+    steps: int | None = typer.Option(None, help="Optimizer steps, instead of epochs."),
+    lr: float | None = typer.Option(None, help="Peak learning rate. Default: by the model's width."),
+    batch_size: int | None = typer.Option(None, help="Examples a step, over all processes. Default: 16."),
+    grad_accum: int | None = typer.Option(None, help="Pieces that a step is computed in. Default: 1."),
+    grad_checkpoint: bool | None = typer.Option(None, "--grad-checkpoint", help="Less memory for more time."),
+    max_len: int | None = typer.Option(None, help="Longest example, in tokens. Default: 2048."),
+    eval_every: int | None = typer.Option(None, help="Steps between validations. Default: a tenth of the run."),
+    seed: int | None = typer.Option(None, help="Of the data's order and of what is held out. Default: 0."),
+    dtype: str | None = typer.Option(None, help="Of the forward pass: auto, float32, bfloat16, float16."),
+    device: str | None = typer.Option(None, help="cpu, cuda, cuda:1 ... Default: a GPU where there is one."),
+    config: Path | None = typer.Option(None, help="YAML file of settings; options on the command line win."),
+    resume: bool = typer.Option(False, "--resume", help="Continue an interrupted run."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, print the plan, write nothing."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
+) -> None:
+    given = {
+        "baseline": baseline,
+        "lora_rank": lora_rank,
+        "epochs": epochs,
+        "steps": steps,
+        "lr": lr,
+        "batch_size": batch_size,
+        "grad_accum": grad_accum,
+        "grad_checkpoint": grad_checkpoint,
+        "max_len": max_len,
+        "eval_every": eval_every,
+        "seed": seed,
+        "dtype": dtype,
+    }
+    values = read_config_file(config) if config else {}
+    settings = TuneConfig.from_dict(values | {key: value for key, value in given.items() if value is not None})
+    check_device(device)
+    screen.show_warnings()
+    from qsun.parallel import Processes
+    from qsun.tune_job import prepare_tuning
+    from qsun.tuning import run_tuning
+
+    job = prepare_tuning(decode, out, data, settings, base, eval_data or None, init, device, resume)
+    if dry_run:
+        typer.echo(json.dumps(job.plan()) if as_json else "\n".join(_plan_lines(job.plan())))
+        return
+    quiet = as_json or not Processes(job.device).first
+    if not quiet:
+        for line in _plan_lines(job.plan()):
+            screen.note(line)
+    try:
+        with screen.progress(quiet) as progress:
+            report = run_tuning(job, resume, progress)
+    except KeyboardInterrupt:  # typer would only say "Aborted."
+        screen.error("interrupted; the last validated step is kept, --resume continues")
+        raise typer.Exit(130) from None
+    if Processes(job.device).first:
+        typer.echo(json.dumps(report) if as_json else "\n".join(_report_lines(report)))
+
+
+tune.__doc__ = _EXAMPLES
+
+
+def _plan_lines(plan: dict[str, Any]) -> list[str]:
+    left_out = f" ({plan['too_long']} too long and left out)" if plan["too_long"] else ""
+    return [
+        f"{plan['training_examples']} examples to train on{left_out}, {plan['validation_examples']} to validate on",
+        f"{plan['steps']} steps of {plan['examples_per_step']} examples, peak learning rate {plan['peak_lr']:.2g}, "
+        f"computed in {plan['dtype']} on {plan['device']}",
+        f"{plan['weights']:,} weights; {plan['memory_bytes'] / 2**20:,.0f} MiB without activations, estimated",
+    ]
+
+
+def _report_lines(report: dict[str, Any]) -> list[str]:
+    first, best = report["valid_loss"][0][1], report["best_valid_loss"]
+    lines = [
+        f"{report['out']}: {report['kind']}, validation loss {first:.4f} -> {best:.4f} (step {report['best_step']} of "
+        f"{report['train_loss'][-1][0]}), {report['seconds']:.1f} s, {report['seconds_per_step']:.3f} s a step, "
+        f"peak {report['peak_rss_bytes'] / 2**20:,.0f} MiB",
+        f"read back from disk: {report['saved_valid_loss']:.4f} (curve: report.json, loss.png)",
+    ]
+    if report["best_step"] == 0:
+        lines.append("no step was better than the start, which is what was saved; try another learning rate")
+    return lines

@@ -1,0 +1,1 @@
+"""Measurements of accuracy and speed; imports the core, never the command line."""

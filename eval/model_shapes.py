@@ -1,0 +1,39 @@
+"""Sizes of known models, so that speed can be measured with nothing downloaded."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder-only Transformer's sizes. ranks: of tensor parallelism; layer shapes are those of one rank."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    tied: bool = False
+    ranks: int = 1
+
+    def linear_layers(self) -> dict[str, tuple[int, int]]:
+        """(N, K) of each matrix of a block as a decode step runs them: q, k and v merged, gate and up merged."""
+        heads = self.head_dim * self.heads // self.ranks
+        kv = self.head_dim * self.kv_heads // self.ranks
+        inner = self.intermediate // self.ranks
+        return {
+            "qkv": (heads + 2 * kv, self.hidden),
+            "o": (self.hidden, heads),
+            "gate_up": (2 * inner, self.hidden),
+            "down": (self.hidden, inner),
+        }
+
+
+MODEL_SHAPES = {
+    "llama-3.1-8b": ModelShape(4096, 32, 32, 8, 128, 14336, 128256),
+    "llama-3.1-70b-tp4": ModelShape(8192, 80, 64, 8, 128, 28672, 128256, ranks=4),
+    "llama-3.2-1b": ModelShape(2048, 16, 32, 8, 64, 8192, 128256, tied=True),
+    "qwen3-8b": ModelShape(4096, 36, 32, 8, 128, 12288, 151936),
+    "qwen3-1.7b": ModelShape(2048, 28, 16, 8, 128, 6144, 151936, tied=True),
+}
