@@ -1,0 +1,121 @@
+"""The int4 kernels on a CUDA device against float64: the same bits twice, and inside a CUDA graph (`make gpu`)."""
+
+import pytest
+import torch
+
+from qsun.kernels.layout import pack_int4
+from qsun.kernels.reference import dequantize
+from qsun.kernels.tuning import candidates, choose, workspace_bytes
+from qsun.kernels.workspace import Workspace
+from tests.kernels.oracle import draw
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none here"),
+]
+LLAMA_8B = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def int4():
+    """The module, imported where there is a device: Triton is optional."""
+    pytest.importorskip("triton")
+    from qsun.kernels import int4_triton
+
+    return int4_triton
+
+
+def poisoned_workspace(M, N, K, group_size):
+    size, counters = workspace_bytes(M, N, K, group_size, torch.cuda.get_device_name())
+    space = Workspace.allocate(size, counters, "cuda")
+    space.buffer.fill_(255)  # NaN
+    return space
+
+
+def check(int4, product, launch=None):
+    M, K = product.x.shape
+    N = product.arguments()[4]
+    space = poisoned_workspace(M, N, K, product.group_size) if launch is None else None
+    options = product.options() | {"workspace": space, "launch": launch}
+    first, second = (int4.int4_linear(*product.arguments(), **options) for _ in range(2))
+    assert torch.equal(first, second)
+    assert space is None or not space.counters.any()
+    # tensor cores truncate where the oracle's bound rounds: twice as far
+    assert ((first.double() - product.exact).abs() <= 2 * product.bound).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("zeros", ["8", "random"])
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+@pytest.mark.parametrize("M", [1, 3, 8, 9, 16, 17, 33, 64, 130])
+def test_groups_zero_points_and_batches(int4, M, group_size, zeros, dtype):
+    check(int4, draw(M, 208, 640, group_size, dtype, zeros, epilogue="br", device="cuda", seed=M))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("M", [1, 7, 16, 32, 64, 128])
+@pytest.mark.parametrize(("N", "K"), LLAMA_8B)
+def test_llama_shapes(int4, N, K, M, dtype):
+    check(int4, draw(M, N, K, 128, dtype, device="cuda", seed=N + K + M))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("N", "K", "group_size"), [(16, 32, 32), (80, 416, 32), (176, 320, 64), (48, 224, -1)])
+def test_tails(int4, N, K, group_size, dtype):
+    for M in (1, 9, 40):
+        check(int4, draw(M, N, K, group_size, dtype, "random", device="cuda"))
+
+
+@pytest.mark.parametrize("epilogue", ["b", "r", "s", "brs"])
+@pytest.mark.parametrize("M", [1, 12, 64])
+def test_epilogues(int4, M, epilogue):
+    check(int4, draw(M, 2816, 512, 128, torch.bfloat16, epilogue=epilogue, device="cuda"))
+
+
+@pytest.mark.parametrize("zeros", ["0", "15"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_extreme_zero_points_and_scales(int4, dtype, zeros):
+    check(int4, draw(4, 128, 512, 64, dtype, zeros, "wild", device="cuda"))
+
+
+@pytest.mark.parametrize("M", [1, 16, 64])
+def test_launches_that_tuning_tries(int4, M):
+    product = draw(M, 512, 1024, 64, torch.bfloat16, device="cuda")
+    launches = list(candidates(M, 512, 1024, 64))
+    for launch in launches[:: len(launches) // 12]:
+        check(int4, product, launch)
+
+
+@pytest.mark.parametrize("M", [1, 8, 64])
+def test_inside_a_cuda_graph(int4, M):
+    N, K = 6144, 4096
+    product = draw(M, N, K, 128, torch.bfloat16, epilogue="b", device="cuda")
+    assert choose(M, N, K, 128, torch.cuda.get_device_name()).split_k > 1
+    options = product.options() | {"workspace": poisoned_workspace(M, N, K, 128)}
+    eager = int4.int4_linear(*product.arguments(), **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = int4.int4_linear(*product.arguments(), **options)
+    for _ in range(3):
+        captured.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(captured, eager)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("N", "K", "group_size"), [(80, 416, 32), (176, 320, 64), (80, 96, -1), (1024, 4096, 128)])
+def test_dequantize(int4, N, K, group_size, dtype):
+    groups = 1 if group_size == -1 else K // group_size
+    q = torch.randint(0, 16, (N, K), dtype=torch.uint8, device="cuda")
+    scales = (torch.rand(groups, N, device="cuda") - 0.5).to(dtype)
+    zeros = torch.randint(0, 16, (groups, N), device="cuda")
+    out = torch.full((N, K), float("nan"), dtype=dtype, device="cuda")
+    int4.int4_dequantize(*pack_int4(q, scales, zeros, group_size, dtype), N, K, group_size, out)
+    assert torch.equal(out, dequantize(q, scales, zeros, None, torch.float64).to(dtype))
+
+
+def test_many_rows_are_dequantized(int4):
+    product = draw(700, 1024, 1024, 128, torch.bfloat16, epilogue="b", device="cuda")
+    y = int4.int4_linear(*product.arguments(), **product.options())
+    assert (y.double() - product.exact).norm() < 2.0**-7 * product.exact.norm()

@@ -1,0 +1,40 @@
+"""The int4 kernel as its launcher calls it, for compiling without a GPU."""
+
+from qsun.kernels.matmul_triton import int4_matmul
+from tests.kernels.offline import compile_kernel
+
+_POINTERS = ("x", "scales", "zeros", "bias", "residual", "y")
+
+
+def compile_int4(launch, group, asym, *, bf16=True, epilogue="br", even_k=True, capability=90):
+    """Machine code of int4_matmul.
+
+    Args:
+        launch: tuning.Launch.
+        group: 32, 64, 128, or 0 for one group a row.
+        epilogue: any of the letters b(ias), r(esidual), s(ilu_mul).
+    """
+    types = {f"{name}_ptr": "*bf16" if bf16 else "*fp16" for name in _POINTERS}
+    types |= {"words_ptr": "*i16", "partials_ptr": "*fp32", "counters_ptr": "*i32"}
+    types |= {"M": "i32", "N": "i32!", "K": "i32!", "padded_n": "i32!", "stride_x": "i32!"}
+    constants = {
+        "BN": launch.block_n,
+        "B": launch.block_m,
+        "GROUP": group,
+        "SPLIT_K": launch.split_k,
+        "BF16": bf16,
+        "ASM": True,
+        "ASYM": asym,
+        "FOLD": launch.fold,
+        "BIAS": "b" in epilogue,
+        "RESIDUAL": "r" in epilogue,
+        "SILU": "s" in epilogue,
+        "EVEN_K": even_k,
+        "STAGES": launch.stages,
+    }
+    return compile_kernel(int4_matmul, types, constants, capability, launch.warps)
+
+
+def lane_instructions(code, launch):
+    """Of one weight in the main loop."""
+    return code.lane_instructions(launch.warps, launch.block_n * 128)

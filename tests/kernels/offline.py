@@ -1,0 +1,91 @@
+"""Compiling a Triton kernel for a GPU that is not there, and reading its machine code.
+
+Needs no GPU and no torch: Triton's wheel carries ptxas and cuobjdump.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+_TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
+_INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?);")
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """What ptxas made of a kernel. Loop: the instructions of the longest backward branch."""
+
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    listing: str
+    instructions: Counter[str]
+    loop: Counter[str]
+
+    def spills(self) -> bool:
+        return self.stack_bytes > 0 or any(name.startswith(("LDL", "STL")) for name in self.instructions)
+
+    def in_loop(self, prefix: str) -> int:
+        """Instructions of the main loop whose name starts so."""
+        return sum(n for name, n in self.loop.items() if name.startswith(prefix))
+
+    def lane_instructions(self, warps: int, weights: int) -> float:
+        """All instructions of one pass of the main loop, times its threads, over the weights that it covers."""
+        return self.loop.total() * warps * 32 / weights
+
+
+def compile_kernel(kernel, types, constants, capability, warps):
+    """Compile for an NVIDIA compute capability, pointers 16-byte aligned.
+
+    Args:
+        kernel: a `triton.jit` function.
+        types: {argument: Triton type}, "*" for pointers; a trailing "!" promises a multiple of 16.
+        constants: {argument: compile-time value}.
+    """
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types[n].rstrip("!") for n in names}
+    aligned = [n for n in names if n not in constants and (types[n].startswith("*") or types[n].endswith("!"))]
+    hints = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "enable_fp_fusion": True}
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(compiled.asm["cubin"])
+        listing = _cuobjdump("-sass", file)
+        usage = _cuobjdump("-res-usage", file)
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    code = [(int(m[1], 16), m[2], m[3]) for m in map(_INSTRUCTION.match, listing.splitlines()) if m]
+    first, last = _main_loop(code)
+    return MachineCode(
+        registers=registers,
+        stack_bytes=stack,
+        shared_bytes=compiled.metadata.shared,
+        listing=listing,
+        instructions=Counter(name for _, name, _ in code),
+        loop=Counter(name for address, name, _ in code if first <= address <= last),
+    )
+
+
+def _cuobjdump(option, file):
+    done = subprocess.run([_TOOLS / "cuobjdump", option, file], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def _main_loop(code):
+    """(first, last) address of the backward branch that spans most."""
+    best = (0, -1)
+    for address, name, operands in code:
+        target = re.search(r"0x([0-9a-f]+)", operands) if name.startswith("BRA") else None
+        if target and address - int(target[1], 16) > max(0, best[1] - best[0]):
+            best = (int(target[1], 16), address)
+    return best

@@ -1,0 +1,42 @@
+"""Memory does not grow with depth."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+# One allocator arena: what is measured is what the walk keeps, not how threads spread the heap.
+QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"}
+
+
+@pytest.mark.slow
+def test_peak_memory_of_four_times_the_layers(tmp_path):
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 100, (4, 64)))
+    peaks = []
+    for layers in (3, 12):
+        config = LlamaConfig(
+            vocab_size=100,
+            hidden_size=1024,
+            intermediate_size=2048,
+            num_hidden_layers=layers,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+        )
+        LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / f"base{layers}", max_shard_size="40MB")
+        command = [sys.executable, "-m", "qsun.cli.main", "quantize", str(tmp_path / f"base{layers}"), "--json"]
+        command += ["-o", str(tmp_path / f"out{layers}"), "--calib", str(tmp_path / "ids.npy"), "--method", "rtn"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300, env=QUIET)
+        peaks.append(json.loads(done.stdout)["peak_rss_bytes"])
+    block_bytes = 4 * (2 * 1024 * 1024 + 2 * 256 * 1024 + 3 * 1024 * 2048)
+    assert peaks[1] - peaks[0] < block_bytes  # nine more blocks, and not even one more of them in memory
+
+
+def test_the_peak_is_the_process_s_own():
+    parent = np.ones(75 << 20)  # 600 MiB, which a child's getrusage would report as its own
+    child = "from qsun.memory import peak_rss_bytes; print(peak_rss_bytes())"
+    done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True, timeout=120)
+    assert 10 << 20 < int(done.stdout) < parent.nbytes
