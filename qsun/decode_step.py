@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsun.kv import DecodeCache
+from qsun.kv import CACHE_ARGUMENT, DecodeCache
 from qsun.seam import seam_masks
 
 
@@ -51,7 +51,7 @@ class DecodeStep:
             input_ids=self._tokens,
             attention_mask=seam_masks(self.model, self.starts, cache.column, length),
             position_ids=cache.column - self.starts[:, None],
-            past_key_values=cache,
+            **{CACHE_ARGUMENT: cache},
             use_cache=True,
         ).logits[:, -1]
 

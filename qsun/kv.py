@@ -1,9 +1,14 @@
 """The KV cache of a decode batch, whose rows come from different prefill modules."""
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LlamaModel
+
+# What transformers calls the cache in the forward of models and blocks: 5.24 renamed it.
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 _GROWTH = 128  # columns
 

@@ -15,6 +15,7 @@ from qsun.base import find_model
 from qsun.blocks import Skeleton
 from qsun.checkpoint import Checkpoint
 from qsun.errors import QsunError
+from qsun.kv import CACHE_ARGUMENT
 from qsun.pairing import ADAPTER, check_pair
 from qsun.stream import Batch, KeptKV
 
@@ -120,7 +121,7 @@ class PrefillStream:
         block = self.skeleton.load_block(index)
         for place in self._places:
             hidden, kept = self.hidden[place], KeptKV()
-            arguments = {**self.skeleton.block_arguments(index, hidden), "past_key_values": kept}
+            arguments = {**self.skeleton.block_arguments(index, hidden), CACHE_ARGUMENT: kept}
             output = block(hidden, **arguments)
             self.hidden[place] = output[0] if isinstance(output, tuple) else output
             self._kv[place] = kept

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from qsun.kv import CACHE_ARGUMENT
+
 
 @contextmanager
 def recomputed(*models: Any) -> Iterator[None]:
@@ -27,19 +29,20 @@ def recomputed(*models: Any) -> Iterator[None]:
             layer.__dict__.pop("forward", None)  # the class's own again
 
 
-def _block(forward: Any, index: int, hidden: Tensor, *args: Any, past_key_values: Any = None, **arguments: Any) -> Any:
-    if past_key_values is None:
+def _block(forward: Any, index: int, hidden: Tensor, *args: Any, **arguments: Any) -> Any:
+    cache = arguments.pop(CACHE_ARGUMENT, None)
+    if cache is None:
         return checkpoint(partial(forward, **arguments), hidden, *args, use_reentrant=False)
-    written = past_key_values.layers[index] if index < len(past_key_values.layers) else None
+    written = cache.layers[index] if index < len(cache.layers) else None
     before = (None, None) if written is None else (written.keys, written.values)
 
     def run(hidden: Tensor, keys: Tensor | None, values: Tensor | None) -> tuple[Any, Tensor, Tensor]:
         one = _OneBlock(keys, values)
-        output = forward(hidden, *args, past_key_values=one, **arguments)
+        output = forward(hidden, *args, **{CACHE_ARGUMENT: one}, **arguments)
         return output, one.new[0], one.new[1]
 
     output, keys, values = checkpoint(run, hidden, *before, use_reentrant=False)
-    past_key_values.update(keys, values, index)
+    cache.update(keys, values, index)
     return output
 
 

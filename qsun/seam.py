@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from qsun.architectures import architecture_of
+from qsun.kv import CACHE_ARGUMENT
 
 IGNORED = -100  # label of a position that is no response token
 
@@ -83,7 +84,7 @@ def prefill_batch(model: Any, batch: SeamBatch) -> Any:
             input_ids=batch.prefix,
             attention_mask=seam_masks(model, batch.starts, columns, P),
             position_ids=_positions(batch.starts, columns),
-            past_key_values=cache,
+            **{CACHE_ARGUMENT: cache},
             use_cache=True,
         )
     return cache
@@ -97,7 +98,7 @@ def seam_logits(prefill: Any, decode: Any, batch: SeamBatch) -> Tensor:
         input_ids=batch.rest,
         attention_mask=seam_masks(decode, batch.starts, columns, P + R),
         position_ids=_positions(batch.starts, columns),
-        past_key_values=prefill_batch(prefill, batch),
+        **{CACHE_ARGUMENT: prefill_batch(prefill, batch)},
         use_cache=True,
     ).logits
 
@@ -137,7 +138,7 @@ def prefilled_rows(model: Any, rows: list[list[int]], chunk: int) -> Iterator[li
     for start in range(0, longest, chunk):
         piece = tokens[:, start : start + chunk]
         positions = torch.arange(start, start + piece.shape[1], device=device)[None]
-        model.model(input_ids=piece, position_ids=positions, past_key_values=cache, use_cache=True)
+        model.model(input_ids=piece, position_ids=positions, use_cache=True, **{CACHE_ARGUMENT: cache})
     layers: Any = cache.layers
     for number, row in enumerate(rows):
         yield [(layer.keys[number, :, : len(row)], layer.values[number, :, : len(row)]) for layer in layers]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from qsun.architectures import Architecture
 from qsun.blocks import Skeleton
 from qsun.calibration import Sample
+from qsun.kv import CACHE_ARGUMENT
 
 TOKENS_PER_BATCH = 4096
 _KEEP_MLP_BYTES = 1 << 30  # of MLP inputs, the widest activations, kept for the block's output
@@ -154,7 +155,7 @@ class Stream:
     def _run(self, number: int, until: int = 4) -> Any:
         arguments = dict(self.skeleton.block_arguments(self.index, self.hidden[number]))
         if self.batches[number].prefilled.any():
-            arguments["past_key_values"] = self._cache(number)
+            arguments[CACHE_ARGUMENT] = self._cache(number)
         with self._replayed(number, until):
             return self.block(self.hidden[number], **arguments)
 

@@ -21,6 +21,7 @@ from qsun.blocks import Skeleton
 from qsun.calibration import Sample
 from qsun.demo import base_directory
 from qsun.job import prepare
+from qsun.kv import CACHE_ARGUMENT
 from qsun.pipeline import run
 from qsun.statistics import Moments
 
@@ -101,7 +102,7 @@ def seen_by_decoder(prefill: Any, decode: Any, names: list[str], sample: Sample)
     """(decode positions, features): inputs of the named layers, and of every block and what attention adds to it."""
     cache, tokens = DynamicCache(config=decode.config), torch.tensor([sample.tokens])
     if sample.prefill_tokens:
-        prefill(tokens[:, : sample.prefill_tokens], past_key_values=cache, use_cache=True)
+        prefill(tokens[:, : sample.prefill_tokens], use_cache=True, **{CACHE_ARGUMENT: cache})
     seen: dict[str, Tensor] = {}
 
     def input_of(name: str, module: nn.Module) -> Any:
@@ -115,7 +116,7 @@ def seen_by_decoder(prefill: Any, decode: Any, names: list[str], sample: Sample)
                 lambda _, __, out, key=f"attention {index}": seen.__setitem__(key, out[0][0])
             )
         )
-    decode(tokens[:, sample.prefill_tokens :], past_key_values=cache, use_cache=True)
+    decode(tokens[:, sample.prefill_tokens :], use_cache=True, **{CACHE_ARGUMENT: cache})
     for handle in handles:
         handle.remove()
     return seen

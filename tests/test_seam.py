@@ -13,6 +13,7 @@ from qsun.architectures import Architecture, architecture_of
 from qsun.blocks import Skeleton
 from qsun.calibration import Sample
 from qsun.checkpoint import Checkpoint
+from qsun.kv import CACHE_ARGUMENT
 from qsun.stream import Batch, Stream, make_batches
 
 from .conftest import FAMILIES, random_tokens, reference
@@ -45,7 +46,7 @@ def decode_states(full: Any, ours: Any, architecture: Architecture, sample: Samp
     """Outputs of every block and inputs of every stage of `ours`, (decode positions, features) each."""
     cache, tokens = DynamicCache(config=full.config), torch.tensor([sample.tokens])
     if sample.prefill_tokens:
-        full(tokens[:, : sample.prefill_tokens], past_key_values=cache, use_cache=True)
+        full(tokens[:, : sample.prefill_tokens], use_cache=True, **{CACHE_ARGUMENT: cache})
     seen: dict[str, list[torch.Tensor]] = {}
     handles = []
     for index, layer in enumerate(ours.model.layers):
@@ -64,7 +65,7 @@ def decode_states(full: Any, ours: Any, architecture: Architecture, sample: Samp
             )
     rest = tokens[:, sample.prefill_tokens :]
     for piece in rest.split(1, dim=1) if stepwise else [rest]:
-        ours(piece, past_key_values=cache, use_cache=True)
+        ours(piece, use_cache=True, **{CACHE_ARGUMENT: cache})
     for handle in handles:
         handle.remove()
     return {key: torch.cat(pieces, 1)[0] for key, pieces in seen.items()}

@@ -68,7 +68,7 @@ def test_dequantization_does_not_spill():
 @pytest.mark.parametrize("bucket", load_table("default").buckets, ids=lambda b: f"M{b.max_m}g{min(b.max_group, 128)}")
 def test_every_default_compiles_well(bucket, capability):
     launch = replace(bucket.launch, split_k=4)
-    groups = [(group, asym) for group, asym in GROUPS if bucket_of(bucket.max_m, group) is bucket]
+    groups = [(group, asym) for group, asym in GROUPS if bucket_of(bucket.max_m, group) == bucket]
     for group, asym in groups:
         check(compile_int4(launch, group, asym, capability=capability), launch)
     check(compile_int4(launch, groups[0][0], True, epilogue="s", even_k=False, capability=capability), launch)
