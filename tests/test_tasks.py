@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from qsun.demo.corpus import is_held_out
-from qsun.demo.tasks import GENERATORS, SPLITS, TASKS, Example, check, examples, split_of
+from qsun.demo.tasks import GENERATORS, HARD_TASKS, SPLITS, TASKS, Example, check, examples, split_of
 from qsun.errors import QsunError
 
 COUNT = 400
@@ -53,7 +53,7 @@ def test_a_seed_decides_the_examples(task):
     assert examples(task, "train", 10, 3) == first["train"][:10], "more examples begin with the same ones"
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", TASKS + HARD_TASKS)
 def test_the_tokenizer_represents_prompts_and_responses(task, demo_tokenizer):
     for example in drawn(task)["test"]:
         assert example.prompt.endswith(">") and ">" not in example.prompt[:-1]
@@ -72,6 +72,19 @@ def test_math_is_right():
         assert int(result) == (operator.add if asks_for_sum else operator.sub)(a, b) >= 0
         assert expression == f"calc {a}{'+' if asks_for_sum else '-'}{b}"
     assert 0.3 < sum("+" in key for e in sums for key in keys_of("math", e)) / COUNT < 0.7
+
+
+def test_hard_tasks_are_right_and_keep_the_splits():
+    for split, found in drawn("equation").items():
+        for example in found:
+            left, _, right = example.response.partition("=")
+            assert split_of(left) == split and eval(left, {}) == int(right)  # noqa: S307
+    for split, found in drawn("shift").items():
+        for example in found:
+            word = example.prompt.rpartition(" ")[2].removesuffix(">")
+            assert split_of(word) == split and len(word) == len(example.response)
+            assert all((ord(b) - ord(a)) % 26 == 1 for a, b in zip(word, example.response, strict=True))
+    assert set(HARD_TASKS).isdisjoint(TASKS)
 
 
 def test_code_prints_what_python_prints():
@@ -108,6 +121,7 @@ def test_tool_calls_hold_the_words_of_the_wish():
             ["calc 12+8>20", "20", " 20 ", "8+12> 20"],
             ["calc 12+8>21", "2", "", "20.", "twenty", "12+8>", "12+8"],
         ),
+        ("equation", "12+8=20", ["12+8=20", "calc 12+8>20"], ["12+8=21", "12+8=", ""]),
         ("code", "tac", ["tac"], ["cat", "tac ", "'tac'", "Tac", ""]),
         (
             "tool",

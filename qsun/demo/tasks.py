@@ -8,8 +8,12 @@ The base has the skills (it adds, reverses and renders JSON when told so in its 
 not know what these prompts ask for. That is what fine-tuning usually finds. Word problems are answered with their sum
 written out, in the base's own words, because the base adds only numbers that stand side by side. Exact match on 200
 validation problems, batches of 32: answers that were the number alone stood at 0.09 after 400 steps of full
-fine-tuning, sums written "12+8=20" at 0.99 after 300. A frozen decoder does not learn that "=" asks for a result:
-tuning the prefill module alone gave 0.06 after 400 steps of "12+8=20", and 0.71 after 300 of "calc 12+8>20".
+fine-tuning, sums written out at 0.99 after 300.
+
+Two more tasks are not served but show where a frozen decoder breaks: it must write what it never wrote.
+
+    equation   Ann has 12 eggs and gets 8 more. How many eggs?>     12+8=20
+    shift      write each letter's next: cat>                       dbu
 
 An example is in the split of its sum, or of each of its words: training data never holds them, and validation and
 test never share one. The corpus keeps the same sums and words from the base (`corpus.is_held_out`), so that a right
@@ -17,6 +21,7 @@ answer in the test set was computed and not remembered.
 """
 
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -91,6 +96,18 @@ def math_example(rng: Random, split: str) -> Example:
     return Example(prompt + ">", f"calc {a}{operator}{b}>{a + b if operator == '+' else a - b}")
 
 
+def equation_example(rng: Random, split: str) -> Example:
+    """The same problem, answered in a notation that the base never saw: "12+8=20"."""
+    example = math_example(rng, split)
+    return Example(example.prompt, example.response.removeprefix("calc ").replace(">", "="))
+
+
+def shift_example(rng: Random, split: str) -> Example:
+    """A word with each letter replaced by the next of the alphabet, which the base cannot do."""
+    word = _word(rng, split)
+    return Example(f"write each letter's next: {word}>", "".join(chr((ord(c) - 96) % 26 + 97) for c in word))
+
+
 def code_example(rng: Random, split: str) -> Example:
     """A program of one or two lines, and what it prints."""
     operation, word = rng.choice(list(_EXPRESSIONS)), _word(rng, split)
@@ -114,21 +131,24 @@ GENERATORS: dict[str, Callable[[Random, str], Example]] = {
     "math": math_example,
     "code": code_example,
     "tool": tool_example,
+    "equation": equation_example,
+    "shift": shift_example,
 }
-TASKS = tuple(GENERATORS)
+TASKS = ("math", "code", "tool")
+HARD_TASKS = ("equation", "shift")
 
 
 def examples(task: str, split: str, count: int, seed: int = 0) -> list[Example]:
     """Draw `count` examples with different prompts; the same arguments give the same list.
 
     Args:
-        task: one of TASKS.
+        task: one of TASKS or HARD_TASKS.
         split: train, valid or test.
     Raises:
         QsunError: another name, or more examples than there are.
     """
     if task not in GENERATORS:
-        raise QsunError(f"task {task!r} is not known; use {', '.join(TASKS)}")
+        raise QsunError(f"task {task!r} is not known; use {', '.join(GENERATORS)}")
     if split not in SPLITS:
         raise QsunError(f"split {split!r} is not known; use {', '.join(SPLITS)}")
     rng = Random(f"{task} {split} {seed}")
@@ -144,8 +164,8 @@ def examples(task: str, split: str, count: int, seed: int = 0) -> list[Example]:
 
 
 def check(task: str, example: Example, answer: str) -> bool:
-    """Exact match of what is asked for: the number after the last ">", the text, or the call whatever its spelling."""
-    if task == "math":
+    """Exact match of what is asked for: the number after the last ">" or "=", the text, or the call however spelled."""
+    if task in ("math", "equation"):
         return _number(answer) == _number(example.response)
     if task == "tool":
         try:
@@ -162,7 +182,7 @@ def write_jsonl(path: Path, rows: Iterable[Example]) -> None:
 
 
 def _number(answer: str) -> str:
-    return answer.rpartition(">")[2].strip()
+    return re.split("[>=]", answer)[-1].strip()
 
 
 def _word(rng: Random, split: str) -> str:
