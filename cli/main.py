@@ -6,7 +6,7 @@ import sys
 import typer
 
 from qsun._version import __version__
-from qsun.cli import bench, check_pair, demo, demo_data, inspect, quantize, screen, tune
+from qsun.cli import bench, check_pair, demo, demo_data, evaluate, inspect, quantize, screen, tune
 from qsun.errors import QsunError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command("quantize", no_args_is_help=True, help=quantize.EXAMPLES)(quantize.quantize)
 app.command("tune", no_args_is_help=True)(tune.tune)
+app.command("eval", no_args_is_help=True, help=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("inspect", no_args_is_help=True)(inspect.inspect)
 app.command("check-pair", no_args_is_help=True)(check_pair.check_pair)
 app.command("demo")(demo.demo)

@@ -82,8 +82,8 @@ def run_study(study: Study, out: Path, processes: int = 2, progress: Progress = 
     ]
     total, done = sum(map(len, stages)), 0
     progress("", 0, total)
-    for stage in stages:
-        with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        for stage in stages:  # each needs what the one before it made
             jobs = {pool.submit(_alone, work): work for work in stage}
             for job in as_completed(jobs):
                 job.result()

@@ -103,6 +103,23 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return read_json(directory / MANIFEST) if (directory / MANIFEST).exists() else {}
 
 
+def find_base(decode: str | Path, base: str | Path | None = None) -> tuple[Path, str]:
+    """The full-precision base of a decode module, directory and name.
+
+    The one given, the one that a quantized module names, or the decode module itself. Raises QsunError for none.
+    """
+    directory = find_model(str(decode))
+    if base is None and not read_json(directory / "config.json").get("quantization_config"):
+        return directory, str(decode)
+    name = read_manifest(directory).get("base") if base is None else str(base)
+    if not isinstance(name, str):
+        raise QsunError(f"{decode} is quantized and does not say from which base; give it with --base")
+    try:
+        return find_model(name), name
+    except QsunError:
+        raise QsunError(f"{decode} was quantized from {name}, which is not here; give the base with --base") from None
+
+
 def base_fingerprint(made: Mapping[str, Any]) -> str | None:
     """The fingerprint of the base that qsun.json of either kind names."""
     named = made.get("base_fingerprint")

@@ -9,10 +9,10 @@ import torch
 
 from qsun.base import find_model, load_tokenizer
 from qsun.blocks import EMBEDDING, empty_model, read_model_config
-from qsun.checkpoint import Checkpoint, read_json
+from qsun.checkpoint import Checkpoint
 from qsun.errors import QsunError
 from qsun.lora import ADAPTER_CONFIG, adapter_base
-from qsun.pairing import base_fingerprint, check_pair, differences, read_manifest
+from qsun.pairing import base_fingerprint, check_pair, differences, find_base, read_manifest
 from qsun.tune_config import TuneConfig
 from qsun.tune_data import Example, fingerprint, hold_out, read_examples
 from qsun.workdir import check_free
@@ -100,7 +100,7 @@ def prepare_tuning(
     config, out = config or TuneConfig(), Path(out)
     check_free(out, resume)
     decode_dir = find_model(str(decode))
-    base_dir, base_name = _find_base(decode_dir, str(decode), base)
+    base_dir, base_name = find_base(decode, base)
     start = base_dir if init is None else _find_start(str(init), decode_dir, config)
     fingerprints = {"base": Checkpoint(base_dir).fingerprint(), "decode": Checkpoint(decode_dir).fingerprint()}
     fingerprints["start"] = fingerprints["base"] if init is None else _weights_fingerprint(start)
@@ -130,21 +130,6 @@ def prepare_tuning(
 
 def _names(sources: str | Path | Sequence[str | Path]) -> list[str]:
     return [str(sources)] if isinstance(sources, (str, Path)) else [str(source) for source in sources]
-
-
-def _find_base(decode_dir: Path, decode: str, base: str | Path | None) -> tuple[Path, str]:
-    """The full-precision base: the one given, the one that a quantized module names, or the decode module itself."""
-    quantized = bool(read_json(decode_dir / "config.json").get("quantization_config"))
-    if base is None and not quantized:
-        return decode_dir, decode
-    named = read_manifest(decode_dir).get("base")
-    name = str(base) if base is not None else named
-    if not isinstance(name, str):
-        raise QsunError(f"{decode} is quantized and does not say from which base; give it with --base")
-    try:
-        return find_model(name), name
-    except QsunError:
-        raise QsunError(f"{decode} was quantized from {name}, which is not here; give the base with --base") from None
 
 
 def _find_start(init: str, decode_dir: Path, config: TuneConfig) -> Path:

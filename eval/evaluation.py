@@ -1,0 +1,187 @@
+"""`qsun eval`: every variant answers every task, part by part, so that a run that was stopped goes on.
+
+variants x tasks -> lm-eval -> right or wrong, example by example
+variants with responses -> divergence from the full-precision decoder at decode positions
+decode modules with text -> the same on running text, and perplexity
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qsun.base import find_model, load_tokenizer
+from qsun.decode import DecodeModule, load_decode
+from qsun.errors import QsunError
+from qsun.eval.divergence import response_divergence, text_divergence
+from qsun.eval.harness import HarnessSettings, run_task
+from qsun.eval.passes import read_windows
+from qsun.eval.variants import Entry, Matrix
+from qsun.manifest import write_json
+from qsun.pairing import find_base, read_manifest
+from qsun.prefill import PrefillModule, load_prefill
+from qsun.tune_data import read_examples
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to evaluate and how.
+
+    Attributes:
+        matrix: variants and tasks. harness: what lm-eval is told.
+        text: running text for perplexity and divergence of every decode module. windows: how many, and their length.
+        responses: prompt/response data for every entry that names none of its own.
+        dtype, device: of all modules; auto is float32 on a CPU and what is stored on a GPU.
+    """
+
+    matrix: Matrix
+    harness: HarnessSettings = field(default_factory=HarnessSettings)
+    text: Path | None = None
+    windows: tuple[int, int] = (64, 256)
+    responses: Path | None = None
+    dtype: str = "auto"
+    device: str = ""
+
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must agree with."""
+        return json.loads(json.dumps(asdict(self), default=str))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A piece of work whose result is one file."""
+
+    label: str
+    name: str
+    make: Callable[["_Modules"], Mapping[str, Any]]
+
+
+def evaluate(
+    job: Evaluation, out: Path, resume: bool = False, progress: Progress = lambda *_: None
+) -> list[dict[str, Any]]:
+    """Do all parts; results lie in `out`/parts as they come.
+
+    Returns:
+        Each part's result: {"kind": "task" | "responses" | "text", "variant", ...}.
+    Raises:
+        QsunError: `out` exists (without resume) or holds an evaluation with other settings.
+    """
+    parts = list(_parts(job))
+    _claim(job, out, resume)
+    modules = _Modules(job)
+    results = []
+    for number, part in enumerate(parts):
+        progress(part.label, number, len(parts))
+        file = out / "parts" / f"{part.name}.json"
+        if not file.exists():
+            write_json(file, dict(part.make(modules)))
+        results.append(json.loads(file.read_text(encoding="utf-8")))
+    progress("done", len(parts), len(parts))
+    return results
+
+
+def _claim(job: Evaluation, out: Path, resume: bool) -> None:
+    file = out / "evaluation.json"
+    if file.exists() and resume:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        for name, value in job.settings().items():
+            if before.get(name) != value:
+                raise QsunError(f"{out} was begun with another {name}; give the same settings, or another -o")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise QsunError(f"output directory {out} exists; choose another, or go on with --resume")
+    (out / "parts").mkdir(parents=True)
+    write_json(file, job.settings())
+
+
+def _parts(job: Evaluation) -> Iterator[_Part]:
+    for place, entry in enumerate(job.matrix.entries):
+        for task in entry.answers(job.matrix.tasks):
+            yield _Part(f"{entry.name}: {task}", f"{place:03d}-{task}", _task(job, entry, task))
+        source = entry.responses or job.responses
+        if source:
+            yield _Part(f"{entry.name}: decode positions", f"{place:03d}-responses", _responses(entry, Path(source)))
+    if job.text:
+        for place, (decode, names) in enumerate(_decoders(job.matrix).items()):
+            part = _text(job, job.text, decode, names)
+            yield _Part(f"{', '.join(names)}: text", f"text-{place:03d}", part)
+
+
+def _decoders(matrix: Matrix) -> dict[str, list[str]]:
+    """Each decode module and the variants that use it, fine-tunes that decode for themselves left out."""
+    found: dict[str, list[str]] = {}
+    for entry in matrix.entries:
+        if read_manifest(find_model(entry.decode)).get("kind") != "fine_tune":
+            names = found.setdefault(entry.decode, [])
+            names += [entry.name] if entry.name not in names else []
+    return found
+
+
+def _task(job: Evaluation, entry: Entry, task: str) -> Callable[["_Modules"], Mapping[str, Any]]:
+    def make(modules: "_Modules") -> Mapping[str, Any]:
+        prefill, decode = modules.pair(entry)
+        found = run_task(prefill, decode, task, job.harness)
+        return {"kind": "task", "variant": entry.name, "task": task, **found}
+
+    return make
+
+
+def _responses(entry: Entry, source: Path) -> Callable[["_Modules"], Mapping[str, Any]]:
+    def make(modules: "_Modules") -> Mapping[str, Any]:
+        prefill, decode = modules.pair(entry)
+        tokenizer = load_tokenizer(decode.directory) or load_tokenizer(find_base(entry.decode)[0])
+        config: Any = prefill.model.config
+        examples, _ = read_examples([str(source)], tokenizer, config.max_position_embeddings, "evaluation")
+        reference = modules.reference(entry)
+        found = response_divergence(prefill.model, decode.model, reference.model, examples)
+        return {"kind": "responses", "variant": entry.name, "source": str(source), **found.to_dict()}
+
+    return make
+
+
+def _text(job: Evaluation, source: Path, decode: str, names: list[str]) -> Callable[["_Modules"], Mapping[str, Any]]:
+    def make(modules: "_Modules") -> Mapping[str, Any]:
+        entry = Entry(names[0], decode, decode)
+        module, reference = modules.decoder(decode), modules.reference(entry)
+        windows = read_windows(source, str(find_base(decode)[0]), *job.windows).to(modules.device)
+        found = text_divergence(module.model, reference.model, windows)
+        return {"kind": "text", "variants": names, "decode": decode, "source": str(source), **found.to_dict()}
+
+    return make
+
+
+class _Modules:
+    """Loads modules; the last prefill module and the last two decode modules stay for the parts that come next."""
+
+    def __init__(self, job: Evaluation):
+        self.device = torch.device(job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.dtype = job.dtype if job.dtype != "auto" else ("float32" if self.device.type == "cpu" else None)
+        self._decoders: dict[str, DecodeModule] = {}
+        self._prefill: tuple[str, PrefillModule] | None = None
+
+    def decoder(self, name: str) -> DecodeModule:
+        if name not in self._decoders:
+            while len(self._decoders) > 1:
+                self._decoders.pop(next(iter(self._decoders)))
+            self._decoders[name] = load_decode(name, self.device, self.dtype)
+        return self._decoders[name]
+
+    def reference(self, entry: Entry) -> DecodeModule:
+        """The full-precision decoder of an entry's decode module: its base, or itself."""
+        base = find_base(entry.decode)[1]
+        return self.decoder(entry.decode if find_model(base) == find_model(entry.decode) else base)
+
+    def pair(self, entry: Entry) -> tuple[PrefillModule, DecodeModule]:
+        if entry.alone:
+            own = self.decoder(entry.decode)
+            return PrefillModule(own.model, own.directory, own.manifest), own
+        decode = self.decoder(entry.decode)
+        if self._prefill is None or self._prefill[0] != entry.prefill:
+            self._prefill = None  # let the one before go first
+            self._prefill = entry.prefill, load_prefill(entry.prefill, decode, self.dtype, self.device)
+        return self._prefill[1], decode
