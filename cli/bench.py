@@ -104,7 +104,7 @@ def kernels(
         Patience(rounds, seconds, minutes),
         screen.note,
     )
-    result |= _machine(where, threads)
+    result |= machine(where, threads)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -147,7 +147,8 @@ def tune(
     typer.echo(f"{path}: launches for {gpu}")
 
 
-def _machine(device: Any, threads: int) -> dict[str, Any]:
+def machine(device: Any, threads: int) -> dict[str, Any]:
+    """What a measurement was made on, for its result."""
     import torch
 
     if device.type == "cuda":
