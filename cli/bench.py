@@ -86,6 +86,7 @@ def kernels(
     """
     import torch
 
+    from qsun.eval.clock import machine
     from qsun.eval.kernel_bench import Patience, Weights, bench_kernels, layers_of, plot_kernels
     from qsun.eval.model_shapes import MODEL_SHAPES
 
@@ -104,7 +105,7 @@ def kernels(
         Patience(rounds, seconds, minutes),
         screen.note,
     )
-    result |= _machine(where, threads)
+    result |= machine(where, threads)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -147,15 +148,6 @@ def tune(
     typer.echo(f"{path}: launches for {gpu}")
 
 
-def _machine(device: Any, threads: int) -> dict[str, Any]:
-    import torch
-
-    if device.type == "cuda":
-        return {"machine": torch.cuda.get_device_name(), "torch": torch.__version__}
-    capability = torch.backends.cpu.get_cpu_capability()
-    return {"machine": f"CPU, {capability}, {threads} thread{'s' * (threads > 1)}", "torch": torch.__version__}
-
-
 def _table(result: dict[str, Any]) -> str:
     lines = [f"{result['machine']}, torch {result['torch']}, copy {result['copy_gb_per_s']:.0f} GB/s"]
     lines.append(
@@ -170,50 +162,3 @@ def _table(result: dict[str, Any]) -> str:
         ratios = "  ".join(f"M={M}: {ratio:.2f}" for M, ratio in by_rows.items())
         lines.append(f"geometric mean of {kernel} over bf16: {ratios}")
     return "\n".join(lines)
-
-
-@app.command("tasks", no_args_is_help=True)
-def tasks(
-    out: Path = typer.Option(..., "--out", "-o", help="Folder; a study in it goes on where it stopped."),
-    seeds: int = typer.Option(3, help="Of data, order and calibration."),
-    steps: int = typer.Option(1000, help="Budget of SUN and of the full fine-tune alike."),
-    curve: str = typer.Option("125,250,500", help="Smaller budgets of the first seed, for accuracy against steps."),
-    align_steps: int = typer.Option(250, help="Further steps against each quantized decode module."),
-    lr: float = typer.Option(3e-3, help="Peak rate of prefill modules."),
-    full_lr: float = typer.Option(3e-3, help="Peak rate of full fine-tunes."),
-    test: int = typer.Option(500, help="Held-out examples of each task and seed."),
-    processes: int = typer.Option(2, help="Of one thread each."),
-    as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
-) -> None:
-    """Accuracy of full fine-tuning, SUN and QSUN on the embedded tasks: passes, bits, calibration, alignment.
-
-    Leaves study.md, scores.json, bits.png, curve.png, and matrix.yaml for qsun eval. An hour and a half on 2 cores with
-    the defaults.
-
-    Example:
-
-      qsun bench tasks -o out/study --seeds 1 --steps 400
-    """
-    from qsun.eval.study import Study, run_study
-    from qsun.eval.study_matrix import write_matrix
-    from qsun.eval.study_report import Scores, markdown, plot_bits, plot_curve
-
-    screen.show_warnings()
-    study = Study(
-        seeds=seeds,
-        steps=steps,
-        curve=tuple(int(c) for c in curve.split(",") if c),
-        align_steps=align_steps,
-        lr=lr,
-        full_lr=full_lr,
-        test=test,
-    )
-    with screen.progress(as_json) as progress:
-        result = run_study(study, out, processes, progress)
-    (out / "scores.json").write_text(json.dumps(result, indent=1) + "\n")
-    scores = Scores(result)
-    (out / "study.md").write_text(markdown(scores))
-    write_matrix(study, out)
-    plot_bits(scores, out / "bits.png")
-    plot_curve(scores, out / "curve.png")
-    typer.echo(json.dumps(result) if as_json else markdown(scores))

@@ -45,6 +45,10 @@ def evaluate(
     responses: Path | None = typer.Option(
         None, help=".jsonl of prompts and responses: divergence at decode positions."
     ),
+    speed: str = typer.Option(
+        "",
+        help="Add decode speed: of 'modules' (those given), of a shape such as llama-3.2-1b, or a speed.json.",
+    ),
     batch_size: str = typer.Option("auto", help="Of lm-eval's requests."),
     dtype: str = typer.Option("auto", help="auto, float32, bfloat16 or float16."),
     device: str = typer.Option("", help="cpu, cuda. Default: a GPU where there is one."),
@@ -52,7 +56,7 @@ def evaluate(
     resume: bool = typer.Option(False, "--resume", help="Go on where a run with the same settings stopped."),
     as_json: bool = typer.Option(False, "--json", help="Print report.json on stdout."),
 ) -> None:
-    from qsun.eval.evaluation import Evaluation
+    from qsun.eval.evaluation import Evaluation, measured_speed
     from qsun.eval.evaluation import evaluate as run
     from qsun.eval.harness import HarnessSettings
     from qsun.eval.variants import from_file, from_options
@@ -62,13 +66,14 @@ def evaluate(
     if bool(matrix) == bool(decode):
         raise QsunError("give either --decode (with --prefill and --full-ft) or --matrix")
     chosen = from_file(matrix, wanted) if matrix else from_options(decode, prefill, full_ft, wanted, base or None)
-    if not (chosen.tasks or text or responses or any(entry.responses for entry in chosen.entries)):
-        raise QsunError("nothing to evaluate; give --tasks, --text or --responses")
+    if not (chosen.tasks or speed or text or responses or any(entry.responses for entry in chosen.entries)):
+        raise QsunError("nothing to evaluate; give --tasks, --text, --responses or --speed")
     harness = HarnessSettings(limit, batch_size, num_fewshot, chat_template, task_dir, task_data, allow_code, seed)
     job = Evaluation(chosen, harness, text, _windows(windows), responses, dtype, device)
     with screen.progress(as_json) as progress:
         parts = run(job, out, resume, progress)
-    report = _write(job, parts, out, seed)
+    times = measured_speed(speed, job, screen.note) if speed else None
+    report = _write(job, parts, times, out, seed)
     typer.echo(json.dumps(report) if as_json else _lines(report, out))
 
 
@@ -79,7 +84,7 @@ def _windows(value: str) -> tuple[int, int]:
     return int(count), int(length)
 
 
-def _write(job: Any, parts: list[dict[str, Any]], out: Path, seed: int) -> dict[str, Any]:
+def _write(job: Any, parts: list[dict[str, Any]], speed: Any, out: Path, seed: int) -> dict[str, Any]:
     from qsun.eval.report_pages import markdown, page
     from qsun.eval.report_plots import plots
     from qsun.eval.summary import provenance, summarize
@@ -87,6 +92,7 @@ def _write(job: Any, parts: list[dict[str, Any]], out: Path, seed: int) -> dict[
 
     command = shlex.join(["qsun", *sys.argv[1:]])
     report = summarize(job.matrix, parts) | {"provenance": provenance(command, seed), "settings": job.settings()}
+    report |= {"speed": speed} if speed else {}
     pictures = plots(report)
     for name, png in pictures.items():
         (out / f"{name}.png").write_bytes(png)

@@ -6,7 +6,19 @@ import sys
 import typer
 
 from qsun._version import __version__
-from qsun.cli import bench, check_pair, demo, demo_data, evaluate, inspect, quantize, screen, tune
+from qsun.cli import (
+    bench,
+    bench_speed,
+    bench_tasks,
+    check_pair,
+    demo,
+    demo_data,
+    evaluate,
+    inspect,
+    quantize,
+    screen,
+    tune,
+)
 from qsun.errors import QsunError
 
 app = typer.Typer(
@@ -24,6 +36,8 @@ app.command("inspect", no_args_is_help=True)(inspect.inspect)
 app.command("check-pair", no_args_is_help=True)(check_pair.check_pair)
 app.command("demo")(demo.demo)
 app.command("demo-data", no_args_is_help=True)(demo_data.demo_data)
+bench.app.command("speed", no_args_is_help=True)(bench_speed.speed)
+bench.app.command("tasks", no_args_is_help=True)(bench_tasks.tasks)
 app.add_typer(bench.app, name="bench")
 
 

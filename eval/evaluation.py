@@ -14,12 +14,16 @@ from typing import Any
 import torch
 
 from qsun.base import find_model, load_tokenizer
+from qsun.checkpoint import read_json
 from qsun.decode import DecodeModule, load_decode
 from qsun.errors import QsunError
+from qsun.eval.clock import machine
 from qsun.eval.divergence import response_divergence, text_divergence
 from qsun.eval.harness import HarnessSettings, run_task
 from qsun.eval.passes import read_windows
-from qsun.eval.variants import Entry, Matrix
+from qsun.eval.speed import Points, bench_speed
+from qsun.eval.speed_modules import loaded_contenders, made_contenders
+from qsun.eval.variants import Entry, Matrix, stored_bits
 from qsun.manifest import write_json
 from qsun.pairing import find_base, read_manifest
 from qsun.prefill import PrefillModule, load_prefill
@@ -46,6 +50,9 @@ class Evaluation:
     responses: Path | None = None
     dtype: str = "auto"
     device: str = ""
+
+    def place(self) -> torch.device:
+        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run must agree with."""
@@ -159,7 +166,7 @@ class _Modules:
     """Loads modules; the last prefill module and the last two decode modules stay for the parts that come next."""
 
     def __init__(self, job: Evaluation):
-        self.device = torch.device(job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = job.place()
         self.dtype = job.dtype if job.dtype != "auto" else ("float32" if self.device.type == "cpu" else None)
         self._decoders: dict[str, DecodeModule] = {}
         self._prefill: tuple[str, PrefillModule] | None = None
@@ -185,3 +192,27 @@ class _Modules:
             self._prefill = None  # let the one before go first
             self._prefill = entry.prefill, load_prefill(entry.prefill, decode, self.dtype, self.device)
         return self._prefill[1], decode
+
+
+def measured_speed(what: str, job: Evaluation, note: Callable[[str], None]) -> dict[str, Any]:
+    """The rows of `qsun bench speed` for a report.
+
+    Args:
+        what: a speed.json; a known shape, made with random weights; or "modules": the first quantized decode module.
+    Raises:
+        QsunError: none of these, or no quantized module to time.
+    """
+    if what.endswith(".json"):
+        return read_json(Path(what))
+    device = job.place()
+    if what == "modules":
+        quantized = next((e.decode for e in job.matrix.entries if stored_bits(e.decode)), None)
+        if quantized is None:
+            raise QsunError("--speed modules needs a quantized decode module; give one, or a known shape")
+        contenders = loaded_contenders(quantized, find_base(quantized)[1], device)
+    else:
+        contenders = made_contenders(what, "both", device)
+    limit = contenders.prefill.config.max_position_embeddings
+    contexts = [c for c in (128, 1024) if c + 64 < limit]
+    result = bench_speed(contenders, Points([1, 4, 16, 64], contexts, 32, 60.0), note)
+    return result | machine(device, torch.get_num_threads())

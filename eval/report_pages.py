@@ -12,7 +12,7 @@ Table = tuple[list[str], list[list[str]]]
 _CAPTIONS = {
     "accuracy": "Accuracy by task and variant; whiskers are 95% intervals.",
     "bits": "Mean accuracy against the bits of the shared decode module.",
-    "tpot": "Time per output token against batch; dotted: bytes of a step over the copy bandwidth.",
+    "speed": "Time per output token, and how many times as fast as SUN; dashed: by bytes over the copy bandwidth.",
 }
 _STYLE = """
 :root{color-scheme:light dark;--fg:#1f2933;--dim:#616e7c;--line:#d9dee4;--bg:#fff;--card:#f6f8fa;--mark:#2f81f7}
@@ -60,7 +60,7 @@ def tables(report: Report) -> dict[str, Table]:
             columns = ["variant", "positions", "perplexity", "loss", "KL x 1000", "99th percentile", "same top token"]
             found[f"{heading}: divergence from the full-precision decoder"] = (columns, _divergence(report[key]))
     if report.get("speed"):
-        found["Speed of decode"] = _speed(report["speed"]["rows"])
+        found[f"Speed of a decode step: {report['speed']['model']}"] = _speed(report["speed"]["rows"])
     return found
 
 
@@ -90,18 +90,19 @@ def _divergence(found: Mapping[str, Mapping[str, float]]) -> list[list[str]]:
 
 
 def _speed(rows: Sequence[Mapping[str, Any]]) -> Table:
-    columns = ["variant", "batch", "context", "TTFT ms", "TPOT ms", "p95 ms", "tokens/s", "speed-up", "of roofline"]
+    columns = ["variant", "lm_head", "batch", "context", "TTFT ms", "TPOT ms", "p95 ms", "tokens/s", "x SUN"]
+    columns += ["weights GB", "KV GB", "% of copy"]
     return columns, [
         [
-            row["variant"],
-            str(row["batch"]),
-            str(row["context"]),
+            *(str(row[key]) for key in ("variant", "lm_head", "batch", "context")),
             f"{row['ttft_ms']:.1f}",
             f"{row['tpot_ms']:.2f}",
             f"{row['tpot_p95_ms']:.2f}",
-            f"{row['tokens_per_second']:.1f}",
-            f"{row['speedup']:.2f}",
-            f"{100 * row['of_roofline']:.0f}%",
+            f"{row['tokens_per_s']:.1f}",
+            f"{row['ratio_to_sun']:.2f}",
+            f"{row['weight_bytes'] / 1e9:.3f}",
+            f"{row['kv_bytes'] / 1e9:.3f}",
+            f"{row['bandwidth_percent']:.0f}%",
         ]
         for row in rows
     ]
@@ -122,13 +123,13 @@ def page(report: Report, pictures: Mapping[str, bytes]) -> str:
     """report.html: needs no other file and no network."""
     say = "".join(f"<li>{html.escape(line)}</li>" for line in report["sentences"])
     body = [f'<ul class="say">{say}</ul>' if say else ""]
-    shown = [_figure(name, png) for name, png in pictures.items() if name != "tpot"]
+    shown = [_figure(name, png) for name, png in pictures.items() if name != "speed"]
     for heading, table in tables(report).items():
         body.append(f"<h2>{html.escape(heading)}</h2>{_html_table(table)}")
         if heading.startswith("Accuracy"):
             body += shown
-        if heading.startswith("Speed") and "tpot" in pictures:
-            body.append(_figure("tpot", pictures["tpot"]))
+        if heading.startswith("Speed") and "speed" in pictures:
+            body.append(_figure("speed", pictures["speed"]))
     made = html.escape("\n".join(_provenance(report)))
     body.append(f"<h2>How this was made</h2><pre>{made}</pre>")
     machine = report["provenance"]["machine"]

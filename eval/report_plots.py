@@ -4,6 +4,8 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+from qsun.eval.speed_report import speed_figure
+
 Report = Mapping[str, Any]
 _COLOURS = (
     "#9aa5b1",
@@ -20,14 +22,14 @@ _COLOURS = (
 
 
 def plots(report: Report) -> dict[str, bytes]:
-    """By name: accuracy, bits, tpot, roofline; those that the report has numbers for."""
+    """By name: accuracy, bits, speed; those that the report has numbers for."""
     made = {}
     if report["accuracy"]:
         made["accuracy"] = _accuracy(report)
         if len(set(report["bits"].values())) > 2:
             made["bits"] = _bits(report)
     if report.get("speed"):
-        made["tpot"] = _tpot(report["speed"]["rows"])
+        made["speed"] = _png(speed_figure(report["speed"]))
     return made
 
 
@@ -103,34 +105,4 @@ def _bits(report: Report) -> bytes:
     axes.set_ylim(0, 105)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8)
-    return _png(figure)
-
-
-def _tpot(rows: list[Mapping[str, Any]]) -> bytes:
-    contexts = sorted({row["context"] for row in rows})
-    figure = _figure(4 * len(contexts) + 0.6, 3.6)
-    panels = figure.subplots(1, len(contexts), squeeze=False)[0]
-    for axes, context in zip(panels, contexts, strict=True):
-        for number, variant in enumerate(dict.fromkeys(row["variant"] for row in rows)):
-            mine = sorted(
-                (r for r in rows if (r["variant"], r["context"]) == (variant, context)), key=lambda r: r["batch"]
-            )
-            batches = [row["batch"] for row in mine]
-            colour = _COLOURS[(number + 1) % len(_COLOURS)]
-            axes.plot(batches, [row["tpot_ms"] for row in mine], marker="o", color=colour, label=variant)
-            axes.plot(
-                batches,
-                [row["floor_ms"] for row in mine],
-                linestyle=":",
-                color=colour,
-                label=f"{variant}, bytes / bandwidth",
-            )
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_xticks(batches, [str(batch) for batch in batches])
-        axes.set_title(f"context {context}")
-        axes.set_xlabel("batch")
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("time per output token, ms")
-    panels[-1].legend(fontsize=8)
     return _png(figure)

@@ -75,6 +75,12 @@ class DecodeCache:
         """Part of what transformers asks of a cache."""
         return self.filled
 
+    get_query_offset = get_seq_length
+
+    def get_mask_sizes(self, *_: Any) -> tuple[int, int]:
+        """Columns that a step sees and the first of them: transformers asks where it is given no mask."""
+        return (self.columns if self.static else self.filled + 1), 0
+
 
 def _longer(buffer: Tensor) -> Tensor:
     rows, heads, _, width = buffer.shape

@@ -49,17 +49,37 @@ def seam_masks(model: Any, starts: Tensor, columns: Tensor, length: int) -> Any:
     Returns:
         A mask (B, 1, Q, length), or one for each attention type: bool, or additive where attention is eager.
     """
-    config = model.config
-    kinds = set(config.layer_types) if architecture_of(config.model_type).masks_by_type else {"all"}
+    kinds = _mask_kinds(model.config)
     key = torch.arange(length, device=columns.device)
     query = columns[:, None]
     causal = (key <= query) & (key >= starts[:, None, None]) | (key == query)
     masks = {}
     for kind in kinds:
-        window = None if kind == "full_attention" else getattr(config, "sliding_window", None)
+        window = _window(model.config, kind)
         seen = causal if window is None else causal & (key > query - window)
         masks[kind] = _as_attention_takes_it(seen[:, None], model)
     return masks.get("all", masks)
+
+
+def sees_all(model: Any, length: int) -> bool:
+    """Whether the last of `length` columns, none of them padding, sees all of them in every layer, unasked."""
+    windows = [_window(model.config, kind) for kind in _mask_kinds(model.config)]
+    # Eager attention would be given a mask by transformers all the same.
+    return model.config._attn_implementation != "eager" and all(w is None or length < w for w in windows)
+
+
+def unmasked(model: Any) -> dict[str, None] | None:
+    """`seam_masks` where there is nothing to hide."""
+    kinds = _mask_kinds(model.config)
+    return None if kinds == {"all"} else dict.fromkeys(kinds)
+
+
+def _mask_kinds(config: Any) -> set[str]:
+    return set(config.layer_types) if architecture_of(config.model_type).masks_by_type else {"all"}
+
+
+def _window(config: Any, kind: str) -> int | None:
+    return None if kind == "full_attention" else getattr(config, "sliding_window", None)
 
 
 def _as_attention_takes_it(seen: Tensor, model: Any) -> Tensor:

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import qsun
 from qsun.decode_step import DecodeStep
 from qsun.kv import DecodeCache
+from qsun.seam import seam_masks
 
 from .conftest import FAMILIES
 
@@ -37,13 +38,13 @@ class Recorder(TorchDispatchMode):
         return result
 
 
-def step_of(model, static):
+def step_of(model, static, lengths=(5, 2)):
     cache = DecodeCache(2, 5, 64, model.model.embed_tokens.weight, static)
     torch.manual_seed(0)
     heads, width = model.config.num_key_value_heads, getattr(model.config, "head_dim", None) or 16
-    for row, length in enumerate((5, 2)):
+    for row, length in enumerate(lengths):
         cache.place(row, [(torch.randn(heads, length, width), torch.randn(heads, length, width)) for _ in range(2)])
-    return DecodeStep(model, cache, torch.tensor([0, 3]))
+    return DecodeStep(model, cache, 5 - torch.tensor(lengths))
 
 
 def recorded(step, tokens):
@@ -65,6 +66,32 @@ def test_every_step_is_the_same_ops_on_the_same_shapes(family, tiny_model):
     scalar = ("lift_fresh", [()])  # a capture takes it as a constant; transformers 5.0 has one in Gemma 2
     own_tokens = ("lift_fresh", [(2,)])
     assert [call for call in runs[0] if call[0] in READS and call != scalar] == [own_tokens]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_one_length_need_no_mask(family, tiny_model, monkeypatch):
+    """Until a sliding window (7 in some families) hides something; eager attention keeps its mask."""
+    model = qsun.load_decode(tiny_model(family), "cpu", torch.float32).model
+    static, growing = step_of(model, True, (5, 5)), step_of(model, False, (5, 5))
+    asked = []
+    monkeypatch.setattr("qsun.decode_step.seam_masks", lambda *a: asked.append(a[-1]) or seam_masks(*a))
+    for tokens in ([7, 8], [9, 10], [11, 12], [13, 14]):
+        logits = growing(torch.tensor(tokens))
+        torch.testing.assert_close(logits, static(torch.tensor(tokens)), rtol=1e-5, atol=1e-5)
+    windowed = family in ("mistral", "gemma3_text")
+    assert [length for length in asked if length < 64] == (
+        [6, 7, 8, 9] if family == "gemma2" else [7, 8, 9][: 3 * windowed]
+    )
+
+
+def test_padding_that_leaves_with_its_row(tiny_model, monkeypatch):
+    step = step_of(qsun.load_decode(tiny_model("llama"), "cpu", torch.float32).model, False)
+    asked = []
+    monkeypatch.setattr("qsun.decode_step.seam_masks", lambda *a: asked.append(a[-1]) or seam_masks(*a))
+    both = step(torch.tensor([7, 8]))
+    step.keep(torch.tensor([0]))
+    step(both.argmax(-1)[:1])
+    assert asked == [6]
 
 
 def test_the_recorder_sees_a_step_that_reads():

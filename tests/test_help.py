@@ -17,6 +17,8 @@ COMMANDS = {
     "bench passes": "",
     "bench kernels": "Default on a CPU",
     "bench tune-kernels": "Default: all.",
+    "bench tasks": "",
+    "bench speed": "as qsun quantize leaves it",
 }
 
 
