@@ -1,6 +1,5 @@
 """lm-eval on one pair: which examples of a task it answers rightly."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +70,6 @@ def run_task(prefill: PrefillModule, decode: DecodeModule, task: str, settings: 
 
 
 def _lm_eval(settings: HarnessSettings) -> tuple[Any, Any]:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         from lm_eval import evaluator
         from lm_eval.tasks import TaskManager
