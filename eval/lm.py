@@ -205,7 +205,7 @@ class QsunLM(HFLM):  # type: ignore[misc]
         return torch.cat([context, torch.tensor(padded, dtype=context.dtype, device=context.device)], 1)
 
     def _ends(self, stop: list[str]) -> dict[str, Any]:
-        """`stop` and `eos` of generate, to which a special token is no text: a stop string that is one ends by its id."""
+        """`stop` and `eos` of generate. To it special tokens are no text: stop strings that are one end by its id."""
         special = dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True))
         tokens = {*eos_tokens(self.decode_module, GenerateConfig()), self.eot_token_id}
         tokens |= {special[text] for text in stop if text in special}
@@ -224,7 +224,7 @@ def _longest_first(rows: list[Any]) -> Any:
 def _answer(log_probs: Tensor, continuation: list[int]) -> tuple[float, bool]:
     tokens = torch.tensor(continuation, device=log_probs.device)
     greedy = bool((log_probs.argmax(-1) == tokens).all())
-    return float(log_probs.gather(-1, tokens[:, None]).sum()), greedy
+    return float(log_probs.gather(-1, tokens[:, None]).double().sum()), greedy
 
 
 def _in_dtype(cache: Any, dtype: torch.dtype) -> Any:
