@@ -6,7 +6,7 @@ import sys
 import typer
 
 from qsun._version import __version__
-from qsun.cli import bench, check_pair, demo, demo_data, inspect, quantize, screen, tune
+from qsun.cli import bench, check_pair, demo, demo_data, inspect, lm_eval, quantize, screen, tune
 from qsun.errors import QsunError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("inspect", no_args_is_help=True)(inspect.inspect)
 app.command("check-pair", no_args_is_help=True)(check_pair.check_pair)
 app.command("demo")(demo.demo)
 app.command("demo-data", no_args_is_help=True)(demo_data.demo_data)
+app.command("lm-eval", context_settings=lm_eval.PASS_THROUGH)(lm_eval.lm_eval)
 app.add_typer(bench.app, name="bench")
 
 

@@ -59,6 +59,7 @@ def run_program(program: str, limits: Limits | None = None) -> Outcome:
     token = secrets.token_hex(16)
     command = [sys.executable, "-I", str(_CHILD), token, json.dumps(asdict(limits))]
     with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryFile() as source:
+        Path(empty).chmod(0o755)  # `nobody` may look into it
         source.write(program.encode("utf-8", "replace"))
         source.seek(0)
         child = subprocess.Popen(  # noqa: S603

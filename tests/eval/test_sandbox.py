@@ -140,7 +140,7 @@ def test_the_network_is_out_of_reach():
 
 def test_the_environment_is_empty(monkeypatch):
     monkeypatch.setenv("SECRET_OF_THE_USER", "1")
-    assert run("import os\nassert 'SECRET_OF_THE_USER' not in os.environ\nassert os.listdir() == [] or True").passed
+    assert run("import os\nassert 'SECRET_OF_THE_USER' not in os.environ\nassert os.listdir() == []").passed
     assert run("import os, sys\nassert len(os.environ) <= 2, os.environ\nassert len(sys.argv) == 1").passed
 
 
