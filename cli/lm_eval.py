@@ -37,7 +37,8 @@ def lm_eval(context: typer.Context) -> None:
 
         import qsun.eval.lm  # noqa: F401  registers the model
     except ModuleNotFoundError as error:
-        raise QsunError(f"{error.name} is not installed; pip install 'qsun[eval]'") from None
+        package = str(error.name).partition(".")[0]
+        raise QsunError(f"{package} is not installed; pip install 'qsun[eval]'") from None
     from qsun.eval.tasks import tasks_directory
 
     if len(arguments) > 1 and not any(argument.split("=")[0] == _INCLUDE for argument in arguments):

@@ -52,7 +52,7 @@ def parse_calls(answer: str) -> list[Call] | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python has opinions on what models write
-            return list(_from_python(text))
+            return list(_from_python(text)) if text else None
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         return None
 
