@@ -66,11 +66,8 @@ class QsunLM(HFLM):  # type: ignore[misc]
         **settings: Any,
     ):
         check_settings(decode, batch_size, settings)
-        several = Accelerator(
-            cpu=device_of(device).type == "cpu",
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(weeks=52))],
-        )
-        place = several.device if several.num_processes > 1 else device_of(device)
+        several = _processes(device_of(device))
+        place = several.device if several else device_of(device)
         self.prefill_module, self.decode_module = load_pair(decode, prefill, place, dtype)
         model: Any = self.decode_module.model
         limit = model.config.max_position_embeddings
@@ -85,7 +82,7 @@ class QsunLM(HFLM):  # type: ignore[misc]
                 **settings,
             )
         self._device = place  # HFLM takes a model that is there already to be the only process's
-        if several.num_processes > 1:
+        if several:
             self.accelerator = several
             self._rank, self._world_size = several.process_index, several.num_processes
 
@@ -210,6 +207,16 @@ class QsunLM(HFLM):  # type: ignore[misc]
         tokens = {*eos_tokens(self.decode_module, GenerateConfig()), self.eot_token_id}
         tokens |= {special[text] for text in stop if text in special}
         return {"stop": [text for text in stop if text and text not in special], "eos": tuple(tokens - {None})}
+
+
+def _processes(device: torch.device) -> Accelerator | None:
+    """As `accelerate launch` started them; None for a process on its own."""
+    if not (torch.distributed.is_torchelastic_launched() or torch.distributed.is_initialized()):
+        return None
+    # One waits for the others' shares of the work, however long they take.
+    patience = InitProcessGroupKwargs(timeout=timedelta(weeks=52))
+    found = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[patience])
+    return found if found.num_processes > 1 else None
 
 
 def _longest_first(rows: list[Any]) -> Any:

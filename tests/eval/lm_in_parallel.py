@@ -6,6 +6,7 @@ from pathlib import Path
 
 import lm_eval
 import torch
+from lm_eval.tasks import TaskManager
 
 from qsun.eval.lm import QsunLM
 from qsun.eval.tasks import tasks_directory
@@ -14,9 +15,7 @@ from qsun.eval.tasks import tasks_directory
 def scores(decode, **settings):
     """Two embedded tasks, an odd number of examples each."""
     lm = QsunLM(decode=decode, device="cpu", dtype="float32", batch_size=4, **settings)
-    manager = lm_eval.tasks.TaskManager(
-        include_path=str(tasks_directory()), include_defaults=False, metadata={"count": 7}
-    )
+    manager = TaskManager(include_path=str(tasks_directory()), include_defaults=False, metadata={"count": 7})
     result = lm_eval.simple_evaluate(lm, tasks=["qsun_code", "qsun_tool"], task_manager=manager, bootstrap_iters=0)
     if result is None:
         return lm.rank, None

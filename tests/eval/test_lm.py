@@ -64,6 +64,17 @@ def assert_same(ours, theirs):
         assert a_greedy == b_greedy
 
 
+class Recorder:
+    """In place of lm-eval's cache of answers."""
+
+    def __init__(self):
+        self.keys = set()
+
+    def add_partial(self, attribute, key, answer):
+        assert isinstance(answer[0], float)
+        self.keys.add((attribute, key))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -82,8 +93,10 @@ def test_one_model_on_both_sides_scores_as_lm_evals_own(settings):
     # probabilities one place too early; without its logits cache it does not.
     split_twice = [] if settings.get("logits_cache", True) else SPLIT_TWICE
     requests = instances("loglikelihood", [*split_twice, *pairs()])
+    lm.cache_hook, reference.cache_hook = Recorder(), Recorder()
     expected = reference.loglikelihood(requests, **QUIET)
     assert_same(lm.loglikelihood(requests, **QUIET), expected)
+    assert lm.cache_hook.keys == reference.cache_hook.keys == {("loglikelihood", one.args) for one in requests}
     assert {greedy for _, greedy in expected} == {True, False}
 
 
