@@ -2,14 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from qsun.decode import DecodeModule
 from qsun.errors import QsunError
+from qsun.eval.tasks import tasks_directory
 from qsun.prefill import PrefillModule
-
-TASKS = Path(__file__).parent / "tasks"
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ def run_task(prefill: PrefillModule, decode: DecodeModule, task: str, settings: 
             f"task {task!r} is not known to lm-eval; {'near: ' + ', '.join(near) if near else 'use --task-dir'}"
         )
     results = evaluator.simple_evaluate(
-        model=QsunLM.of(prefill, decode, batch_size=settings.batch_size),
+        model=QsunLM(decode, prefill, device=_device(decode), batch_size=settings.batch_size),
         tasks=[task],
         task_manager=manager,
         limit=settings.limit or None,
@@ -69,13 +67,18 @@ def run_task(prefill: PrefillModule, decode: DecodeModule, task: str, settings: 
     return _outcome(task, results)
 
 
+def _device(decode: DecodeModule) -> str:
+    model: Any = decode.model
+    return str(model.model.embed_tokens.weight.device)
+
+
 def _lm_eval(settings: HarnessSettings) -> tuple[Any, Any]:
     try:
         from lm_eval import evaluator
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise QsunError("lm-eval is not installed; run `pip install qsun[eval]`") from None
-    folders = [str(TASKS), *([settings.task_dir] if settings.task_dir else [])]
+    folders = [str(tasks_directory()), *([settings.task_dir] if settings.task_dir else [])]
     return evaluator, TaskManager(include_path=folders)
 
 

@@ -112,13 +112,18 @@ def prefill_batch(model: Any, batch: SeamBatch) -> Any:
 
 def seam_logits(prefill: Any, decode: Any, batch: SeamBatch) -> Tensor:
     """(B, R, vocabulary) logits of the decode model over `rest`, attending to what the prefill model wrote."""
+    return decode_logits(decode, batch, prefill_batch(prefill, batch))
+
+
+def decode_logits(decode: Any, batch: SeamBatch, cache: Any) -> Tensor:
+    """`seam_logits` for prefixes that were read before; cache: of B rows and P columns, `rest` is added to it."""
     P, R = batch.prefix.shape[1], batch.rest.shape[1]
     columns = torch.arange(P, P + R, device=batch.rest.device)
     return decode(
         input_ids=batch.rest,
         attention_mask=seam_masks(decode, batch.starts, columns, P + R),
         position_ids=_positions(batch.starts, columns),
-        **{CACHE_ARGUMENT: prefill_batch(prefill, batch)},
+        **{CACHE_ARGUMENT: cache},
         use_cache=True,
     ).logits
 

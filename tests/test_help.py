@@ -14,6 +14,7 @@ COMMANDS = {
     "check-pair": "",
     "demo": "",
     "demo-data": "",
+    "lm-eval": "lm-eval's own help",
     "bench passes": "",
     "bench kernels": "Default on a CPU",
     "bench tune-kernels": "Default: all.",

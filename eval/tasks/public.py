@@ -1,0 +1,69 @@
+"""Public benchmarks over copies of their data on this machine: GSM8K, HumanEval, and three categories of BFCL.
+
+`--metadata data_dir=DIR` says where: DIR/gsm8k, DIR/humaneval and DIR/bfcl_v4, each with the files of its publisher.
+"""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from qsun.errors import QsunError
+from qsun.eval.bfcl import check_answer, prompt_of
+from qsun.eval.sandbox import run_program
+
+
+def gsm8k(data_dir: str | None = None, **_: Any) -> dict[str, Dataset]:
+    """{"train", "test"}: rows with question and answer."""
+    return {name: Dataset.from_list(_rows(data_dir, f"gsm8k/{name}.jsonl")) for name in ("train", "test")}
+
+
+def humaneval(data_dir: str | None = None, **_: Any) -> dict[str, Dataset]:
+    """{"test"}: rows with prompt, test and entry_point."""
+    return {"test": Dataset.from_list(_rows(data_dir, "humaneval/HumanEval.jsonl.gz"))}
+
+
+def pass_at_1(row: dict[str, str], answers: list[str]) -> dict[str, float]:
+    """Run prompt, answer and tests in a sandbox (sandbox.py)."""
+    program = f"{row['prompt']}{answers[0]}\n{row['test']}\ncheck({row['entry_point']})\n"
+    return {"pass@1": float(run_program(program).passed)}
+
+
+def _bfcl(category: str) -> Callable[..., dict[str, Dataset]]:
+    def load(data_dir: str | None = None, **_: Any) -> dict[str, Dataset]:
+        """{"test"}: rows with id, prompt and truth, the acceptable calls as JSON."""
+        file = f"BFCL_v4_{category}.json"
+        truths = {row["id"]: row["ground_truth"] for row in _rows(data_dir, f"bfcl_v4/possible_answer/{file}")}
+        rows = [
+            {
+                "id": row["id"],
+                "prompt": prompt_of(row["question"][0][-1]["content"], row["function"]),
+                "truth": json.dumps(truths[row["id"]]),
+            }
+            for row in _rows(data_dir, f"bfcl_v4/{file}")
+        ]
+        return {"test": Dataset.from_list(rows)}
+
+    return load
+
+
+bfcl_simple, bfcl_multiple, bfcl_parallel = _bfcl("simple_python"), _bfcl("multiple"), _bfcl("parallel")
+
+
+def calls_match(row: dict[str, str], answers: list[str]) -> dict[str, float]:
+    """Whether the answer makes the expected calls."""
+    return {"acc": float(check_answer(answers[0], json.loads(row["truth"])))}
+
+
+def _rows(data_dir: str | None, name: str) -> list[dict[str, Any]]:
+    if not data_dir:
+        raise QsunError(f"no data_dir; give --metadata data_dir=DIR, the folder that holds {name}")
+    path = Path(data_dir) / name
+    if not path.is_file():
+        raise QsunError(f"{path} is not a file; give --metadata data_dir=DIR, the folder that holds {name}")
+    data = path.read_bytes()
+    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+    return [json.loads(line) for line in text.split("\n") if line.strip()]
