@@ -19,7 +19,7 @@ from qsun.decode import DecodeModule, load_decode
 from qsun.errors import QsunError
 from qsun.eval.clock import machine
 from qsun.eval.divergence import response_divergence, text_divergence
-from qsun.eval.harness import HarnessSettings, run_task
+from qsun.eval.harness import HarnessSettings, check_tasks, run_task
 from qsun.eval.passes import read_windows
 from qsun.eval.speed import Points, bench_speed
 from qsun.eval.speed_modules import loaded_contenders, made_contenders
@@ -76,8 +76,11 @@ def evaluate(
     Returns:
         Each part's result: {"kind": "task" | "responses" | "text", "variant", ...}.
     Raises:
-        QsunError: `out` exists (without resume) or holds an evaluation with other settings.
+        QsunError: an unknown task, too little text, `out` exists (without resume) or holds another evaluation.
     """
+    check_tasks([task for entry in job.matrix.entries for task in entry.answers(job.matrix.tasks)], job.harness)
+    if job.text:
+        read_windows(job.text, str(find_base(job.matrix.entries[0].decode)[0]), *job.windows)
     parts = list(_parts(job))
     _claim(job, out, resume)
     modules = _Modules(job)

@@ -1,6 +1,9 @@
 """lm-eval on one pair: which examples of a task it answers rightly."""
 
-from collections.abc import Mapping
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,28 +46,37 @@ def run_task(prefill: PrefillModule, decode: DecodeModule, task: str, settings: 
     evaluator, manager = _lm_eval(settings)
     from qsun.eval.lm import QsunLM
 
-    known = task in manager.all_tasks
-    if not known:
-        near = [name for name in manager.all_tasks if task.split("_", 1)[0] in name][:5]
-        raise QsunError(
-            f"task {task!r} is not known to lm-eval; {'near: ' + ', '.join(near) if near else 'use --task-dir'}"
+    with redirect_stdout(sys.stderr):  # lm-eval prints; stdout is for the report
+        results = evaluator.simple_evaluate(
+            model=QsunLM(decode, prefill, device=_device(decode), batch_size=settings.batch_size),
+            tasks=[task],
+            task_manager=manager,
+            limit=settings.limit or None,
+            num_fewshot=settings.num_fewshot,
+            apply_chat_template=settings.chat_template,
+            confirm_run_unsafe_code=settings.allow_code,
+            metadata={"data_dir": settings.task_data} if settings.task_data else None,
+            bootstrap_iters=0,
+            random_seed=settings.seed,
+            numpy_random_seed=settings.seed,
+            torch_random_seed=settings.seed,
+            fewshot_random_seed=settings.seed,
         )
-    results = evaluator.simple_evaluate(
-        model=QsunLM(decode, prefill, device=_device(decode), batch_size=settings.batch_size),
-        tasks=[task],
-        task_manager=manager,
-        limit=settings.limit or None,
-        num_fewshot=settings.num_fewshot,
-        apply_chat_template=settings.chat_template,
-        confirm_run_unsafe_code=settings.allow_code,
-        metadata={"data_dir": settings.task_data} if settings.task_data else None,
-        bootstrap_iters=0,
-        random_seed=settings.seed,
-        numpy_random_seed=settings.seed,
-        torch_random_seed=settings.seed,
-        fewshot_random_seed=settings.seed,
-    )
     return _outcome(task, results)
+
+
+def check_tasks(tasks: Sequence[str], settings: HarnessSettings) -> None:
+    """Before work starts. Raises QsunError for a task that is not known, or one that runs code without leave."""
+    if not tasks:
+        return
+    _, manager = _lm_eval(settings)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            near = [name for name in manager.all_tasks if task.split("_", 1)[0] in name][:5]
+            fix = f"near it are {', '.join(near)}" if near else "give the folder of its file with --task-dir"
+            raise QsunError(f"task {task!r} is not known to lm-eval; {fix}")
+        if "humaneval" in task and not settings.allow_code:
+            raise QsunError(f"task {task} runs what the model writes; allow that with --allow-code-execution")
 
 
 def _device(decode: DecodeModule) -> str:
@@ -78,6 +90,7 @@ def _lm_eval(settings: HarnessSettings) -> tuple[Any, Any]:
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise QsunError("lm-eval is not installed; run `pip install qsun[eval]`") from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it explains itself at every task
     folders = [str(tasks_directory()), *([settings.task_dir] if settings.task_dir else [])]
     return evaluator, TaskManager(include_path=folders)
 

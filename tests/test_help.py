@@ -11,6 +11,7 @@ COMMANDS = {
     "quantize": "Default: refined.",
     "tune": "Default: 3.",
     "inspect": "",
+    "eval": "",
     "check-pair": "",
     "demo": "",
     "demo-data": "",

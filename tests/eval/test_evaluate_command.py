@@ -1,0 +1,90 @@
+"""`qsun eval` from the command line: its numbers are those of the parts measured directly."""
+
+import json
+
+import pytest
+
+from qsun.config import QuantConfig
+from qsun.decode import load_decode
+from qsun.demo import calibration_file
+from qsun.demo.tasks import examples, write_jsonl
+from qsun.eval.divergence import mean_response_loss
+from qsun.eval.exact_match import exact_match
+from qsun.pipeline import quantize
+from qsun.prefill import load_prefill
+from qsun.tune_config import TuneConfig
+from qsun.tune_data import read_examples
+from qsun.tuning import tune
+
+pytest.importorskip("lm_eval")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """data, a 3-bit decode module and a prefill module that was hardly tuned."""
+    path = tmp_path_factory.mktemp("evaluate")
+    write_jsonl(path / "train.jsonl", examples("code", "train", 600))
+    write_jsonl(path / "valid.jsonl", examples("code", "valid", 12))
+    quantize("demo", path / "int3", QuantConfig(method="rtn", bits=3, group_size=32, sym=False), device="cpu")
+    config = TuneConfig(steps=30, batch_size=32, lr=3e-3)
+    tune("demo", path / "sun", path / "train.jsonl", config, eval_data=path / "valid.jsonl", device="cpu")
+    return path
+
+
+@pytest.mark.slow
+def test_a_report_of_two_variants(cli, folder, tmp_path, demo_tokenizer):
+    out = tmp_path / "report"
+    pair = ("--decode", folder / "int3", "--prefill", folder / "sun")
+    rest = ("--tasks", "qsun_code", "--limit", 24, "--responses", folder / "valid.jsonl")
+    text = ("--text", calibration_file(), "--windows", "4x64")
+    answer = cli("eval", *pair, *rest, *text, "-o", out, "--json")
+    assert answer.code == 0, answer.err
+    report = json.loads(answer.out)
+    assert report["variants"] == ["base", "SUN", "QSUN int3"] and report["reference"] == "SUN"
+    decoders = {
+        "SUN": load_decode("demo", "cpu", "float32"),
+        "QSUN int3": load_decode(folder / "int3", "cpu", "float32"),
+    }
+    prefill = load_prefill(folder / "sun", dtype="float32", device="cpu")
+    held_out, _ = read_examples([str(folder / "valid.jsonl")], demo_tokenizer, 512)
+    for name, decode in decoders.items():
+        score = exact_match("code", examples("code", "test", 500)[:24], prefill, decode)
+        assert report["accuracy"]["qsun_code"][name]["rate"] == pytest.approx(score.rate)
+        loss = mean_response_loss(prefill.model, decode.model, held_out)
+        assert report["responses"][name]["loss"] == pytest.approx(loss, rel=1e-4)
+    assert report["responses"]["SUN"]["mean_kl"] == pytest.approx(0, abs=1e-6)
+    assert report["text"]["QSUN int3"]["mean_kl"] > 0.001 and report["text"]["base"]["top1"] == 1
+    assert report["bits"] == {"base": 16, "SUN": 16, "QSUN int3": 3}
+    assert report["provenance"]["command"].startswith("qsun eval --decode")
+    assert "QSUN int3" in (out / "report.md").read_text() and "data:image/png" in (out / "report.html").read_text()
+    again = cli("eval", *pair, *rest, *text, "-o", out)
+    assert again.code == 2 and "exists" in again.err
+    parts = {p: p.stat().st_mtime_ns for p in (out / "parts").iterdir()}
+    (out / "parts/001-qsun_code.json").unlink()
+    resumed = cli("eval", *pair, *rest, *text, "-o", out, "--resume")
+    assert resumed.code == 0 and "QSUN int3 is" in resumed.out
+    assert sum(p.stat().st_mtime_ns != before for p, before in parts.items()) == 1
+    assert json.loads((out / "report.json").read_text())["accuracy"] == report["accuracy"]
+    other = cli("eval", *pair, "--tasks", "qsun_code", "-o", out, "--resume")
+    assert other.code == 2 and "begun with another" in other.err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ((), "give either --decode"),
+        (("--decode", "demo", "--matrix", "x.yaml"), "give either --decode"),
+        (("--decode", "demo"), "nothing to evaluate"),
+        (("--decode", "nowhere", "--tasks", "qsun_code"), "nowhere is not a directory"),
+        (("--decode", "demo", "--tasks", "qsun_maths"), "task 'qsun_maths' is not known to lm-eval; near it are qsun"),
+        (("--decode", "demo", "--tasks", "humaneval_local"), "allow that with --allow-code-execution"),
+        (("--decode", "demo", "--text", "x.txt", "--windows", "4"), "--windows '4' is not of the form 64x256"),
+        (("--decode", "demo", "--speed", "llama-9"), "shape 'llama-9' is not known here; use one of llama"),
+        (("--decode", "demo", "--speed", "modules"), "needs a quantized decode module"),
+    ],
+)
+def test_bad_input_is_one_line(cli, tmp_path, options, says):
+    answer = cli("eval", *options, "-o", tmp_path / "out")
+    assert answer.code == 2 and says in answer.err
+    assert len([line for line in answer.err.splitlines() if line.startswith("error")]) == 1
+    assert not (tmp_path / "out/report.json").exists()
