@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qsun.eval.summary import shown_p
+
 Report = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]
 
@@ -45,7 +47,7 @@ def tables(report: Report) -> dict[str, Table]:
                 name,
                 _points(cell["difference"]),
                 f"{_points(cell['low'])} to {_points(cell['high'])}",
-                f"{cell['p_value']:.2g}",
+                shown_p(cell["p_value"]).removeprefix("= "),
                 f"{cell['only_b']:.0f} / {cell['only_a']:.0f}",
             ]
             for name, cell in report["accuracy"][tasks[-1]].items()

@@ -47,7 +47,7 @@ def _png(figure: Any) -> bytes:
 
 def _accuracy(report: Report) -> bytes:
     tasks, names = list(report["accuracy"]), report["variants"]
-    figure = _figure(max(6.0, 0.32 * len(names) * len(tasks) + 2), 4.2)
+    figure = _figure(min(10.5, max(6.0, 0.32 * len(names) * len(tasks) + 2)), 4.2)
     axes = figure.subplots()
     width = 0.84 / len(names)
     for number, name in enumerate(names):

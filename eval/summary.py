@@ -82,11 +82,14 @@ def _stderr(values: Sequence[float]) -> float:
 
 def _sentence(name: str, reference: str, cell: Mapping[str, float]) -> str:
     points, low, high = (100 * cell[key] for key in ("difference", "low", "high"))
-    worst = max(abs(low), abs(high))
     return (
-        f"{name} is {abs(points):.1f} points {'below' if points < 0 else 'above'} {reference} "
-        f"(95% CI {low:+.1f} to {high:+.1f}; McNemar p = {cell['p_value']:.2g}; within {worst:.1f} points either way)"
+        f"{name} is within {max(abs(low), abs(high)):.1f} points of {reference} "
+        f"(difference {points:+.1f}, 95% CI {low:+.1f} to {high:+.1f}; McNemar p {shown_p(cell['p_value'])})"
     )
+
+
+def shown_p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"= {value:.3f}"
 
 
 def _pooled(parts: Sequence[Part]) -> dict[str, dict[str, float]]:
