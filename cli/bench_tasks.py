@@ -1,4 +1,4 @@
-"""`qsun bench tasks`: the accuracy study on the embedded tasks."""
+"""`qsun bench tasks` and `qsun bench tuning`: accuracy and cost of SUN against full fine-tuning."""
 
 import json
 from pathlib import Path
@@ -52,3 +52,31 @@ def tasks(
     plot_bits(scores, out / "bits.png")
     plot_curve(scores, out / "curve.png")
     typer.echo(json.dumps(result) if as_json else markdown(scores))
+
+
+def tuning(
+    decode: str = typer.Argument("demo", help="Decode module: directory, hub id or 'demo'."),
+    data: Path = typer.Option(..., help="Training data, as for qsun tune."),
+    steps: int = typer.Option(30, help="Timed steps of each."),
+    batch_size: int = typer.Option(32, help="Examples of a step."),
+    threads: int = typer.Option(0, help="CPU threads. Default: as torch chooses."),
+    device: str = typer.Option("", help="cpu or cuda. Default: a GPU where there is one."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
+) -> None:
+    """Seconds of a tuning step of a prefill module, over those of a full fine-tune: the same batches, in turns.
+
+    Example:
+
+      qsun bench tuning demo --data out/tasks/math-train.jsonl
+    """
+    import torch
+
+    from qsun.eval.tuning_speed import compare_tuning
+
+    if threads:
+        torch.set_num_threads(threads)
+    found = compare_tuning(decode, data, steps, batch_size, device or None)
+    line = (
+        f"SUN {1000 * found['sun']:.1f} ms, full fine-tune {1000 * found['full']:.1f} ms a step: {found['ratio']:.3f}"
+    )
+    typer.echo(json.dumps(found) if as_json else line)

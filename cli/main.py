@@ -40,6 +40,7 @@ app.command("demo-data", no_args_is_help=True)(demo_data.demo_data)
 app.command("lm-eval", context_settings=lm_eval.PASS_THROUGH)(lm_eval.lm_eval)
 bench.app.command("speed", no_args_is_help=True)(bench_speed.speed)
 bench.app.command("tasks", no_args_is_help=True)(bench_tasks.tasks)
+bench.app.command("tuning", no_args_is_help=True)(bench_tasks.tuning)
 app.add_typer(bench.app, name="bench")
 
 

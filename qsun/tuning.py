@@ -135,23 +135,27 @@ class Tuner:
     def run(self, progress: Progress) -> None:
         """All steps that are left, with validations between them; the state is kept at each."""
         job = self.job
-        peak = self.config.peak_lr(self.model.config.hidden_size)
         every = self.config.eval_every or max(1, job.steps // 10)
         if not self.valid_loss:
             self._validate()
             progress(self._label(), 0, job.steps)
         while self.step < job.steps:
-            started = time.perf_counter()
-            loss = self.gradients(self._batch(self.step))
-            self._check_finite(loss, "training")
-            rate = learning_rate(self.step, job.steps, peak, self.config.warmup, self.config.min_lr)
-            self.weights.step(rate, self.config.clip)
-            self.step += 1
-            self.seconds += time.perf_counter() - started
-            self.train_loss.append((self.step, loss))
+            self.train_step()
             if self.step % every == 0 or self.step == job.steps:
                 self._validate()
             progress(self._label(), self.step, job.steps)
+
+    def train_step(self) -> None:
+        """One optimizer step on the batch whose turn it is."""
+        started = time.perf_counter()
+        loss = self.gradients(self._batch(self.step))
+        self._check_finite(loss, "training")
+        peak = self.config.peak_lr(self.model.config.hidden_size)
+        rate = learning_rate(self.step, self.job.steps, peak, self.config.warmup, self.config.min_lr)
+        self.weights.step(rate, self.config.clip)
+        self.step += 1
+        self.seconds += time.perf_counter() - started
+        self.train_loss.append((self.step, loss))
 
     def _batch(self, step: int) -> list[Example]:
         train, size = self.job.train, self.config.batch_size

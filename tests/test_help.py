@@ -20,6 +20,7 @@ COMMANDS = {
     "bench kernels": "Default on a CPU",
     "bench tune-kernels": "Default: all.",
     "bench tasks": "",
+    "bench tuning": "",
     "bench speed": "as qsun quantize leaves it",
 }
 
