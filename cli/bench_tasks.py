@@ -6,18 +6,20 @@ from pathlib import Path
 import typer
 
 from qsun.cli import screen
+from qsun.cli.bench_speed import whole_numbers
+from qsun.cli.device import check_device
 
 
 def tasks(
     out: Path = typer.Option(..., "--out", "-o", help="Folder; a study in it goes on where it stopped."),
-    seeds: int = typer.Option(3, help="Of data, order and calibration."),
-    steps: int = typer.Option(1000, help="Budget of SUN and of the full fine-tune alike."),
+    seeds: int = typer.Option(3, min=1, help="Of data, order and calibration."),
+    steps: int = typer.Option(1000, min=1, help="Budget of SUN and of the full fine-tune alike."),
     curve: str = typer.Option("125,250,500", help="Smaller budgets of the first seed, for accuracy against steps."),
-    align_steps: int = typer.Option(250, help="Further steps against each quantized decode module."),
+    align_steps: int = typer.Option(250, min=1, help="Further steps against each quantized decode module."),
     lr: float = typer.Option(3e-3, help="Peak rate of prefill modules."),
     full_lr: float = typer.Option(3e-3, help="Peak rate of full fine-tunes."),
-    test: int = typer.Option(500, help="Held-out examples of each task and seed."),
-    processes: int = typer.Option(2, help="Of one thread each."),
+    test: int = typer.Option(500, min=1, help="Held-out examples of each task and seed."),
+    processes: int = typer.Option(2, min=1, help="Of one thread each."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
 ) -> None:
     """Accuracy of full fine-tuning, SUN and QSUN on the embedded tasks: passes, bits, calibration, alignment.
@@ -37,7 +39,7 @@ def tasks(
     study = Study(
         seeds=seeds,
         steps=steps,
-        curve=tuple(int(c) for c in curve.split(",") if c),
+        curve=tuple(sorted({c for c in whole_numbers("curve", curve) if c < steps})) if curve else (),
         align_steps=align_steps,
         lr=lr,
         full_lr=full_lr,
@@ -57,8 +59,8 @@ def tasks(
 def tuning(
     decode: str = typer.Argument("demo", help="Decode module: directory, hub id or 'demo'."),
     data: Path = typer.Option(..., help="Training data, as for qsun tune."),
-    steps: int = typer.Option(30, help="Timed steps of each."),
-    batch_size: int = typer.Option(32, help="Examples of a step."),
+    steps: int = typer.Option(30, min=1, help="Timed steps of each."),
+    batch_size: int = typer.Option(32, min=1, help="Examples of a step."),
     threads: int = typer.Option(0, help="CPU threads. Default: as torch chooses."),
     device: str = typer.Option("", help="cpu or cuda. Default: a GPU where there is one."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
@@ -69,6 +71,7 @@ def tuning(
 
       qsun bench tuning demo --data out/tasks/math-train.jsonl
     """
+    check_device(device or None)
     import torch
 
     from qsun.eval.tuning_speed import compare_tuning

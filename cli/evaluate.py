@@ -9,6 +9,8 @@ from typing import Any
 import typer
 
 from qsun.cli import screen
+from qsun.cli.device import check_device
+from qsun.config import DTYPES, check_one_of
 from qsun.errors import QsunError
 
 EXAMPLES = """Compare base, full fine-tune, SUN and QSUN on lm-eval tasks, with error bars, in one report.
@@ -36,7 +38,7 @@ def evaluate(
     tasks: str = typer.Option("", help="lm-eval tasks, comma-separated; qsun_math, qsun_code, qsun_tool are embedded."),
     task_dir: str = typer.Option("", help="Folder of more lm-eval task files."),
     task_data: str = typer.Option("", help="Folder of local copies of public data, for gsm8k_local and the like."),
-    limit: int = typer.Option(0, help="Examples of each task; 0: all."),
+    limit: int = typer.Option(0, min=0, help="Examples of each task; 0: all."),
     num_fewshot: int | None = typer.Option(None, help="Examples in the prompt. Default: the task's own."),
     chat_template: bool = typer.Option(False, "--chat-template", help="Render prompts as chats."),
     allow_code: bool = typer.Option(False, "--allow-code-execution", help="Run what the model wrote, in a sandbox."),
@@ -56,12 +58,16 @@ def evaluate(
     resume: bool = typer.Option(False, "--resume", help="Go on where a run with the same settings stopped."),
     as_json: bool = typer.Option(False, "--json", help="Print report.json on stdout."),
 ) -> None:
-    from qsun.eval.evaluation import Evaluation, measured_speed
+    from qsun.eval.evaluation import Evaluation, check_speed, measured_speed
     from qsun.eval.evaluation import evaluate as run
     from qsun.eval.harness import HarnessSettings
     from qsun.eval.variants import from_file, from_options
 
     screen.show_warnings()
+    check_device(device or None)
+    check_one_of("--dtype", dtype, DTYPES)
+    if matrix and (prefill or full_ft or base):
+        raise QsunError("--matrix names all modules; leave --prefill, --full-ft and --base out")
     wanted = [task for task in tasks.split(",") if task]
     if bool(matrix) == bool(decode):
         raise QsunError("give either --decode (with --prefill and --full-ft) or --matrix")
@@ -70,10 +76,13 @@ def evaluate(
         raise QsunError("nothing to evaluate; give --tasks, --text, --responses or --speed")
     harness = HarnessSettings(limit, batch_size, num_fewshot, chat_template, task_dir, task_data, allow_code, seed)
     job = Evaluation(chosen, harness, text, _windows(windows), responses, dtype, device)
+    if speed:
+        check_speed(speed, job)
     with screen.progress(as_json) as progress:
         parts = run(job, out, resume, progress)
-    times = measured_speed(speed, job, screen.note) if speed else None
-    report = _write(job, parts, times, out, seed)
+    report = _write(job, parts, None, out, seed)
+    if speed:
+        report = _write(job, parts, measured_speed(speed, job, screen.note), out, seed)
     typer.echo(json.dumps(report) if as_json else _lines(report, out))
 
 

@@ -12,6 +12,7 @@ from qsun.seam import IGNORED, SeamBatch, seam_logits
 from qsun.tune_data import Example, collate
 
 _WINDOWS_AT_ONCE = 16
+_TOKENS_AT_ONCE = 4096  # log-probabilities of two models over a large vocabulary are gigabytes
 
 
 @torch.no_grad()
@@ -63,7 +64,7 @@ class Divergence:
 def text_divergence(model: nn.Module, reference: nn.Module, windows: Tensor) -> Divergence:
     """On running text: every window (B, T) is read from its start; its first token is predicted by nothing."""
     sums = _Positions()
-    for part in windows.split(_WINDOWS_AT_ONCE):
+    for part in windows.split(max(1, _TOKENS_AT_ONCE // windows.shape[1])):
         ours, theirs = (log_probabilities(each, part)[:, :-1].flatten(0, 1) for each in (model, reference))
         sums.add(ours, theirs, part[:, 1:].flatten())
     return sums.result()
@@ -118,10 +119,14 @@ class _Positions:
 
 
 def _batches(examples: Sequence[Example], size: int, device: torch.device) -> Iterator[SeamBatch]:
-    """Examples of like lengths together: less padding."""
-    by_length = sorted(examples, key=lambda e: len(e.prompt) + len(e.response))
-    for first in range(0, len(by_length), size):
-        yield collate(by_length[first : first + size]).to(device)
+    """Examples of like responses together: less padding where logits are computed."""
+    by_length = sorted(examples, key=lambda e: (len(e.response), len(e.prompt)))
+    first = 0
+    while first < len(by_length):
+        longest = len(by_length[min(first + size, len(by_length)) - 1].response)
+        count = max(1, min(size, _TOKENS_AT_ONCE // longest))
+        yield collate(by_length[first : first + count]).to(device)
+        first += count
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ decode modules with text -> the same on running text, and perplexity
 """
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,12 +23,14 @@ from qsun.eval.divergence import response_divergence, text_divergence
 from qsun.eval.harness import HarnessSettings, check_tasks, run_task
 from qsun.eval.passes import read_windows
 from qsun.eval.speed import Points, bench_speed
-from qsun.eval.speed_modules import loaded_contenders, made_contenders
+from qsun.eval.speed_modules import known_shape, loaded_contenders, made_contenders
 from qsun.eval.variants import Entry, Matrix, stored_bits
 from qsun.manifest import write_json
-from qsun.pairing import find_base, read_manifest
+from qsun.pairing import check_pair, find_base, read_manifest, uncovered
 from qsun.prefill import PrefillModule, load_prefill
 from qsun.tune_data import read_examples
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 
@@ -175,11 +178,13 @@ class _Modules:
         self._prefill: tuple[str, PrefillModule] | None = None
 
     def decoder(self, name: str) -> DecodeModule:
-        if name not in self._decoders:
+        found = self._decoders.pop(name, None)
+        if found is None:
             while len(self._decoders) > 1:
-                self._decoders.pop(next(iter(self._decoders)))
-            self._decoders[name] = load_decode(name, self.device, self.dtype)
-        return self._decoders[name]
+                self._decoders.pop(next(iter(self._decoders)))  # the one not used for longest
+            found = load_decode(name, self.device, self.dtype)
+        self._decoders[name] = found
+        return found
 
     def reference(self, entry: Entry) -> DecodeModule:
         """The full-precision decoder of an entry's decode module: its base, or itself."""
@@ -188,13 +193,32 @@ class _Modules:
 
     def pair(self, entry: Entry) -> tuple[PrefillModule, DecodeModule]:
         if entry.alone:
+            self._prefill = None
             own = self.decoder(entry.decode)
             return PrefillModule(own.model, own.directory, own.manifest), own
         decode = self.decoder(entry.decode)
         if self._prefill is None or self._prefill[0] != entry.prefill:
             self._prefill = None  # let the one before go first
             self._prefill = entry.prefill, load_prefill(entry.prefill, decode, self.dtype, self.device)
+        else:
+            check_pair(entry.prefill, entry.decode)
+            warning = uncovered(entry.prefill, entry.decode)
+            if warning:
+                log.warning("%s", warning)
         return self._prefill[1], decode
+
+
+def check_speed(what: str, job: Evaluation) -> None:
+    """Before work starts. Raises QsunError for what `measured_speed` could not do."""
+    if what.endswith(".json"):
+        found = read_json(Path(what)) if Path(what).is_file() else {}
+        if "rows" not in found or "model" not in found:
+            raise QsunError(f"{what} is no speed.json of `qsun bench speed`")
+    elif what == "modules":
+        if not any(stored_bits(entry.decode) for entry in job.matrix.entries):
+            raise QsunError("--speed modules needs a quantized decode module; give one, or a known shape")
+    else:
+        known_shape(what)
 
 
 def measured_speed(what: str, job: Evaluation, note: Callable[[str], None]) -> dict[str, Any]:
@@ -206,12 +230,12 @@ def measured_speed(what: str, job: Evaluation, note: Callable[[str], None]) -> d
         QsunError: none of these, or no quantized module to time.
     """
     if what.endswith(".json"):
-        return read_json(Path(what))
+        return read_json(Path(what))  # checked by check_speed
     device = job.place()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the parts before left counts as used
     if what == "modules":
-        quantized = next((e.decode for e in job.matrix.entries if stored_bits(e.decode)), None)
-        if quantized is None:
-            raise QsunError("--speed modules needs a quantized decode module; give one, or a known shape")
+        quantized = next(entry.decode for entry in job.matrix.entries if stored_bits(entry.decode))
         contenders = loaded_contenders(quantized, find_base(quantized)[1], device)
     else:
         contenders = made_contenders(what, "both", device)

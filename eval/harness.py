@@ -12,6 +12,8 @@ from qsun.errors import QsunError
 from qsun.eval.tasks import tasks_directory
 from qsun.prefill import PrefillModule
 
+_SANDBOXED = "humaneval_local"  # the one task whose programs run in our sandbox; lm-eval's own do not
+
 
 @dataclass(frozen=True)
 class HarnessSettings:
@@ -46,22 +48,25 @@ def run_task(prefill: PrefillModule, decode: DecodeModule, task: str, settings: 
     evaluator, manager = _lm_eval(settings)
     from qsun.eval.lm import QsunLM
 
-    with redirect_stdout(sys.stderr):  # lm-eval prints; stdout is for the report
-        results = evaluator.simple_evaluate(
-            model=QsunLM(decode, prefill, device=_device(decode), batch_size=settings.batch_size),
-            tasks=[task],
-            task_manager=manager,
-            limit=settings.limit or None,
-            num_fewshot=settings.num_fewshot,
-            apply_chat_template=settings.chat_template,
-            confirm_run_unsafe_code=settings.allow_code,
-            metadata={"data_dir": settings.task_data} if settings.task_data else None,
-            bootstrap_iters=0,
-            random_seed=settings.seed,
-            numpy_random_seed=settings.seed,
-            torch_random_seed=settings.seed,
-            fewshot_random_seed=settings.seed,
-        )
+    try:
+        with redirect_stdout(sys.stderr):  # lm-eval prints; stdout is for the report
+            results = evaluator.simple_evaluate(
+                model=QsunLM(decode, prefill, device=_device(decode), batch_size=settings.batch_size),
+                tasks=[task],
+                task_manager=manager,
+                limit=settings.limit or None,
+                num_fewshot=settings.num_fewshot,
+                apply_chat_template=settings.chat_template,
+                confirm_run_unsafe_code=settings.allow_code and task == _SANDBOXED,
+                metadata={"data_dir": settings.task_data} if settings.task_data else None,
+                bootstrap_iters=0,
+                random_seed=settings.seed,
+                numpy_random_seed=settings.seed,
+                torch_random_seed=settings.seed,
+                fewshot_random_seed=settings.seed,
+            )
+    except (ValueError, KeyError, OSError) as error:  # a task of its own kind of data, an unsafe one, no template
+        raise QsunError(f"task {task}: {' '.join(str(error).split())[:200]}") from None
     return _outcome(task, results)
 
 
@@ -75,7 +80,7 @@ def check_tasks(tasks: Sequence[str], settings: HarnessSettings) -> None:
             near = [name for name in manager.all_tasks if task.split("_", 1)[0] in name][:5]
             fix = f"near it are {', '.join(near)}" if near else "give the folder of its file with --task-dir"
             raise QsunError(f"task {task!r} is not known to lm-eval; {fix}")
-        if "humaneval" in task and not settings.allow_code:
+        if task == _SANDBOXED and not settings.allow_code:
             raise QsunError(f"task {task} runs what the model writes; allow that with --allow-code-execution")
 
 
@@ -103,6 +108,8 @@ def _outcome(task: str, results: Mapping[str, Any]) -> dict[str, Any]:
     for name in names:
         first = [s for s in samples[name] if s["filter"] == samples[name][0]["filter"]]
         metric = first[0]["metrics"][0]
+        if not isinstance(first[0][metric], (int, float)):
+            raise QsunError(f"task {name}: {metric} has no number for each example; use --text for perplexity")
         values += [float(sample[metric]) for sample in sorted(first, key=lambda s: s["doc_id"])]
     mean = sum(values) / len(values)
     variance = sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)

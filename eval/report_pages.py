@@ -56,10 +56,10 @@ def tables(report: Report) -> dict[str, Table]:
         reference = report["reference"]
         if rows:
             columns = ["variant", "points", "95% interval", "McNemar p", f"right only here / only {reference}"]
-            found[f"Against {reference}, all tasks, example by example"] = (columns, rows)
+            found[f"Against {reference}, mean of tasks, example by example"] = (columns, rows)
     for key, heading in (("responses", "At decode positions"), ("text", "On running text")):
         if report[key]:
-            columns = ["variant", "positions", "perplexity", "loss", "KL x 1000", "99th percentile", "same top token"]
+            columns = ["variant", "positions", "perplexity", "loss", "KL x 1000", "largest p99", "same top token"]
             found[f"{heading}: divergence from the full-precision decoder"] = (columns, _divergence(report[key]))
     if report.get("speed"):
         found[f"Speed of a decode step: {report['speed']['model']}"] = _speed(report["speed"]["rows"])

@@ -1,6 +1,6 @@
 """The other side of sandbox.py: give up all that is not needed, then run the program from stdin. Standard library only.
 
-sandbox_child.py TOKEN LIMITS, where LIMITS is sandbox.Limits as JSON.
+sandbox_child.py LIMITS < TOKEN and the program; LIMITS is sandbox.Limits as JSON.
 """
 
 import ctypes
@@ -96,8 +96,9 @@ def take_away() -> None:
 
 
 def main() -> None:
-    token, limits = sys.argv[1], json.loads(sys.argv[2])
+    limits = json.loads(sys.argv[1])
     sys.argv[1:] = []
+    token = sys.stdin.buffer.readline().strip().decode()  # not an argument, which the program could read
     source = sys.stdin.buffer.read()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     write, leave = os.write, os._exit

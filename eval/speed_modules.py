@@ -51,10 +51,7 @@ def made_contenders(shape: str, head: str, device: torch.device, seed: int = 0) 
     """
     if head not in HEADS:
         raise QsunError(f"lm-head {head!r} is not known; use one of {', '.join(HEADS)}")
-    sizes = MODEL_SHAPES.get(shape)
-    if sizes is None or sizes.ranks > 1:
-        known = ", ".join(name for name, known in MODEL_SHAPES.items() if known.ranks == 1)
-        raise QsunError(f"shape {shape!r} is not known here; use one of {known}")
+    sizes = known_shape(shape)
     config = shape_config(shape, sizes)
     weights = 2 * sum(p.numel() for name, p in empty_model(config).named_parameters() if not _is_tied(name, config))
     check_memory(int(1.4 * weights), free_bytes(device), f"shape {shape} in bf16 and int4", "take a smaller one")
@@ -66,6 +63,15 @@ def made_contenders(shape: str, head: str, device: torch.device, seed: int = 0) 
     if head != "bf16":
         decode[QSUN_HEAD] = with_int4_head(quantized)
     return Contenders(shape, decode, full, {name: head_of(model) for name, model in decode.items()})
+
+
+def known_shape(name: str) -> ModelShape:
+    """The sizes of a known model that fits one device. Raises QsunError for another name."""
+    sizes = MODEL_SHAPES.get(name)
+    if sizes is None or sizes.ranks > 1:
+        known = ", ".join(name for name, known in MODEL_SHAPES.items() if known.ranks == 1)
+        raise QsunError(f"shape {name!r} is not known here; use one of {known}")
+    return sizes
 
 
 def loaded_contenders(directory: str, base: str | None, device: torch.device) -> Contenders:

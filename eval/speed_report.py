@@ -6,7 +6,7 @@ from typing import Any
 
 from qsun.eval.speed_modules import QSUN, QSUN_HEAD, SUN
 
-_LABELS = {SUN: "SUN, bf16", QSUN: "QSUN, int4, head bf16", QSUN_HEAD: "QSUN, int4, head int4"}
+_LABELS = {SUN: "SUN, bf16", QSUN: "QSUN, head bf16", QSUN_HEAD: "QSUN, head quantized"}
 _STYLES: dict[str, dict[str, Any]] = {SUN: {"color": "black"}, QSUN: {"color": "C0"}, QSUN_HEAD: {"color": "C1"}}
 
 

@@ -22,6 +22,7 @@ from qsun.decode import DecodeModule, load_decode
 from qsun.demo.tasks import HARD_TASKS, TASKS, examples, write_jsonl
 from qsun.errors import QsunError
 from qsun.eval.exact_match import exact_match
+from qsun.manifest import write_json
 from qsun.pipeline import quantize
 from qsun.prefill import load_prefill
 from qsun.tune_config import TuneConfig
@@ -86,6 +87,8 @@ def run_study(study: Study, out: Path, processes: int = 2, progress: Progress = 
         for stage in stages:  # each needs what the one before it made
             jobs = {pool.submit(_alone, work): work for work in stage}
             for job in as_completed(jobs):
+                if job.exception() is not None:  # now, not after all that waits
+                    pool.shutdown(cancel_futures=True)
                 job.result()
                 done += 1
                 progress(jobs[job].label, done, total)
@@ -101,8 +104,10 @@ def _claim(study: Study, out: Path) -> None:
     if file.exists():
         before = json.loads(file.read_text())
         for name, value in settings.items():
-            if before[name] != value and name != "seeds":
-                raise QsunError(f"{out} holds a study with {name} {before[name]}, not {value}; choose another folder")
+            if before.get(name) != value and name != "seeds":
+                raise QsunError(
+                    f"{out} holds a study with {name} {before.get(name)}, not {value}; choose another folder"
+                )
     out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(settings, indent=1) + "\n")
 
@@ -135,8 +140,8 @@ def _scores(out: Path, seed: int, task: str) -> Path:
 def _tuning(study: Study, out: Path) -> Iterator[Work]:
     for seed in range(study.seeds):
         for task in tasks_of(seed):
-            budgets = [study.steps, *(study.curve if seed == 0 and task in TASKS else ())]
-            for steps in budgets:
+            budgets = {study.steps, *(study.curve if seed == 0 and task in TASKS else ())}
+            for steps in sorted(budgets, reverse=True):
                 for how in ("sun", "full"):
                     name = how if steps == study.steps else f"{how}-{steps}"
                     yield _tune_work(study, out, seed, task, name, steps, how == "full")
@@ -231,7 +236,7 @@ def _score(study: Study, out: Path, seed: int, task: str) -> None:
             writer = load_decode(decode, "cpu", "float32")
         score = exact_match(task, test, reader, writer)
         right[variant] = "".join("01"[answer] for answer in score.right)
-    _scores(out, seed, task).write_text(json.dumps(right, indent=1) + "\n")
+    write_json(_scores(out, seed, task), right)
 
 
 def variants(study: Study, out: Path, seed: int, task: str) -> Iterator[tuple[str, str | Path, str | Path | None]]:

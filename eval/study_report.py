@@ -48,7 +48,8 @@ def markdown(scores: Scores) -> str:
         f"Exact match, %, on {study['test']} held-out examples a task and seed, {study['seeds']} seeds; "
         f"{study['steps']} steps of {study['batch_size']} examples out of {study['train']}, peak rate {study['lr']:g} "
         f"(full fine-tune {study['full_lr']:g}). Means; the spread is the standard deviation over seeds of the mean "
-        "over tasks; intervals are 95%, by the paired bootstrap over all examples; p by McNemar's test."
+        "over tasks; intervals are 95%, by the paired bootstrap over all examples; p by McNemar's test. "
+        "Both hold for these modules: that another training run would differ is what the spread says."
     )
     parts = [head, _main(scores), _by_method(scores), _differences(scores), _hard(scores), _curve(scores)]
     return "\n\n".join(part for part in parts if part) + "\n"

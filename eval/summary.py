@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qsun.eval.paired import compare
+from qsun.eval.paired import compare_groups
 from qsun.eval.variants import Matrix, stored_bits
 from qsun.manifest import versions
 
@@ -27,10 +27,12 @@ def summarize(matrix: Matrix, parts: Sequence[Part]) -> dict[str, Any]:
     """
     values = _values(parts)
     tasks = [task for task in matrix.tasks if any(task in by_task for by_task in values.values())]
-    accuracy = {task: _cells({n: v[task] for n, v in values.items() if task in v}, matrix.reference) for task in tasks}
-    whole = {n: [x for task in tasks for x in v[task]] for n, v in values.items() if set(v) == set(tasks)}
+    accuracy = {
+        task: _cells({n: [v[task]] for n, v in values.items() if task in v}, matrix.reference) for task in tasks
+    }
     if len(tasks) > 1:
-        accuracy["mean"] = _cells(whole, matrix.reference, {n: [values[n][t] for t in tasks] for n in whole})
+        whole = {n: [v[task] for task in tasks] for n, v in values.items() if set(v) == set(tasks)}
+        accuracy["mean"] = _cells(whole, matrix.reference)
     last = accuracy.get("mean") or (accuracy[tasks[0]] if tasks else {})
     return {
         "reference": matrix.reference,
@@ -43,32 +45,36 @@ def summarize(matrix: Matrix, parts: Sequence[Part]) -> dict[str, Any]:
     }
 
 
-def _values(parts: Sequence[Part]) -> dict[str, dict[str, list[float]]]:
-    found: dict[str, dict[str, list[float]]] = {}
+def _values(parts: Sequence[Part]) -> dict[str, dict[str, Sequence[float]]]:
+    found: dict[str, dict[str, Sequence[float]]] = {}
     for part in parts:
         if part["kind"] == "task":
             found.setdefault(part["variant"], {})[part["task"]] = part["values"]
     return found
 
 
-def _cells(
-    values: Mapping[str, Sequence[float]], reference: str, by_task: Mapping[str, list[list[float]]] | None = None
-) -> dict[str, dict[str, float]]:
-    """by_task: where values are those of several tasks in a row, the same apart; the mean is then that of the tasks."""
+def _cells(values: Mapping[str, list[Sequence[float]]], reference: str) -> dict[str, dict[str, float]]:
+    """values: of each variant, those of every task; rates and differences are means over the tasks."""
     cells = {}
-    for name, found in values.items():
-        groups = by_task[name] if by_task else [list(found)]
-        errors = [_stderr(group) for group in groups]
+    for name, groups in values.items():
         cell = {
             "rate": fmean(map(fmean, groups)),
-            "stderr": math.sqrt(sum(e**2 for e in errors)) / len(groups),
-            "n": len(found),
+            "stderr": math.sqrt(sum(_stderr(group) ** 2 for group in groups)) / len(groups),
+            "n": sum(map(len, groups)),
         }
-        theirs = values.get(reference, ())
-        if name != reference and len(theirs) == len(found) and _binary(found) and _binary(theirs):
-            cell |= compare([v == 1 for v in theirs], [v == 1 for v in found]).to_dict()
+        theirs = values.get(reference, [])
+        if (
+            name != reference
+            and list(map(len, theirs)) == list(map(len, groups))
+            and all(map(_binary, groups + theirs))
+        ):
+            cell |= compare_groups([(_right(a), _right(b)) for a, b in zip(theirs, groups, strict=True)]).to_dict()
         cells[name] = cell
     return cells
+
+
+def _right(values: Sequence[float]) -> list[bool]:
+    return [value == 1 for value in values]
 
 
 def _binary(values: Sequence[float]) -> bool:
@@ -115,7 +121,7 @@ def provenance(command: str, seed: int) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "command": command,
-        "versions": versions(),
+        "versions": versions("lm_eval"),
         "machine": {
             "processor": _processor(),
             "cores": os.cpu_count(),

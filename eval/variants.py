@@ -58,6 +58,13 @@ class Matrix:
     tasks: tuple[str, ...]
     reference: str
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tasks", tuple(dict.fromkeys(self.tasks)))
+        pairs = [(entry.name, task) for entry in self.entries for task in entry.answers(self.tasks)]
+        for name, task in pairs:
+            if pairs.count((name, task)) > 1:
+                raise QsunError(f"two entries named {name!r} answer {task}; give them names or tasks of their own")
+
     def names(self) -> list[str]:
         """The variants, in the order of their first entries."""
         return list(dict.fromkeys(entry.name for entry in self.entries))
@@ -97,10 +104,15 @@ def from_file(path: Path, tasks: Sequence[str] = ()) -> Matrix:
         raise QsunError(f"{path} has no list of variants; write `variants: [{{name: base, model: demo}}, ...]`")
     entries = tuple(_entry(row, path) for row in values["variants"])
     wanted = (
-        tuple(tasks) or tuple(values.get("tasks") or ()) or tuple(dict.fromkeys(t for e in entries for t in e.tasks))
+        tuple(tasks)
+        or _names(values.get("tasks"), str(path))
+        or tuple(dict.fromkeys(t for e in entries for t in e.tasks))
     )
     if not wanted:
         raise QsunError(f"{path} names no tasks; add `tasks: [...]`, or use --tasks")
+    unasked = [task for entry in entries for task in entry.tasks if not tasks and task not in wanted]
+    if unasked:
+        raise QsunError(f"{path}: a variant has the task {unasked[0]!r}, which `tasks` does not list; add it there")
     names = [entry.name for entry in entries]
     reference = str(values.get("reference") or ("SUN" if "SUN" in names else names[0]))
     if reference not in names:
@@ -116,6 +128,9 @@ def _entry(row: Any, path: Path) -> Entry:
     unknown = sorted(set(row) - _KEYS)
     if unknown:
         raise QsunError(f"{path}: variant {row['name']!r} has {unknown[0]!r}; known are {', '.join(sorted(_KEYS))}")
+    for key in ("name", "model", "prefill", "decode", "responses"):
+        if not isinstance(row.get(key, ""), str):
+            raise QsunError(f"{path}: variant {row['name']!r}: {key} is {row[key]!r}; write a string")
     model = row.get("model")
     prefill, decode = row.get("prefill") or model, row.get("decode") or model
     if not prefill or not decode:
@@ -127,9 +142,17 @@ def _entry(row: Any, path: Path) -> Entry:
         str(row["name"]),
         _place(prefill, path),
         _place(decode, path),
-        tuple(row.get("tasks") or ()),
+        _names(row.get("tasks"), f"{path}: variant {row['name']!r}"),
         str(path.parent / responses) if responses else "",
     )
+
+
+def _names(value: Any, where: str) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(task, str) for task in value):
+        raise QsunError(f"{where}: tasks is {value!r}; write a list, such as [qsun_math, qsun_code]")
+    return tuple(value)
 
 
 def _place(name: str, path: Path) -> str:

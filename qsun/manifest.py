@@ -41,10 +41,10 @@ def copy_base_files(base: Path, directory: Path) -> list[str]:
     return names
 
 
-def versions() -> dict[str, str]:
-    """Of what takes part in the result."""
+def versions(*more: str) -> dict[str, str]:
+    """Of what takes part in the result; more: further packages."""
     found = {"python": platform.python_version()}
-    for package in ("qsun", "torch", "transformers", "safetensors"):
+    for package in ("qsun", "torch", "transformers", "safetensors", *more):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -60,10 +60,12 @@ def calls_match(row: dict[str, str], answers: list[str]) -> dict[str, float]:
 
 def _rows(data_dir: str | None, name: str) -> list[dict[str, Any]]:
     if not data_dir:
-        raise QsunError(f"no data_dir; give --metadata data_dir=DIR, the folder that holds {name}")
-    path = Path(data_dir) / name
+        raise QsunError(
+            f"no data_dir; give --task-data DIR (qsun lm-eval: --metadata data_dir=DIR), the folder that holds {name}"
+        )
+    path, fix = Path(data_dir) / name, f"give the folder that holds {name}"
     if not path.is_file():
-        raise QsunError(f"{path} is not a file; give --metadata data_dir=DIR, the folder that holds {name}")
+        raise QsunError(f"{path} is not a file; {fix} with --task-data (qsun lm-eval: --metadata data_dir=DIR)")
     data = path.read_bytes()
     text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
     return [json.loads(line) for line in text.split("\n") if line.strip()]

@@ -80,6 +80,10 @@ def test_a_report_of_two_variants(cli, folder, tmp_path, demo_tokenizer):
         (("--decode", "demo", "--tasks", "humaneval_local"), "allow that with --allow-code-execution"),
         (("--decode", "demo", "--text", "x.txt", "--windows", "4"), "--windows '4' is not of the form 64x256"),
         (("--decode", "demo", "--speed", "llama-9"), "shape 'llama-9' is not known here; use one of llama"),
+        (("--decode", "demo", "--speed", "qsun.json"), "qsun.json is no speed.json"),
+        (("--decode", "demo", "--tasks", "qsun_code", "--device", "tpu9"), "device 'tpu9' is not known"),
+        (("--decode", "demo", "--tasks", "qsun_code", "--dtype", "int7"), "--dtype"),
+        (("--matrix", "x.yaml", "--prefill", "demo"), "leave --prefill, --full-ft and --base out"),
         (("--decode", "demo", "--speed", "modules"), "needs a quantized decode module"),
     ],
 )

@@ -64,8 +64,8 @@ def test_rates_errors_and_comparisons():
     assert (ours["difference"], ours["only_a"], ours["only_b"], ours["p_value"]) == (-0.25, 2, 1, 1.0)
     assert mean["SUN"]["rate"] == pytest.approx((0.75 + 0.5) / 2), "the mean is that of the tasks"
     assert mean["SUN"]["stderr"] == pytest.approx(math.sqrt(0.75 / 12 + 0.5 / 2) / 2)
-    assert mean["QSUN <int4>"]["difference"] == pytest.approx(-1 / 6), "examples are compared one by one"
-    assert "points of SUN (difference -16.7, 95% CI" in found["sentences"][0]
+    assert mean["QSUN <int4>"]["difference"] == pytest.approx(-0.25 / 2), "and so is the difference"
+    assert "points of SUN (difference -12.5, 95% CI" in found["sentences"][0]
     pooled = found["responses"]["SUN"]
     assert pooled["positions"] == 40 and pooled["mean_kl"] == pytest.approx(0.25) and pooled["p99_kl"] == 0.5
     assert found["text"]["QSUN <int4>"]["top1"] == 0.9
@@ -102,7 +102,7 @@ def test_pages_hold_every_number_and_need_nothing_else():
     assert len(reader.sources) == 2 and all(source.startswith("data:image/png") for source in reader.sources)
     assert "<int4>" not in text and "&lt;int4&gt;" in text and "&lt;x&gt;" in text
     plain = markdown(made, list(pictures))
-    for cell in ("75.0 ± 25.0", "-16.7", "$ qsun eval <x>", "![Accuracy by task", "250.000"):
+    for cell in ("75.0 ± 25.0", "-12.5", "$ qsun eval <x>", "![Accuracy by task", "250.000"):
         assert cell in plain, cell
     for _, rows in tables(made).values():
         assert all(cell in plain for row in rows for cell in row)

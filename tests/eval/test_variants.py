@@ -60,6 +60,13 @@ def test_a_file_names_directories_beside_it(tmp_path):
         ("variants: [{name: x, modell: demo}]", "variant 'x' has 'modell'; known are decode, model, name"),
         ("variants: [{name: x, prefill: demo}]", "'x' needs a model, or a prefill and a decode module"),
         ("variants: [{name: x, model: demo}]", "names no tasks"),
+        ("variants: [{name: x, model: 5}]", "model is 5; write a string"),
+        ("variants: [{name: x, model: demo, tasks: qsun_math}]", "tasks is 'qsun_math'; write a list"),
+        (
+            "{variants: [{name: x, model: demo, tasks: [u]}], tasks: [t]}",
+            "has the task 'u', which `tasks` does not list",
+        ),
+        ("{variants: [{name: x, model: demo}, {name: x, model: P}], tasks: [t]}", "two entries named 'x' answer t"),
         ("variants: [{name: x, model: demo, responses: no.jsonl}]", "responses no.jsonl is no file"),
         (
             "{variants: [{name: x, model: demo}], tasks: [t], reference: y}",
