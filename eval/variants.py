@@ -108,8 +108,6 @@ def from_file(path: Path, tasks: Sequence[str] = ()) -> Matrix:
         or _names(values.get("tasks"), str(path))
         or tuple(dict.fromkeys(t for e in entries for t in e.tasks))
     )
-    if not wanted:
-        raise QsunError(f"{path} names no tasks; add `tasks: [...]`, or use --tasks")
     unasked = [task for entry in entries for task in entry.tasks if not tasks and task not in wanted]
     if unasked:
         raise QsunError(f"{path}: a variant has the task {unasked[0]!r}, which `tasks` does not list; add it there")

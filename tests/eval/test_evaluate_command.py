@@ -69,6 +69,19 @@ def test_a_report_of_two_variants(cli, folder, tmp_path, demo_tokenizer):
     assert other.code == 2 and "begun with another" in other.err
 
 
+def test_a_matrix_of_responses_needs_no_tasks(cli, folder, tmp_path):
+    file = folder / "matrix.yaml"
+    file.write_text(
+        "variants: [{name: SUN, prefill: sun, decode: demo, responses: valid.jsonl}, {name: base, model: demo}]"
+    )
+    answer = cli("eval", "--matrix", file, "-o", tmp_path / "out", "--json")
+    assert answer.code == 0, answer.err
+    report = json.loads(answer.out)
+    assert list(report["responses"]) == ["SUN"] and not report["accuracy"]
+    file.write_text("variants: [{name: base, model: demo}]")
+    assert "nothing to evaluate" in cli("eval", "--matrix", file, "-o", tmp_path / "other").err
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -59,7 +59,6 @@ def test_a_file_names_directories_beside_it(tmp_path):
         ("variants: [1]", "1 is no variant"),
         ("variants: [{name: x, modell: demo}]", "variant 'x' has 'modell'; known are decode, model, name"),
         ("variants: [{name: x, prefill: demo}]", "'x' needs a model, or a prefill and a decode module"),
-        ("variants: [{name: x, model: demo}]", "names no tasks"),
         ("variants: [{name: x, model: 5}]", "model is 5; write a string"),
         ("variants: [{name: x, model: demo, tasks: qsun_math}]", "tasks is 'qsun_math'; write a list"),
         (
