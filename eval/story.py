@@ -40,7 +40,7 @@ class Effort:
 
 
 FULL = Effort(steps=400, batch_size=32, train=6000, test=500)
-QUICK = Effort(steps=100, batch_size=24, train=2400, test=200)
+QUICK = Effort(steps=200, batch_size=24, train=4800, test=200)
 
 
 def tell_story(out: Path, effort: Effort, seed: int = 0, progress: Progress = lambda *_: None) -> dict[str, Any]:
