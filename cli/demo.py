@@ -13,7 +13,9 @@ from qsun.errors import QsunError
 
 def demo(
     out: Path = typer.Option(Path("out/story"), "--out", "-o", help="Folder for modules, data, table and picture."),
-    quick: bool = typer.Option(False, "--quick", help="Half of the steps and smaller batches: under 3 minutes, lower accuracy."),
+    quick: bool = typer.Option(
+        False, "--quick", help="200 steps instead of 700, in smaller batches: under 3 minutes, lower accuracy."
+    ),
     seed: int = typer.Option(0, help="Of data and tuning."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
 ) -> None:

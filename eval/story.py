@@ -1,7 +1,7 @@
 """`qsun demo`: the whole of SUN on the embedded base, everything measured in the run.
 
-tune a prefill module for each task, quantize the base -> exact match of base, full fine-tune, SUN and QSUN on
-held-out examples -> one decode batch that serves all tasks.
+tune a prefill module for each task, quantize the base behind them -> exact match of base, full fine-tune, SUN and QSUN
+on held-out examples -> one decode batch that serves all tasks.
 """
 
 import os
@@ -39,7 +39,7 @@ class Effort:
     test: int
 
 
-FULL = Effort(steps=400, batch_size=32, train=6000, test=500)
+FULL = Effort(steps=700, batch_size=32, train=8192, test=500)
 QUICK = Effort(steps=200, batch_size=24, train=4800, test=200)
 
 
@@ -111,8 +111,15 @@ def _make_modules(out: Path, effort: Effort, seed: int, step: Callable[[str], No
         for job in as_completed(jobs):
             job.result()
             step(jobs[job])
-    report = quantize("demo", out / "decode-int4", QuantConfig(seed=seed), device="cpu")
-    step("decode module quantized to 4 bits")
+    report = quantize(
+        "demo",
+        out / "decode-int4",
+        QuantConfig(seed=seed),
+        [out / "data" / f"{task}.train.jsonl" for task in TASKS],
+        device="cpu",
+        calibration_prefill=[out / "prefill" / task for task in TASKS],
+    )
+    step("decode module quantized to 4 bits, calibrated behind the prefill modules")
     return report
 
 

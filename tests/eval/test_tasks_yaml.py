@@ -88,9 +88,9 @@ def test_bad_counts_are_refused(settings):
 
 @pytest.mark.parametrize("task", sorted(NAMES - {"qsun_math", "qsun_code", "qsun_tool"}))
 def test_missing_data_is_one_line(task, tmp_path):
-    with pytest.raises(qsun.QsunError, match="no data_dir; give --metadata data_dir=DIR, the folder that holds"):
+    with pytest.raises(qsun.QsunError, match="no data_dir; give --task-data DIR"):
         manager().load(task)
-    with pytest.raises(qsun.QsunError, match="is not a file; give --metadata data_dir=DIR"):
+    with pytest.raises(qsun.QsunError, match="is not a file; give the folder that holds"):
         manager(data_dir=str(tmp_path)).load(task)
 
 
