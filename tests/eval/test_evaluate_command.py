@@ -82,6 +82,17 @@ def test_a_matrix_of_responses_needs_no_tasks(cli, folder, tmp_path):
     assert "nothing to evaluate" in cli("eval", "--matrix", file, "-o", tmp_path / "other").err
 
 
+def test_every_pair_is_checked_though_the_prefill_module_is_loaded_once(cli, folder, talking_model, tmp_path):
+    file = folder / "wrong.yaml"
+    file.write_text(
+        "variants: [{name: SUN, prefill: sun, decode: demo, responses: valid.jsonl}, "
+        f"{{name: wrong, prefill: sun, decode: {talking_model}, responses: valid.jsonl}}]"
+    )
+    answer = cli("eval", "--matrix", file, "-o", tmp_path / "out")
+    assert answer.code == 2 and "does not fit" in answer.err, answer.err
+    assert [part.name for part in (tmp_path / "out/parts").iterdir()] == ["000-responses.json"]
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
