@@ -67,10 +67,10 @@ def serve(
     config = EngineConfig(max_batch, kv_bytes, prefix_bytes, prefill_tokens, max_waiting, partitioned)
     screen.show_warnings()
     logging.getLogger("uvicorn").addHandler(logging.StreamHandler(sys.stderr))
-    bound = listen(host, port)  # before weights are loaded: a taken port is known at once
-    serving, app = _load(decode, named, config, limits, (dtype, device, threads), admin)
-    _announce(bound.getsockname(), serving, as_json)
-    run_server(app, guard, bound, drain, serving.drain)
+    with listen(host, port) as bound:  # before weights are loaded: a taken port is known at once
+        serving, app = _load(decode, named, config, limits, (dtype, device, threads), admin)
+        _announce(bound.getsockname(), serving, as_json)
+        run_server(app, guard, bound, drain, serving.drain)
 
 
 serve.__doc__ = _EXAMPLES
