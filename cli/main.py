@@ -18,6 +18,7 @@ from qsun.cli import (
     lm_eval,
     quantize,
     screen,
+    simulate,
     tune,
 )
 from qsun.errors import QsunError
@@ -37,6 +38,7 @@ app.command("inspect", no_args_is_help=True)(inspect.inspect)
 app.command("check-pair", no_args_is_help=True)(check_pair.check_pair)
 app.command("demo")(demo.demo)
 app.command("demo-data", no_args_is_help=True)(demo_data.demo_data)
+app.command("simulate", no_args_is_help=True)(simulate.simulate)
 app.command("lm-eval", context_settings=lm_eval.PASS_THROUGH)(lm_eval.lm_eval)
 bench.app.command("speed", no_args_is_help=True)(bench_speed.speed)
 bench.app.command("tasks", no_args_is_help=True)(bench_tasks.tasks)

@@ -1,6 +1,5 @@
 """`qsun bench speed`: a decode step of SUN (bf16 decode module) against QSUN (int4), and the prefill before both."""
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ import torch
 from qsun.decode_step import DecodeStep
 from qsun.errors import QsunError
 from qsun.eval.clock import copy_bandwidth
+from qsun.eval.percentiles import percentile
 from qsun.eval.speed_modules import DTYPE, SUN, Contenders, free_bytes, kv_bytes, weight_bytes
 from qsun.kv import DecodeCache
 from qsun.sampling import Sampler
@@ -165,11 +165,6 @@ def filled_step(model: Any, batch: int, filled: int, steps: int) -> DecodeStep:
     for row in range(batch):
         cache.place(row, [(layer[0], layer[1]) for layer in drawn])
     return DecodeStep(model, cache, torch.zeros(batch, dtype=torch.int64, device=device))
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The least value that `share` of all values do not exceed."""
-    return sorted(values)[math.ceil(share * len(values)) - 1]
 
 
 def _rows(

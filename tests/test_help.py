@@ -22,6 +22,7 @@ COMMANDS = {
     "bench tasks": "",
     "bench tuning": "",
     "bench speed": "as qsun quantize leaves it",
+    "simulate": "Default: twice SUN",
 }
 
 

@@ -10,7 +10,8 @@ from qsun.decode_step import DecodeStep
 from qsun.errors import QsunError
 from qsun.eval import speed, speed_modules
 from qsun.eval.model_shapes import MODEL_SHAPES, ModelShape
-from qsun.eval.speed import Points, bench_speed, filled_step, percentile, step_seconds
+from qsun.eval.percentiles import percentile
+from qsun.eval.speed import Points, bench_speed, filled_step, step_seconds
 from qsun.eval.speed_modules import GRID, loaded_contenders, made_contenders
 from qsun.linear import QuantLinear
 from qsun.rtn import rtn

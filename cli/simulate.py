@@ -1,0 +1,166 @@
+"""`qsun simulate`: conventional disaggregation against SUN and QSUN, by discrete events."""
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from qsun.cli import screen
+from qsun.errors import QsunError
+
+if TYPE_CHECKING:
+    from qsun.eval.capacity import Study
+    from qsun.eval.workload import Request
+
+
+def simulate(
+    curves: str = typer.Option(..., help="speed.json of qsun bench speed, or computed:MODEL for an H200's floors."),
+    models: str = typer.Option("3", help="How many models, or their names, comma-separated, the busiest first."),
+    decode_workers: int = typer.Option(4, help="Decode workers of every system."),
+    skew: str = typer.Option("0,0.5,1,1.5,2", help="Zipf exponents over models, comma-separated; 0 is uniform."),
+    rate: str = typer.Option("", help="Requests/s, comma-separated. Default: search what each system can serve."),
+    need: float = typer.Option(0.0, help="Without --rate: requests/s that the fewest workers are searched for."),
+    trace: Path | None = typer.Option(None, help="Replay requests.jsonl of qsun bench serve instead."),
+    prompt: str = typer.Option(
+        "lognormal:512,0.8,4096", help="Prompt tokens: fixed:N, uniform:A-B, lognormal:MED,SIGMA."
+    ),
+    output: str = typer.Option("lognormal:200,0.8,2048", help="Output tokens, in the same forms."),
+    max_batch: int = typer.Option(64, help="Rows of a decode worker."),
+    kv_tokens: int = typer.Option(0, help="KV of a decode worker in tokens. Default: from --memory-gb, or no limit."),
+    memory_gb: float = typer.Option(0.0, help="Memory of a decode worker, for weights and KV."),
+    prefill_workers: int = typer.Option(0, help="Of each model. Default: so many that they are half busy."),
+    prefill_tokens: int = typer.Option(
+        0, help="Decode workers read prompts, so many tokens a step; no prefill workers."
+    ),
+    assignment: str = typer.Option("load", help="Of decode workers to models when conventional: load or equal."),
+    policy: str = typer.Option("least_outstanding_tokens", help="Or power_of_two, or round_robin."),
+    transfer_ms: float = typer.Option(0.0, help="From a prefill worker to a decode worker."),
+    overhead_ms: float = typer.Option(0.0, help="Added to every step."),
+    qsun_variant: str = typer.Option("qsun", help="Or qsun+head: an int4 head as well."),
+    slo_ttft: float = typer.Option(0.0, help="Milliseconds. Default: 4 prefills and 10 TPOTs."),
+    slo_tpot: float = typer.Option(0.0, help="Milliseconds. Default: twice SUN's step with a full batch."),
+    target: float = typer.Option(0.95, help="Share of requests that must keep both."),
+    requests: int = typer.Option(2000, help="Of each simulation, at least."),
+    seed: int = typer.Option(0, help="Of arrivals, models, lengths and policies."),
+    out: Path | None = typer.Option(None, "--out", "-o", help="Folder for simulate.json and simulate.png."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
+) -> None:
+    """Simulate conventional disaggregation, SUN and QSUN on the same workers, from step times measured beforehand.
+
+    Without --rate, the highest rate that each system serves within the SLO, at every skew, and the decode workers that
+    each needs for one rate. docs/capacity.md says what is assumed.
+
+    Examples:
+
+      qsun simulate --curves out/speed/speed.json --models 4 --decode-workers 4 --assignment equal -o out/simulate
+
+      qsun simulate --curves out/speed/speed.json --models 3 --skew 1 --rate 0.5,1,2
+
+      qsun simulate --curves computed:llama-3.1-8b --models 8 --decode-workers 8 --memory-gb 141
+    """
+    from qsun.eval import simulation_report
+    from qsun.eval.capacity import Study, default_level, over_skew
+    from qsun.eval.curves import load_curves
+    from qsun.eval.service_level import ServiceLevel
+    from qsun.eval.systems import Deployment
+    from qsun.eval.workload import Lengths, Workload, read_trace
+
+    found = load_curves(curves)
+    skews = _numbers("skew", skew)
+    replayed = read_trace(trace) if trace else None
+    names = _names(models) if replayed is None else _by_count(replayed)
+    workload = Workload(names, skews[0], Lengths.parse(prompt), Lengths.parse(output), seed)
+    deployment = Deployment(
+        max_batch=max_batch,
+        kv_tokens=kv_tokens or None,
+        memory_bytes=memory_gb * 1e9 or None,
+        prefill_workers=prefill_workers or None,
+        prefill_tokens=prefill_tokens,
+        assignment=assignment,
+        policy=policy,
+        transfer_ms=transfer_ms,
+        step_overhead_ms=overhead_ms,
+        qsun_variant=qsun_variant,
+    )
+    level = default_level(workload, found, max_batch)
+    level = ServiceLevel(slo_ttft or level.ttft_ms, slo_tpot or level.tpot_ms)
+    study = Study(workload, found, deployment, level, target, requests)
+    result: dict[str, Any] = {
+        "setting": f"{len(names)} models, {decode_workers} decode workers, {assignment} assignment, batch up to "
+        f"{max_batch}, TTFT <= {level.ttft_ms:.4g} ms and TPOT <= {level.tpot_ms:.4g} ms for {target:.0%}",
+        "curves": found.source,
+        "slo": level.described(),
+        "options": {"prompt": prompt, "output": output, "policy": policy, "requests": requests, "seed": seed},
+    }
+    with screen.progress(quiet=as_json) as progress:
+        if replayed is not None or rate:
+            rates = _numbers("rate", rate) if replayed is None else []
+            result["rows"] = _points(study, decode_workers, skews, rates, replayed, progress)
+            table, plot = simulation_report.points_table, simulation_report.plot_points
+        else:
+            result["rows"] = over_skew(study, decode_workers, skews, need or None, progress)
+            table, plot = simulation_report.capacity_table, simulation_report.plot_capacity
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "simulate.json").write_text(json.dumps(result, indent=1) + "\n")
+        plot(result, out / "simulate.png")
+    if any(row.get("steps_beyond_curves") for row in result["rows"]):
+        most = max(row.get("steps_beyond_curves", 0.0) for row in result["rows"])
+        screen.note(
+            f"up to {most:.0%} of steps had larger batches or contexts than the curves: extended in a straight line"
+        )
+    typer.echo(
+        json.dumps(result) if as_json else f"{result['setting']}\nsteps: {found.source}\n{table(result['rows'])}"
+    )
+
+
+def _points(
+    study: "Study",
+    workers: int,
+    skews: list[float],
+    rates: list[float],
+    trace: "list[Request] | None",
+    progress: Any,
+) -> list[dict[str, Any]]:
+    from qsun.eval.systems import KINDS
+
+    points: list[tuple[float | None, float | None]] = (
+        [(None, None)] if trace else [(s, r) for s in skews for r in rates]
+    )
+    rows: list[dict[str, Any]] = []
+    total = len(points) * len(KINDS)
+    for skew, rate in points:
+        for kind in KINDS:
+            label = f"{kind}, trace" if rate is None else f"{kind}, skew {skew:g}, {rate:g} requests/s"
+            progress(label, len(rows), total)
+            if skew is None or rate is None:
+                found = study.replay(kind, workers, trace or [])
+            else:
+                found = study.at_skew(skew).run(kind, workers, rate)
+            rows.append({"skew": skew, "rate": rate} | found.summary(study.level))
+    progress("done", total, total)
+    return rows
+
+
+def _names(models: str) -> tuple[str, ...]:
+    if models.isdigit():
+        return tuple(f"model-{number + 1}" for number in range(int(models)))
+    return tuple(name.strip() for name in models.split(",") if name.strip())
+
+
+def _by_count(trace: "list[Request]") -> tuple[str, ...]:
+    from collections import Counter
+
+    return tuple(model for model, _ in Counter(request.model for request in trace).most_common())
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise QsunError(f"{name} {text!r} is not a comma-separated list of numbers") from None
+    if not all(math.isfinite(number) for number in found):
+        raise QsunError(f"{name} {text!r} has a number that is not finite")
+    return found
