@@ -10,7 +10,8 @@ What happens to a request of n prompt tokens and m output tokens (the seam of qs
    the batch and for KV of n + m tokens, which it keeps to its end; nothing is evicted.
 3. It joins between two steps and takes part in m of them. The first gives its first token and attends to n tokens.
 
-A decode worker's step costs `curves.step(variant, rows, mean context of the rows)` and `step_overhead_ms`.
+A decode worker's step costs `curves.step(variant, rows, mean context of the rows)` and `step_overhead_ms`. All tokens
+of a step come at its end.
 """
 
 import itertools
@@ -36,15 +37,17 @@ class DecodeWorker:
     Attributes:
         variant: which step curve its decode modules have.
         models: that it serves.
-        turns: one batch for each of its models, stepped in turns, because each has a decode module of its own.
-            Otherwise one batch holds rows of all of them: the shared decode module.
+        turns: one batch for each of its models, because each has a decode module of its own; a step then runs each of
+            them once, one after the other. Otherwise one batch holds rows of all models: the shared decode module.
         max_batch: rows at once, of all its models together; those whose prompt it is still reading count.
         max_batch_per_model: rows of one model at once.
         kv_tokens: prompt and output tokens of its rows at once.
-        prefill_tokens: 0 where prompts are read elsewhere. Else this worker reads them itself: a step is then first up
-            to so many prompt tokens, in the order of admission, a pass for each prompt and piece, and then a decode
-            step of all running rows, those whose prompt has just been read included.
-        fair: waiting requests are admitted from each model in turn, instead of in order of arrival.
+        prefill_tokens: 0 where prompts are read elsewhere. Else this worker reads them itself, as qsun's in-process
+            engine: a step is first up to so many prompt tokens, and then the decode step of all running rows, those
+            whose prompt has just been completed included. Whole prompts of one model are read side by side.
+        fair: waiting requests of the least served model are admitted first, instead of in order of arrival.
+        padded: a step attends in every row to as many tokens as the longest row has, as the in-process engine's does;
+            `curves.step` is then given the longest context instead of the mean.
     """
 
     models: tuple[str, ...]
@@ -55,6 +58,7 @@ class DecodeWorker:
     kv_tokens: int | None = None
     prefill_tokens: int = 0
     fair: bool = False
+    padded: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,17 @@
 """The processes of a simulation: arrivals, prefill workers, the router, decode workers. See qsun.eval.simulation."""
 
-import heapq
 import random
-from collections import deque
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import simpy
 
 from qsun.eval.curves import Curves
 from qsun.eval.simulation import POWER_OF_TWO, ROUND_ROBIN, DecodeWorker, Load, System, Times
+from qsun.eval.simulation_batch import Batch, Prompts, Waiting, kv_tokens
 from qsun.eval.workload import Request
+
+Process = Generator[Any, Any, None]
 
 
 class Run:
@@ -43,7 +43,7 @@ class Run:
     def prefill_loads(self) -> dict[str, list[Load]]:
         return {model: [Load(busy) for busy in loads] for model, loads in self._prefill_busy.items()}
 
-    def _arrive(self) -> Generator[Any, Any, None]:
+    def _arrive(self) -> Process:
         for times in self.times:
             delay = times.request.arrival - self.env.now
             if delay > 0:
@@ -53,7 +53,7 @@ class Run:
             else:
                 self._route(times)
 
-    def _prefill(self, model: str, index: int) -> Generator[Any, Any, None]:
+    def _prefill(self, model: str, index: int) -> Process:
         while True:
             times = yield self._prompts[model].get()
             seconds = self.curves.chunk(times.request.prompt_tokens - 1, 0)
@@ -65,7 +65,7 @@ class Run:
             else:
                 self._route(times)
 
-    def _transfer(self, times: Times) -> Generator[Any, Any, None]:
+    def _transfer(self, times: Times) -> Process:
         yield self.env.timeout(self.system.transfer_ms / 1000)
         self._route(times)
 
@@ -82,61 +82,16 @@ class Run:
         chosen.submit(times)
 
 
-class _Batch:
-    """Rows that step together; their contexts only as a sum, and their ends in a heap."""
-
-    def __init__(self) -> None:
-        self.rows = self.context = self._step = 0
-        self._ends: list[tuple[int, int, Times]] = []
-        self._joined: list[Times] = []
-        self._count = 0
-
-    def join(self, times: Times) -> None:
-        self.rows += 1
-        self.context += times.request.prompt_tokens
-        self._count += 1
-        heapq.heappush(self._ends, (self._step + times.request.output_tokens, self._count, times))
-        self._joined.append(times)
-
-    def advance(self, now: float) -> list[Times]:
-        """One step ends: every row has a token more. Gives the rows that are complete."""
-        self._step += 1
-        self.context += self.rows
-        for times in self._joined:
-            times.first = now
-        self._joined.clear()
-        ended = []
-        while self._ends and self._ends[0][0] == self._step:
-            times = heapq.heappop(self._ends)[2]
-            times.last = now
-            self.rows -= 1
-            self.context -= times.request.prompt_tokens + times.request.output_tokens
-            ended.append(times)
-        return ended
-
-
-@dataclass
-class _Reading:
-    times: Times
-    done: int = 0
-
-    @property
-    def left(self) -> int:
-        return self.times.request.prompt_tokens - 1 - self.done
-
-
 class _Decoding:
     """A decode worker."""
 
     def __init__(self, run: Run, index: int, kind: DecodeWorker):
         self.kind = kind
         self._run, self._index = run, index
-        self._waiting: dict[str, deque[tuple[int, Times]]] = {model: deque() for model in kind.models}
-        self._submitted = 0
-        self._held = dict.fromkeys(kind.models, 0)  # rows of each model, those whose prompt is being read included
-        self._batches = {model: _Batch() for model in kind.models} if kind.turns else {"": _Batch()}
-        self._order = deque(self._batches)  # whose turn is next
-        self._reading: deque[_Reading] = deque()
+        self._waiting = Waiting(kind.models, kind.fair)
+        self._held = dict.fromkeys(kind.models, 0)
+        self._prompts = Prompts(kind.prefill_tokens, run.curves)
+        self._batches = {model: Batch() for model in kind.models} if kind.turns else {"": Batch()}
         self._kv_tokens = 0
         self._wake: Any = None
         self.outstanding = 0
@@ -144,94 +99,66 @@ class _Decoding:
 
     def submit(self, times: Times) -> None:
         times.worker = self._index
-        self.outstanding += _kv(times)
-        self._submitted += 1
-        self._waiting[times.request.model].append((self._submitted, times))
+        self.outstanding += kv_tokens(times)
+        self._waiting.add(times, self._held)
         if self._wake is not None:
             self._wake.succeed()
             self._wake = None
 
-    def run(self) -> Generator[Any, Any, None]:
+    def run(self) -> Process:
         env = self._run.env
         while True:
             self._admit()
             seconds = self._read()
-            batch = self._next_batch()
-            if batch is None and not seconds:
+            running = [batch for batch in self._batches.values() if batch.rows]
+            if not running and not seconds:
                 self._wake = env.event()
                 yield self._wake
                 continue
-            if batch is not None:
-                seconds += self._step_seconds(batch)
+            seconds += sum(map(self._step_seconds, running))
             yield env.timeout(seconds)
             self.busy += seconds
-            for times in batch.advance(env.now) if batch else []:
-                self._release(times)
+            for batch in running:
+                for times in batch.advance(env.now):
+                    self._release(times)
 
     def _admit(self) -> None:
-        """Take from the queue while there is room. What is first in the queue is not overtaken for want of KV."""
-        while (model := self._next_model()) is not None:
-            times = self._waiting[model][0][1]
-            if self.kind.kv_tokens is not None and self._kv_tokens + _kv(times) > self.kind.kv_tokens:
+        """Take in while there is room. Whose turn it is, is not overtaken for want of KV."""
+        most = self.kind.max_batch_per_model or self.kind.max_batch
+        while sum(self._held.values()) < self.kind.max_batch:
+            times = self._waiting.next(self._held, most)
+            if times is None:
                 return
-            self._waiting[model].popleft()
-            if self.kind.fair:
-                self._waiting[model] = self._waiting.pop(model)  # to the end of the rotation
-            self._kv_tokens += _kv(times)
-            self._held[model] += 1
+            if self.kind.kv_tokens is not None and self._kv_tokens + kv_tokens(times) > self.kind.kv_tokens:
+                return
+            self._waiting.take(times)
+            self._kv_tokens += kv_tokens(times)
+            self._held[times.request.model] += 1
             times.joined = self._run.env.now
             if self._run.system.prefill:
                 self._batch_of(times).join(times)
             else:
-                self._reading.append(_Reading(times))
-
-    def _next_model(self) -> str | None:
-        if sum(self._held.values()) >= self.kind.max_batch:
-            return None
-        limit = self.kind.max_batch_per_model or self.kind.max_batch
-        able = [model for model, queue in self._waiting.items() if queue and self._held[model] < limit]
-        if not able or self.kind.fair:
-            return able[0] if able else None
-        return min(able, key=lambda model: self._waiting[model][0][0])
+                self._prompts.add(times)
 
     def _read(self) -> float:
-        """Seconds of this step's prompt work; prompts that it ends join their batch."""
-        budget, seconds = self.kind.prefill_tokens, 0.0
-        while self._reading and (budget > 0 or not self._reading[0].left):
-            reading = self._reading[0]
-            tokens = min(budget, reading.left)
-            seconds += self._run.curves.chunk(tokens, reading.done)
-            reading.done += tokens
-            budget -= tokens
-            if not reading.left:
-                self._reading.popleft()
-                reading.times.prefilled = self._run.env.now + seconds
-                self._batch_of(reading.times).join(reading.times)
+        """Seconds of this step's prompt work; prompts that it completes join their batch."""
+        finished, seconds = self._prompts.turn()
+        for times in finished:
+            times.prefilled = self._run.env.now + seconds
+            self._batch_of(times).join(times)
         return seconds
 
-    def _next_batch(self) -> _Batch | None:
-        for _ in range(len(self._order)):
-            batch = self._batches[self._order[0]]
-            self._order.rotate(-1)
-            if batch.rows:
-                return batch
-        return None
-
-    def _step_seconds(self, batch: _Batch) -> float:
-        context = batch.context / batch.rows
+    def _step_seconds(self, batch: Batch) -> float:
+        context = batch.longest() if self.kind.padded else batch.context / batch.rows
         self.steps += 1
         self.rows += batch.rows
         self.beyond += self._run.curves.beyond(self.kind.variant, batch.rows, context)
         return self._run.curves.step(self.kind.variant, batch.rows, context) + self._run.system.step_overhead_ms / 1000
 
-    def _batch_of(self, times: Times) -> _Batch:
+    def _batch_of(self, times: Times) -> Batch:
         return self._batches[times.request.model if self.kind.turns else ""]
 
     def _release(self, times: Times) -> None:
         self._held[times.request.model] -= 1
-        self._kv_tokens -= _kv(times)
-        self.outstanding -= _kv(times)
-
-
-def _kv(times: Times) -> int:
-    return times.request.prompt_tokens + times.request.output_tokens
+        self._kv_tokens -= kv_tokens(times)
+        self.outstanding -= kv_tokens(times)
