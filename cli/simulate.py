@@ -3,16 +3,12 @@
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from qsun.cli import screen
 from qsun.errors import QsunError
-
-if TYPE_CHECKING:
-    from qsun.eval.capacity import Study
-    from qsun.eval.workload import Request
 
 
 def simulate(
@@ -60,100 +56,55 @@ def simulate(
 
       qsun simulate --curves computed:llama-3.1-8b --models 8 --decode-workers 8 --memory-gb 141
     """
-    from qsun.eval import simulation_report
-    from qsun.eval.capacity import Study, default_level, over_skew
+    from qsun.eval.capacity import Study, default_level
     from qsun.eval.curves import load_curves
     from qsun.eval.service_level import ServiceLevel
+    from qsun.eval.simulation_study import by_count, simulation_result
     from qsun.eval.systems import Deployment
     from qsun.eval.workload import Lengths, Workload, read_trace
 
     found = load_curves(curves)
     skews = _numbers("skew", skew)
     replayed = read_trace(trace) if trace else None
-    names = _names(models) if replayed is None else _by_count(replayed)
+    names = _names(models) if replayed is None else by_count(replayed)
     workload = Workload(names, skews[0], Lengths.parse(prompt), Lengths.parse(output), seed)
     deployment = Deployment(
-        max_batch=max_batch,
-        kv_tokens=kv_tokens or None,
-        memory_bytes=memory_gb * 1e9 or None,
-        prefill_workers=prefill_workers or None,
-        prefill_tokens=prefill_tokens,
-        assignment=assignment,
-        policy=policy,
-        transfer_ms=transfer_ms,
-        step_overhead_ms=overhead_ms,
-        qsun_variant=qsun_variant,
+        max_batch,
+        kv_tokens or None,
+        memory_gb * 1e9 or None,
+        prefill_workers or None,
+        prefill_tokens,
+        assignment,
+        policy,
+        transfer_ms,
+        overhead_ms,
+        qsun_variant,
     )
     level = default_level(workload, found, max_batch)
     level = ServiceLevel(slo_ttft or level.ttft_ms, slo_tpot or level.tpot_ms)
     study = Study(workload, found, deployment, level, target, requests)
-    result: dict[str, Any] = {
-        "setting": f"{len(names)} models, {decode_workers} decode workers, {assignment} assignment, batch up to "
-        f"{max_batch}, TTFT <= {level.ttft_ms:.4g} ms and TPOT <= {level.tpot_ms:.4g} ms for {target:.0%}",
-        "curves": found.source,
-        "slo": level.described(),
-        "options": {"prompt": prompt, "output": output, "policy": policy, "requests": requests, "seed": seed},
-    }
+    rates = _numbers("rate", rate) if rate else []
     with screen.progress(quiet=as_json) as progress:
-        if replayed is not None or rate:
-            rates = _numbers("rate", rate) if replayed is None else []
-            result["rows"] = _points(study, decode_workers, skews, rates, replayed, progress)
-            table, plot = simulation_report.points_table, simulation_report.plot_points
-        else:
-            result["rows"] = over_skew(study, decode_workers, skews, need or None, progress)
-            table, plot = simulation_report.capacity_table, simulation_report.plot_capacity
+        result = simulation_result(study, decode_workers, skews, rates, need or None, replayed, progress)
+    _show(result, out, as_json)
+
+
+def _show(result: dict[str, Any], out: Path | None, as_json: bool) -> None:
+    from qsun.eval.simulation_report import plot, table
+
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "simulate.json").write_text(json.dumps(result, indent=1) + "\n")
         plot(result, out / "simulate.png")
-    if any(row.get("steps_beyond_curves") for row in result["rows"]):
-        most = max(row.get("steps_beyond_curves", 0.0) for row in result["rows"])
-        screen.note(
-            f"up to {most:.0%} of steps had larger batches or contexts than the curves: extended in a straight line"
-        )
-    typer.echo(
-        json.dumps(result) if as_json else f"{result['setting']}\nsteps: {found.source}\n{table(result['rows'])}"
-    )
-
-
-def _points(
-    study: "Study",
-    workers: int,
-    skews: list[float],
-    rates: list[float],
-    trace: "list[Request] | None",
-    progress: Any,
-) -> list[dict[str, Any]]:
-    from qsun.eval.systems import KINDS
-
-    points: list[tuple[float | None, float | None]] = (
-        [(None, None)] if trace else [(s, r) for s in skews for r in rates]
-    )
-    rows: list[dict[str, Any]] = []
-    total = len(points) * len(KINDS)
-    for skew, rate in points:
-        for kind in KINDS:
-            label = f"{kind}, trace" if rate is None else f"{kind}, skew {skew:g}, {rate:g} requests/s"
-            progress(label, len(rows), total)
-            if skew is None or rate is None:
-                found = study.replay(kind, workers, trace or [])
-            else:
-                found = study.at_skew(skew).run(kind, workers, rate)
-            rows.append({"skew": skew, "rate": rate} | found.summary(study.level))
-    progress("done", total, total)
-    return rows
+    if beyond := max(row.get("steps_beyond_curves", 0.0) for row in result["rows"]):
+        screen.note(f"up to {beyond:.0%} of steps have larger batches or contexts than the curves; docs/capacity.md")
+    typer.echo(json.dumps(result) if as_json else table(result))
 
 
 def _names(models: str) -> tuple[str, ...]:
     if models.isdigit():
         return tuple(f"model-{number + 1}" for number in range(int(models)))
     return tuple(name.strip() for name in models.split(",") if name.strip())
-
-
-def _by_count(trace: "list[Request]") -> tuple[str, ...]:
-    from collections import Counter
-
-    return tuple(model for model, _ in Counter(request.model for request in trace).most_common())
 
 
 def _numbers(name: str, text: str) -> list[float]:

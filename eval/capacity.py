@@ -3,25 +3,21 @@
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from qsun.errors import QsunError
 from qsun.eval.curves import SUN, Curves
 from qsun.eval.percentiles import percentile
 from qsun.eval.service_level import ServiceLevel
 from qsun.eval.simulation import Result, simulate
-from qsun.eval.systems import CONVENTIONAL, KINDS, Deployment
+from qsun.eval.systems import Deployment
 from qsun.eval.workload import Request, Workload
 
-Progress = Callable[[str, int, int], None]
-SAME_TPOT = 1.05  # "with TPOT within 5%"
 _WARM_UP = 0.2  # share of a simulation's requests
 _LIVES = 8  # a simulation lasts as many times as a request stays at a full decode worker, so that queues can grow
 _KEEPS_UP = 0.97  # of the tokens that arrive, or the queue grows
 _TOLERANCE = 1.02  # of a rate that is searched
-_NEEDED_SHARE = 0.9  # of a capacity: at the very edge one worker more or less would be luck
 _MOST_WORKERS = 4096
 
 
@@ -168,70 +164,3 @@ def workers_needed(study: Study, kind: str, rate: float) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high
-
-
-def over_skew(
-    study: Study, workers: int, skews: Sequence[float], rate: float | None, progress: Progress
-) -> list[dict[str, Any]]:
-    """Capacity of every system at every skew, and the decode workers that each needs for one rate.
-
-    Args:
-        rate: that the fewest workers are searched for; None: 90% of SUN's capacity at the first skew.
-    Returns:
-        A row for each skew and system: its capacity as `Result.summary`, with "rate", "skew", "ratio" (tokens/s of a
-        decode worker over the conventional system's) and "ratio_same_tpot" (the same with a mean TPOT within 5% of the
-        conventional system's at its own capacity), "workers_needed", "needed_rate".
-    """
-    rows: list[dict[str, Any]] = []
-    total, done = len(skews) * len(KINDS), 0
-    for skew in skews:
-        here = study.at_skew(skew)
-        reference: Capacity | None = None
-        for kind in KINDS:
-            progress(f"skew {skew:g}, {kind}", done, total)
-            found = capacity(here, kind, workers)
-            if kind == CONVENTIONAL:
-                reference = found
-            if rate is None:
-                rate = _reference_rate(here, workers, found)
-            rows.append(_row(here, kind, skew, found, reference))
-            rows[-1] |= {"workers_needed": workers_needed(here, kind, rate), "needed_rate": rate}
-            done += 1
-    progress("done", total, total)
-    return rows
-
-
-def _reference_rate(study: Study, workers: int, conventional: Capacity | None) -> float:
-    found = capacity(study, SUN, workers) or conventional
-    if found is None:
-        raise QsunError("no system keeps the SLO at any rate; ease --slo-ttft or --slo-tpot")
-    return _NEEDED_SHARE * found.rate
-
-
-def _row(study: Study, kind: str, skew: float, found: Capacity | None, reference: Capacity | None) -> dict[str, Any]:
-    row: dict[str, Any] = {"skew": skew, "system": kind, "rate": found.rate if found else 0.0}
-    if found is not None:
-        row |= found.result.summary(study.level)
-    row["ratio"] = row["ratio_same_tpot"] = None
-    if found is not None and reference is not None:
-        row["ratio"] = found.tokens_per_s() / reference.tokens_per_s()
-        limit = SAME_TPOT * mean_tpot_ms(reference.result)
-        held = found
-        if mean_tpot_ms(found.result) > limit:
-            held = capacity(study, kind, len(found.result.system.decode), limit) or found
-        row["ratio_same_tpot"] = held.tokens_per_s() / reference.tokens_per_s()
-    return row
-
-
-def where_ratio(
-    rows: Sequence[Mapping[str, Any]], kind: str, wanted: float, key: str = "ratio_same_tpot"
-) -> float | None:
-    """The least skew, straight between those simulated, at which a system's ratio reaches `wanted`; None: nowhere."""
-    points = [(row["skew"], row[key]) for row in rows if row["system"] == kind and row[key] is not None]
-    for number, (skew, ratio) in enumerate(points):
-        if ratio >= wanted:
-            if number == 0:
-                return skew
-            before, lower = points[number - 1]
-            return before + (skew - before) * (wanted - lower) / (ratio - lower)
-    return None

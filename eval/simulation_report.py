@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qsun.eval.capacity import where_ratio
 from qsun.eval.curves import QSUN, SUN
+from qsun.eval.simulation_study import where_ratio
 from qsun.eval.systems import CONVENTIONAL, KINDS
 
 Row = Mapping[str, Any]
@@ -15,7 +15,19 @@ _MARKERS = {CONVENTIONAL: "s", SUN: "o", QSUN: "D"}
 _DOUBLE = 2.0
 
 
-def points_table(rows: Sequence[Row]) -> str:
+def table(result: Mapping[str, Any]) -> str:
+    """Lines for a terminal."""
+    rows = result["rows"]
+    lines = _capacity_table(rows) if "needed_rate" in rows[0] else _points_table(rows)
+    return f"{result['setting']}\nsteps: {result['curves']}\n{lines}"
+
+
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """Save the picture that goes with the table."""
+    (_plot_capacity if "needed_rate" in result["rows"][0] else _plot_points)(result, path)
+
+
+def _points_table(rows: Sequence[Row]) -> str:
     """A line for each system at each rate and skew."""
     lines = [
         f"{'skew':>5}{'rate':>9} {'system':<13}{'workers':>8}{'tokens/s':>10}{'a worker':>10}"
@@ -36,7 +48,7 @@ def _number(value: float | None) -> str:
     return "trace" if value is None else f"{value:.4g}"
 
 
-def capacity_table(rows: Sequence[Row]) -> str:
+def _capacity_table(rows: Sequence[Row]) -> str:
     """A line for each system at each skew, and where the ratios reach 2."""
     lines = [
         f"{'skew':>5} {'system':<13}{'rate':>9}{'tokens/s':>10}{'a worker':>10}{'TPOT ms':>9}{'p99 ms':>9}{'busy':>6}"
@@ -73,7 +85,7 @@ def _where(rows: Sequence[Row], kind: str) -> str:
     return f"{kind}: {_DOUBLE:.1f}x nowhere here; most is {best['ratio_same_tpot']:.2f}x at skew {best['skew']:g}"
 
 
-def plot_capacity(result: Mapping[str, Any], path: Path) -> None:
+def _plot_capacity(result: Mapping[str, Any], path: Path) -> None:
     """Throughput of a decode worker, its ratio to the conventional system, and workers needed, all against skew."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -105,7 +117,7 @@ def plot_capacity(result: Mapping[str, Any], path: Path) -> None:
     _save(figure, result, path)
 
 
-def plot_points(result: Mapping[str, Any], path: Path) -> None:
+def _plot_points(result: Mapping[str, Any], path: Path) -> None:
     """Throughput, TPOT, TTFT and goodput against the rate, for the first skew."""
     from matplotlib.figure import Figure
 
