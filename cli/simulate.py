@@ -27,9 +27,7 @@ def simulate(
     kv_tokens: int = typer.Option(0, help="KV of a decode worker in tokens. Default: from --memory-gb, or no limit."),
     memory_gb: float = typer.Option(0.0, help="Memory of a decode worker, for weights and KV."),
     prefill_workers: int = typer.Option(0, help="Of each model. Default: so many that they are half busy."),
-    prefill_tokens: int = typer.Option(
-        0, help="Decode workers read prompts, so many tokens a step; no prefill workers."
-    ),
+    prefill_tokens: int = typer.Option(0, help="In-process engines: so many prompt tokens a step; no prefill workers."),
     assignment: str = typer.Option("load", help="Of decode workers to models when conventional: load or equal."),
     policy: str = typer.Option("least_outstanding_tokens", help="Or power_of_two, or round_robin."),
     transfer_ms: float = typer.Option(0.0, help="From a prefill worker to a decode worker."),
@@ -58,13 +56,12 @@ def simulate(
     """
     from qsun.eval.capacity import Study, default_level
     from qsun.eval.curves import load_curves
-    from qsun.eval.service_level import ServiceLevel
     from qsun.eval.simulation_study import by_count, simulation_result
     from qsun.eval.systems import Deployment
     from qsun.eval.workload import Lengths, Workload, read_trace
 
     found = load_curves(curves)
-    skews = _numbers("skew", skew)
+    skews = _numbers("skew", skew) or [0.0]
     replayed = read_trace(trace) if trace else None
     names = _names(models) if replayed is None else by_count(replayed)
     workload = Workload(names, skews[0], Lengths.parse(prompt), Lengths.parse(output), seed)
@@ -80,11 +77,10 @@ def simulate(
         overhead_ms,
         qsun_variant,
     )
-    level = default_level(workload, found, max_batch)
-    level = ServiceLevel(slo_ttft or level.ttft_ms, slo_tpot or level.tpot_ms)
+    level = default_level(workload, found, max_batch, slo_ttft, slo_tpot)
     study = Study(workload, found, deployment, level, target, requests)
-    rates = _numbers("rate", rate) if rate else []
     with screen.progress(quiet=as_json) as progress:
+        rates = _numbers("rate", rate)
         result = simulation_result(study, decode_workers, skews, rates, need or None, replayed, progress)
     _show(result, out, as_json)
 
@@ -109,7 +105,7 @@ def _names(models: str) -> tuple[str, ...]:
 
 def _numbers(name: str, text: str) -> list[float]:
     try:
-        found = [float(part) for part in text.split(",")]
+        found = [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise QsunError(f"{name} {text!r} is not a comma-separated list of numbers") from None
     if not all(math.isfinite(number) for number in found):

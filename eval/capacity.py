@@ -81,14 +81,17 @@ class Study:
         return outputs * step
 
 
-def default_level(workload: Workload, curves: Curves, max_batch: int) -> ServiceLevel:
-    """Bounds that a system keeps unless queues grow.
+def default_level(
+    workload: Workload, curves: Curves, max_batch: int, ttft_ms: float = 0.0, tpot_ms: float = 0.0
+) -> ServiceLevel:
+    """Bounds that a system keeps unless queues grow; those that are given, above 0, instead.
 
     TPOT: twice SUN's step with a full batch. TTFT: ten such TPOTs and four prefills of a long prompt (95th percentile).
     """
     tpot = 2 * _full_step(workload, curves, max_batch)[1]
     prompt = percentile([request.prompt_tokens for request in workload.trace(1.0, 1000)], 0.95)
-    return ServiceLevel(1000 * (10 * tpot + 4 * curves.prefill(int(prompt))), 1000 * tpot)
+    easy = 10 * tpot + 4 * curves.prefill(int(prompt))
+    return ServiceLevel(ttft_ms or 1000 * easy, tpot_ms or 1000 * tpot)
 
 
 def _full_step(workload: Workload, curves: Curves, max_batch: int) -> tuple[float, float]:

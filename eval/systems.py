@@ -28,7 +28,8 @@ class Deployment:
         kv_tokens: tokens of KV of a decode worker; None: what `memory_bytes` leaves beside its weights, or no limit.
         memory_bytes: of a decode worker. int4 weights leave more of it for KV, several modules less.
         prefill_workers: for each model; None: so many that each model's are busy half of the time.
-        prefill_tokens: above 0, there are no prefill workers and decode workers read prompts, so many tokens a step.
+        prefill_tokens: above 0, there are no prefill workers: decode workers are in-process engines of qsun, which read
+            so many prompt tokens a step, queue fairly and attend to as many tokens as their longest row has.
         assignment: of decode workers to models in the conventional system: by expected "load", or "equal" numbers.
         policy: of the router, in every system.
         qsun_variant: the step curve of QSUN: "qsun", or "qsun+head" with an int4 head.
@@ -65,8 +66,16 @@ class Deployment:
         kv_tokens = self.kv_tokens
         if kv_tokens is None and self.memory_bytes is not None:
             kv_tokens = curves.kv_tokens(variant, self.memory_bytes, len(models) if turns else 1)
+        engine = self.prefill_tokens > 0
         return DecodeWorker(
-            models, variant, turns, self.max_batch, kv_tokens=kv_tokens, prefill_tokens=self.prefill_tokens
+            models,
+            variant,
+            turns,
+            self.max_batch,
+            kv_tokens=kv_tokens,
+            prefill_tokens=self.prefill_tokens,
+            fair=engine,
+            padded=engine,
         )
 
     def prefill_for(self, trace: Sequence[Request], shares: Mapping[str, float], curves: Curves) -> dict[str, int]:

@@ -62,7 +62,9 @@ class FakeServer:
 
     def _plain(self, writer, status, data, kind="application/json"):
         text = json.dumps(data).encode()
-        head = f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(text)}\r\nconnection: close\r\n\r\n"
+        head = (
+            f"HTTP/1.1 {status} X\r\ncontent-type: {kind}\r\ncontent-length: {len(text)}\r\nconnection: close\r\n\r\n"
+        )
         writer.write(head.encode() + text)
 
     def _prompt_tokens(self, body):
