@@ -2,10 +2,14 @@
 
 import asyncio
 import json
+import socket
+import struct
 import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+import pytest
 
 
 @dataclass
@@ -107,6 +111,8 @@ class FakeServer:
         elif fault == "not JSON":
             writer.write(b"data: {oops\n\n")
         elif fault == "connection broken":
+            linger = struct.pack("ii", 1, 0)  # close with a reset instead of an orderly end
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             writer.transport.abort()
         elif fault == "silence":
             await self._stopped.wait()
@@ -117,7 +123,7 @@ class FakeServer:
 
 
 @contextmanager
-def serving(**behaviour):
+def _serving(**behaviour):
     """A FakeServer on a thread of its own."""
     server, ready = FakeServer(**behaviour), threading.Event()
     thread = threading.Thread(target=lambda: asyncio.run(server._serve(ready)))
@@ -128,3 +134,9 @@ def serving(**behaviour):
     finally:
         server._loop.call_soon_threadsafe(server._stopped.set)
         thread.join(10)
+
+
+@pytest.fixture
+def serving():
+    """serving(**behaviour): a context manager that gives a running FakeServer."""
+    return _serving
