@@ -84,8 +84,8 @@ def bench_speed(contenders: Contenders, points: Points, note: Note = lambda _: N
     """Time decode steps of all contenders, in turns, at every point.
 
     Returns:
-        {"model", "copy_gb_per_s", "rows": [Row as dict], "prefill": [{"tokens", "ms"}]}. Points that do not fit in memory
-        are left out, and `note` is told.
+        {"model", "copy_gb_per_s", "rows": [Row as dict], "prefill": [{"tokens", "ms"}]}. Points that do not fit in
+        memory are left out, and `note` is told.
     Raises:
         QsunError: a context beyond the model's positions, or no point that fits.
     """
@@ -117,8 +117,8 @@ def bench_speed(contenders: Contenders, points: Points, note: Note = lambda _: N
     if not rows:
         raise QsunError("no point fits in memory; use smaller batches or contexts, or one head")
     curve = [{"tokens": tokens, "ms": 1000 * prompts[tokens]} for tokens in sorted(prompts)]
-    found = {"model": contenders.name, "copy_gb_per_s": bandwidth / 1e9}
-    return found | {"rows": [asdict(row) for row in rows], "prefill": curve}
+    result: dict[str, Any] = {"model": contenders.name, "copy_gb_per_s": bandwidth / 1e9}
+    return result | {"rows": [asdict(row) for row in rows], "prefill": curve}
 
 
 def prefill_seconds(model: Any, context: int, seconds: float) -> float:
