@@ -58,12 +58,6 @@ def speed(
         seconds,
         whole_numbers("prompts", prompts),
     )
-        whole_numbers("batches", batches),
-        whole_numbers("contexts", contexts),
-        steps,
-        seconds,
-        whole_numbers("prompts", prompts),
-    )
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if threads:
         torch.set_num_threads(threads)
