@@ -74,6 +74,9 @@ class Prompts:
     def add(self, times: Times) -> None:
         self._prompts.append(_Prompt(times))
 
+    def __len__(self) -> int:
+        return len(self._prompts)
+
     def turn(self) -> tuple[list[Times], float]:
         """Read up to `turn_tokens`. Returns the requests whose prompt is complete, taken out, and seconds."""
         finished: list[Times] = []
@@ -117,8 +120,8 @@ class Prompts:
 class Waiting:
     """Requests in front of a decode worker: in order, or fair.
 
-    Fair: the model that has been given the fewest tokens is next, as in the in-process engine, except that a request's
-    tokens count when it is admitted. One that has nothing there starts level with the least served of the others.
+    Fair: the model that has been served the fewest tokens is next, as in the in-process engine: prompts count when they
+    are admitted, output as it comes. One that has nothing there starts level with the least served of the others.
     """
 
     def __init__(self, models: tuple[str, ...], fair: bool):
@@ -146,7 +149,11 @@ class Waiting:
     def take(self, times: Times) -> None:
         """Remove what `next` gave."""
         self._queues[times.request.model].popleft()
-        self._served[times.request.model] += kv_tokens(times)
+        self.charge(times.request.model, times.request.prompt_tokens - 1)
+
+    def charge(self, model: str, tokens: int) -> None:
+        """Count tokens that a model was served."""
+        self._served[model] += tokens
 
 
 def kv_tokens(times: Times) -> int:

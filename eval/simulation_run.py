@@ -90,6 +90,7 @@ class _Decoding:
         self._run, self._index = run, index
         self._waiting = Waiting(kind.models, kind.fair)
         self._held = dict.fromkeys(kind.models, 0)
+        self._decoding = dict.fromkeys(kind.models, 0)
         self._prompts = Prompts(kind.prefill_tokens, run.curves)
         self._batches = {model: Batch() for model in kind.models} if kind.turns else {"": Batch()}
         self._kv_tokens = 0
@@ -111,13 +112,15 @@ class _Decoding:
             self._admit()
             seconds = self._read()
             running = [batch for batch in self._batches.values() if batch.rows]
-            if not running and not seconds:
+            if not running and not self._prompts:
                 self._wake = env.event()
                 yield self._wake
                 continue
             seconds += sum(map(self._step_seconds, running))
             yield env.timeout(seconds)
             self.busy += seconds
+            for model, rows in self._decoding.items() if self.kind.fair else ():
+                self._waiting.charge(model, rows)
             for batch in running:
                 for times in batch.advance(env.now):
                     self._release(times)
@@ -136,7 +139,7 @@ class _Decoding:
             self._held[times.request.model] += 1
             times.joined = self._run.env.now
             if self._run.system.prefill:
-                self._batch_of(times).join(times)
+                self._join(times)
             else:
                 self._prompts.add(times)
 
@@ -145,7 +148,7 @@ class _Decoding:
         finished, seconds = self._prompts.turn()
         for times in finished:
             times.prefilled = self._run.env.now + seconds
-            self._batch_of(times).join(times)
+            self._join(times)
         return seconds
 
     def _step_seconds(self, batch: Batch) -> float:
@@ -155,10 +158,13 @@ class _Decoding:
         self.beyond += self._run.curves.beyond(self.kind.variant, batch.rows, context)
         return self._run.curves.step(self.kind.variant, batch.rows, context) + self._run.system.step_overhead_ms / 1000
 
-    def _batch_of(self, times: Times) -> Batch:
-        return self._batches[times.request.model if self.kind.turns else ""]
+    def _join(self, times: Times) -> None:
+        model = times.request.model
+        self._decoding[model] += 1
+        self._batches[model if self.kind.turns else ""].join(times)
 
     def _release(self, times: Times) -> None:
         self._held[times.request.model] -= 1
+        self._decoding[times.request.model] -= 1
         self._kv_tokens -= kv_tokens(times)
         self.outstanding -= kv_tokens(times)
