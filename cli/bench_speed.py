@@ -21,6 +21,7 @@ def speed(
     ),
     batches: str = typer.Option("1,4,16,64", help="Rows of a decode batch, comma-separated."),
     contexts: str = typer.Option("128,1024", help="Tokens that a step attends to, comma-separated."),
+    prompts: str = typer.Option("", help="Further prompt lengths to time a prefill of, for qsun simulate."),
     steps: int = typer.Option(32, help="Timed steps of each contender at each point."),
     seconds: float = typer.Option(60.0, help="Fewer steps where a point takes longer than this."),
     device: str = typer.Option("", help="cpu or cuda. Default: a GPU where there is one."),
@@ -50,7 +51,13 @@ def speed(
     from qsun.eval.speed_modules import loaded_contenders, made_contenders
     from qsun.eval.speed_report import plot_speed, table
 
-    points = Points(whole_numbers("batches", batches), whole_numbers("contexts", contexts), steps, seconds)
+    points = Points(
+        whole_numbers("batches", batches),
+        whole_numbers("contexts", contexts),
+        steps,
+        seconds,
+        whole_numbers("prompts", prompts),
+    )
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if threads:
         torch.set_num_threads(threads)

@@ -8,6 +8,7 @@ import typer
 from qsun._version import __version__
 from qsun.cli import (
     bench,
+    bench_serve,
     bench_speed,
     bench_tasks,
     check_pair,
@@ -19,6 +20,7 @@ from qsun.cli import (
     quantize,
     screen,
     serve,
+    simulate,
     tune,
 )
 from qsun.errors import QsunError
@@ -39,7 +41,9 @@ app.command("inspect", no_args_is_help=True)(inspect.inspect)
 app.command("check-pair", no_args_is_help=True)(check_pair.check_pair)
 app.command("demo")(demo.demo)
 app.command("demo-data", no_args_is_help=True)(demo_data.demo_data)
+app.command("simulate", no_args_is_help=True)(simulate.simulate)
 app.command("lm-eval", context_settings=lm_eval.PASS_THROUGH)(lm_eval.lm_eval)
+bench.app.command("serve", no_args_is_help=True)(bench_serve.serve)
 bench.app.command("speed", no_args_is_help=True)(bench_speed.speed)
 bench.app.command("tasks", no_args_is_help=True)(bench_tasks.tasks)
 bench.app.command("tuning", no_args_is_help=True)(bench_tasks.tuning)

@@ -1,6 +1,5 @@
 """`qsun bench speed`: a decode step of SUN (bf16 decode module) against QSUN (int4), and the prefill before both."""
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ import torch
 from qsun.decode_step import DecodeStep
 from qsun.errors import QsunError
 from qsun.eval.clock import copy_bandwidth
+from qsun.eval.percentiles import percentile
 from qsun.eval.speed_modules import DTYPE, SUN, Contenders, free_bytes, kv_bytes, weight_bytes
 from qsun.kv import DecodeCache
 from qsun.sampling import Sampler
@@ -58,17 +58,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Points:
-    """What to measure: every batch at every context; `steps` of each contender, fewer beyond `seconds` a point."""
+    """What to measure: every batch at every context; `steps` of each contender, fewer beyond `seconds` a point.
+
+    prompts: lengths, besides the contexts, of which the prefill is timed: its curve for `qsun simulate`.
+    """
 
     batches: Sequence[int] = (1, 4, 16, 64)
     contexts: Sequence[int] = (128, 1024)
     steps: int = 32
     seconds: float = 60.0
+    prompts: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        for name, values in (("batches", self.batches), ("contexts", self.contexts), ("steps", [self.steps])):
+        named = {"batches": self.batches, "contexts": self.contexts, "steps": [self.steps], "prompts": self.prompts}
+        for name, values in named.items():
             wrong = [value for value in values if value < 1]
-            if wrong or not values:
+            if wrong or not (values or name == "prompts"):
                 raise QsunError(f"{name} has {wrong[0] if wrong else 'nothing'}; use whole numbers from 1 up")
         if not self.seconds > 0:
             raise QsunError(f"seconds {self.seconds:g} is out of range; use more than 0")
@@ -79,21 +84,23 @@ def bench_speed(contenders: Contenders, points: Points, note: Note = lambda _: N
     """Time decode steps of all contenders, in turns, at every point.
 
     Returns:
-        {"model", "copy_gb_per_s", "rows": [Row as dict]}. Points that do not fit in memory are left out, and `note` is
-        told.
+        {"model", "copy_gb_per_s", "rows": [Row as dict], "prefill": [{"tokens", "ms"}]}. Points that do not fit in
+        memory are left out, and `note` is told.
     Raises:
         QsunError: a context beyond the model's positions, or no point that fits.
     """
     config = contenders.prefill.config
     limit = config.max_position_embeddings - points.steps - _WARM_UP
-    if max(points.contexts) > limit:
-        raise QsunError(f"context {max(points.contexts)} leaves no room for the steps; use {limit} or less")
+    longest = max(*points.contexts, *points.prompts, 1)
+    if longest > limit:
+        raise QsunError(f"context {longest} leaves no room for the steps; use {limit} or less")
     device = contenders.prefill.model.embed_tokens.weight.device
     bandwidth = copy_bandwidth(device, _COPY_BYTES[device.type])
     note(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s")
     rows: list[Row] = []
+    prompts = {n: prefill_seconds(contenders.prefill, n, points.seconds) for n in points.prompts}
     for context in points.contexts:
-        prefill = prefill_seconds(contenders.prefill, context, points.seconds)
+        prefill = prompts[context] = prefill_seconds(contenders.prefill, context, points.seconds)
         note(f"context {context}: prefill {1000 * prefill:.0f} ms")
         for batch in points.batches:
             needed = len(contenders.decode) * kv_bytes(config, batch, context + points.steps)
@@ -109,7 +116,9 @@ def bench_speed(contenders: Contenders, points: Points, note: Note = lambda _: N
             rows += found
     if not rows:
         raise QsunError("no point fits in memory; use smaller batches or contexts, or one head")
-    return {"model": contenders.name, "copy_gb_per_s": bandwidth / 1e9, "rows": [asdict(row) for row in rows]}
+    curve = [{"tokens": tokens, "ms": 1000 * prompts[tokens]} for tokens in sorted(prompts)]
+    result: dict[str, Any] = {"model": contenders.name, "copy_gb_per_s": bandwidth / 1e9}
+    return result | {"rows": [asdict(row) for row in rows], "prefill": curve}
 
 
 def prefill_seconds(model: Any, context: int, seconds: float) -> float:
@@ -165,11 +174,6 @@ def filled_step(model: Any, batch: int, filled: int, steps: int) -> DecodeStep:
     for row in range(batch):
         cache.place(row, [(layer[0], layer[1]) for layer in drawn])
     return DecodeStep(model, cache, torch.zeros(batch, dtype=torch.int64, device=device))
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The least value that `share` of all values do not exceed."""
-    return sorted(values)[math.ceil(share * len(values)) - 1]
 
 
 def _rows(

@@ -23,6 +23,8 @@ COMMANDS = {
     "bench tasks": "",
     "bench tuning": "",
     "bench speed": "as qsun quantize leaves it",
+    "bench serve": "all of /v1/models",
+    "simulate": "Default: twice SUN",
 }
 
 

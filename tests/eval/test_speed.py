@@ -9,8 +9,10 @@ import qsun
 from qsun.decode_step import DecodeStep
 from qsun.errors import QsunError
 from qsun.eval import speed, speed_modules
+from qsun.eval.curves import measured_curves
 from qsun.eval.model_shapes import MODEL_SHAPES, ModelShape
-from qsun.eval.speed import Points, bench_speed, filled_step, percentile, step_seconds
+from qsun.eval.percentiles import percentile
+from qsun.eval.speed import Points, bench_speed, filled_step, step_seconds
 from qsun.eval.speed_modules import GRID, loaded_contenders, made_contenders
 from qsun.linear import QuantLinear
 from qsun.rtn import rtn
@@ -53,6 +55,17 @@ def test_every_variant_at_every_point_with_consistent_columns():
         assert row["floor_ms"] == pytest.approx(moved / result["copy_gb_per_s"] / 1e6)
         assert row["bandwidth_percent"] == pytest.approx(100 * row["floor_ms"] / tpot)
         assert row["steps"] == 4
+
+
+def test_the_prefill_curve_has_contexts_and_further_prompts():
+    result = run(batches=(1,), prompts=(4, 16))
+    assert [point["tokens"] for point in result["prefill"]] == [4, 8, 16, 24]
+    assert {row["context"]: row["prefill_ms"] for row in result["rows"]}.items() <= {
+        point["tokens"]: point["ms"] for point in result["prefill"]
+    }.items()
+    curves = measured_curves(result | {"machine": "here"})
+    assert curves.prefill(16) == pytest.approx(result["prefill"][2]["ms"] / 1000)
+    assert curves.step("qsun", 1, 8) == pytest.approx(result["rows"][1]["tpot_ms"] / 1000)
 
 
 def test_weight_bytes(monkeypatch):

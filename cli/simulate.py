@@ -1,0 +1,113 @@
+"""`qsun simulate`: conventional disaggregation against SUN and QSUN, by discrete events."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from qsun.cli import screen
+from qsun.errors import QsunError
+
+
+def simulate(
+    curves: str = typer.Option(..., help="speed.json of qsun bench speed, or computed:MODEL for an H200's floors."),
+    models: str = typer.Option("3", help="How many models, or their names, comma-separated, the busiest first."),
+    decode_workers: int = typer.Option(4, help="Decode workers of every system."),
+    skew: str = typer.Option("0,0.5,1,1.5,2", help="Zipf exponents over models, comma-separated; 0 is uniform."),
+    rate: str = typer.Option("", help="Requests/s, comma-separated. Default: search what each system can serve."),
+    need: float = typer.Option(0.0, help="Without --rate: requests/s that the fewest workers are searched for."),
+    trace: Path | None = typer.Option(None, help="Replay requests.jsonl of qsun bench serve instead."),
+    prompt: str = typer.Option(
+        "lognormal:512,0.8,4096", help="Prompt tokens: fixed:N, uniform:A-B, lognormal:MED,SIGMA."
+    ),
+    output: str = typer.Option("lognormal:200,0.8,2048", help="Output tokens, in the same forms."),
+    max_batch: int = typer.Option(64, help="Rows of a decode worker."),
+    kv_tokens: int = typer.Option(0, help="KV of a decode worker in tokens. Default: from --memory-gb, or no limit."),
+    memory_gb: float = typer.Option(0.0, help="Memory of a decode worker, for weights and KV."),
+    prefill_workers: int = typer.Option(0, help="Of each model. Default: so many that they are half busy."),
+    prefill_tokens: int = typer.Option(0, help="In-process engines: so many prompt tokens a step; no prefill workers."),
+    assignment: str = typer.Option("load", help="Of decode workers to models when conventional: load or equal."),
+    policy: str = typer.Option("least_outstanding_tokens", help="Or power_of_two, or round_robin."),
+    transfer_ms: float = typer.Option(0.0, help="From a prefill worker to a decode worker."),
+    overhead_ms: float = typer.Option(0.0, help="Added to every step."),
+    qsun_variant: str = typer.Option("qsun", help="Or qsun+head: an int4 head as well."),
+    slo_ttft: float = typer.Option(0.0, help="Milliseconds. Default: 4 prefills and 10 TPOTs."),
+    slo_tpot: float = typer.Option(0.0, help="Milliseconds. Default: twice SUN's step with a full batch."),
+    target: float = typer.Option(0.95, help="Share of requests that must keep both."),
+    requests: int = typer.Option(2000, help="Of each simulation, at least."),
+    seed: int = typer.Option(0, help="Of arrivals, models, lengths and policies."),
+    out: Path | None = typer.Option(None, "--out", "-o", help="Folder for simulate.json and simulate.png."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
+) -> None:
+    """Simulate conventional disaggregation, SUN and QSUN on the same workers, from step times measured beforehand.
+
+    Without --rate, the highest rate that each system serves within the SLO, at every skew, and the decode workers that
+    each needs for one rate. docs/capacity.md says what is assumed.
+
+    Examples:
+
+      qsun simulate --curves out/speed/speed.json --models 4 --decode-workers 4 --assignment equal -o out/simulate
+
+      qsun simulate --curves out/speed/speed.json --models 3 --skew 1 --rate 0.5,1,2
+
+      qsun simulate --curves computed:llama-3.1-8b --models 8 --decode-workers 8 --memory-gb 141
+    """
+    from qsun.eval.capacity import Study, default_level
+    from qsun.eval.curves import load_curves
+    from qsun.eval.simulation_study import by_count, simulation_result
+    from qsun.eval.systems import Deployment
+    from qsun.eval.workload import Lengths, Workload, read_trace
+
+    found = load_curves(curves)
+    skews = _numbers("skew", skew) or [0.0]
+    replayed = read_trace(trace) if trace else None
+    names = _names(models) if replayed is None else by_count(replayed)
+    workload = Workload(names, skews[0], Lengths.parse(prompt), Lengths.parse(output), seed)
+    deployment = Deployment(
+        max_batch,
+        kv_tokens or None,
+        memory_gb * 1e9 or None,
+        prefill_workers or None,
+        prefill_tokens,
+        assignment,
+        policy,
+        transfer_ms,
+        overhead_ms,
+        qsun_variant,
+    )
+    level = default_level(workload, found, max_batch, slo_ttft, slo_tpot)
+    study = Study(workload, found, deployment, level, target, requests)
+    with screen.progress(quiet=as_json) as progress:
+        rates = _numbers("rate", rate)
+        result = simulation_result(study, decode_workers, skews, rates, need or None, replayed, progress)
+    _show(result, out, as_json)
+
+
+def _show(result: dict[str, Any], out: Path | None, as_json: bool) -> None:
+    from qsun.eval.simulation_report import plot, table
+
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "simulate.json").write_text(json.dumps(result, indent=1) + "\n")
+        plot(result, out / "simulate.png")
+    if beyond := max(row.get("steps_beyond_curves", 0.0) for row in result["rows"]):
+        screen.note(f"up to {beyond:.0%} of steps have larger batches or contexts than the curves; docs/capacity.md")
+    typer.echo(json.dumps(result) if as_json else table(result))
+
+
+def _names(models: str) -> tuple[str, ...]:
+    if models.isdigit():
+        return tuple(f"model-{number + 1}" for number in range(int(models)))
+    return tuple(name.strip() for name in models.split(",") if name.strip())
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise QsunError(f"{name} {text!r} is not a comma-separated list of numbers") from None
+    if not all(math.isfinite(number) for number in found):
+        raise QsunError(f"{name} {text!r} has a number that is not finite")
+    return found

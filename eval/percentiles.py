@@ -1,0 +1,19 @@
+"""Percentiles and means of measured times."""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The least value that `share` of all values do not exceed."""
+    return sorted(values)[math.ceil(share * len(values)) - 1]
+
+
+def spread(values: Sequence[float]) -> dict[str, float] | None:
+    """mean, p50, p90 and p99; None of nothing."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    points = {f"p{round(100 * share)}": percentile(ordered, share) for share in (0.5, 0.9, 0.99)}
+    return {"mean": statistics.fmean(ordered)} | points

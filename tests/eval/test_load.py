@@ -1,0 +1,315 @@
+"""The load generator against a server whose delays, counts and faults are known."""
+
+import asyncio
+import json
+import math
+import statistics
+
+import pytest
+
+from qsun.errors import QsunError
+from qsun.eval.load import closed_loop, open_loop
+from qsun.eval.load_client import NOT_SENT, Planned, Record, Target
+from qsun.eval.load_plan import Pieces, Prompts, plan, probe_pieces, read_prompts, served_models
+from qsun.eval.load_report import geometric_means, load_summary, ratios
+from qsun.eval.load_study import OURS, THEIRS, LoadSettings, load_result, run_load
+from qsun.eval.service_level import ServiceLevel
+from qsun.eval.workload import Lengths, Workload, read_trace
+
+FOUR = Lengths("fixed", 4)
+
+
+def due(arrival=0.0, model="math", tokens=4):
+    return Planned(arrival, model, {"prompt": "a b c"}, tokens)
+
+
+def quiet(*_):
+    return None
+
+
+def opened(target, planned, most=100):
+    return asyncio.run(open_loop(target, planned, most, quiet))
+
+
+def test_ttft_and_tpot_are_the_servers_delays(serving):
+    with serving(first_s=0.15, each_s=0.03) as server:
+        records = opened(Target(server.url), [due(0.25 * i, tokens=8) for i in range(4)])
+    assert [(r.error, r.status, r.output_tokens, r.prompt_tokens) for r in records] == [("", 200, 8, 3)] * 4
+    assert statistics.median(r.ttft_ms for r in records) == pytest.approx(150, abs=60)
+    assert min(r.ttft_ms for r in records) >= 149
+    assert statistics.median(r.tpot_ms for r in records) == pytest.approx(30, abs=15)
+    assert min(r.tpot_ms for r in records) >= 29
+    for r in records:
+        assert r.arrival <= r.sent < r.first < r.last <= r.ended
+        assert r.ttft_ms == pytest.approx(r.lag_ms + r.ttft_from_send_ms)
+        assert r.tpot_ms == pytest.approx(1000 * (r.last - r.first) / 7)
+
+
+def test_arrivals_do_not_wait_for_a_stalled_server(serving):
+    """Nothing is answered until all are sent: a loop that waited for an answer would never get that far."""
+    planned = [due(0.02 * i) for i in range(30)]
+    with serving(stall=True) as server:
+
+        async def watch():
+            load = asyncio.create_task(open_loop(Target(server.url), planned, 100, quiet))
+            while len(server.seen) < len(planned):
+                await asyncio.sleep(0.01)
+            server.release()
+            return await load
+
+        records = asyncio.run(asyncio.wait_for(watch(), 30))
+    assert [r.error for r in records] == [""] * 30
+    assert [r.arrival for r in records] == [one.arrival for one in planned]
+    last_sent = max(r.sent for r in records)
+    assert last_sent < min(r.first for r in records)
+    # a request that was due early waited longer, and its latency says so
+    assert records[0].ttft_ms > records[-1].ttft_ms + 300
+
+
+def test_what_is_too_much_is_counted_and_not_delayed(serving):
+    with serving(stall=True) as server:
+
+        async def watch():
+            load = asyncio.create_task(open_loop(Target(server.url), [due(0.01 * i) for i in range(10)], 3, quiet))
+            while len(server.seen) < 3:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.2)  # all others are due by then, and must not be sent later
+            server.release()
+            return await load
+
+        records = asyncio.run(asyncio.wait_for(watch(), 30))
+        assert len(server.seen) == 3
+    assert [r.error for r in records] == [""] * 3 + [NOT_SENT] * 7
+    summary = load_summary([records], ServiceLevel(), 1)
+    assert (summary["complete"], summary["not_sent"], summary["goodput"]) == (3, 7, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        ("http 503", "http 503"),
+        ("cut short", "cut short"),
+        ("error in the stream", "error in the stream"),
+        ("connection broken", "connection broken"),
+        ("not JSON", "not JSON"),
+        ("not a stream", "not a stream"),
+        ("silence", "deadline"),
+    ],
+)
+def test_faults_are_counted_by_kind_and_spoil_nothing_else(serving, fault, kind):
+    with serving(fault={"code": fault}) as server:
+        target = Target(server.url, deadline_s=1.5)
+        records = opened(target, [due(model=model, tokens=6) for model in ("math", "code", "tool")])
+    assert [r.error for r in records] == ["", kind, ""]
+    summary = load_summary([records], ServiceLevel(), 1)
+    assert summary["errors"] == {kind: 1}
+    assert summary["output_tokens"] == 12
+    assert summary["models"]["code"]["complete"] == 0
+
+
+def test_no_server_is_no_connection(serving):
+    with serving() as server:
+        url = server.url
+    assert opened(Target(url), [due()])[0].error == "no connection"
+    with pytest.raises(QsunError, match="does not answer"):
+        asyncio.run(served_models(Target(url)))
+
+
+@pytest.mark.parametrize("endpoint", ["completions", "chat"])
+def test_bodies_and_the_api_key(serving, endpoint):
+    with serving() as server:
+        target = Target(server.url + "/v1/", endpoint, "secret", {"ignore_eos": True})
+        what = {"messages": [{"role": "user", "content": "a b"}]} if endpoint == "chat" else {"prompt": "a b"}
+        record = opened(target, [Planned(0.0, "math", what, 5)])[0]
+        _, headers, body = server.seen[0]
+    assert (record.error, record.output_tokens) == ("", 5)
+    assert record.ttft_ms >= 19  # the role, which comes at once in a chat, is no token
+    assert headers["authorization"] == "bearer secret"
+    assert (body["model"], body["max_tokens"], body["stream"], body["ignore_eos"]) == ("math", 5, True, True)
+    assert body["stream_options"] == {"include_usage": True}
+    assert "secret" not in repr(target)
+
+
+def test_without_usage_chunks_are_tokens(serving):
+    with serving(usage=False) as server:
+        record = opened(Target(server.url), [due(tokens=7)])[0]
+        assert asyncio.run(probe_pieces(Target(server.url), "math")) is None
+    assert (record.output_tokens, record.prompt_tokens) == (7, None)
+
+
+def test_a_closed_loop_keeps_its_number_in_flight(serving):
+    with serving(first_s=0.05, each_s=0.01) as server:
+        planned = [due(0.0) for _ in range(20)]
+        records = asyncio.run(closed_loop(Target(server.url), planned, 4, quiet))
+    changes = sorted([(r.sent, 1) for r in records] + [(r.ended, -1) for r in records])
+    depth, depths = 0, []
+    for _, change in changes:
+        depth += change
+        depths.append(depth)
+    assert max(depths) == 4
+    assert statistics.median(depths) >= 3
+    assert all(r.lag_ms < 200 for r in records)
+
+
+def test_prompts_have_the_asked_length_for_a_tokenizer_that_is_probed(serving):
+    with serving(tokens_per_letter=2, template_tokens=9) as server:
+        target = Target(server.url, "chat")
+        pieces = asyncio.run(probe_pieces(target, "math"))
+        assert (pieces.fixed, pieces.each) == pytest.approx((9, 2))
+        workload = Workload(("math",), 0, Lengths("uniform", 11, 99), FOUR)
+        planned = plan(workload, Prompts("chat", pieces), 100.0, 12, 0)
+        records = opened(target, planned)
+    wanted = [request.prompt_tokens for request in workload.trace(100.0, 12)]
+    assert all(abs(r.prompt_tokens - tokens) <= 1 for r, tokens in zip(records, wanted, strict=True))
+    assert Pieces(9, 2).count(1) == 1
+
+
+def test_a_plan_is_the_workloads_trace_and_repeats():
+    workload = Workload(("a", "b", "c"), 1.0, Lengths("uniform", 2, 9), Lengths("uniform", 1, 9))
+    planned = plan(workload, Prompts("completions"), 5.0, 40, 10)
+    assert planned == plan(workload, Prompts("completions"), 5.0, 40, 10)
+    trace = workload.trace(5.0, 50)
+    assert [(p.arrival, p.model, p.max_tokens) for p in planned] == [
+        (r.arrival, r.model, r.output_tokens) for r in trace
+    ]
+    assert [len(p.what["prompt"].split()) for p in planned] == [request.prompt_tokens for request in trace]
+    assert [p.warm_up for p in planned] == [True] * 10 + [False] * 40
+
+
+def test_prompts_of_a_file(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "x", "model": "tool", "max_tokens": 3, "other": 1}\n')
+    rows = read_prompts(path, "completions")
+    workload = Workload(("a",), 0, FOUR, FOUR)
+    assert plan(workload, Prompts("completions", rows=rows), math.inf, 1, 0) == [
+        Planned(0.0, "tool", {"prompt": "x"}, 3)
+    ]
+    assert read_prompts(path, "chat")[0]["messages"] == [{"role": "user", "content": "x"}]
+    for text, problem in (
+        ("", "no rows"),
+        ('{"text": "x"}', "line 1: no 'prompt'"),
+        ('{"prompt": "x", "max_tokens": 0}', "line 1: max_tokens 0"),
+        ('{"prompt": "x", "model": 3}', "not text"),
+    ):
+        path.write_text(text)
+        with pytest.raises(QsunError, match=problem):
+            read_prompts(path, "completions")
+
+
+def made(arrival, ttft, tpot, tokens, model="a", **more):
+    first = arrival + ttft
+    last = first + tpot * (tokens - 1)
+    return Record(arrival, model, False, arrival, first, last, last, 10, tokens, 200, **more)
+
+
+def test_the_summary_by_hand():
+    """Two good answers, one slow to begin, one slow to go on, one failed; the warm-up does not count."""
+    records = [
+        Record(0.0, "a", True, 0.0, error="http 500"),
+        made(1.0, 0.1, 0.01, 11),
+        made(2.0, 0.1, 0.01, 1, "b"),
+        made(3.0, 0.6, 0.01, 11),
+        made(4.0, 0.1, 0.06, 11),
+        Record(5.0, "b", False, 5.0, ended=6.0, error="deadline"),
+    ]
+    summary = load_summary([records], ServiceLevel(500, 50), 2)
+    assert summary["seconds"] == pytest.approx(5.0)
+    assert (summary["requests"], summary["complete"], summary["output_tokens"]) == (5, 4, 34)
+    assert summary["goodput"] == pytest.approx(2 / 5)
+    assert summary["goodput_requests_per_s"] == pytest.approx(0.4)
+    assert summary["tokens_per_s"] == pytest.approx(34 / 5)
+    assert summary["tokens_per_s_per_decode_worker"] == pytest.approx(3.4)
+    assert summary["steady_tokens_per_s"] == pytest.approx(34 / 4)
+    assert summary["ttft_ms"] == pytest.approx({"mean": 225, "p50": 100, "p90": 600, "p99": 600})
+    assert summary["tpot_ms"]["mean"] == pytest.approx(80 / 3)
+    assert summary["models"]["b"]["tpot_ms"] is None
+    assert summary["models"]["b"]["errors"] == {"deadline": 1}
+    double = load_summary([records, records], ServiceLevel(500, 50), 2)
+    assert double["seconds"] == pytest.approx(10.0)
+    assert double["tokens_per_s"] == pytest.approx(summary["tokens_per_s"])
+
+
+def test_ratios_and_their_means():
+    ours, theirs = (load_summary([[made(0.0, 0.1 * n, 0.01 * n, 11)]], ServiceLevel(), 1) for n in (1, 2))
+    found = ratios(ours, theirs)
+    assert found["ttft_ms_p50"] == found["tpot_ms_p99"] == pytest.approx(0.5)
+    assert found["tokens_per_s"] == pytest.approx(2)
+    assert geometric_means([{"x": 0.5}, {"x": 2.0}, {"x": None}]) == {"x": pytest.approx(1.0)}
+
+
+def test_rounds_alternate_between_two_servers_with_the_same_requests(serving):
+    order = []
+    with serving(first_s=0.01) as fast, serving(first_s=0.06) as slow:
+        targets = {OURS: Target(fast.url), THEIRS: Target(slow.url)}
+        settings = LoadSettings(Lengths("fixed", 8), FOUR, rate=60.0, requests=10, warm_up=2, rounds=3)
+        measured = run_load(targets, settings, lambda label, *_: order.append(label.split(":")[0]), quiet)
+        bodies = [[body for _, _, body in server.seen if body.get("stream")] for server in (fast, slow)]
+    assert list(dict.fromkeys(order)) == [
+        *("url, round 1", "against, round 1", "against, round 2", "url, round 2", "url, round 3", "against, round 3")
+    ]
+    assert len(bodies[0]) == 36
+    assert sorted(map(json.dumps, bodies[0])) == sorted(map(json.dumps, bodies[1]))
+    result = load_result(measured, ServiceLevel(), 1)
+    assert measured.models == ("math", "code", "tool")
+    assert len(result["ratios_by_round"]) == 3
+    assert all(one["ttft_ms_p50"] < 0.8 for one in result["ratios_by_round"])
+    assert result["url"]["requests"] == 30
+    joined = measured.all_records(OURS)
+    assert [r.arrival for r in joined] == sorted(r.arrival for r in joined)
+    assert len(joined) == 36
+
+
+def test_command(serving, cli, tmp_path):
+    with serving() as server:
+        load = ("--rate", "50", "--requests", "20", "--prompt", "uniform:4-9", "--output", "uniform:2-6")
+        answer = cli("bench", "serve", server.url, *load, "--slo-ttft", "5000", "--decode-workers", "2", "-o", tmp_path)
+    assert answer.code == 0, answer.err
+    assert "20 of 20 requests complete" in answer.out
+    result = json.loads((tmp_path / "load.json").read_text())
+    assert result["url"]["goodput"] == 1.0
+    assert result["models"] == ["math", "code", "tool"]
+    assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
+    assert len((tmp_path / "requests.jsonl").read_text().splitlines()) == 28
+    trace = read_trace(tmp_path / "requests.jsonl")
+    assert len(trace) == 20
+    assert all(2 <= request.output_tokens <= 6 and 4 <= request.prompt_tokens <= 9 for request in trace)
+
+
+def test_command_as_json_with_a_key_and_a_second_server(serving, cli, tmp_path):
+    (tmp_path / "key").write_text("secret\n")
+    with serving() as server:
+        load = ("--concurrency", "4", "--requests", "6", "--warm-up", "0", "--rounds", "2", "--models", "code,math")
+        more = ("--against", server.url, "--api-key-file", tmp_path / "key", "--extra-body", '{"top_k": 1}', "--json")
+        answer = cli("bench", "serve", server.url, *load, *more)
+        _, headers, body = server.seen[-1]
+    assert answer.code == 0, answer.err
+    assert len(json.loads(answer.out)["ratios_by_round"]) == 2
+    assert "secret" not in answer.out + answer.err
+    assert headers["authorization"] == "bearer secret"
+    assert body["top_k"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ((), "either --rate"),
+        (("--rate", "1", "--concurrency", "1"), "either --rate"),
+        (("--rate", "inf"), "--concurrency to saturate"),
+        (("--rate", "1", "--endpoint", "embeddings"), "endpoint 'embeddings'"),
+        (("--rate", "1", "--requests", "0"), "requests 0"),
+        (("--rate", "1", "--skew", "-1"), "skew -1"),
+        (("--rate", "1", "--extra-body", "[]"), "no JSON object"),
+        (("--rate", "1", "--deadline", "0"), "deadline 0"),
+        (("--rate", "1", "--slo-tpot", "0"), "slo-tpot 0"),
+        (("--rate", "1", "--decode-workers", "0"), "decode-workers 0"),
+    ],
+)
+def test_command_names_what_is_wrong(cli, options, problem):
+    answer = cli("bench", "serve", "http://127.0.0.1:9", *options)
+    assert answer.code == 2
+    assert problem in " ".join(answer.err.split())
+
+
+def test_an_address_that_is_none():
+    with pytest.raises(QsunError, match="url 'localhost' is no http address"):
+        Target("localhost")
