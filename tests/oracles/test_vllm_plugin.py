@@ -69,5 +69,5 @@ def test_two_tensor_parallel_ranks_give_the_same_tokens(build: Build, probe: Pro
 
 def test_activation_order_is_refused_across_ranks(build: Build, probe: Probe, prompts):
     module = build("fp32", **CASES["gptq 4 desc_act"])
-    with pytest.raises(ProbeFailedError, match="activation-ordered groups .desc_act., which tensor parallelism would"):
+    with pytest.raises(ProbeFailedError, match=r"activation-ordered groups .desc_act., which tensor parallelism would"):
         probe("vllm", "vllm_plugin_tokens.py", module, prompts, NEW_TOKENS, 2)
