@@ -17,6 +17,7 @@ from qsun.cli import (
     inspect,
     lm_eval,
     quantize,
+    route,
     screen,
     tune,
 )
@@ -35,6 +36,7 @@ app.command("tune", no_args_is_help=True)(tune.tune)
 app.command("eval", no_args_is_help=True, help=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command("inspect", no_args_is_help=True)(inspect.inspect)
 app.command("check-pair", no_args_is_help=True)(check_pair.check_pair)
+app.command("route", no_args_is_help=True)(route.route)
 app.command("demo")(demo.demo)
 app.command("demo-data", no_args_is_help=True)(demo_data.demo_data)
 app.command("lm-eval", context_settings=lm_eval.PASS_THROUGH)(lm_eval.lm_eval)

@@ -138,19 +138,24 @@ def generate_stream(
 
 def _prompt_tokens(prompt: Any, number: int, tokenizer: Any, decode: DecodeModule, config: GenerateConfig) -> list[int]:
     ids = encode(tokenizer, prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
+    check_tokens(ids, decode, config.max_new_tokens, f"prompt {number}")
+    return ids
+
+
+def check_tokens(ids: Sequence[int], decode: DecodeModule, max_new_tokens: int, name: str) -> None:
+    """Raise QsunError for a prompt that is empty, too long for the model with its answer, or no token ids of it."""
     model: Any = decode.model
     limit, vocabulary = model.config.max_position_embeddings, model.config.vocab_size
     if not ids:
-        raise QsunError(f"prompt {number} is empty; the decode module must be fed at least one token")
-    if len(ids) + config.max_new_tokens - 1 > limit:
+        raise QsunError(f"{name} is empty; the decode module must be fed at least one token")
+    if len(ids) + max_new_tokens - 1 > limit:
         raise QsunError(
-            f"prompt {number} has {len(ids)} tokens, and max_new_tokens {config.max_new_tokens} goes over the model's "
+            f"{name} has {len(ids)} tokens, and max_new_tokens {max_new_tokens} goes over the model's "
             f"{limit} positions; " + (f"use {limit + 1 - len(ids)} or less" if len(ids) <= limit else "shorten it")
         )
     if min(ids) < 0 or max(ids) >= vocabulary:
         bad = min(ids) if min(ids) < 0 else max(ids)
-        raise QsunError(f"prompt {number} has token {bad}, outside the model's vocabulary of {vocabulary}")
-    return ids
+        raise QsunError(f"{name} has token {bad}, outside the model's vocabulary of {vocabulary}")
 
 
 def _seeds(config: GenerateConfig, count: int) -> list[int]:

@@ -30,19 +30,25 @@ class Sampler:
         return draw(logits, numbers.to(logits.device), self.temperature, self.top_p, self.top_k)
 
 
-def draw(logits: Tensor, numbers: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
+def draw(
+    logits: Tensor, numbers: Tensor, temperature: float | Tensor, top_p: float | Tensor, top_k: int | Tensor
+) -> Tensor:
     """Invert the cumulative distribution of the kept tokens, most likely first.
 
     Args:
         logits: (B, vocabulary). numbers: (B,) uniform in [0, 1), float64.
+        temperature, top_p, top_k: one for all rows, or (B,) each.
     Returns:
         (B,) tokens.
     """
+    temperature, top_p, top_k = (
+        torch.as_tensor(setting, device=logits.device).reshape(-1, 1) for setting in (temperature, top_p, top_k)
+    )
     ordered, tokens = (logits.double() / temperature).sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(-1)
-    if top_k:
-        probabilities[:, top_k:] = 0
-        probabilities /= probabilities.sum(-1, keepdim=True)
+    rank = torch.arange(logits.shape[-1], device=logits.device)
+    probabilities = probabilities.masked_fill((rank >= top_k) & (top_k > 0), 0)
+    probabilities /= probabilities.sum(-1, keepdim=True)
     mass = probabilities.cumsum(-1)
     probabilities = probabilities.where(mass - probabilities < top_p, 0)  # the token that crosses top_p is kept
     mass = probabilities.cumsum(-1)

@@ -45,13 +45,14 @@ def seam_masks(model: Any, starts: Tensor, columns: Tensor, length: int) -> Any:
 
     Args:
         starts: (B,) first column of each row that is no padding.
-        columns: (Q,) columns of the queries. A query in padding sees itself, so that no softmax is empty.
+        columns: columns of the queries, (Q,) for all rows or (B, Q). A query in padding sees itself, so that no
+            softmax is empty.
     Returns:
         A mask (B, 1, Q, length), or one for each attention type: bool, or additive where attention is eager.
     """
     kinds = _mask_kinds(model.config)
     key = torch.arange(length, device=columns.device)
-    query = columns[:, None]
+    query = columns[..., None]
     causal = (key <= query) & (key >= starts[:, None, None]) | (key == query)
     masks = {}
     for kind in kinds:
@@ -161,9 +162,13 @@ def prefilled_rows(model: Any, rows: list[list[int]], chunk: int) -> Iterator[li
     tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
     cache = DynamicCache()
     for start in range(0, longest, chunk):
-        piece = tokens[:, start : start + chunk]
-        positions = torch.arange(start, start + piece.shape[1], device=device)[None]
-        model.model(input_ids=piece, position_ids=positions, use_cache=True, **{CACHE_ARGUMENT: cache})
+        extend_prefill(model, tokens[:, start : start + chunk], start, cache)
     layers: Any = cache.layers
     for number, row in enumerate(rows):
         yield [(layer.keys[number, :, : len(row)], layer.values[number, :, : len(row)]) for layer in layers]
+
+
+def extend_prefill(model: Any, tokens: Tensor, start: int, cache: Any) -> None:
+    """Add the KV of tokens (B, T) to a cache that holds the `start` tokens before them."""
+    positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
+    model.model(input_ids=tokens, position_ids=positions, use_cache=True, **{CACHE_ARGUMENT: cache})

@@ -13,6 +13,7 @@ COMMANDS = {
     "inspect": "",
     "eval": "",
     "check-pair": "",
+    "route": "SIGHUP",
     "demo": "",
     "demo-data": "",
     "lm-eval": "lm-eval's own help",

@@ -1,0 +1,143 @@
+"""The engine in a thread of its own, and requests to it from coroutines."""
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from typing import Any
+
+from qsun.serve.engine import Engine
+from qsun.serve.engine_watch import EngineState
+from qsun.serve.requests import Refused, Request, Update
+
+log = logging.getLogger(__name__)
+_WAKE_SECONDS = 0.5  # how often an idle engine looks around
+
+
+class EngineThread:
+    """Runs an engine's steps. Methods may be called from any thread, `generate` and `call` from coroutines.
+
+    Attributes:
+        failure: what ended the engine, "" while it is well.
+    """
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self.failure = ""
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._streams: dict[str, tuple[asyncio.AbstractEventLoop, asyncio.Queue[Update]]] = {}
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="qsun-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, seconds: float = 10.0) -> None:
+        """End the thread; requests that are not done get an error."""
+        self._stopping.set()
+        self._inbox.put(lambda: None)
+        self._thread.join(seconds)
+
+    @property
+    def state(self) -> EngineState:
+        return self._engine.state
+
+    async def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Run a function in the engine's thread, between two steps. Raises what it raises."""
+        if self.failure:
+            raise Refused(self.failure)
+        outcome: Future[Any] = Future()
+
+        def run() -> None:
+            if not outcome.set_running_or_notify_cancel():
+                return
+            try:
+                outcome.set_result(function(*arguments))
+            except BaseException as error:  # whatever it is belongs to the caller
+                outcome.set_exception(error)
+
+        self._inbox.put(run)
+        return await asyncio.wrap_future(outcome)
+
+    async def submit(self, request: Request) -> AsyncIterator[Update]:
+        """Queue a request. Returns its updates; closing the iterator early cancels the request.
+
+        Raises:
+            Refused, Full, QsunError: as Engine.submit.
+        """
+        updates: asyncio.Queue[Update] = asyncio.Queue()  # bounded by max_new_tokens
+        stream = (asyncio.get_running_loop(), updates)
+
+        def start() -> None:
+            self._engine.submit(request)
+            self._streams[request.id] = stream
+
+        try:
+            await self.call(start)
+        except asyncio.CancelledError:
+            self.cancel(request.id)
+            raise
+        return self._updates(request.id, updates)
+
+    def cancel(self, request: str) -> None:
+        def drop() -> None:
+            self._streams.pop(request, None)
+            self._engine.cancel(request)
+
+        self._inbox.put(drop)
+
+    async def _updates(self, request: str, updates: "asyncio.Queue[Update]") -> AsyncIterator[Update]:
+        finished = False
+        try:
+            while not finished:
+                update = await updates.get()
+                finished = bool(update.finish)
+                yield update
+        finally:
+            if not finished:
+                self.cancel(request)
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                self._take_in()
+                if not self._engine.idle:
+                    self._send(self._engine.step())
+        except Exception as error:  # the edge of the thread: whoever waits must hear of it
+            log.exception("the engine failed")
+            self.failure = f"the engine failed: {type(error).__name__}: {error}"
+        self.failure = self.failure or "the server is shutting down"
+        self._send([Update(request, finish="error", error=self.failure) for request in list(self._streams)])
+        while not self._inbox.empty():
+            self._inbox.get()()
+
+    def _take_in(self) -> None:
+        """What came in; where there is nothing else to do, wait for it."""
+        try:
+            if self._engine.idle:
+                self._inbox.get(timeout=_WAKE_SECONDS)()
+            while True:
+                self._inbox.get_nowait()()
+        except queue.Empty:
+            return
+
+    def _send(self, updates: list[Update]) -> None:
+        """To the coroutines that wait, one call into each event loop."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Update], Update]]] = {}
+        for update in updates:
+            stream = self._streams.get(update.request)
+            if stream is None:
+                continue
+            by_loop.setdefault(stream[0], []).append((stream[1], update))
+            if update.finish:
+                del self._streams[update.request]
+        for loop, batch in by_loop.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_put_all, batch)
+
+
+def _put_all(batch: "list[tuple[asyncio.Queue[Update], Update]]") -> None:
+    for updates, update in batch:
+        updates.put_nowait(update)

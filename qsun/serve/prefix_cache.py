@@ -1,0 +1,92 @@
+"""KV of prompts' beginnings, kept for the next prompt that begins alike, under the same prefill module only.
+
+The KV of a prompt belongs to (prefill module, tokens): a cache keyed by tokens alone hands one task's answer to another
+(seen in vLLM). The key of a block of tokens is a SHA-256 over the module's own number, which no other load of any
+module ever has, and all tokens up to the block's end.
+"""
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+BLOCK_TOKENS = 32
+
+LayerKV = list[tuple[Tensor, Tensor]]
+
+
+class PrefixCache:
+    """Blocks of KV, the least recently used let go first, within a budget.
+
+    Attributes:
+        bytes: held. hits, lookups: prompt tokens found, and prompt tokens asked for.
+    """
+
+    def __init__(self, budget_bytes: int):
+        self.budget_bytes = budget_bytes
+        self.bytes = self.hits = self.lookups = 0
+        self._blocks: OrderedDict[bytes, LayerKV] = OrderedDict()
+        self._modules: dict[bytes, int] = {}
+
+    def find(self, module: int, tokens: Sequence[int]) -> tuple[int, LayerKV]:
+        """The longest known beginning: its tokens, and (heads, tokens, head_dim) keys and values by layer."""
+        self.lookups += len(tokens)
+        keys = []
+        for key in _keys(module, tokens) if self._blocks else ():
+            if key not in self._blocks:
+                break
+            keys.append(key)
+        for key in reversed(keys):  # a beginning is newer than what follows it, and so goes last
+            self._blocks.move_to_end(key)
+        if not keys:
+            return 0, []
+        self.hits += len(keys) * BLOCK_TOKENS
+        blocks = [self._blocks[key] for key in keys]
+        joined = [
+            (torch.cat([keys for keys, _ in layer], 1), torch.cat([values for _, values in layer], 1))
+            for layer in zip(*blocks, strict=True)
+        ]
+        return len(keys) * BLOCK_TOKENS, joined
+
+    def keep(self, module: int, tokens: Sequence[int], layers: LayerKV) -> None:
+        """Keep the whole blocks of a prompt; layers: (heads, tokens, head_dim), at least as many tokens."""
+        if not self.budget_bytes or len(tokens) < BLOCK_TOKENS:
+            return
+        new = []
+        for number, key in enumerate(_keys(module, tokens)):
+            if key not in self._blocks:
+                part = slice(number * BLOCK_TOKENS, (number + 1) * BLOCK_TOKENS)
+                self._blocks[key] = [(keys[:, part].clone(), values[:, part].clone()) for keys, values in layers]
+                self._modules[key] = module
+                self.bytes += _bytes(self._blocks[key])
+            new.append(key)
+        for key in reversed(new):
+            self._blocks.move_to_end(key)
+        while self.bytes > self.budget_bytes:
+            self._drop(next(iter(self._blocks)))
+
+    def forget(self, module: int) -> None:
+        """Drop all of a module that is gone."""
+        for key in [key for key, owner in self._modules.items() if owner == module]:
+            self._drop(key)
+
+    def _drop(self, key: bytes) -> None:
+        self.bytes -= _bytes(self._blocks.pop(key))
+        del self._modules[key]
+
+
+def _keys(module: int, tokens: Sequence[int]) -> list[bytes]:
+    """One for each whole block, over everything before its end."""
+    chain = hashlib.sha256(module.to_bytes(8, "little"))
+    keys = []
+    for start in range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
+        chain.update(array("q", tokens[start : start + BLOCK_TOKENS]).tobytes())
+        keys.append(chain.digest())
+    return keys
+
+
+def _bytes(block: LayerKV) -> int:
+    return sum(tensor.numel() * tensor.element_size() for layer in block for tensor in layer)

@@ -1,0 +1,142 @@
+"""The KV cache of a running decode batch: rows come and go, and each is at a length of its own.
+
+Rows in use are always the first ones, so that attention reads one slice of the buffers and nothing is gathered: a row
+that leaves is replaced by the last one. Buffers grow to the rectangle (rows x columns) that the running requests need
+and never beyond the budget: many short requests or a few long ones.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_COLUMNS = 64  # buffers' columns are a multiple of this
+
+
+def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    """Of all layers' keys and values."""
+    layers, heads, width = kv_shape(config)
+    return 2 * layers * heads * width * dtype.itemsize
+
+
+def kv_shape(config: Any) -> tuple[int, int, int]:
+    """(layers, KV heads, head_dim) of a model's config."""
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, width
+
+
+class SlotCache:
+    """Keys and values of the rows of a decode batch, (rows, heads, columns, head_dim) by layer.
+
+    Args:
+        config: of the decode model. like: a tensor of its dtype and device. budget_tokens: most rows x columns.
+
+    Attributes:
+        rows: in use. lengths: (capacity,) int64, columns filled in each row, on the device.
+        view: (rows, columns) that attention is given; set by the step.
+        allocations: how often the buffers were made anew; a captured graph is of one of them.
+    """
+
+    def __init__(self, config: Any, like: Tensor, budget_tokens: int):
+        self._layers, self._heads, self._width = kv_shape(config)
+        self._like, self.budget_tokens = like, budget_tokens
+        self.rows = 0
+        self.view = (0, 0)
+        self.allocations = 0
+        self.needs: list[int] = []
+        self.filled: list[int] = []
+        self.buffers: list[tuple[Tensor, Tensor]] = []
+        self._allocate(0, 0)
+
+    @property
+    def capacity(self) -> tuple[int, int]:
+        """(rows, columns) of the buffers."""
+        return self._capacity
+
+    def fits(self, needs: Sequence[int]) -> bool:
+        """Whether more rows, with this many columns each, stay within the budget."""
+        return (self.rows + len(needs)) * max([*needs, *self.needs]) <= self.budget_tokens
+
+    def place(self, layers: Sequence[tuple[Tensor, Tensor]], filled: int, need: int) -> int:
+        """Take a row in: its prefilled keys and values, (heads, filled, head_dim) by layer (none for filled 0).
+
+        Returns its number. The caller has asked `fits`.
+        """
+        row = self.rows
+        self._reserve(row + 1, max([need, *self.needs]))
+        for buffers, new in zip(self.buffers, layers, strict=False):
+            for buffer, tensor in zip(buffers, new, strict=True):
+                buffer[row, :, :filled] = tensor
+        self.rows += 1
+        self.needs.append(need)
+        self.filled.append(filled)
+        self.lengths[row] = filled
+        return row
+
+    def release(self, row: int) -> None:
+        """Let a row go; the last one takes its number."""
+        last = self.rows - 1
+        if row != last:
+            filled = self.filled[last]
+            for buffers in self.buffers:
+                for buffer in buffers:
+                    buffer[row, :, :filled] = buffer[last, :, :filled]
+            self.needs[row], self.filled[row] = self.needs[last], filled
+            self.lengths[row] = filled
+        self.lengths[last] = 0
+        self.rows = last
+        self.needs.pop()
+        self.filled.pop()
+
+    def advance(self) -> None:
+        """Every row's token is written in every layer."""
+        self.filled = [length + 1 for length in self.filled]
+        self.lengths[: self.rows] += 1
+
+    def _reserve(self, rows: int, columns: int) -> None:
+        have_rows, have_columns = self.capacity
+        if rows <= have_rows and columns <= have_columns:
+            return
+        columns = max(columns, min(-(-columns // _COLUMNS) * _COLUMNS, self.budget_tokens // rows))
+        if rows * have_columns <= self.budget_tokens:
+            columns = max(columns, have_columns)
+        most = self.budget_tokens // columns
+        self._allocate(max(rows, min(most, max(have_rows, 2 * rows))), columns)
+
+    def _allocate(self, rows: int, columns: int) -> None:
+        shape = (rows, self._heads, columns, self._width)
+        self._capacity = (rows, columns)
+        self.allocations += 1
+        kept = min(columns, max(self.filled, default=0))
+        for index in range(self._layers):
+            new = (self._like.new_zeros(shape), self._like.new_zeros(shape))
+            if index == len(self.buffers):
+                self.buffers.append(new)
+                continue
+            for buffer, old in zip(new, self.buffers[index], strict=True):
+                buffer[: self.rows, :, :kept] = old[: self.rows, :, :kept]
+            self.buffers[index] = new  # one layer's old buffers at a time lie beside the new ones
+        lengths = torch.zeros(rows, dtype=torch.int64, device=self._like.device)
+        lengths[: self.rows] = torch.tensor(self.filled, dtype=torch.int64)
+        self.lengths = lengths
+        self._numbers = torch.arange(rows, device=self._like.device)
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Called by every attention layer: write one token a row, (rows, heads, 1, head_dim); return what to see."""
+        rows, columns = self.view
+        buffers = self.buffers[layer]
+        for buffer, new in zip(buffers, (keys, values), strict=True):
+            buffer[self._numbers[:rows], :, self.lengths[:rows]] = new[:, :, 0]
+        return buffers[0][:rows, :, :columns], buffers[1][:rows, :, :columns]
+
+    def get_seq_length(self, *_: Any) -> int:
+        """Part of what transformers asks of a cache."""
+        return self.view[1] - 1
+
+    get_query_offset = get_seq_length
+
+    def get_mask_sizes(self, *_: Any) -> tuple[int, int]:
+        """Columns that a step sees and the first of them: transformers asks where it is given no mask."""
+        return self.view[1], 0
