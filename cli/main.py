@@ -20,6 +20,7 @@ from qsun.cli import (
     route,
     screen,
     tune,
+    up,
 )
 from qsun.errors import QsunError
 
@@ -37,6 +38,7 @@ app.command("eval", no_args_is_help=True, help=evaluate.EXAMPLES)(evaluate.evalu
 app.command("inspect", no_args_is_help=True)(inspect.inspect)
 app.command("check-pair", no_args_is_help=True)(check_pair.check_pair)
 app.command("route", no_args_is_help=True)(route.route)
+app.command("up", no_args_is_help=True)(up.up)
 app.command("demo")(demo.demo)
 app.command("demo-data", no_args_is_help=True)(demo_data.demo_data)
 app.command("lm-eval", context_settings=lm_eval.PASS_THROUGH)(lm_eval.lm_eval)

@@ -13,6 +13,7 @@ COMMANDS = {
     "inspect": "",
     "eval": "",
     "check-pair": "",
+    "up": "Kubernetes sketch",
     "route": "SIGHUP",
     "demo": "",
     "demo-data": "",

@@ -137,16 +137,42 @@ class Launch(Section):
     """How `qsun up` starts workers on this machine; nothing else reads it.
 
     Attributes:
-        python: of the environment that has vLLM.
-        threads: OpenMP threads of a worker.
+        python: of the environment that has vLLM, and qsun for its plugin; None: the one that runs `qsun up`.
+        device: where workers compute and hand KV cache over.
+        kernels: of a quantized decode module, in vLLM: ours (its plugin) or vLLM's own.
+        dtype, max_model_len, max_num_seqs, kv_cache_memory_bytes, gpu_memory_utilization, tensor_parallel_size: as
+            vLLM's options of these names; None: vLLM's default.
+        eager: neither torch.compile nor CUDA graphs; None: on a CPU.
+        threads: OpenMP threads of a worker on a CPU.
+        gpus: that workers take one after another, tensor_parallel_size each, and from the start again where they are
+            too few; None: 0, 1, 2 ...
+        first_port: each worker takes two ports from here on; None: free ones.
+        start_seconds: until all workers must answer.
+        prefill_arguments, decode_arguments: further options of such workers.
+        environment: set for every worker, over what qsun sets.
     """
 
     python: str | None = None
+    device: Literal["cpu", "cuda"] = "cuda"
+    kernels: Literal["qsun", "vllm"] = "qsun"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    max_model_len: Count = 1024
-    max_num_seqs: Count = 8
-    kv_cache_memory_bytes: Count = 1 << 26
+    max_model_len: Count | None = None
+    max_num_seqs: Count | None = None
+    kv_cache_memory_bytes: Count | None = None
+    gpu_memory_utilization: Annotated[float, Field(strict=True, gt=0, le=1)] | None = None
+    tensor_parallel_size: Annotated[int, Field(strict=True, ge=1, le=64)] = 1
+    eager: bool | None = None
     threads: Count = 1
+    gpus: Annotated[tuple[Annotated[int, Field(strict=True, ge=0)], ...], Field(min_length=1)] | None = None
+    first_port: Annotated[int, Field(strict=True, ge=1024, le=65535)] | None = None
+    start_seconds: Seconds = 900.0
+    prefill_arguments: tuple[str, ...] = ()
+    decode_arguments: tuple[str, ...] = ()
+    environment: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def runs_eager(self) -> bool:
+        return self.device == "cpu" if self.eager is None else self.eager
 
 
 class Cluster(Section):

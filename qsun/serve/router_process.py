@@ -28,12 +28,22 @@ class RouterProcess:
         path: read again upon SIGHUP.
         cluster: what it held, with URLs for all workers.
         names: of its modules. checks: which has them in its cache.
+        prepare: what a file that was read anew must pass, and may be changed by (`qsun up` puts in its workers' URLs);
+            default: it lists running workers.
     Attributes:
         router: the application.
     """
 
-    def __init__(self, path: Path, cluster: Cluster, names: ServedNames, checks: ModuleChecks):
+    def __init__(
+        self,
+        path: Path,
+        cluster: Cluster,
+        names: ServedNames,
+        checks: ModuleChecks,
+        prepare: Callable[[Cluster], Cluster] | None = None,
+    ):
         self.path, self._checks = path, checks
+        self._prepare = prepare or with_running_workers
         self.router = Router(cluster, names, keys_of(cluster))
         self._reloading = asyncio.Lock()
         self._leaving: asyncio.Task[None] | None = None
@@ -85,8 +95,7 @@ class RouterProcess:
             logger.info("%s was taken: %d workers", self.path, len(list(self.router.fleet)))
 
     def _read(self) -> tuple[Cluster, ServedNames, tuple[str, ...]]:
-        cluster = read_cluster(self.path)
-        cluster.need_running_workers()
+        cluster = self._prepare(read_cluster(self.path))
         return cluster, self._checks.names(cluster), keys_of(cluster)
 
     def _leave(self, server: uvicorn.Server) -> None:
@@ -117,6 +126,12 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def with_running_workers(cluster: Cluster) -> Cluster:
+    """The cluster as it is. Raises QsunError where it has a number in place of URLs."""
+    cluster.need_running_workers()
+    return cluster
 
 
 def keys_of(cluster: Cluster) -> tuple[str, ...]:
