@@ -115,7 +115,7 @@ def kv_transfer_config(decode: bool, device: str) -> dict[str, Any]:
     }
     extra: dict[str, Any] = {"enforce_handshake_compat": False} if decode else {}
     if device == "cpu":
-        extra["num_threads"] = 0
+        extra["num_threads"] = 0  # NIXL's threads poll: on few cores they take the time of what they wait for
     return config | ({"kv_connector_extra_config": extra} if extra else {})
 
 
@@ -141,6 +141,8 @@ def _environment(launch: Launch, place: WorkerPlace) -> dict[str, str]:
     }
     if launch.device == "cpu":
         values |= {"OMP_NUM_THREADS": str(launch.threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        if launch.tensor_parallel_size == 1:
+            values["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a process less, and what it polls
     if place.gpus:
         values["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, place.gpus))
     return values | launch.environment

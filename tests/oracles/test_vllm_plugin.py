@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import qsun
+from tests.conftest import build_model
 from tests.oracles.bases import random_tokens, save_tokens
 from tests.oracles.conftest import Build, Probe, ProbeFailedError
 
@@ -71,3 +72,16 @@ def test_activation_order_is_refused_across_ranks(build: Build, probe: Probe, pr
     module = build("fp32", **CASES["gptq 4 desc_act"])
     with pytest.raises(ProbeFailedError, match=r"activation-ordered groups .desc_act., which tensor parallelism would"):
         probe("vllm", "vllm_plugin_tokens.py", module, prompts, NEW_TOKENS, 2)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "phi3"])
+def test_families(probe: Probe, tmp_path, family):
+    """Biases and tied embeddings (Qwen2), norms of q and k (Qwen3), projections that are fused on disk (Phi-3)."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "max_position_embeddings": 1024}
+    base = build_model(tmp_path / "base", family, **sizes)
+    tokens = save_tokens(tmp_path / "calibration.npy", random_tokens(8, 64, seed=1) % 125 + 3)
+    asked = save_tokens(tmp_path / "prompts.npy", random_tokens(4, 40, seed=9) % 125 + 3)
+    config = qsun.QuantConfig(method="gptq", group_size=32, samples=8, seq_len=64, sweeps=1)
+    qsun.quantize(base, tmp_path / "decode", config, tokens, "cpu")
+    answers = probe("vllm", "vllm_plugin_tokens.py", tmp_path / "decode", asked, NEW_TOKENS)
+    assert answers.tolist() == ours(tmp_path / "decode", asked)

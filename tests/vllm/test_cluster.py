@@ -29,7 +29,7 @@ pytestmark = pytest.mark.oracle
 ROOT = Path(__file__).parents[2]
 LENGTHS = (1, 2, 17, 127, 128, 129, 200, 257)  # vLLM's blocks for a CPU hold 128 tokens
 NEW_TOKENS = 16
-START_SECONDS = 900
+EXACT = {"return_token_ids": True, "ignore_eos": True}
 DEADLINE_SECONDS = 600
 
 
@@ -62,25 +62,26 @@ def prompt(length: int, seed: int) -> tuple[int, ...]:
 
 def ask(cluster: Cluster, request: Request) -> list[int]:
     """Tokens that the OpenAI client gets. Raises openai.APIError, with `.tokens` so far where a stream broke off."""
-    answer = cluster.client().completions.create(
-        model=request.model,
-        prompt=list(request.prompt),
-        max_tokens=request.max_tokens,
-        temperature=0,
-        stream=request.stream,
-        extra_body={"return_token_ids": True, "ignore_eos": True},
-    )
-    if not request.stream:
-        return answer.choices[0].token_ids
-    tokens: list[int] = []
-    try:
-        for chunk in answer:
-            for choice in chunk.choices:
-                tokens += choice.token_ids or []
-    except openai.APIError as error:
-        error.tokens = tokens
-        raise
-    return tokens
+    with cluster.client() as client:
+        answer = client.completions.create(
+            model=request.model,
+            prompt=list(request.prompt),
+            max_tokens=request.max_tokens,
+            temperature=0,
+            stream=request.stream,
+            extra_body=EXACT,
+        )
+        if not request.stream:
+            return answer.choices[0].token_ids
+        tokens: list[int] = []
+        try:
+            for chunk in answer:
+                for choice in chunk.choices:
+                    tokens += choice.token_ids or []
+        except openai.APIError as error:
+            error.tokens = tokens
+            raise
+        return tokens
 
 
 def ask_all(cluster: Cluster, requests: list[Request]) -> list[list[int] | openai.APIError]:
@@ -146,7 +147,8 @@ def cluster(modules, tmp_path_factory):
 
 
 def test_the_client_sees_every_model(cluster):
-    assert sorted(model.id for model in cluster.client().models.list()) == sorted(MODELS)
+    with cluster.client() as client:
+        assert sorted(model.id for model in client.models.list()) == sorted(MODELS)
 
 
 def test_64_concurrent_requests_over_both_models(cluster, expected):
@@ -175,13 +177,10 @@ def test_the_same_prompt_to_both_models_never_leaks(cluster, expected):
 def test_a_chat_is_rendered_and_answered(cluster, expected):
     chat = [{"role": "user", "content": "Ann has 12 eggs and gets 8 more. How many eggs?"}]
     for model in MODELS:
-        answer = cluster.client().chat.completions.create(
-            model=model,
-            messages=chat,
-            max_completion_tokens=NEW_TOKENS,
-            temperature=0,
-            extra_body={"return_token_ids": True, "ignore_eos": True},
-        )
+        with cluster.client() as client:
+            answer = client.chat.completions.create(
+                model=model, messages=chat, max_completion_tokens=NEW_TOKENS, temperature=0, extra_body=EXACT
+            )
         request = Request(model, tuple(answer.prompt_token_ids), stream=False)
         assert answer.choices[0].token_ids == expected([request])[0]
         assert answer.usage.completion_tokens == NEW_TOKENS
