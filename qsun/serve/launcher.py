@@ -14,7 +14,7 @@ from qsun.serve.cluster import Cluster, Pool, with_workers
 from qsun.serve.cluster_modules import ModuleChecks, ServedNames
 from qsun.serve.launch_plan import WorkerCommand, started_urls
 from qsun.serve.router_process import RouterProcess
-from qsun.serve.worker_processes import WorkerProcesses, last_lines
+from qsun.serve.worker_processes import WorkerDied, WorkerProcesses, last_lines
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,8 @@ class Launch:
         Args:
             on_warm: gets the URL once every pair of workers has answered together.
         Raises:
-            QsunError: the address cannot be had, or a model has no warm pair within launch.start_seconds.
+            QsunError: the address cannot be had, a model has no warm pair within launch.start_seconds, or a worker died
+                before (WorkerDied).
         """
         commands = [worker.command for worker in self.workers.workers]
         filled = fill_in(self.cluster, self.cluster, commands)
@@ -104,7 +105,8 @@ class Launch:
         fleet = process.router.fleet
         started = told = time.monotonic()
         while len(fleet.warm) < sum(len(pool) for pool in fleet.prefill.values()) * len(fleet.decode):
-            self._tell_of_deaths()
+            for worker in self.workers.newly_dead():
+                raise WorkerDied(worker)
             now = time.monotonic()
             if now - started > self.cluster.launch.start_seconds:
                 missing = fleet.without_a_pair()
