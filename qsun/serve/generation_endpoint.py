@@ -13,6 +13,7 @@ from qsun.serve.exchange import Answer, Exchange
 from qsun.serve.guard import Message, Receive, Send
 from qsun.serve.http_errors import HttpError
 from qsun.serve.routed_request import RoutedRequest, read_request
+from qsun.serve.tasks import end
 
 if TYPE_CHECKING:
     from qsun.serve.router import Router
@@ -31,15 +32,21 @@ class GenerationEndpoint:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         first = await receive()  # the guard hands the body over in one message
-        work = asyncio.create_task(self._serve(scope, bytes(first.get("body", b"")), send))
+        said_all = False
+
+        async def tracked(message: Message) -> None:
+            nonlocal said_all
+            said_all = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        work = asyncio.create_task(self._serve(scope, bytes(first.get("body", b"")), tracked))
         gone = asyncio.create_task(_disconnected(receive))
         try:
             await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
+            if said_all:  # a server reports a disconnect after the last byte, too: what is left is to count
+                await asyncio.wait([work])
         finally:
-            gone.cancel()
-            if not work.done():
-                work.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
+            await end([work, gone])
         if not work.cancelled():
             work.result()
 

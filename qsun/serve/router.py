@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -19,6 +20,7 @@ from qsun.serve.fleet import Fleet
 from qsun.serve.generation_endpoint import GenerationEndpoint
 from qsun.serve.guard import Guard, Message, Receive, Send
 from qsun.serve.health import HealthChecks
+from qsun.serve.http_errors import HttpError
 from qsun.serve.routed_request import CHAT, COMPLETIONS
 from qsun.serve.router_metrics import RouterMetrics
 
@@ -45,7 +47,11 @@ class Router:
         self.draining = False
         self._started = int(time.time())
         self.fleet.update(cluster, names)
-        self._inner = Starlette(routes=self._routes(), lifespan=self._lifespan)
+        self._inner = Starlette(
+            routes=self._routes(),
+            lifespan=self._lifespan,
+            exception_handlers={HttpError: _error_answer, HTTPException: _error_answer},
+        )
         self._guard = Guard(self._inner, cluster.guard_config(api_keys))
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -128,6 +134,14 @@ class Router:
         self.metrics.in_flight.set(self.admission.running)
         self.metrics.queued.set(self.admission.waiting)
         return PlainTextResponse(self.metrics.render(self.fleet), media_type="text/plain; version=0.0.4")
+
+
+async def _error_answer(_: Request, error: Exception) -> Response:
+    """Errors in OpenAI's words, those of Starlette (no such path or method) too."""
+    if isinstance(error, HTTPException):
+        error = HttpError(error.status_code, error.detail)
+    assert isinstance(error, HttpError)
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
 
 
 def _client(limits: Limits) -> httpx.AsyncClient:
