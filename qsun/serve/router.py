@@ -1,6 +1,7 @@
 """The router in front of vLLM workers: OpenAI's API for clients, one transfer of KV cache per request behind it."""
 
 import logging
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -148,4 +149,14 @@ def _client(limits: Limits) -> httpx.AsyncClient:
     """Connections to workers: bounded, no redirects, no proxy out of the environment."""
     at_once = 2 * limits.concurrent_requests + 64
     bounds = httpx.Limits(max_connections=at_once, max_keepalive_connections=64, keepalive_expiry=_KEEP_ALIVE_SECONDS)
-    return httpx.AsyncClient(limits=bounds, trust_env=False, follow_redirects=False)
+    transport = httpx.AsyncHTTPTransport(limits=bounds, trust_env=False, socket_options=_dead_peer_options())
+    return httpx.AsyncClient(transport=transport, trust_env=False, follow_redirects=False)
+
+
+def _dead_peer_options() -> list[tuple[int, int, int]]:
+    """Have the kernel ask after a peer that says nothing, so that a machine that is gone breaks a connection."""
+    options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):  # gone after 25 seconds
+        if hasattr(socket, name):
+            options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
+    return options

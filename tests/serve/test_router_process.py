@@ -47,7 +47,7 @@ def write(home, workers, **more):
 
 @asynccontextmanager
 async def fakes(modules, *wanted):
-    home, names = modules
+    _, names = modules
     network, workers = {}, {}
     for name in wanted:
         role = "decode" if name == "decode" else "prefill"
@@ -158,8 +158,9 @@ def test_a_request_that_outlasts_the_drain_is_cut_off(modules):
                 await until(lambda: workers["decode"][0].started > sent)
                 process.send_signal(signal.SIGTERM)
                 await asyncio.wait_for(process.wait(), 15)
-                with pytest.raises(httpx.TransportError):
-                    await running
+                outcome = (await asyncio.gather(running, return_exceptions=True))[0]
+                # by which of its connections the end comes first is a matter of chance
+                assert isinstance(outcome, httpx.TransportError) or outcome.status_code in (502, 503)
 
     run(scenario, 4 * START_SECONDS)
 
