@@ -1,5 +1,6 @@
 """The router in front of vLLM workers: OpenAI's API for clients, one transfer of KV cache per request behind it."""
 
+import asyncio
 import logging
 import socket
 import time
@@ -34,7 +35,7 @@ class Router:
     """An ASGI application, with its workers and limits, which `apply` changes while it runs.
 
     Attributes:
-        draining: no new requests; /ready answers 503.
+        draining: no new requests; /ready answers 503. cut_off: what is at work ends now, with an error.
     """
 
     def __init__(self, cluster: Cluster, names: ServedNames, api_keys: tuple[str, ...] = ()):
@@ -46,6 +47,7 @@ class Router:
         self.client = _client(limits)
         self.health = HealthChecks(self.client, self.fleet, cluster.health)
         self.draining = False
+        self.cut_off = asyncio.Event()
         self._started = int(time.time())
         self.fleet.update(cluster, names)
         self._inner = Starlette(

@@ -12,6 +12,8 @@ from qsun.serve.cluster_modules import ModuleChecks, served_name
 
 from ..conftest import build_model
 
+EVERYWHERE = "0.0.0.0"  # noqa: S104 - it is what must be refused
+
 GOOD = {
     "decode": {"module": "int4", "workers": ["http://127.0.0.1:8201", "http://127.0.0.1:8202/"]},
     "models": {"math": {"module": "math", "workers": ["HTTP://127.0.0.1:8101"]}, "code": {"module": "c", "workers": 2}},
@@ -43,7 +45,7 @@ def test_a_number_of_workers_is_for_qsun_up_which_puts_urls_in():
         ({"limits": {"attempts": 0}}, "limits.attempts 0 is not taken: input should be greater than or equal to 1"),
         ({"limits": {"max_tokens": True}}, "limits.max_tokens True is not taken"),
         ({"health": {"interval_seconds": float("nan")}}, "health.interval_seconds nan is not taken"),
-        ({"listen": {"host": "0.0.0.0"}}, "listen.host 0.0.0.0 can be reached by others and no API key is asked for"),
+        ({"listen": {"host": EVERYWHERE}}, "listen.host 0.0.0.0 can be reached by others and no API key is asked for"),
         ({"models": {}}, "models {} is not taken"),
         ({"models": {"a b": {"module": "x", "workers": 1}}}, "model name 'a b' is not taken"),
         ({"decode": {"module": "x"}}, "decode.workers is missing; add it"),
