@@ -19,6 +19,7 @@ from qsun.cli import (
     quantize,
     route,
     screen,
+    serve,
     tune,
     up,
 )
@@ -35,6 +36,7 @@ app = typer.Typer(
 app.command("quantize", no_args_is_help=True, help=quantize.EXAMPLES)(quantize.quantize)
 app.command("tune", no_args_is_help=True)(tune.tune)
 app.command("eval", no_args_is_help=True, help=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command("serve", no_args_is_help=True)(serve.serve)
 app.command("inspect", no_args_is_help=True)(inspect.inspect)
 app.command("check-pair", no_args_is_help=True)(check_pair.check_pair)
 app.command("route", no_args_is_help=True)(route.route)

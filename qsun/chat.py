@@ -26,3 +26,13 @@ def render_turn(tokenizer: Any, messages: list[dict[str, Any]], turn: int, where
         return prompt, tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
     except (TemplateError, TypeError, ValueError) as error:
         raise QsunError(f"{where}: the model's chat template refuses these messages: {error}") from None
+
+
+def render_prompt(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
+    """Text of a conversation up to where the assistant's answer begins. Raises QsunError where the template refuses."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise QsunError("the model's tokenizer has no chat template; use /v1/completions")
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise QsunError(f"the model's chat template refuses these messages: {error}") from None

@@ -44,8 +44,9 @@ def draw(
     temperature, top_p, top_k = (
         torch.as_tensor(setting, device=logits.device).reshape(-1, 1) for setting in (temperature, top_p, top_k)
     )
-    ordered, tokens = (logits.double() / temperature).sort(dim=-1, descending=True, stable=True)
-    probabilities = ordered.softmax(-1)
+    ordered, tokens = logits.double().sort(dim=-1, descending=True, stable=True)
+    # from the largest down, so that the smallest temperature overflows to 0 probability and not to NaN
+    probabilities = ((ordered - ordered[:, :1]) / temperature).softmax(-1)
     rank = torch.arange(logits.shape[-1], device=logits.device)
     probabilities = probabilities.masked_fill((rank >= top_k) & (top_k > 0), 0)
     probabilities /= probabilities.sum(-1, keepdim=True)
@@ -53,5 +54,5 @@ def draw(
     probabilities = probabilities.where(mass - probabilities < top_p, 0)  # the token that crosses top_p is kept
     mass = probabilities.cumsum(-1)
     place = (mass <= numbers[:, None] * mass[:, -1:]).sum(-1, keepdim=True)
-    last = (probabilities > 0).sum(-1, keepdim=True) - 1
+    last = ((probabilities > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
     return tokens.gather(-1, place.minimum(last)).squeeze(-1)

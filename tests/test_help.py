@@ -10,6 +10,7 @@ from qsun.cli.main import app
 COMMANDS = {
     "quantize": "Default: refined.",
     "tune": "Default: 3.",
+    "serve": "Default: a quarter of what is free.",
     "inspect": "",
     "eval": "",
     "check-pair": "",

@@ -10,6 +10,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from qsun.base import load_tokenizer
 from qsun.decode import DecodeModule
 from qsun.errors import QsunError
@@ -65,7 +67,8 @@ class Engine:
         decode: the shared decode module. watch: told what happens, for metrics.
 
     Attributes:
-        modules: prefill modules by name. state: what the last step left, for other threads to read.
+        modules: prefill modules by name. positions, dtype: of the decode model. budget_tokens: of KV.
+        state: what the last step left, for other threads to read.
     """
 
     def __init__(self, decode: DecodeModule, config: EngineConfig | None = None, watch: EngineWatch | None = None):
@@ -73,8 +76,9 @@ class Engine:
         model: Any = decode.model
         self.tokenizer = load_tokenizer(decode.directory)
         self.eos = eos_tokens(decode, GenerateConfig())
-        dtype = model.model.embed_tokens.weight.dtype
-        per_token = kv_bytes_per_token(model.config, dtype)
+        self.positions: int = model.config.max_position_embeddings
+        self.dtype: torch.dtype = model.model.embed_tokens.weight.dtype
+        per_token = kv_bytes_per_token(model.config, self.dtype)
         self.budget_tokens = (self.config.kv_bytes or available_bytes() // 4) // per_token
         if self.budget_tokens < 2:
             raise QsunError(f"kv_bytes {self.config.kv_bytes} holds no request; a token takes {per_token} bytes")

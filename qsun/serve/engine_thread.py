@@ -4,10 +4,12 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
+from qsun.errors import QsunError
 from qsun.serve.engine import Engine
 from qsun.serve.engine_watch import EngineState
 from qsun.serve.requests import Refused, Request, Update
@@ -17,7 +19,7 @@ _WAKE_SECONDS = 0.5  # how often an idle engine looks around
 
 
 class EngineThread:
-    """Runs an engine's steps. Methods may be called from any thread, `generate` and `call` from coroutines.
+    """Runs an engine's steps. Methods may be called from any thread, `submit` and `call` from coroutines.
 
     Attributes:
         failure: what ended the engine, "" while it is well.
@@ -61,8 +63,8 @@ class EngineThread:
         self._inbox.put(run)
         return await asyncio.wrap_future(outcome)
 
-    async def submit(self, request: Request) -> AsyncIterator[Update]:
-        """Queue a request. Returns its updates; closing the iterator early cancels the request.
+    async def submit(self, requests: Sequence[Request]) -> AsyncGenerator[Update, None]:
+        """Queue requests, all or none. Returns their updates as they come; closing it early cancels what still runs.
 
         Raises:
             Refused, Full, QsunError: as Engine.submit.
@@ -71,33 +73,43 @@ class EngineThread:
         stream = (asyncio.get_running_loop(), updates)
 
         def start() -> None:
-            self._engine.submit(request)
-            self._streams[request.id] = stream
+            for number, request in enumerate(requests):
+                try:
+                    self._engine.submit(request)
+                except QsunError:
+                    for earlier in requests[:number]:
+                        self._drop(earlier.id)
+                    raise
+                self._streams[request.id] = stream
 
         try:
             await self.call(start)
         except asyncio.CancelledError:
-            self.cancel(request.id)
+            self.cancel(requests)
             raise
-        return self._updates(request.id, updates)
+        return self._updates(requests, updates)
 
-    def cancel(self, request: str) -> None:
-        def drop() -> None:
-            self._streams.pop(request, None)
-            self._engine.cancel(request)
+    def cancel(self, requests: Sequence[Request]) -> None:
+        """Give requests up; those that are done are no error."""
+        for request in requests:
+            self._inbox.put(partial(self._drop, request.id))
 
-        self._inbox.put(drop)
+    def _drop(self, request: str) -> None:
+        self._streams.pop(request, None)
+        self._engine.cancel(request)
 
-    async def _updates(self, request: str, updates: "asyncio.Queue[Update]") -> AsyncIterator[Update]:
-        finished = False
+    async def _updates(
+        self, requests: Sequence[Request], updates: "asyncio.Queue[Update]"
+    ) -> AsyncGenerator[Update, None]:
+        running = {request.id: request for request in requests}
         try:
-            while not finished:
+            while running:
                 update = await updates.get()
-                finished = bool(update.finish)
+                if update.finish:
+                    del running[update.request]
                 yield update
         finally:
-            if not finished:
-                self.cancel(request)
+            self.cancel(list(running.values()))
 
     def _run(self) -> None:
         try:

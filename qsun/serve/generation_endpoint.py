@@ -13,6 +13,7 @@ from qsun.serve.exchange import Answer, Exchange
 from qsun.serve.guard import Message, Receive, Send
 from qsun.serve.http_errors import HttpError
 from qsun.serve.routed_request import RoutedRequest, read_request
+from qsun.serve.tasks import end
 
 if TYPE_CHECKING:
     from qsun.serve.router import Router
@@ -31,17 +32,21 @@ class GenerationEndpoint:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         first = await receive()  # the guard hands the body over in one message
-        work = asyncio.create_task(self._serve(scope, bytes(first.get("body", b"")), send))
+        way = _Way(send)
+        work = asyncio.create_task(self._serve(scope, bytes(first.get("body", b"")), way.send))
         gone = asyncio.create_task(_disconnected(receive))
+        cut_off = asyncio.create_task(self._router.cut_off.wait())
         try:
-            await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([work, gone, cut_off], return_when=asyncio.FIRST_COMPLETED)
+            if way.said_all:  # a server reports a disconnect after the last byte, too: what is left is to count
+                await asyncio.wait([work])
+            left = gone.done()
         finally:
-            gone.cancel()
-            if not work.done():
-                work.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
+            await end([work, gone, cut_off])
         if not work.cancelled():
             work.result()
+        elif not left:
+            await way.go_down()
 
     async def _serve(self, scope: Message, body: bytes, send: Send) -> None:
         """Answer one request, and count how it ended."""
@@ -56,6 +61,9 @@ class GenerationEndpoint:
                 outcome = await self._exchange(request, scope["state"]["request_id"], arrived, send)
         except HttpError as error:
             outcome = str(error.status)
+            raise
+        except asyncio.CancelledError:
+            outcome = "503" if router.cut_off.is_set() else outcome
             raise
         finally:
             router.metrics.requests.labels(model, outcome).inc()
@@ -104,6 +112,30 @@ class GenerationEndpoint:
             metrics.tpot.labels(request.model).observe((time.monotonic() - first) / (exchange.tokens - 1))
         await send({"type": "http.response.body", "body": last, "more_body": False})
         return outcome
+
+
+class _Way:
+    """The way to the client, and how far the answer has come on it."""
+
+    def __init__(self, send: Send):
+        self._send = send
+        self.started = self.streaming = self.said_all = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.started = True
+        else:
+            self.streaming = message.get("more_body", False)
+            self.said_all = not self.streaming
+        await self._send(message)
+
+    async def go_down(self) -> None:
+        """Tell a client whose answer is not whole that there will be no more of it."""
+        error = HttpError(503, "the router went down before the answer was whole", headers={"Retry-After": "1"})
+        if not self.started:
+            raise error
+        if self.streaming:
+            await self._send({"type": "http.response.body", "body": _error_event(error), "more_body": False})
 
 
 async def _send_whole(answer: Answer, send: Send) -> str:

@@ -18,6 +18,7 @@ from qsun.serve.calls import RequestRefused, WorkerFailed, cause_of, opened, pre
 from qsun.serve.cluster_schema import Health
 from qsun.serve.fleet import Fleet
 from qsun.serve.routed_request import COMPLETIONS, RoutedRequest
+from qsun.serve.tasks import end
 from qsun.serve.transfer import decode_body
 from qsun.serve.workers import State, Worker
 
@@ -59,9 +60,7 @@ class HealthChecks:
     async def stop(self) -> None:
         tasks = [*self._tasks.values(), *self._warm_ups.values()]
         self._tasks.clear()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await end(tasks)
 
     def praise(self, worker: Worker, engine_id: str | None = None) -> None:
         """A request succeeded there. Another engine than before is a new process: its pairs are cold."""
@@ -95,7 +94,7 @@ class HealthChecks:
 
     async def _watch(self, worker: Worker) -> None:
         wake = self._wake[worker]
-        while True:
+        while self._tasks.get(worker) is asyncio.current_task():
             wake.clear()
             if worker.breaker.state != "open":
                 await self._check(worker)

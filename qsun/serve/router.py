@@ -1,6 +1,8 @@
 """The router in front of vLLM workers: OpenAI's API for clients, one transfer of KV cache per request behind it."""
 
+import asyncio
 import logging
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -8,6 +10,7 @@ from typing import Any
 
 import httpx
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -19,6 +22,7 @@ from qsun.serve.fleet import Fleet
 from qsun.serve.generation_endpoint import GenerationEndpoint
 from qsun.serve.guard import Guard, Message, Receive, Send
 from qsun.serve.health import HealthChecks
+from qsun.serve.http_errors import HttpError
 from qsun.serve.routed_request import CHAT, COMPLETIONS
 from qsun.serve.router_metrics import RouterMetrics
 
@@ -31,7 +35,7 @@ class Router:
     """An ASGI application, with its workers and limits, which `apply` changes while it runs.
 
     Attributes:
-        draining: no new requests; /ready answers 503.
+        draining: no new requests; /ready answers 503. cut_off: what is at work ends now, with an error.
     """
 
     def __init__(self, cluster: Cluster, names: ServedNames, api_keys: tuple[str, ...] = ()):
@@ -43,9 +47,14 @@ class Router:
         self.client = _client(limits)
         self.health = HealthChecks(self.client, self.fleet, cluster.health)
         self.draining = False
+        self.cut_off = asyncio.Event()
         self._started = int(time.time())
         self.fleet.update(cluster, names)
-        self._inner = Starlette(routes=self._routes(), lifespan=self._lifespan)
+        self._inner = Starlette(
+            routes=self._routes(),
+            lifespan=self._lifespan,
+            exception_handlers={HttpError: _error_answer, HTTPException: _error_answer},
+        )
         self._guard = Guard(self._inner, cluster.guard_config(api_keys))
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -130,8 +139,26 @@ class Router:
         return PlainTextResponse(self.metrics.render(self.fleet), media_type="text/plain; version=0.0.4")
 
 
+async def _error_answer(_: Request, error: Exception) -> Response:
+    """Errors in OpenAI's words, those of Starlette (no such path or method) too."""
+    if isinstance(error, HTTPException):
+        error = HttpError(error.status_code, error.detail)
+    assert isinstance(error, HttpError)
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+
+
 def _client(limits: Limits) -> httpx.AsyncClient:
     """Connections to workers: bounded, no redirects, no proxy out of the environment."""
     at_once = 2 * limits.concurrent_requests + 64
     bounds = httpx.Limits(max_connections=at_once, max_keepalive_connections=64, keepalive_expiry=_KEEP_ALIVE_SECONDS)
-    return httpx.AsyncClient(limits=bounds, trust_env=False, follow_redirects=False)
+    transport = httpx.AsyncHTTPTransport(limits=bounds, trust_env=False, socket_options=_dead_peer_options())
+    return httpx.AsyncClient(transport=transport, trust_env=False, follow_redirects=False)
+
+
+def _dead_peer_options() -> list[tuple[int, int, int]]:
+    """Have the kernel ask after a peer that says nothing, so that a machine that is gone breaks a connection."""
+    options = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
+    for name, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):  # gone after 25 seconds
+        if hasattr(socket, name):
+            options.append((socket.IPPROTO_TCP, getattr(socket, name), value))
+    return options

@@ -18,6 +18,7 @@ from qsun.serve.router import Router
 logger = logging.getLogger(__name__)
 
 _DRAIN_POLL_SECONDS = 0.05
+_LAST_BYTES_SECONDS = 2  # for what was cut off to say so
 _FIRST_NOTICE_SECONDS = 0.5  # in which whoever polls /ready may see the 503 although nothing is in flight
 
 
@@ -56,7 +57,14 @@ class RouterProcess:
         """
         listen = self.router.cluster.listen
         sockets = [_bound(listen.host, listen.port)]
-        config = uvicorn.Config(self.router, log_config=None, access_log=False, lifespan="on", ws="none")
+        config = uvicorn.Config(
+            self.router,
+            log_config=None,
+            access_log=False,
+            lifespan="on",
+            ws="none",
+            timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
+        )
         server = _Server(config)
         loop = asyncio.get_running_loop()
         reloads: set[asyncio.Task[None]] = set()
@@ -116,7 +124,7 @@ class RouterProcess:
             await asyncio.sleep(_DRAIN_POLL_SECONDS)
         if self.router.busy:
             logger.warning("%d requests are cut off after %g seconds", self.router.admission.running, seconds)
-            server.force_exit = True
+            self.router.cut_off.set()
         server.should_exit = True
 
 

@@ -51,8 +51,10 @@ async def listening(app, port=0, lifespan="off"):
         yield server
     finally:
         server.should_exit = True
-        await task
-        listener.close()
+        try:
+            await task
+        finally:
+            listener.close()
 
 
 class FakeWorker:
@@ -65,6 +67,7 @@ class FakeWorker:
         first_seconds, token_seconds: how slow it is. gate: an event that each token waits for.
         cut_after, abort_after, error_after, no_done: tokens after which a stream breaks, in four ways.
         handshakes_to_fail: of each pair's first requests.
+        extra_prompt_tokens: by which it miscounts.
         prefix_caching: a decode worker that caches by cache_salt and prompt.
         seen: bodies that it got. started, finished, cancelled: counts of them.
     """
@@ -78,7 +81,7 @@ class FakeWorker:
         self.no_done = False
         self.handshakes_to_fail = 0
         self.prefix_caching, self.prefix_cache = False, {}
-        self.healthy = True
+        self.healthy, self.extra_prompt_tokens = True, 0
         self.max_model_len = 4096
         self.handshakes = {}
         self.seen, self.started, self.finished, self.cancelled = [], 0, 0, 0
@@ -236,7 +239,9 @@ class FakeWorker:
         part = {"message": {"role": "assistant", "content": text}} if "chat" in scope["path"] else {"text": text}
         choice = {"index": 0, "finish_reason": reason} | part
         kind = {"id": "x", "object": "chat.completion" if "chat" in scope["path"] else "text_completion", "created": 1}
-        return kind | {"model": body["model"], "choices": [choice], "usage": usage(prompt, len(words))}
+        counts = usage(prompt, len(words))
+        counts["prompt_tokens"] += self.extra_prompt_tokens
+        return kind | {"model": body["model"], "choices": [choice], "usage": counts}
 
 
 def prompt_of(body):

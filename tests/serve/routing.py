@@ -23,6 +23,11 @@ QUICK = {
 DEADLINE_SECONDS = 15.0
 
 
+def run(scenario, seconds=60):
+    """Run a coroutine function with a deadline."""
+    asyncio.run(asyncio.wait_for(scenario(), seconds))
+
+
 def name_of(module):
     return f"qsun-{module}"
 
@@ -53,8 +58,13 @@ class Rig:
         decode = {"module": "decode", "workers": [worker.url for worker in self.decode]}
         return parse_cluster({"decode": decode, "models": pools} | self.settings | changes)
 
+    @property
+    def names(self):
+        return ServedNames(name_of("decode"), {model: name_of(model) for model in self.prefill})
+
     def apply(self, **changes):
-        self.router.apply(self.cluster(**changes), names_for(self.prefill), ())
+        """As a reload does with a file for the workers that there are now."""
+        self.router.apply(self.cluster(**changes), self.names, ())
 
     async def ready(self):
         """Until every pair of workers that are up is warm."""
@@ -81,8 +91,9 @@ class Rig:
             assert response.status_code == 200, await response.aread()
             return [parsed(line) async for line in response.aiter_lines() if line]
 
-    async def metric(self, name, **labels):
-        """One sample, 0 where there is none."""
+    async def metric(self, name, busy=False, **labels):
+        """One sample, 0 where there is none, once requests are over (a client sees its last byte before that)."""
+        await until(lambda: busy or not self.router.busy)
         text = (await self.client.get("/metrics")).text
         for line in text.splitlines():
             if line.startswith((name + " ", name + "{")) and all(f'{k}="{v}"' in line for k, v in labels.items()):
@@ -97,10 +108,6 @@ def parsed(line):
 
 def text_of(events):
     return "".join(choice["text"] for event in events if isinstance(event, dict) for choice in event.get("choices", []))
-
-
-def names_for(models):
-    return ServedNames(name_of("decode"), {model: name_of(model) for model in models})
 
 
 async def until(condition, seconds=DEADLINE_SECONDS):
@@ -120,12 +127,12 @@ async def rig(models=("math", "code"), prefill=1, decode=2, ready=True, prepare=
         for model in models
     }
     decoders = [FakeWorker("decode", "decode", name_of("decode"), network) for _ in range(decode)]
-    made = Rig(None, "", None, pools, decoders, network, {"health": QUICK} | settings)
+    made = Rig(None, "", None, pools, decoders, network, settings | {"health": QUICK | settings.get("health", {})})
     for worker in made.workers:
         if prepare is not None:
             prepare(worker)
         await worker.start()
-    made.router = Router(made.cluster(), names_for(pools))
+    made.router = Router(made.cluster(), made.names)
     async with (
         listening(made.router, lifespan="on") as server,
         httpx.AsyncClient(

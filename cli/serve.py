@@ -1,0 +1,154 @@
+"""`qsun serve`: many prefill modules, one decode module, one process."""
+
+import json
+import logging
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from qsun.cli import screen
+from qsun.cli.device import check_device
+from qsun.errors import QsunError
+
+_EXAMPLES = """Serve many prefill modules from one decode module through OpenAI's API, in one process.
+
+Examples:
+
+  qsun serve --decode demo
+
+  qsun serve --decode out/int4 --prefill math=out/math --prefill code=out/code --port 8000
+
+  curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"model": "math", "prompt": "calc 12+8>"}'
+
+Each prefill module is a model of the API; without --prefill the base itself is, as "base". SIGTERM and Ctrl-C let
+running requests finish. /metrics is Prometheus', /health and /ready are for whoever watches. Without --api-keys it
+listens on this machine only.
+"""
+
+
+def serve(
+    decode: str = typer.Option(..., help="Decode module, quantized or not: directory, hub id, or 'demo'."),
+    prefill: list[str] = typer.Option([], help="NAME=DIR of a prefill module; may be repeated."),
+    host: str = typer.Option("127.0.0.1", help="Address to listen on."),
+    port: int = typer.Option(8000, min=0, max=65535, help="Port; 0 takes a free one."),
+    api_keys: Path | None = typer.Option(None, help="File with an API key on each line."),
+    max_batch: int = typer.Option(64, min=1, help="Requests that prefill or decode at a time."),
+    kv_memory: str = typer.Option("auto", help="Memory for KV, such as 2GiB. Default: a quarter of what is free."),
+    prefix_cache: str = typer.Option("256MiB", help="Memory for prompts' beginnings; 0: none."),
+    prefill_tokens: int = typer.Option(512, min=1, help="Prompt tokens read between two decode steps."),
+    max_waiting: int = typer.Option(256, min=1, help="Requests in the queue; more are answered 429."),
+    max_tokens: int = typer.Option(0, min=0, help="Longest answer. Default: what the model has positions for."),
+    timeout: float = typer.Option(600.0, help="Seconds until a request is given up."),
+    max_body: str = typer.Option("1MiB", help="Longest body of a request."),
+    drain: float = typer.Option(30.0, min=1, help="Seconds that running requests have to finish at the end."),
+    dtype: str | None = typer.Option(None, help="Of activations: float32, bfloat16 ... Default: the decode module's."),
+    device: str | None = typer.Option(None, help="cpu, cuda, cuda:1 ... Default: a GPU where there is one."),
+    threads: int = typer.Option(0, min=0, help="CPU threads. Default: as torch chooses, one for each core."),
+    admin: bool = typer.Option(False, "--admin", help="POST and DELETE /admin/models: modules come and go."),
+    partitioned: bool = typer.Option(False, "--partitioned", help="Decode each model apart, to compare with."),
+    as_json: bool = typer.Option(False, "--json", help="When ready, print one JSON object on stdout."),
+) -> None:
+    check_device(device)
+    named = _named(prefill)
+    keys = read_keys(api_keys)
+    from qsun.serve.completions import ServeLimits
+    from qsun.serve.engine import EngineConfig
+    from qsun.serve.guard import GuardConfig
+    from qsun.serve.server import check_exposed, listen, run_server
+
+    check_exposed(host, keys)
+    guard = GuardConfig(api_keys=keys, max_body_bytes=byte_count("max-body", max_body))
+    limits = ServeLimits(max_tokens, timeout)
+    kv_bytes = 0 if kv_memory == "auto" else byte_count("kv-memory", kv_memory)
+    prefix_bytes = byte_count("prefix-cache", prefix_cache)
+    config = EngineConfig(max_batch, kv_bytes, prefix_bytes, prefill_tokens, max_waiting, partitioned)
+    screen.show_warnings()
+    logging.getLogger("uvicorn").addHandler(logging.StreamHandler(sys.stderr))
+    bound = listen(host, port)  # before weights are loaded: a taken port is known at once
+    serving, app = _load(decode, named, config, limits, (dtype, device, threads), admin)
+    _announce(bound.getsockname(), serving, as_json)
+    run_server(app, guard, bound, drain, serving.drain)
+
+
+serve.__doc__ = _EXAMPLES
+
+
+def _load(
+    decode: str, named: dict[str, str], config: Any, limits: Any, where: tuple[str | None, str | None, int], admin: bool
+) -> tuple[Any, Any]:
+    """The state and the application, all modules loaded."""
+    dtype, device, threads = where
+    import torch
+
+    from qsun.decode import load_decode
+    from qsun.pairing import find_base
+    from qsun.prefill import load_prefill
+    from qsun.serve.api import Serving, build_app
+    from qsun.serve.engine import Engine
+    from qsun.serve.metrics import Metrics
+
+    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise QsunError(f"dtype {dtype!r} is not known; use float32, bfloat16 or float16")
+    if threads:
+        torch.set_num_threads(threads)
+    with screen.progress(quiet=False) as progress:
+        names = named or {"base": find_base(decode)[1]}
+        progress(f"decode module {decode}", 0, len(names) + 1)
+        module = load_decode(decode, device, dtype)
+        metrics = Metrics()
+        engine = Engine(module, config, metrics)
+        for number, (name, directory) in enumerate(names.items(), 1):
+            progress(f"prefill module {name}", number, len(names) + 1)
+            engine.add_module(name, load_prefill(directory, module, engine.dtype))
+        progress("loaded", len(names) + 1, len(names) + 1)
+    serving = Serving(engine, metrics, limits)
+    return serving, build_app(serving, admin)
+
+
+def _announce(address: tuple[Any, ...], serving: Any, as_json: bool) -> None:
+    host, port = address[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    models = list(serving.engine.modules)
+    if as_json:
+        typer.echo(json.dumps({"url": url, "models": models, "kv_budget_tokens": serving.engine.budget_tokens}))
+    sys.stdout.flush()
+    screen.note(f"serving {', '.join(models)} on {url} (KV for {serving.engine.budget_tokens:,} tokens)")
+
+
+def _named(pairs: list[str]) -> dict[str, str]:
+    from qsun.serve.admin import MODEL_NAME
+
+    named: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, directory = pair.partition("=")
+        if not equals or not directory or not re.fullmatch(MODEL_NAME, name):
+            raise QsunError(f"--prefill {pair!r} is not NAME=DIR; use letters, digits and . _ / : - in the name")
+        if name in named:
+            raise QsunError(f"--prefill names {name!r} twice; give each model a name of its own")
+        named[name] = directory
+    return named
+
+
+def read_keys(file: Path | None) -> tuple[str, ...]:
+    """API keys, one a line. Raises QsunError for a file without any."""
+    if file is None:
+        return ()
+    try:
+        keys = tuple(line.strip() for line in file.read_text().splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise QsunError(f"{file} cannot be read: {error}") from None
+    if not keys:
+        raise QsunError(f"{file} has no API key; write one on a line")
+    return keys
+
+
+def byte_count(name: str, text: str) -> int:
+    """Bytes of "512MiB", "2GB" or "1000". Raises QsunError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip())
+    if not found:
+        raise QsunError(f"--{name} {text!r} is not a size; use one such as 512MiB, 2GB or 0")
+    number, prefix, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(prefix) + 1 if prefix else 0))

@@ -1,0 +1,140 @@
+"""Answers in OpenAI's words: whole ones, and the chunks of a stream, for completions and for chats."""
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qsun.serve.requests import TokenLogprob, Update
+
+Decode = Callable[[int], str]  # one token as text
+
+_REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass
+class Choice:
+    """One answer as it grows."""
+
+    index: int
+    prompt_tokens: int
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish: str = ""
+    cached_tokens: int = 0
+    told: int = 0  # characters whose logprobs are sent
+
+    def take(self, update: Update) -> None:
+        self.text += update.text
+        self.tokens += update.tokens
+        self.logprobs += update.logprobs
+        self.finish = update.finish
+        self.cached_tokens += update.cached_tokens
+
+
+class Answer:
+    """Builds the JSON of one request's answer.
+
+    Args:
+        chat: a chat's words, or a completion's. prompts: tokens of each prompt; its n choices share it.
+        token_ids: the tokens are asked for too.
+    """
+
+    def __init__(self, chat: bool, model: str, prompts: Sequence[int], n: int, decode: Decode, token_ids: bool):
+        self.chat, self.decode, self.token_ids, self._n = chat, decode, token_ids, n
+        self.choices = [Choice(i * n + j, length) for i, length in enumerate(prompts) for j in range(n)]
+        prefix, kind = ("chatcmpl", "chat.completion") if chat else ("cmpl", "text_completion")
+        self.head = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+
+    def whole(self) -> dict[str, Any]:
+        return self.head | {"choices": [self._choice(choice) for choice in self.choices], "usage": self.usage()}
+
+    def _choice(self, choice: Choice) -> dict[str, Any]:
+        body: dict[str, Any] = {"index": choice.index}
+        if self.chat:
+            body["message"] = {"role": "assistant", "content": choice.text}
+        else:
+            body["text"] = choice.text
+        body["logprobs"] = self._logprobs(choice.logprobs, 0)
+        body["finish_reason"] = _REASONS.get(choice.finish)
+        return body | ({"token_ids": choice.tokens} if self.token_ids else {})
+
+    def usage(self) -> dict[str, Any]:
+        prompt = sum(choice.prompt_tokens for choice in self.choices[:: self._n])  # n choices share one prompt
+        completion = sum(len(choice.tokens) for choice in self.choices)
+        cached = max((choice.cached_tokens for choice in self.choices), default=0)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    # --- streams ------------------------------------------------------------------------------------------------------
+
+    def opening(self) -> list[bytes]:
+        """A chat's stream begins with the role of each choice."""
+        if not self.chat:
+            return []
+        return [self._chunk(choice, {"delta": {"role": "assistant", "content": ""}}) for choice in self.choices]
+
+    def chunk(self, choice: Choice, update: Update) -> bytes | None:
+        """What an update, already taken, adds for the client to see; None for nothing yet."""
+        if not (update.text or update.finish or update.logprobs or self.token_ids):
+            return None
+        body: dict[str, Any] = {"delta": {"content": update.text} if update.text else {}}
+        if not self.chat:
+            body = {"text": update.text}
+        logprobs = self._logprobs(update.logprobs, choice.told)
+        choice.told += len(update.text)
+        if self.token_ids:
+            body["token_ids"] = list(update.tokens)
+        return self._chunk(choice, body, logprobs, _REASONS.get(update.finish))
+
+    def _chunk(
+        self, choice: Choice, body: dict[str, Any], logprobs: dict[str, Any] | None = None, reason: str | None = None
+    ) -> bytes:
+        line = {"index": choice.index, **body, "logprobs": logprobs, "finish_reason": reason}
+        return event(self._chunk_head | {"choices": [line]})
+
+    def usage_chunk(self) -> bytes:
+        return event(self._chunk_head | {"choices": [], "usage": self.usage()})
+
+    @property
+    def _chunk_head(self) -> dict[str, Any]:
+        return self.head | ({"object": "chat.completion.chunk"} if self.chat else {})
+
+    # --- log-probabilities --------------------------------------------------------------------------------------------
+
+    def _logprobs(self, found: Sequence[TokenLogprob], offset: int) -> dict[str, Any] | None:
+        if not found:
+            return None
+        if self.chat:
+            return {
+                "content": [
+                    self._entry(one.token, one.logprob)
+                    | {"top_logprobs": [self._entry(token, value) for token, value in one.top]}
+                    for one in found
+                ]
+            }
+        texts = [self.decode(one.token) for one in found]
+        offsets = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
+        return {
+            "tokens": texts,
+            "token_logprobs": [one.logprob for one in found],
+            "top_logprobs": [{self.decode(token): value for token, value in one.top} for one in found],
+            "text_offset": offsets,
+        }
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self.decode(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8", "replace"))}
+
+
+def event(body: dict[str, Any]) -> bytes:
+    """A server-sent event."""
+    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
