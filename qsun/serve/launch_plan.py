@@ -115,7 +115,7 @@ def kv_transfer_config(decode: bool, device: str) -> dict[str, Any]:
     }
     extra: dict[str, Any] = {"enforce_handshake_compat": False} if decode else {}
     if device == "cpu":
-        extra["num_threads"] = 0  # NIXL's threads poll: on few cores they take the time of what they wait for
+        extra["num_threads"] = 0  # transfer threads beside the one that polls: cores are few there
     return config | ({"kv_connector_extra_config": extra} if extra else {})
 
 
