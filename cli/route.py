@@ -1,0 +1,51 @@
+"""`qsun route`: the router in front of vLLM workers."""
+
+import json
+from pathlib import Path
+
+import typer
+
+from qsun.cli import screen
+
+
+def route(
+    file: Path = typer.Argument(..., help="cluster.yaml: modules, workers, policy and limits (docs/routing.md)."),
+    check: bool = typer.Option(False, "--check", help="Check the file, the modules and the workers, and leave."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
+) -> None:
+    """Serve many models from running vLLM workers: prefill workers of each model, decode workers for all.
+
+    SIGHUP reads the file again, SIGTERM finishes the requests at work and leaves.
+
+    Examples:
+
+      qsun route cluster.yaml
+
+      qsun route cluster.yaml --check --json
+    """
+    import asyncio
+
+    from qsun.serve.cluster import read_cluster
+    from qsun.serve.cluster_modules import ModuleChecks
+
+    screen.show_log()
+    cluster = read_cluster(file)
+    cluster.need_running_workers()
+    checks = ModuleChecks()
+    names = checks.names(cluster)
+    if check:
+        from qsun.serve.cluster_check import check_workers
+
+        found = asyncio.run(check_workers(cluster, names))
+        if as_json:
+            typer.echo(json.dumps(found))
+        else:
+            for worker in found["workers"]:
+                typer.echo(f"{worker['role']:<8}{worker['url']}  {worker['served_name']}  {worker['fault'] or 'OK'}")
+        raise typer.Exit(0 if found["ok"] else 2)
+    from qsun.serve.router_process import RouterProcess
+
+    def listening(url: str) -> None:
+        typer.echo(json.dumps({"url": url, "models": list(cluster.models)}) if as_json else f"qsun route: {url}")
+
+    asyncio.run(RouterProcess(file, cluster, names, checks).serve(listening))

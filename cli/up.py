@@ -1,0 +1,93 @@
+"""`qsun up`: vLLM workers of this machine and the router before them, in one command."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from qsun.cli import screen
+
+
+def up(
+    file: Path = typer.Argument(..., help="cluster.yaml; a number of workers is how many to start (docs/vllm.md)."),
+    logs: Path = typer.Option(Path("qsun-logs"), help="Directory for the logs of the workers."),
+    show: bool = typer.Option(False, "--print", help="Print the commands and a Kubernetes sketch, start nothing."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout, for scripts."),
+) -> None:
+    """Start vLLM workers on this machine and the router before them; Ctrl-C takes all down.
+
+    Workers that die are not started again: the router goes on with the others, and their last lines are shown.
+
+    Examples:
+
+      qsun up cluster.yaml --logs logs
+
+      qsun up cluster.yaml --print
+    """
+    from qsun.serve.cluster import read_cluster
+    from qsun.serve.cluster_modules import ModuleChecks
+    from qsun.serve.launch_plan import plan_workers
+
+    screen.show_log()
+    cluster = read_cluster(file)
+    checks = ModuleChecks()
+    names = checks.names(cluster)
+    commands = plan_workers(cluster, names)
+    if show:
+        _print(file, cluster, names, commands, as_json)
+        return
+    _serve(file, cluster, names, checks, commands, logs, as_json)
+
+
+def _print(file: Path, cluster: Any, names: Any, commands: list[Any], as_json: bool) -> None:
+    from qsun.serve.launch_sketch import kubernetes_sketch
+
+    sketch = kubernetes_sketch(cluster, names)
+    if as_json:
+        workers = [
+            {"name": c.name, "model": c.model, "url": c.url, "argv": c.argv, "environment": c.environment}
+            for c in commands
+        ]
+        typer.echo(json.dumps({"workers": workers, "kubernetes": sketch}))
+        return
+    for command in commands:
+        typer.echo(f"# {command.name}: {command.url}\n{command.shell()}\n")
+    typer.echo(f"# and in this process, with these URLs: the router of {file}\n\n---\n{sketch}")
+
+
+def _serve(file: Path, cluster: Any, names: Any, checks: Any, commands: list[Any], logs: Path, as_json: bool) -> None:
+    import asyncio
+
+    from qsun.serve.launcher import Launch, check_environment
+    from qsun.serve.worker_processes import WorkerDied, WorkerProcesses, last_lines
+
+    environment = dict(os.environ)
+    check_environment(cluster.launch.python or sys.executable, cluster.launch.kernels, environment)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # before the router listens to it, as Ctrl-C
+    screen.note(f"starting {', '.join(command.name for command in commands)}; logs in {logs}")
+    try:
+        with WorkerProcesses(commands, logs, environment) as workers:
+            workers.wait_until_ready(cluster.launch.start_seconds, screen.note)
+
+            def warm(url: str) -> None:
+                started = [
+                    {"name": w.command.name, "url": w.command.url, "pid": w.process.pid, "log": str(w.log)}
+                    for w in workers.workers
+                ]
+                models = list(cluster.models)
+                line = json.dumps({"url": url, "models": models, "workers": started}) if as_json else f"qsun up: {url}"
+                typer.echo(line)
+
+            asyncio.run(Launch(file, cluster, names, checks, workers, screen.note).serve(warm))
+            screen.note("ending the workers")
+    except WorkerDied as died:
+        for line in last_lines(died.worker.log):
+            screen.note(f"    {line}")
+        raise
+    except KeyboardInterrupt:
+        screen.note("stopped before the cluster was warm; all workers have ended")
+        raise typer.Exit(130) from None

@@ -1,0 +1,65 @@
+"""How many requests are at work at once, and how many wait for a place; the rest is turned away."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from qsun.serve.http_errors import busy
+
+
+class Admission:
+    """Places for requests, given in the order in which they came.
+
+    Attributes:
+        most_running, most_waiting, wait_seconds: bounds; they may be changed at any time.
+        running: requests that have a place.
+    """
+
+    def __init__(self, most_running: int, most_waiting: int, wait_seconds: float):
+        self.most_running, self.most_waiting, self.wait_seconds = most_running, most_waiting, wait_seconds
+        self.running = 0
+        self._queue: deque[asyncio.Future[None]] = deque()
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
+    @asynccontextmanager
+    async def place(self) -> AsyncIterator[None]:
+        """Hold a place in the block. Raises HttpError 429 where the queue is full or the wait too long."""
+        await self._enter()
+        try:
+            yield
+        finally:
+            self.running -= 1
+            self._let_in()
+
+    async def _enter(self) -> None:
+        if self.running < self.most_running and not self._queue:
+            self.running += 1
+            return
+        if len(self._queue) >= self.most_waiting:
+            raise busy(f"{self.running} requests are at work and {len(self._queue)} wait; try again later", 1)
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue.append(turn)
+        try:
+            done, _ = await asyncio.wait([turn], timeout=self.wait_seconds)
+        except asyncio.CancelledError:
+            self._give_up(turn)
+            raise
+        if not done:
+            self._give_up(turn)
+            raise busy(f"no place within {self.wait_seconds:g} seconds; try again later", self.wait_seconds)
+
+    def _give_up(self, turn: "asyncio.Future[None]") -> None:
+        if turn.done():  # its place came at the same moment
+            self.running -= 1
+        else:
+            self._queue.remove(turn)
+        self._let_in()
+
+    def _let_in(self) -> None:
+        while self._queue and self.running < self.most_running:
+            self.running += 1
+            self._queue.popleft().set_result(None)

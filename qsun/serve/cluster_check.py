@@ -1,0 +1,35 @@
+"""`qsun route --check`: is every worker of a cluster there, with the module that it should have?"""
+
+import asyncio
+from typing import Any
+
+import httpx
+
+from qsun.serve.cluster_modules import ServedNames
+from qsun.serve.cluster_schema import Cluster
+from qsun.serve.fleet import Fleet
+from qsun.serve.health import identity_fault
+from qsun.serve.workers import Worker
+
+
+async def check_workers(cluster: Cluster, names: ServedNames) -> dict[str, Any]:
+    """Ask each worker once. Returns {"ok", "workers": [{url, role, model, served_name, fault}]}."""
+    fleet = Fleet()
+    fleet.update(cluster, names)
+    async with httpx.AsyncClient(trust_env=False, timeout=cluster.health.timeout_seconds) as client:
+        workers = await asyncio.gather(*(_checked(client, worker) for worker in fleet))
+    return {"ok": all(worker["fault"] is None for worker in workers), "workers": workers}
+
+
+async def _checked(client: httpx.AsyncClient, worker: Worker) -> dict[str, Any]:
+    try:
+        fault = await identity_fault(client, worker)
+    except httpx.HTTPError as error:
+        fault = f"does not answer: {error or type(error).__name__}"
+    return {
+        "url": worker.url,
+        "role": worker.role,
+        "model": worker.model,
+        "served_name": worker.served_name,
+        "fault": fault,
+    }

@@ -1,0 +1,107 @@
+"""Which of several workers takes a request: one small class a policy, over plain numbers, without HTTP.
+
+Each pool has a policy of its own: the decode workers one, the prefill workers of each model another.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from qsun.errors import QsunError
+
+
+class Candidate(Protocol):
+    """A worker as a policy sees it.
+
+    Attributes:
+        outstanding_tokens: of requests in flight: estimated prompt tokens, and what each may still generate.
+        taken: requests it ever got.
+        models: that it serves; None for all.
+    """
+
+    url: str
+    outstanding_tokens: int
+    taken: int
+    models: frozenset[str] | None
+
+
+W = TypeVar("W", bound=Candidate)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """A request as a policy sees it: its model, and how many tokens it brings."""
+
+    model: str
+    tokens: int
+
+
+class Policy(Protocol):
+    def choose(self, workers: Sequence[W], request: Demand) -> W | None:
+        """One of the workers, or None where none of them may take it."""
+        ...
+
+
+class LeastOutstandingTokens:
+    """The worker with the least left to do; of equals the one that got the fewest requests."""
+
+    def choose(self, workers: Sequence[W], request: Demand) -> W | None:
+        return min(workers, key=lambda worker: (worker.outstanding_tokens, worker.taken), default=None)
+
+
+class PowerOfTwo:
+    """The less loaded of two workers drawn at random: nearly as even, and steady where routers share workers."""
+
+    def __init__(self, seed: int | None = None):
+        self._random = random.Random(seed)
+
+    def choose(self, workers: Sequence[W], request: Demand) -> W | None:
+        drawn = self._random.sample(list(workers), min(2, len(workers)))
+        return min(drawn, key=lambda worker: (worker.outstanding_tokens, worker.taken), default=None)
+
+
+class RoundRobin:
+    """The worker whose last turn is longest ago, whatever its load."""
+
+    def __init__(self) -> None:
+        self._turn = 0
+        self._last: dict[str, int] = {}
+
+    def choose(self, workers: Sequence[W], request: Demand) -> W | None:
+        chosen = min(workers, key=lambda worker: self._last.get(worker.url, 0), default=None)
+        if chosen is not None:
+            self._turn += 1
+            self._last[chosen.url] = self._turn
+        return chosen
+
+
+class Partitioned:
+    """Conventional disaggregation, for comparison: a decode worker takes requests of its own models only."""
+
+    def __init__(self) -> None:
+        self._among = LeastOutstandingTokens()
+
+    def choose(self, workers: Sequence[W], request: Demand) -> W | None:
+        own = [worker for worker in workers if worker.models is None or request.model in worker.models]
+        return self._among.choose(own, request)
+
+
+_POLICIES: dict[str, type[Policy]] = {
+    "least_outstanding_tokens": LeastOutstandingTokens,
+    "power_of_two": PowerOfTwo,
+    "round_robin": RoundRobin,
+    "partitioned": Partitioned,
+}
+
+
+def make_policy(name: str) -> Policy:
+    """A policy by its name in cluster.yaml. Raises QsunError for an unknown one."""
+    if name not in _POLICIES:
+        raise QsunError(f"policy {name!r} is not known; use one of {', '.join(_POLICIES)}")
+    return _POLICIES[name]()
+
+
+def partition(workers: Sequence[str], models: Sequence[str]) -> dict[str, frozenset[str]]:
+    """Models of each decode worker where the file assigns none: worker i is for model i modulo their number."""
+    return {url: frozenset([models[i % len(models)]]) for i, url in enumerate(workers)}

@@ -1,0 +1,1 @@
+"""Stands where vLLM would be: `qsun up` starts its API server."""

@@ -1,0 +1,58 @@
+"""What `qsun up` and the router see of a vLLM worker: its options, health, model name, and both halves of a transfer.
+
+With FAKE_VLLM=die it ends at once, with a message.
+"""
+
+import json
+import os
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+def option(name):
+    return sys.argv[sys.argv.index(name) + 1]
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.reply({"object": "list", "data": [{"id": option("--served-model-name"), "object": "model"}]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        choice = {"index": 0, "text": option("--model"), "finish_reason": "length", "token_ids": [5]}
+        usage = {"prompt_tokens": 4, "completion_tokens": 1, "total_tokens": 5}
+        answer = {
+            "id": "cmpl-1",
+            "object": "text_completion",
+            "model": body["model"],
+            "choices": [choice],
+            "usage": usage,
+        }
+        if body["kv_transfer_params"].get("do_remote_decode"):
+            answer["kv_transfer_params"] = {
+                "do_remote_prefill": True,
+                "do_remote_decode": False,
+                "remote_block_ids": [[1]],
+                "remote_engine_id": option("--port"),
+                "remote_request_id": "1",
+                "remote_host": "127.0.0.1",
+                "remote_port": int(os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"]),
+                "tp_size": 1,
+            }
+        self.reply(answer)
+
+    def reply(self, value):
+        body = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+if os.environ.get("FAKE_VLLM") == "die":
+    sys.exit("RuntimeError: no kernel for this")
+ThreadingHTTPServer(("127.0.0.1", int(option("--port"))), Handler).serve_forever()

@@ -1,0 +1,240 @@
+"""Real vLLM on this machine's CPU through `qsun up`: two prefill workers, two int4 decode workers on our kernels, NIXL.
+
+The client is OpenAI's. The reference for every request is `qsun.generate` with the same modules in float32, so a token
+that came from the wrong cache, module or seam shows. Tests run in order: the later ones kill a worker and end it all.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+import openai
+import pytest
+
+import qsun
+from tests.oracles.compare import record
+from tests.oracles.conftest import ENVIRONMENTS, PROBE_SETTINGS
+from tests.vllm.cluster_files import MODELS, VOCAB, make_modules, write_cluster
+
+pytestmark = pytest.mark.oracle
+
+ROOT = Path(__file__).parents[2]
+LENGTHS = (1, 2, 17, 127, 128, 129, 200, 257)  # vLLM's blocks for a CPU hold 128 tokens
+NEW_TOKENS = 16
+EXACT = {"return_token_ids": True, "ignore_eos": True}
+DEADLINE_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request to a model; stream: taken as it comes."""
+
+    model: str
+    prompt: tuple[int, ...]
+    stream: bool
+    max_tokens: int = NEW_TOKENS
+
+
+@dataclass
+class Cluster:
+    """A running `qsun up`."""
+
+    process: subprocess.Popen
+    url: str
+    workers: dict[str, dict]
+    said: Path
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=DEADLINE_SECONDS, max_retries=0)
+
+
+def prompt(length: int, seed: int) -> tuple[int, ...]:
+    return (1, *np.random.default_rng(seed).integers(3, VOCAB, length - 1).tolist())
+
+
+def ask(cluster: Cluster, request: Request) -> list[int]:
+    """Tokens that the OpenAI client gets. Raises openai.APIError, with `.tokens` so far where a stream broke off."""
+    with cluster.client() as client:
+        answer = client.completions.create(
+            model=request.model,
+            prompt=list(request.prompt),
+            max_tokens=request.max_tokens,
+            temperature=0,
+            stream=request.stream,
+            extra_body=EXACT,
+        )
+        if not request.stream:
+            return answer.choices[0].token_ids
+        tokens: list[int] = []
+        try:
+            for chunk in answer:
+                for choice in chunk.choices:
+                    tokens += choice.token_ids or []
+        except openai.APIError as error:
+            error.tokens = tokens
+            raise
+        return tokens
+
+
+def ask_all(cluster: Cluster, requests: list[Request]) -> list[list[int] | openai.APIError]:
+    """All at once; an error in place of the tokens of a request that failed."""
+
+    def one(request: Request) -> list[int] | openai.APIError:
+        try:
+            return ask(cluster, request)
+        except openai.APIError as error:
+            return error
+
+    with ThreadPoolExecutor(len(requests)) as pool:
+        return list(pool.map(one, requests))
+
+
+@pytest.fixture(scope="module")
+def modules(tmp_path_factory):
+    return make_modules(tmp_path_factory.mktemp("cluster"))
+
+
+@pytest.fixture(scope="module")
+def expected(modules):
+    """expected(requests): tokens of `qsun.generate`."""
+    decode = qsun.load_decode(modules["decode"], device="cpu", dtype="float32")
+    prefills = {name: qsun.load_prefill(modules[name], decode=decode, dtype="float32") for name in MODELS}
+
+    def answers(requests: list[Request]) -> list[list[int]]:
+        rows = [list(request.prompt) for request in requests]
+        readers = [prefills[request.model] for request in requests]
+        longest = max(request.max_tokens for request in requests)
+        tokens = qsun.generate(readers, decode, rows, max_new_tokens=longest, eos=())
+        return [row[: request.max_tokens] for row, request in zip(tokens, requests, strict=True)]
+
+    return answers
+
+
+@pytest.fixture(scope="module")
+def cluster(modules, tmp_path_factory):
+    python = ENVIRONMENTS / "vllm" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("no environment 'vllm'; `make vllm` makes it")
+    root = modules["base"].parent
+    file = write_cluster(root, python)
+    said = root / "up.err"
+    command = [sys.executable, "-m", "qsun.cli.main", "up", str(file), "--logs", str(root / "logs"), "--json"]
+    started = time.monotonic()
+    with said.open("w") as errors:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | PROBE_SETTINGS, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
+    try:
+        line = process.stdout.readline()  # ends at launch.start_seconds at the latest
+        assert line, said.read_text()[-6000:]
+        ready = json.loads(line)
+        record("vllm cluster", warm_seconds=round(time.monotonic() - started))
+        yield Cluster(process, ready["url"], {worker["name"]: worker for worker in ready["workers"]}, said)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        process.wait(timeout=120)
+        process.stdout.close()
+        record("vllm cluster", wall_seconds=round(time.monotonic() - started))
+
+
+def test_the_client_sees_every_model(cluster):
+    with cluster.client() as client:
+        assert sorted(model.id for model in client.models.list()) == sorted(MODELS)
+
+
+def test_64_concurrent_requests_over_both_models(cluster, expected):
+    requests = [
+        Request(model, prompt(length, seed), stream)
+        for seed, length in enumerate(LENGTHS * 2)
+        for model in MODELS
+        for stream in (False, True)
+    ]
+    assert len(requests) == 64
+    started = time.monotonic()
+    answers = ask_all(cluster, requests)
+    record("vllm cluster", requests=len(requests), seconds=round(time.monotonic() - started))
+    wrong = [request for request, a, b in zip(requests, answers, expected(requests), strict=True) if a != b]
+    assert wrong == []
+
+
+def test_the_same_prompt_to_both_models_never_leaks(cluster, expected):
+    """Longer than two blocks, and again and again: whoever comes second would hit a cache that forgot the model."""
+    requests = [Request(model, prompt(300, seed=77), stream=False) for model in (*MODELS, *MODELS[::-1]) * 2]
+    wanted = expected(requests)
+    assert wanted[0] != wanted[1]
+    assert [ask(cluster, request) for request in requests] == wanted
+
+
+def test_a_chat_is_rendered_and_answered(cluster, expected):
+    chat = [{"role": "user", "content": "Ann has 12 eggs and gets 8 more. How many eggs?"}]
+    for model in MODELS:
+        with cluster.client() as client:
+            answer = client.chat.completions.create(
+                model=model, messages=chat, max_completion_tokens=NEW_TOKENS, temperature=0, extra_body=EXACT
+            )
+        request = Request(model, tuple(answer.prompt_token_ids), stream=False)
+        assert answer.choices[0].token_ids == expected([request])[0]
+        assert answer.usage.completion_tokens == NEW_TOKENS
+
+
+def test_an_unknown_model_is_404(cluster):
+    with pytest.raises(openai.NotFoundError):
+        ask(cluster, Request("nobody", prompt(5, 0), stream=False))
+
+
+def test_a_decode_worker_killed_under_load(cluster, expected):
+    """Every request ends with the right tokens or a clear error; none with wrong ones; the other worker goes on."""
+    requests = [
+        Request(MODELS[seed % 2], prompt(LENGTHS[seed % 8], 100 + seed), seed % 4 < 2, 96) for seed in range(32)
+    ]
+    victim = cluster.workers["decode-0"]["pid"]
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask_all, cluster, requests)
+        wait_for(lambda: decoding(cluster, "decode-0"))
+        os.killpg(victim, signal.SIGKILL)
+        answers = asked.result(DEADLINE_SECONDS)
+    failed = [answer for answer in answers if isinstance(answer, openai.APIError)]
+    record("vllm cluster", killed_under=len(requests), right=len(requests) - len(failed), failed=len(failed))
+    for answer, wanted in zip(answers, expected(requests), strict=True):
+        if isinstance(answer, openai.APIError):
+            assert str(answer)
+            so_far = getattr(answer, "tokens", [])
+            assert so_far == wanted[: len(so_far)]
+        else:
+            assert answer == wanted
+    assert len(failed) < len(requests)
+    wait_for(lambda: "worker decode-0" in cluster.said.read_text())
+    assert "was killed by signal 9" in cluster.said.read_text()
+    after = [Request(model, prompt(129, 500), stream) for model in MODELS for stream in (False, True)]
+    assert ask_all(cluster, after) == expected(after)
+
+
+def decoding(cluster: Cluster, name: str) -> bool:
+    """Whether a worker has requests running now, by its own metrics."""
+    text = httpx.get(f"{cluster.workers[name]['url']}/metrics", timeout=60, trust_env=False).text
+    lines = [line for line in text.splitlines() if line.startswith("vllm:num_requests_running")]
+    return any(float(line.rpartition(" ")[2]) > 0 for line in lines)
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_ctrl_c_takes_all_down(cluster):
+    cluster.process.send_signal(signal.SIGINT)
+    assert cluster.process.wait(timeout=120) == 0
+    for worker in cluster.workers.values():
+        with pytest.raises(ProcessLookupError):
+            os.killpg(worker["pid"], 0)
