@@ -8,6 +8,7 @@ import typer
 from qsun._version import __version__
 from qsun.cli import (
     bench,
+    bench_engine,
     bench_serve,
     bench_speed,
     bench_tasks,
@@ -51,6 +52,7 @@ bench.app.command("serve", no_args_is_help=True)(bench_serve.serve)
 bench.app.command("speed", no_args_is_help=True)(bench_speed.speed)
 bench.app.command("tasks", no_args_is_help=True)(bench_tasks.tasks)
 bench.app.command("tuning", no_args_is_help=True)(bench_tasks.tuning)
+bench.app.command("engine")(bench_engine.engine)
 app.add_typer(bench.app, name="bench")
 
 

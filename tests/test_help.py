@@ -22,6 +22,7 @@ COMMANDS = {
     "bench passes": "",
     "bench kernels": "Default on a CPU",
     "bench tune-kernels": "Default: all.",
+    "bench engine": "",
     "bench tasks": "",
     "bench tuning": "",
     "bench speed": "as qsun quantize leaves it",

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import httpx
 import pytest
@@ -48,27 +48,23 @@ def test_it_serves_the_base_and_drains_at_sigterm():
 @pytest.mark.slow
 def test_a_second_ctrl_c_does_not_wait():
     with serving("--threads", "1", "--drain", "60") as (process, client):
-        ended = threading.Event()
+        first, received = threading.Event(), []
         body = {"model": "base", "prompt": "x", "max_tokens": 500, "ignore_eos": True, "stream": True, "n": 16}
 
         def read():
-            with (
-                client.stream("POST", "/v1/completions", json=body) as stream,
-                pytest.raises(httpx.RemoteProtocolError),
-            ):
-                for _ in stream.iter_lines():
+            with suppress(httpx.HTTPError), client.stream("POST", "/v1/completions", json=body) as stream:
+                for line in stream.iter_lines():
+                    received.append(line)
                     first.set()
-            ended.set()
 
-        first = threading.Event()
         reader = threading.Thread(target=read)
         reader.start()
         assert first.wait(30)
         process.send_signal(signal.SIGINT)
-        until(lambda: process.poll() is not None or not process.send_signal(signal.SIGINT))
-        assert process.wait(30) == 0
+        until(lambda: process.poll() is not None or process.send_signal(signal.SIGINT))
+        assert process.returncode == 0
         reader.join(30)
-        assert ended.is_set()
+        assert "data: [DONE]" not in received  # it was cut off, and the client can tell
 
 
 @pytest.mark.parametrize(
