@@ -1,13 +1,13 @@
 """The in-process engine on a trace: shared decode against partitioned decode in turns, and what a simulation predicts.
 
 Both systems run the same requests on the same engine code in real time, one after the other, round by round. The
-simulation is given step and prefill times that were measured on this engine before the rounds.
+simulation is given step and prefill times that were measured on this engine before each round.
 """
 
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from qsun.decode import DecodeModule
 from qsun.errors import QsunError
@@ -52,17 +52,13 @@ class EngineStudy:
             engine.add_module(name, module)
         return engine
 
-    def curves(self) -> Curves:
-        """Seconds of whole engine steps, Python included, by rows and context; and of reading a prompt."""
+    def probe(self) -> "Probe":
+        """Seconds of whole engine steps, Python included, by context and rows; and of reading a prompt."""
         contexts = [c for c in _CONTEXTS if c + 2 * _TIMED < self._positions]
         batches = [rows for rows in _BATCHES if rows <= self.max_batch]
-        grid = StepGrid({c: {rows: self._step_seconds(rows, c) for rows in batches} for c in contexts})
+        steps = {c: {rows: self._step_seconds(rows, c) for rows in batches} for c in contexts}
         prompts = {tokens: self._prompt_seconds(tokens) for tokens in _PROMPTS if tokens + 3 < self._positions}
-
-        def step(_: str, rows: int, context: float) -> float:
-            return grid.at(rows, context)
-
-        return Curves(step, prompt_line(prompts), "measured on this engine before the rounds", {SUN: grid.largest})
+        return Probe(steps, prompts)
 
     @property
     def _positions(self) -> int:
@@ -125,18 +121,40 @@ class EngineStudy:
         return _summary(trace, {i: t.first for i, t in enumerate(times)}, {i: t.last for i, t in enumerate(times)})
 
 
+class Probe(NamedTuple):
+    """Measured seconds: steps by context and rows, prompts by tokens."""
+
+    steps: dict[int, dict[int, float]]
+    prompts: dict[int, float]
+
+
+def curves_of(probes: Sequence[Probe]) -> Curves:
+    """Medians over the probes of all rounds: a machine's pace changes from one to the next."""
+    middle = probes[0].steps
+    steps = {c: {n: statistics.median(p.steps[c][n] for p in probes) for n in row} for c, row in middle.items()}
+    prompts = {n: statistics.median(p.prompts[n] for p in probes) for n in probes[0].prompts}
+    grid = StepGrid(steps)
+
+    def step(_: str, rows: int, context: float) -> float:
+        return grid.at(rows, context)
+
+    return Curves(step, prompt_line(prompts), "measured on this engine, before each round", {SUN: grid.largest})
+
+
 def study(
     runs: EngineStudy, trace: Sequence[Request], rounds: int, progress: Callable[[str, int, int], None]
 ) -> dict[str, Any]:
-    """Rounds of both systems in turns; medians over rounds, the ratio of each round, and the prediction of both."""
-    progress("step times", 0, 2 * rounds + 1)
-    curves = runs.curves()
+    """Rounds of step times and of both systems; medians over rounds, each round's ratio, the prediction of both."""
+    probes: list[Probe] = []
     measured: dict[str, list[dict[str, Any]]] = {SHARED: [], PARTITIONED: []}
     for number in range(rounds):
+        progress("step times", 3 * number, 3 * rounds)
+        probes.append(runs.probe())
         order = (SHARED, PARTITIONED) if number % 2 == 0 else (PARTITIONED, SHARED)
         for place, name in enumerate(order):
-            progress(name, 2 * number + place + 1, 2 * rounds + 1)
+            progress(name, 3 * number + place + 1, 3 * rounds)
             measured[name].append(runs.run(trace, name == PARTITIONED))
+    curves = curves_of(probes)
     result: dict[str, Any] = {"requests": len(trace), "rounds": rounds, "systems": {}}
     for name, each in measured.items():
         predicted = runs.predict(trace, curves, name == PARTITIONED)
@@ -151,7 +169,7 @@ def study(
     result["shared_over_partitioned"] = {
         key: [ours[key] / theirs[key] for ours, theirs in pairs] for key in ("tokens_per_s", "tpot_ms", "ttft_ms")
     }
-    progress("done", 2 * rounds + 1, 2 * rounds + 1)
+    progress("done", 3 * rounds, 3 * rounds)
     return result
 
 
