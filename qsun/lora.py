@@ -20,10 +20,9 @@ from qsun.blocks import linear_of
 from qsun.checkpoint import Checkpoint, read_json
 from qsun.errors import QsunError
 from qsun.manifest import write_json
-from qsun.pairing import read_manifest
+from qsun.pairing import ADAPTER, ADAPTER_WEIGHTS, read_manifest
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = ADAPTER
 _PREFIX = "base_model.model."
 _PARTS = ("lora_A", "lora_B")
 # Settings of peft that change what an adapter computes, and the values under which it is plain LoRA.
@@ -58,7 +57,12 @@ class LoraLinear(nn.Module):
 
     def merged(self) -> Tensor:
         """(out, in) float32 weights of the two together."""
-        return self.linear.weight.detach().float() + self.scale * (self.lora_B @ self.lora_A).detach()
+        return merged_weight(self.linear.weight, self.lora_A, self.lora_B, self.scale)
+
+
+def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """(out, in) float32 sum of a layer and its adapter."""
+    return weight.detach().float() + scale * (b.float() @ a.float()).detach()
 
 
 @dataclass(frozen=True)
@@ -91,15 +95,30 @@ def adapter_base(directory: Path) -> Path:
     return base
 
 
+AdapterWeights = dict[str, tuple[Tensor, Tensor]]  # lora_A and lora_B by the name of their layer
+
+
 def new_adapter(model: Any, settings: AdapterSettings, seed: int) -> None:
     """Put a fresh adapter, which changes nothing yet, on every linear layer of the blocks."""
+    place_adapter(model, fresh_weights(model, settings, seed), settings)
+
+
+def fresh_weights(model: Any, settings: AdapterSettings, seed: int) -> AdapterWeights:
+    """A fresh adapter's weights, on the CPU; of the model, which may be on the meta device, only shapes are read."""
     random = torch.Generator().manual_seed(seed)
+    weights = {}
     for name in _linear_names(model):
         linear = linear_of(model, name)
         a = torch.empty(settings.rank, linear.in_features)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=random)
-        b = torch.zeros(linear.out_features, settings.rank)
-        model.set_submodule(name, LoraLinear(linear, a, b, settings.scale))
+        weights[name] = a, torch.zeros(linear.out_features, settings.rank)
+    return weights
+
+
+def place_adapter(model: Any, weights: AdapterWeights, settings: AdapterSettings) -> None:
+    """Put an adapter on those layers of the model that it has weights for."""
+    for name, (a, b) in weights.items():
+        model.set_submodule(name, LoraLinear(linear_of(model, name), a, b, settings.scale))
 
 
 def _linear_names(model: Any) -> list[str]:
@@ -109,26 +128,37 @@ def _linear_names(model: Any) -> list[str]:
 
 def read_adapter(model: Any, directory: Path) -> AdapterSettings:
     """Put an adapter of this directory on the model's layers. Raises QsunError for one that is not plain LoRA."""
+    settings, weights = read_weights(model, directory)
+    place_adapter(model, weights, settings)
+    return settings
+
+
+def read_weights(model: Any, directory: Path) -> tuple[AdapterSettings, AdapterWeights]:
+    """An adapter of this model, which may be on the meta device. Raises QsunError for one that is not plain LoRA."""
     settings = _read_settings(directory)
-    weights = directory / ADAPTER_WEIGHTS
-    if not weights.is_file():
-        raise QsunError(f"{directory} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}; pickled adapters are not read")
-    file = Checkpoint.of_file(weights)
+    file = adapter_file(directory)
     tensors = file.load(file.names())
-    layers = dict.fromkeys(name.rpartition(".lora_")[0].removeprefix(_PREFIX) for name in tensors)
-    known = set(_linear_names(model))
-    for layer in layers:
+    path = directory / ADAPTER_WEIGHTS
+    known, weights = set(_linear_names(model)), {}
+    for layer in dict.fromkeys(name.rpartition(".lora_")[0].removeprefix(_PREFIX) for name in tensors):
         names = [f"{_PREFIX}{layer}.{part}.weight" for part in _PARTS]
         if layer not in known or not all(name in tensors for name in names):
-            raise QsunError(f"{weights} has weights for {layer}, which is no linear layer of its base's blocks")
+            raise QsunError(f"{path} has weights for {layer}, which is no linear layer of its base's blocks")
         linear = linear_of(model, layer)
         a, b = (tensors.pop(name) for name in names)
         if a.shape != (settings.rank, linear.in_features) or b.shape != (linear.out_features, settings.rank):
-            raise QsunError(f"{weights}: {layer} is {list(a.shape)} and {list(b.shape)}, not of rank {settings.rank}")
-        model.set_submodule(layer, LoraLinear(linear, a, b, settings.scale))
+            raise QsunError(f"{path}: {layer} is {list(a.shape)} and {list(b.shape)}, not of rank {settings.rank}")
+        weights[layer] = a, b
     if tensors:
-        raise QsunError(f"{weights} has {next(iter(tensors))}, which is not plain LoRA")
-    return settings
+        raise QsunError(f"{path} has {next(iter(tensors))}, which is not plain LoRA")
+    return settings, weights
+
+
+def adapter_file(directory: Path) -> Checkpoint:
+    """The tensors of an adapter as they are stored. Raises QsunError where there are none, or only pickled ones."""
+    if not (directory / ADAPTER_WEIGHTS).is_file():
+        raise QsunError(f"{directory} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}; pickled adapters are not read")
+    return Checkpoint.of_file(directory / ADAPTER_WEIGHTS)
 
 
 def _read_settings(directory: Path) -> AdapterSettings:

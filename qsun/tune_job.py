@@ -12,7 +12,7 @@ from qsun.blocks import EMBEDDING, empty_model, read_model_config
 from qsun.checkpoint import Checkpoint
 from qsun.errors import QsunError
 from qsun.lora import ADAPTER_CONFIG, adapter_base
-from qsun.pairing import base_fingerprint, check_pair, differences, find_base, read_manifest
+from qsun.pairing import base_fingerprint, check_pair, differences, find_base, read_manifest, weights_fingerprint
 from qsun.tune_config import TuneConfig
 from qsun.tune_data import Example, fingerprint, hold_out, read_examples
 from qsun.workdir import check_free
@@ -103,7 +103,7 @@ def prepare_tuning(
     base_dir, base_name = find_base(decode, base)
     start = base_dir if init is None else _find_start(str(init), decode_dir, config)
     fingerprints = {"base": Checkpoint(base_dir).fingerprint(), "decode": Checkpoint(decode_dir).fingerprint()}
-    fingerprints["start"] = fingerprints["base"] if init is None else _weights_fingerprint(start)
+    fingerprints["start"] = fingerprints["base"] if init is None else weights_fingerprint(start)
     wanted = base_fingerprint(read_manifest(decode_dir))
     if wanted and wanted != fingerprints["base"]:
         raise QsunError(
@@ -142,12 +142,6 @@ def _find_start(init: str, decode_dir: Path, config: TuneConfig) -> Path:
         if config.baseline == "full":
             raise QsunError(f"baseline full tunes all weights, but {init} is an adapter; leave one of them out")
     return start
-
-
-def _weights_fingerprint(directory: Path) -> str:
-    """Of a module's own weights: a model's tensors, or an adapter's."""
-    own = read_manifest(directory).get("fingerprint")
-    return own if isinstance(own, str) else Checkpoint(directory).fingerprint()
 
 
 def _compute_dtype(config: TuneConfig, device: torch.device, base: Path) -> torch.dtype:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from qsun.blocks import EMBEDDING, HEAD, config_json
 from qsun.checkpoint import Checkpoint, file_sha256, merge_shards
-from qsun.lora import ADAPTER_WEIGHTS, AdapterSettings, write_adapter
+from qsun.lora import AdapterSettings, write_adapter
 from qsun.manifest import MANIFEST, MANIFEST_VERSION, copy_base_files, versions, write_json
-from qsun.pairing import read_manifest
+from qsun.pairing import ADAPTER_WEIGHTS, read_manifest
 from qsun.tune_job import TuneJob
 from qsun.workdir import Workdir
 
