@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qsun.blocks import empty_model, read_model_config
 from qsun.checkpoint import Checkpoint
-from qsun.lora import ADAPTER_CONFIG, adapter_base, adapter_file, merged_weight, read_weights
+from qsun.lora import ADAPTER_CONFIG, adapter_base, adapter_file, merged_weight, stored_adapter
 
 
 class AdaptedCheckpoint(Checkpoint):
@@ -25,14 +25,15 @@ class AdaptedCheckpoint(Checkpoint):
     def __init__(self, adapter: Path):
         super().__init__(adapter_base(adapter))
         self.adapter = adapter
-        self._settings, weights = read_weights(empty_model(read_model_config(self.directory)), adapter)
-        self._weights = {f"{layer}.weight": pair for layer, pair in weights.items()}
+        stored = stored_adapter(empty_model(read_model_config(self.directory)), adapter)
+        self._scale = stored.settings.scale
+        self._weights = {f"{layer}.weight": pair for layer, pair in stored.weights.items()}
 
     def load(self, names: Iterable[str]) -> dict[str, Tensor]:
         tensors = super().load(names)
         for name in tensors.keys() & self._weights.keys():
             stored = tensors[name]
-            tensors[name] = merged_weight(stored, *self._weights[name], self._settings.scale).to(stored.dtype)
+            tensors[name] = merged_weight(stored, *self._weights[name], self._scale).to(stored.dtype)
         return tensors
 
     def fingerprint(self) -> str:

@@ -5,7 +5,7 @@ merging need no more than what is here, so peft itself is not needed.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,16 +95,23 @@ def adapter_base(directory: Path) -> Path:
     return base
 
 
-AdapterWeights = dict[str, tuple[Tensor, Tensor]]  # lora_A and lora_B by the name of their layer
+@dataclass(frozen=True)
+class Adapter:
+    """Settings, and lora_A (rank, in) and lora_B (out, rank) by the name of their layer."""
+
+    settings: AdapterSettings
+    weights: dict[str, tuple[Tensor, Tensor]]
 
 
-def new_adapter(model: Any, settings: AdapterSettings, seed: int) -> None:
+def new_adapter(model: Any, settings: AdapterSettings, seed: int) -> Adapter:
     """Put a fresh adapter, which changes nothing yet, on every linear layer of the blocks."""
-    place_adapter(model, fresh_weights(model, settings, seed), settings)
+    adapter = fresh_adapter(model, settings, seed)
+    place_adapter(model, adapter)
+    return adapter
 
 
-def fresh_weights(model: Any, settings: AdapterSettings, seed: int) -> AdapterWeights:
-    """A fresh adapter's weights, on the CPU; of the model, which may be on the meta device, only shapes are read."""
+def fresh_adapter(model: Any, settings: AdapterSettings, seed: int) -> Adapter:
+    """A fresh adapter on the CPU; of the model, which may be on the meta device, only shapes are read."""
     random = torch.Generator().manual_seed(seed)
     weights = {}
     for name in _linear_names(model):
@@ -112,13 +119,14 @@ def fresh_weights(model: Any, settings: AdapterSettings, seed: int) -> AdapterWe
         a = torch.empty(settings.rank, linear.in_features)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=random)
         weights[name] = a, torch.zeros(linear.out_features, settings.rank)
-    return weights
+    return Adapter(settings, weights)
 
 
-def place_adapter(model: Any, weights: AdapterWeights, settings: AdapterSettings) -> None:
-    """Put an adapter on those layers of the model that it has weights for."""
-    for name, (a, b) in weights.items():
-        model.set_submodule(name, LoraLinear(linear_of(model, name), a, b, settings.scale))
+def place_adapter(model: Any, adapter: Adapter, prefix: str = "") -> None:
+    """Put an adapter on those of its layers whose names begin with the prefix."""
+    for name, (a, b) in adapter.weights.items():
+        if name.startswith(prefix):
+            model.set_submodule(name, LoraLinear(linear_of(model, name), a, b, adapter.settings.scale))
 
 
 def _linear_names(model: Any) -> list[str]:
@@ -126,14 +134,14 @@ def _linear_names(model: Any) -> list[str]:
     return [f"model.layers.{index}.{name}" for index in range(len(model.model.layers)) for name in names]
 
 
-def read_adapter(model: Any, directory: Path) -> AdapterSettings:
+def read_adapter(model: Any, directory: Path) -> Adapter:
     """Put an adapter of this directory on the model's layers. Raises QsunError for one that is not plain LoRA."""
-    settings, weights = read_weights(model, directory)
-    place_adapter(model, weights, settings)
-    return settings
+    adapter = stored_adapter(model, directory)
+    place_adapter(model, adapter)
+    return adapter
 
 
-def read_weights(model: Any, directory: Path) -> tuple[AdapterSettings, AdapterWeights]:
+def stored_adapter(model: Any, directory: Path) -> Adapter:
     """An adapter of this model, which may be on the meta device. Raises QsunError for one that is not plain LoRA."""
     settings = _read_settings(directory)
     file = adapter_file(directory)
@@ -151,7 +159,7 @@ def read_weights(model: Any, directory: Path) -> tuple[AdapterSettings, AdapterW
         weights[layer] = a, b
     if tensors:
         raise QsunError(f"{path} has {next(iter(tensors))}, which is not plain LoRA")
-    return settings, weights
+    return Adapter(settings, weights)
 
 
 def adapter_file(directory: Path) -> Checkpoint:
@@ -184,15 +192,15 @@ def merge_adapter(model: Any) -> None:
             model.set_submodule(name, linear)
 
 
-def write_adapter(model: Any, settings: AdapterSettings, base: str, tuned: dict[str, Tensor], directory: Path) -> None:
-    """Write the model's adapter, with the weights of `tuned` (by parameter name) where it has them."""
+def write_adapter(adapter: Adapter, base: str, tuned: Mapping[str, Tensor], directory: Path) -> None:
+    """Write an adapter, with the weights of `tuned` (by parameter name) where it has them."""
     tensors = {}
-    for name, parameter in model.named_parameters():
-        if name.endswith(_PARTS):
-            value = tuned.get(name, parameter).detach().cpu()
-            tensors[f"{_PREFIX}{name}.weight"] = value.contiguous()
+    for layer, pair in adapter.weights.items():
+        for part, start in zip(_PARTS, pair, strict=True):
+            value = tuned.get(f"{layer}.{part}", start)
+            tensors[f"{_PREFIX}{layer}.{part}.weight"] = value.detach().float().cpu().contiguous()
     save_file(tensors, directory / ADAPTER_WEIGHTS, {"format": "pt"})
-    write_json(directory / ADAPTER_CONFIG, _config_json(tensors, settings, base))
+    write_json(directory / ADAPTER_CONFIG, _config_json(tensors, adapter.settings, base))
 
 
 def _config_json(names: Iterable[str], settings: AdapterSettings, base: str) -> dict[str, Any]:

@@ -57,11 +57,10 @@ def written_adapter(base: Path, directory: Path) -> Path:
     """A LoRA adapter that changes a good deal, as `qsun tune` leaves it."""
     directory.mkdir()
     model = qsun.load_decode(base, "cpu").model
-    settings = AdapterSettings(4, 8)
-    new_adapter(model, settings, seed=1)
+    adapter = new_adapter(model, AdapterSettings(4, 8), seed=1)
     torch.manual_seed(5)
     tuned = {n: 0.2 * torch.randn_like(p) for n, p in model.named_parameters() if n.endswith("lora_B")}
-    write_adapter(model, settings, str(base), tuned, directory)
+    write_adapter(adapter, str(base), tuned, directory)
     made = {"kind": "prefill_module", "base_fingerprint": Checkpoint(base).fingerprint()}
     made["fingerprint"] = Checkpoint.of_file(directory / "adapter_model.safetensors").fingerprint()
     (directory / "qsun.json").write_text(json.dumps(made))
