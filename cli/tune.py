@@ -25,6 +25,8 @@ Examples:
 
   accelerate launch --num_processes 8 -m qsun.cli.main tune ./Llama-3.1-8B -o out/ --data chat.jsonl
 
+  torchrun --nproc-per-node 8 -m qsun.cli.main tune ./Llama-3.1-70B-int4 -o out/ --data chat.jsonl --shard
+
 The output directory appears whole or not at all; a run that was stopped goes on with --resume.
 """
 
@@ -44,6 +46,7 @@ def tune(
     batch_size: int | None = typer.Option(None, help="Examples a step, over all processes. Default: 16."),
     grad_accum: int | None = typer.Option(None, help="Pieces that a step is computed in. Default: 1."),
     grad_checkpoint: bool | None = typer.Option(None, "--grad-checkpoint", help="Less memory for more time."),
+    shard: bool | None = typer.Option(None, "--shard", help="Share all weights out over the processes (FSDP)."),
     max_len: int | None = typer.Option(None, help="Longest example, in tokens. Default: 2048."),
     eval_every: int | None = typer.Option(None, help="Steps between validations. Default: a tenth of the run."),
     seed: int | None = typer.Option(None, help="Of the data's order and of what is held out. Default: 0."),
@@ -63,6 +66,7 @@ def tune(
         "batch_size": batch_size,
         "grad_accum": grad_accum,
         "grad_checkpoint": grad_checkpoint,
+        "shard": shard,
         "max_len": max_len,
         "eval_every": eval_every,
         "seed": seed,
@@ -77,12 +81,15 @@ def tune(
     from qsun.tuning import run_tuning
 
     job = prepare_tuning(decode, out, data, settings, base, eval_data or None, init, device, resume)
+    processes = Processes(job.device)
+    plan = job.plan(processes.count)
     if dry_run:
-        typer.echo(json.dumps(job.plan()) if as_json else "\n".join(_plan_lines(job.plan())))
+        if processes.first:
+            typer.echo(json.dumps(plan) if as_json else "\n".join(_plan_lines(plan)))
         return
-    quiet = as_json or not Processes(job.device).first
+    quiet = as_json or not processes.first
     if not quiet:
-        for line in _plan_lines(job.plan()):
+        for line in _plan_lines(plan):
             screen.note(line)
     try:
         with screen.progress(quiet) as progress:
@@ -90,7 +97,7 @@ def tune(
     except KeyboardInterrupt:  # typer would only say "Aborted."
         screen.error("interrupted; the last validated step is kept, --resume continues")
         raise typer.Exit(130) from None
-    if Processes(job.device).first:
+    if processes.first:
         typer.echo(json.dumps(report) if as_json else "\n".join(_report_lines(report)))
 
 
@@ -99,11 +106,17 @@ tune.__doc__ = _EXAMPLES
 
 def _plan_lines(plan: dict[str, Any]) -> list[str]:
     left_out = f" ({plan['too_long']} too long and left out)" if plan["too_long"] else ""
+    memory = f"{plan['memory_bytes'] / 2**20:,.0f} MiB without activations, estimated"
+    if plan["shared_bytes"]:
+        each = (plan["memory_bytes"] - plan["shared_bytes"] // plan["processes"]) / 2**20
+        memory += (
+            f" ({plan['shared_bytes'] / 2**20:,.0f} shared out over {plan['processes']} processes, {each:,.0f} in each)"
+        )
     return [
         f"{plan['training_examples']} examples to train on{left_out}, {plan['validation_examples']} to validate on",
         f"{plan['steps']} steps of {plan['examples_per_step']} examples, peak learning rate {plan['peak_lr']:.2g}, "
         f"computed in {plan['dtype']} on {plan['device']}",
-        f"{plan['weights']:,} weights; {plan['memory_bytes'] / 2**20:,.0f} MiB without activations, estimated",
+        f"{plan['weights']:,} weights; {memory}",
     ]
 
 

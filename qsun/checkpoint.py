@@ -109,11 +109,18 @@ class Checkpoint:
     def _position(self, name: str) -> tuple[str, int]:
         return self.files[name], self.headers[name]["data_offsets"][0]
 
-    def _tensor(self, name: str) -> Tensor:
-        tensor = torch.empty(self.headers[name]["shape"], dtype=_STORED_DTYPES[self.headers[name]["dtype"]])
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows first .. last - 1 of a tensor; nothing else of it is read."""
+        return self._tensor(name, (first, last))
+
+    def _tensor(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        shape = list(self.headers[name]["shape"])
+        if rows is not None:
+            shape[0] = rows[1] - rows[0]
+        tensor = torch.empty(shape, dtype=_STORED_DTYPES[self.headers[name]["dtype"]])
         bytes_of = tensor.view(-1).view(torch.uint8)
         filled = 0
-        for piece in self._raw(name):
+        for piece in self._raw(name, rows):
             bytes_of[filled : filled + len(piece)] = torch.frombuffer(piece, dtype=torch.uint8)
             filled += len(piece)
         return tensor
@@ -135,9 +142,12 @@ class Checkpoint:
                     raise QsunError(f"{name} has NaN or Inf; the model is damaged, or overflowed when it was converted")
         return whole.hexdigest()
 
-    def _raw(self, name: str) -> Iterator[bytearray]:
-        """A tensor's bytes in pieces, read without mapping the file."""
+    def _raw(self, name: str, rows: tuple[int, int] | None = None) -> Iterator[bytearray]:
+        """The bytes of a tensor or of some of its rows in pieces, read without mapping the file."""
         start, end = self.headers[name]["data_offsets"]
+        if rows is not None:
+            width = (end - start) // max(1, self.headers[name]["shape"][0])
+            start, end = start + rows[0] * width, start + rows[1] * width
         with open(self.directory / self.files[name], "rb") as file:
             file.seek(self._data_start[self.files[name]] + start)
             remaining = end - start

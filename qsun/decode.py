@@ -64,19 +64,38 @@ def load_decode(
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     dtype = wanted or checkpoint.dtype(EMBEDDING) or torch.float32
     model = empty_model(config)
-    stored = read_json(path / "config.json").get("quantization_config")
     if keep_dense is None:
         keep_dense = sum(p.numel() for p in model.parameters()) * dtype.itemsize < available_bytes() / 2
-    fmt = stored_format(stored) if stored else ""
-    taken = _place_quantized(model, checkpoint, fmt, dtype, device, keep_dense) if stored else set()
-    rest = [name for name in checkpoint.names() if name not in taken]
-    _place_rest(model, checkpoint.load(rest), dtype, device, tied=bool(config.tie_word_embeddings))
+    place_weights(model, checkpoint, dtype, device, keep_dense)
     if merge or (merge is None and device.type == "cuda"):
         merge_projections(model, config)
     if (path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(path)
     manifest = read_json(path / MANIFEST) if (path / MANIFEST).exists() else {}
     return DecodeModule(model.to(device).eval().requires_grad_(False), path, manifest)
+
+
+def place_weights(
+    model: Any,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    keep_dense: bool = False,
+    prefixes: tuple[str, ...] = ("",),
+) -> None:
+    """Fill an empty model, or what is under these prefixes of it; layers stored as integers become QuantLinear.
+
+    Raises:
+        QsunError: a tensor that is missing, or that the model has no place for.
+    """
+    stored = read_json(checkpoint.directory / "config.json").get("quantization_config")
+    fmt = stored_format(stored) if stored else ""
+    taken: set[str] = set()
+    for name in quantized_layer_names(checkpoint) if stored else []:
+        if name.startswith(prefixes):
+            taken |= _place_quantized(model, checkpoint, name, fmt, dtype, device, keep_dense)
+    rest = [name for name in checkpoint.names() if name.startswith(prefixes) and name not in taken]
+    _place_rest(model, checkpoint.load(rest), dtype, device, prefixes)
 
 
 def read_quantized_layer(
@@ -122,27 +141,33 @@ def _present(checkpoint: Checkpoint, name: str, fmt: str) -> list[str]:
 
 
 def _place_quantized(
-    model: nn.Module, checkpoint: Checkpoint, fmt: str, dtype: torch.dtype, device: torch.device, keep_dense: bool
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    name: str,
+    fmt: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    keep_dense: bool,
 ) -> set[str]:
-    """Put QuantLinear layers in place. Returns the tensor names they took."""
-    taken: set[str] = set()
-    for name in quantized_layer_names(checkpoint):
-        linear = linear_of(model, name)
-        weights, spec = read_quantized_layer(checkpoint, name, fmt, linear.in_features, device)
-        bias_name = f"{name}.bias"
-        bias = None
-        if linear.bias is not None and bias_name in checkpoint:
-            bias = checkpoint.load([bias_name])[bias_name].to(device, dtype)
-        model.set_submodule(name, QuantLinear(weights, bias, spec.bits, dtype, keep_dense))
-        taken |= set(checkpoint.names(name + "."))
-    return taken
+    """Put a QuantLinear layer in place. Returns the tensor names it took."""
+    linear = linear_of(model, name)
+    weights, spec = read_quantized_layer(checkpoint, name, fmt, linear.in_features, device)
+    bias_name = f"{name}.bias"
+    bias = None
+    if linear.bias is not None and bias_name in checkpoint:
+        bias = checkpoint.load([bias_name])[bias_name].to(device, dtype)
+    model.set_submodule(name, QuantLinear(weights, bias, spec.bits, dtype, keep_dense))
+    return set(checkpoint.names(name + "."))
 
 
-def _place_rest(model: Any, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device, tied: bool) -> None:
+def _place_rest(
+    model: Any, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device, prefixes: tuple[str, ...]
+) -> None:
     cast = {name: t.to(device, dtype) if t.is_floating_point() else t.to(device) for name, t in tensors.items()}
+    tied = bool(model.config.tie_word_embeddings) and EMBEDDING in cast
     if tied:
         cast[HEAD] = cast[EMBEDDING]
-    expected = {name for name, _ in model.named_parameters()}
+    expected = {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
     unknown = sorted(set(cast) - expected - set(model.state_dict()))
     if tied and unknown == [HEAD]:
         unknown = []

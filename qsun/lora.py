@@ -5,7 +5,7 @@ merging need no more than what is here, so peft itself is not needed.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,9 @@ from qsun.blocks import linear_of
 from qsun.checkpoint import Checkpoint, read_json
 from qsun.errors import QsunError
 from qsun.manifest import write_json
-from qsun.pairing import read_manifest
+from qsun.pairing import ADAPTER, ADAPTER_WEIGHTS, read_manifest
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_CONFIG = ADAPTER
 _PREFIX = "base_model.model."
 _PARTS = ("lora_A", "lora_B")
 # Settings of peft that change what an adapter computes, and the values under which it is plain LoRA.
@@ -58,7 +57,12 @@ class LoraLinear(nn.Module):
 
     def merged(self) -> Tensor:
         """(out, in) float32 weights of the two together."""
-        return self.linear.weight.detach().float() + self.scale * (self.lora_B @ self.lora_A).detach()
+        return merged_weight(self.linear.weight, self.lora_A, self.lora_B, self.scale)
+
+
+def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """(out, in) float32 sum of a layer and its adapter."""
+    return weight.detach().float() + scale * (b.float() @ a.float()).detach()
 
 
 @dataclass(frozen=True)
@@ -91,15 +95,38 @@ def adapter_base(directory: Path) -> Path:
     return base
 
 
-def new_adapter(model: Any, settings: AdapterSettings, seed: int) -> None:
+@dataclass(frozen=True)
+class Adapter:
+    """Settings, and lora_A (rank, in) and lora_B (out, rank) by the name of their layer."""
+
+    settings: AdapterSettings
+    weights: dict[str, tuple[Tensor, Tensor]]
+
+
+def new_adapter(model: Any, settings: AdapterSettings, seed: int) -> Adapter:
     """Put a fresh adapter, which changes nothing yet, on every linear layer of the blocks."""
+    adapter = fresh_adapter(model, settings, seed)
+    place_adapter(model, adapter)
+    return adapter
+
+
+def fresh_adapter(model: Any, settings: AdapterSettings, seed: int) -> Adapter:
+    """A fresh adapter on the CPU; of the model, which may be on the meta device, only shapes are read."""
     random = torch.Generator().manual_seed(seed)
+    weights = {}
     for name in _linear_names(model):
         linear = linear_of(model, name)
         a = torch.empty(settings.rank, linear.in_features)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=random)
-        b = torch.zeros(linear.out_features, settings.rank)
-        model.set_submodule(name, LoraLinear(linear, a, b, settings.scale))
+        weights[name] = a, torch.zeros(linear.out_features, settings.rank)
+    return Adapter(settings, weights)
+
+
+def place_adapter(model: Any, adapter: Adapter, prefix: str = "") -> None:
+    """Put an adapter on those of its layers whose names begin with the prefix."""
+    for name, (a, b) in adapter.weights.items():
+        if name.startswith(prefix):
+            model.set_submodule(name, LoraLinear(linear_of(model, name), a, b, adapter.settings.scale))
 
 
 def _linear_names(model: Any) -> list[str]:
@@ -107,28 +134,39 @@ def _linear_names(model: Any) -> list[str]:
     return [f"model.layers.{index}.{name}" for index in range(len(model.model.layers)) for name in names]
 
 
-def read_adapter(model: Any, directory: Path) -> AdapterSettings:
+def read_adapter(model: Any, directory: Path) -> Adapter:
     """Put an adapter of this directory on the model's layers. Raises QsunError for one that is not plain LoRA."""
+    adapter = stored_adapter(model, directory)
+    place_adapter(model, adapter)
+    return adapter
+
+
+def stored_adapter(model: Any, directory: Path) -> Adapter:
+    """An adapter of this model, which may be on the meta device. Raises QsunError for one that is not plain LoRA."""
     settings = _read_settings(directory)
-    weights = directory / ADAPTER_WEIGHTS
-    if not weights.is_file():
-        raise QsunError(f"{directory} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}; pickled adapters are not read")
-    file = Checkpoint.of_file(weights)
+    file = adapter_file(directory)
     tensors = file.load(file.names())
-    layers = dict.fromkeys(name.rpartition(".lora_")[0].removeprefix(_PREFIX) for name in tensors)
-    known = set(_linear_names(model))
-    for layer in layers:
+    path = directory / ADAPTER_WEIGHTS
+    known, weights = set(_linear_names(model)), {}
+    for layer in dict.fromkeys(name.rpartition(".lora_")[0].removeprefix(_PREFIX) for name in tensors):
         names = [f"{_PREFIX}{layer}.{part}.weight" for part in _PARTS]
         if layer not in known or not all(name in tensors for name in names):
-            raise QsunError(f"{weights} has weights for {layer}, which is no linear layer of its base's blocks")
+            raise QsunError(f"{path} has weights for {layer}, which is no linear layer of its base's blocks")
         linear = linear_of(model, layer)
         a, b = (tensors.pop(name) for name in names)
         if a.shape != (settings.rank, linear.in_features) or b.shape != (linear.out_features, settings.rank):
-            raise QsunError(f"{weights}: {layer} is {list(a.shape)} and {list(b.shape)}, not of rank {settings.rank}")
-        model.set_submodule(layer, LoraLinear(linear, a, b, settings.scale))
+            raise QsunError(f"{path}: {layer} is {list(a.shape)} and {list(b.shape)}, not of rank {settings.rank}")
+        weights[layer] = a, b
     if tensors:
-        raise QsunError(f"{weights} has {next(iter(tensors))}, which is not plain LoRA")
-    return settings
+        raise QsunError(f"{path} has {next(iter(tensors))}, which is not plain LoRA")
+    return Adapter(settings, weights)
+
+
+def adapter_file(directory: Path) -> Checkpoint:
+    """The tensors of an adapter as they are stored. Raises QsunError where there are none, or only pickled ones."""
+    if not (directory / ADAPTER_WEIGHTS).is_file():
+        raise QsunError(f"{directory} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}; pickled adapters are not read")
+    return Checkpoint.of_file(directory / ADAPTER_WEIGHTS)
 
 
 def _read_settings(directory: Path) -> AdapterSettings:
@@ -154,15 +192,15 @@ def merge_adapter(model: Any) -> None:
             model.set_submodule(name, linear)
 
 
-def write_adapter(model: Any, settings: AdapterSettings, base: str, tuned: dict[str, Tensor], directory: Path) -> None:
-    """Write the model's adapter, with the weights of `tuned` (by parameter name) where it has them."""
+def write_adapter(adapter: Adapter, base: str, tuned: Mapping[str, Tensor], directory: Path) -> None:
+    """Write an adapter, with the weights of `tuned` (by parameter name) where it has them."""
     tensors = {}
-    for name, parameter in model.named_parameters():
-        if name.endswith(_PARTS):
-            value = tuned.get(name, parameter).detach().cpu()
-            tensors[f"{_PREFIX}{name}.weight"] = value.contiguous()
+    for layer, pair in adapter.weights.items():
+        for part, start in zip(_PARTS, pair, strict=True):
+            value = tuned.get(f"{layer}.{part}", start)
+            tensors[f"{_PREFIX}{layer}.{part}.weight"] = value.detach().float().cpu().contiguous()
     save_file(tensors, directory / ADAPTER_WEIGHTS, {"format": "pt"})
-    write_json(directory / ADAPTER_CONFIG, _config_json(tensors, settings, base))
+    write_json(directory / ADAPTER_CONFIG, _config_json(tensors, adapter.settings, base))
 
 
 def _config_json(names: Iterable[str], settings: AdapterSettings, base: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from qsun.errors import QsunError
 from qsun.manifest import MANIFEST
 
 ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 FEWEST_SAFE_BITS = 4  # below, a task that calibration left out is lost (docs/calibration.md)
 _SAME_BASE = "use a prefill module that was tuned from the decode module's base"
 _SAME_TOKENIZER = "copy the tokenizer files of the decode module"
@@ -130,11 +131,17 @@ def base_fingerprint(made: Mapping[str, Any]) -> str | None:
 
 def _lineage(directory: Path) -> set[str]:
     """Fingerprints of a prefill module and of the modules it was re-tuned from."""
-    made = read_manifest(directory)
-    own = made.get("fingerprint")
-    if own is None and not (directory / ADAPTER).exists():
-        own = Checkpoint(directory).fingerprint()
-    return {own, *made.get("lineage", [])}
+    return {weights_fingerprint(directory), *read_manifest(directory).get("lineage", [])}
+
+
+def weights_fingerprint(directory: Path) -> str:
+    """Of a module's own weights, a model's tensors or an adapter's: as qsun.json has it, or else computed."""
+    own = read_manifest(directory).get("fingerprint")
+    if isinstance(own, str):
+        return own
+    adapter = directory / ADAPTER_WEIGHTS
+    is_adapter = (directory / ADAPTER).exists() and adapter.is_file()
+    return (Checkpoint.of_file(adapter) if is_adapter else Checkpoint(directory)).fingerprint()
 
 
 def _role_differences(ours: Path, theirs: Path) -> Iterator[str]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Processes:
-    """This process among all. Weights are whole in each; examples and the optimizer's state are shared out.
+    """This process among all. Examples and the optimizer's state are shared out; weights with `shard` only.
 
     Attributes:
         rank: 0 is the one that writes. count: of processes. device: this process's own.

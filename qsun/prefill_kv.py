@@ -1,8 +1,9 @@
 """The K and V that prefill modules leave at the prompts of calibration samples, one block in memory at a time.
 
 In service the prompt's KV comes from the prefill module of the request's task. Calibration data of several tasks is
-therefore read by several prefill modules, each streamed from its own files: `PrefillStream.enter` runs one block over
-all prompts of its module, keeps what attention wrote, and lets the block go before the decode module's is loaded.
+therefore read by several prefill modules, each streamed from its own files (an adapter is merged into a block of its
+base as that is loaded): `PrefillStream.enter` runs one block over all prompts of its module, keeps what attention
+wrote, and lets the block go before the decode module's is loaded.
 """
 
 from collections.abc import Iterable
@@ -11,12 +12,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from qsun.adapted import open_prefill
 from qsun.base import find_model
 from qsun.blocks import Skeleton
-from qsun.checkpoint import Checkpoint
 from qsun.errors import QsunError
 from qsun.kv import CACHE_ARGUMENT
-from qsun.pairing import ADAPTER, check_pair
+from qsun.pairing import check_pair
 from qsun.stream import Batch, KeptKV
 
 
@@ -63,7 +64,8 @@ def plan_prefills(names: Iterable[str], sources: list[str], model: str, base: Sk
     """Open the prefill modules of a run; the n-th name belongs to the n-th calibration source.
 
     Raises:
-        QsunError: another number of names than of sources, a module that does not fit the base, a LoRA adapter.
+        QsunError: another number of names than of sources, a module that does not fit the base, an adapter whose
+            base is not here.
     """
     names = tuple(names)
     if not names:
@@ -86,10 +88,8 @@ def plan_prefills(names: Iterable[str], sources: list[str], model: str, base: Sk
 
 
 def _open(name: str, directory: Path, model: str, base: Skeleton) -> Skeleton:
-    if (directory / ADAPTER).exists() and not (directory / "config.json").exists():
-        raise QsunError(f"{name} is a LoRA adapter, which calibration does not read yet; merge it into its base first")
     check_pair(name, model)
-    return Skeleton(Checkpoint(directory), base.dtype, base.device)
+    return Skeleton(open_prefill(directory), base.dtype, base.device)
 
 
 def unserved(served: Iterable[str], covered: Iterable[str]) -> list[str]:

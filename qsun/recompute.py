@@ -33,17 +33,25 @@ def _block(forward: Any, index: int, hidden: Tensor, *args: Any, **arguments: An
     cache = arguments.pop(CACHE_ARGUMENT, None)
     if cache is None:
         return checkpoint(partial(forward, **arguments), hidden, *args, use_reentrant=False)
-    written = cache.layers[index] if index < len(cache.layers) else None
-    before = (None, None) if written is None else (written.keys, written.values)
-
-    def run(hidden: Tensor, keys: Tensor | None, values: Tensor | None) -> tuple[Any, Tensor, Tensor]:
-        one = _OneBlock(keys, values)
-        output = forward(hidden, *args, **{CACHE_ARGUMENT: one}, **arguments)
-        return output, one.new[0], one.new[1]
-
-    output, keys, values = checkpoint(run, hidden, *before, use_reentrant=False)
+    run = partial(with_kv, forward, args=args, arguments=arguments)
+    output, keys, values = checkpoint(run, hidden, *kv_of(cache, index), use_reentrant=False)
     cache.update(keys, values, index)
     return output
+
+
+def kv_of(cache: Any, index: int) -> tuple[Tensor | None, Tensor | None]:
+    """K and V of a layer of transformers' cache, where there are some."""
+    written = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+    return (None, None) if written is None else (written.keys, written.values)
+
+
+def with_kv(
+    block: Any, hidden: Tensor, keys: Tensor | None, values: Tensor | None, args: Any = (), arguments: Any = None
+) -> tuple[Any, Tensor, Tensor]:
+    """Run a block with its K and V as results: (output, new keys, new values); keys, values: what was cached before."""
+    one = _OneBlock(keys, values)
+    output = block(hidden, *args, **{CACHE_ARGUMENT: one}, **(arguments or {}))
+    return output, *one.new
 
 
 class _OneBlock:

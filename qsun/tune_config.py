@@ -21,6 +21,7 @@ class TuneConfig:
         batch_size: examples of one optimizer step, over all processes and pieces.
         grad_accum: pieces that each process cuts its share into.
         grad_checkpoint: compute each block's activations again in the backward pass instead of keeping them.
+        shard: each of several processes holds a share of all weights instead of all of them (sharded.py).
         max_len: tokens of prompt and response; longer examples are left out, and counted in the report.
         warmup: fraction of the steps in which the rate rises; it then falls along a cosine to min_lr of its peak.
         clip: largest norm of the gradient. weight_decay: AdamW's.
@@ -37,6 +38,7 @@ class TuneConfig:
     batch_size: int = 16
     grad_accum: int = 1
     grad_checkpoint: bool = False
+    shard: bool = False
     max_len: int = 2048
     warmup: float = 0.05
     min_lr: float = 0.05
@@ -53,6 +55,7 @@ class TuneConfig:
         check_one_of("baseline", self.baseline, BASELINES)
         check_one_of("dtype", self.dtype, DTYPES)
         check_one_of("grad_checkpoint", self.grad_checkpoint, (True, False))
+        check_one_of("shard", self.shard, (True, False))
         for name, low, high in (
             ("epochs", 1, 100_000),
             ("steps", 0, 1 << 40),

@@ -116,9 +116,12 @@ def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-def collate(examples: Sequence[Example]) -> SeamBatch:
-    """Prompts without their last token to the left of the seam, that token and the response to its right."""
-    P = max(len(e.prompt) for e in examples) - 1
+def collate(examples: Sequence[Example], least_prefix: int = 0) -> SeamBatch:
+    """Prompts without their last token to the left of the seam, that token and the response to its right.
+
+    least_prefix: columns that the prefix has at least; padding, where no prompt needs them.
+    """
+    P = max(least_prefix, max(len(e.prompt) for e in examples) - 1)
     R = max(len(e.response) for e in examples)
     prefix = torch.zeros(len(examples), P, dtype=torch.int64)
     rest = torch.zeros(len(examples), R, dtype=torch.int64)

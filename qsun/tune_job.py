@@ -9,10 +9,10 @@ import torch
 
 from qsun.base import find_model, load_tokenizer
 from qsun.blocks import EMBEDDING, empty_model, read_model_config
-from qsun.checkpoint import Checkpoint
+from qsun.checkpoint import Checkpoint, read_json
 from qsun.errors import QsunError
 from qsun.lora import ADAPTER_CONFIG, adapter_base
-from qsun.pairing import base_fingerprint, check_pair, differences, find_base, read_manifest
+from qsun.pairing import base_fingerprint, check_pair, differences, find_base, read_manifest, weights_fingerprint
 from qsun.tune_config import TuneConfig
 from qsun.tune_data import Example, fingerprint, hold_out, read_examples
 from qsun.workdir import check_free
@@ -48,28 +48,32 @@ class TuneJob:
         return self.config.steps or self.config.epochs * per_epoch
 
     @property
+    def peak_lr(self) -> float:
+        return self.config.peak_lr(read_model_config(self.base).hidden_size)
+
+    @property
     def adapter(self) -> bool:
         return bool(self.config.lora_rank) or (self.start / ADAPTER_CONFIG).exists()
 
     def settings(self) -> dict[str, Any]:
-        """Everything that decides the weights, for a resumed run to be held to."""
+        """Everything that decides the weights, for a resumed run to be held to: not how they are held."""
         data = {"train": fingerprint(self.train), "valid": fingerprint(self.valid)}
         return {
-            **self.config.to_dict(),
+            **{key: value for key, value in self.config.to_dict().items() if key != "shard"},
             **self.fingerprints,
             **data,
             "compute_dtype": str(self.dtype),
             "device": self.device.type,
         }
 
-    def plan(self) -> dict[str, Any]:
-        """What the run is going to be; bytes are estimates, without activations."""
+    def plan(self, processes: int = 1) -> dict[str, Any]:
+        """What the run is going to be; bytes are estimates for one of the processes, without activations.
+
+        With `shard`, shared_bytes is what all processes hold together, and of which each has its part.
+        """
         model = empty_model(read_model_config(self.base))
         weights = sum(parameter.numel() for parameter in model.parameters())
-        rank = self.config.lora_rank
-        tuned = sum(rank * sum(p.shape) for p in model.parameters() if p.ndim == 2) if rank else weights
-        item = torch.finfo(self.dtype).bits // 8
-        copies = 1 if self.config.baseline == "full" else 2
+        memory, shared = self._memory_bytes(model, weights, processes)
         return {
             "training_examples": len(self.train),
             "validation_examples": len(self.valid),
@@ -77,12 +81,32 @@ class TuneJob:
             "steps": self.steps,
             "examples_per_step": self.config.batch_size,
             "tokens_per_epoch": sum(len(e.prompt) + len(e.response) - 1 for e in self.train),
-            "peak_lr": self.config.peak_lr(model.config.hidden_size),
+            "peak_lr": self.peak_lr,
             "weights": weights,
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
-            "memory_bytes": copies * weights * item + tuned * (12 + (4 + item if item < 4 else 4)),
+            "processes": processes,
+            "memory_bytes": memory,
+            "shared_bytes": shared,
         }
+
+    def _memory_bytes(self, model: Any, weights: int, processes: int) -> tuple[int, int]:
+        """In one process, and shared out over all of them."""
+        rank, full = self.config.lora_rank, self.config.baseline == "full"
+        tuned = sum(rank * sum(p.shape) for p in model.parameters() if p.ndim == 2) if rank else weights
+        item = torch.finfo(self.dtype).bits // 8
+        if not self.config.shard:
+            gradient = 4 + item if item < 4 else 4
+            return (1 if full else 2) * weights * item + tuned * (12 + gradient), 0
+        stored = Checkpoint(self.decode)
+        quantized = bool(read_json(self.decode / "config.json").get("quantization_config"))
+        frozen = stored.size_bytes(stored.names()) if quantized else weights * item
+        shared = (0 if full else frozen) + (weights * item if rank else 0) + tuned * 16
+        block = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+        embedding = model.model.embed_tokens.weight.numel()
+        # gathered: a block, the next one, and the gradient of one; or an embedding, with its gradient
+        gathered = max(block * (3 * item + 4), embedding * (2 * item + 4))
+        return shared // processes + gathered, shared
 
 
 def prepare_tuning(
@@ -103,7 +127,7 @@ def prepare_tuning(
     base_dir, base_name = find_base(decode, base)
     start = base_dir if init is None else _find_start(str(init), decode_dir, config)
     fingerprints = {"base": Checkpoint(base_dir).fingerprint(), "decode": Checkpoint(decode_dir).fingerprint()}
-    fingerprints["start"] = fingerprints["base"] if init is None else _weights_fingerprint(start)
+    fingerprints["start"] = fingerprints["base"] if init is None else weights_fingerprint(start)
     wanted = base_fingerprint(read_manifest(decode_dir))
     if wanted and wanted != fingerprints["base"]:
         raise QsunError(
@@ -142,12 +166,6 @@ def _find_start(init: str, decode_dir: Path, config: TuneConfig) -> Path:
         if config.baseline == "full":
             raise QsunError(f"baseline full tunes all weights, but {init} is an adapter; leave one of them out")
     return start
-
-
-def _weights_fingerprint(directory: Path) -> str:
-    """Of a module's own weights: a model's tensors, or an adapter's."""
-    own = read_manifest(directory).get("fingerprint")
-    return own if isinstance(own, str) else Checkpoint(directory).fingerprint()
 
 
 def _compute_dtype(config: TuneConfig, device: torch.device, base: Path) -> torch.dtype:

@@ -1,6 +1,7 @@
 """A tuned module on disk: a plain Hugging Face directory or a LoRA adapter, its qsun.json, report and picture."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,27 +9,25 @@ from torch import Tensor
 
 from qsun.blocks import EMBEDDING, HEAD, config_json
 from qsun.checkpoint import Checkpoint, file_sha256, merge_shards
-from qsun.lora import ADAPTER_WEIGHTS, AdapterSettings, write_adapter
+from qsun.lora import Adapter, write_adapter
 from qsun.manifest import MANIFEST, MANIFEST_VERSION, copy_base_files, versions, write_json
-from qsun.pairing import read_manifest
+from qsun.pairing import ADAPTER_WEIGHTS, read_manifest
 from qsun.tune_job import TuneJob
 from qsun.workdir import Workdir
 
 MAX_SHARD_BYTES = 4 << 30
 
 
-def write_module(
-    job: TuneJob, work: Workdir, tuned: dict[str, Tensor], model: Any, adapter: AdapterSettings | None
-) -> Path:
+def write_module(job: TuneJob, work: Workdir, tuned: Mapping[str, Tensor], adapter: Adapter | None) -> Path:
     """All files but the report. Weights that were not tuned are those of the start, byte for byte.
 
     Args:
-        tuned: the best weights by parameter name.
-        model: holds the adapter, where there is one.
+        tuned: the best weights by parameter name; each is asked for once, and let go.
+        adapter: as it was at the start, where there is one.
     """
     directory = work.fresh_module()
     if adapter is not None:
-        write_adapter(model, adapter, job.names["base"], tuned, directory)
+        write_adapter(adapter, job.names["base"], tuned, directory)
         weights = Checkpoint.of_file(directory / ADAPTER_WEIGHTS)
     else:
         _write_weights(job, work, tuned, directory)
@@ -41,7 +40,7 @@ def write_module(
     return directory
 
 
-def _write_weights(job: TuneJob, work: Workdir, tuned: dict[str, Tensor], directory: Path) -> None:
+def _write_weights(job: TuneJob, work: Workdir, tuned: Mapping[str, Tensor], directory: Path) -> None:
     """In the start's own dtypes and names, one part at a time."""
     source = Checkpoint(job.start)
     tied = bool(config_json(job.base).get("tie_word_embeddings"))

@@ -6,7 +6,6 @@ prompt -> prefill module (trained) -> KV -> decode module (frozen, may be int4) 
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,19 @@ import torch
 from torch import Tensor
 
 from qsun.checkpoint import Checkpoint
-from qsun.decode import load_decode
 from qsun.errors import QsunError
-from qsun.lora import ADAPTER_CONFIG, AdapterSettings, adapter_base, new_adapter, read_adapter
 from qsun.manifest import write_json
 from qsun.memory import peak_rss_bytes
 from qsun.parallel import Processes
-from qsun.prefill import load_prefill
-from qsun.recompute import recomputed
-from qsun.seam import monolithic_logits, response_loss, seam_logits
+from qsun.seam import response_loss
+from qsun.split_tensors import SplitTensors
 from qsun.tune_config import TuneConfig
-from qsun.tune_data import Example, collate, epoch_order
+from qsun.tune_data import Example, epoch_order
 from qsun.tune_job import TuneJob, prepare_tuning
+from qsun.tune_models import TuneModels, WholeModels
 from qsun.tune_output import plot_losses, write_module
 from qsun.walk import Progress
-from qsun.weights import Weights, learning_rate, used_parameters
+from qsun.weights import learning_rate
 from qsun.workdir import Workdir
 
 
@@ -73,15 +70,27 @@ def run_tuning(job: TuneJob, resume: bool = False, progress: Progress = lambda *
     tuner = Tuner(job, work, processes)
     tuner.run(progress if processes.first else lambda *_: None)
     report = tuner.report() | {"seconds": round(time.perf_counter() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
+    directory = work.module
     if processes.first:
-        directory = write_module(job, work, tuner.best_weights(), tuner.model, tuner.adapter)
+        write_module(job, work, tuner.best_weights(), tuner.models.adapter)
+    processes.wait()
+    if processes.first or tuner.models.in_step:
         report["saved_valid_loss"] = tuner.loss_of_saved(directory)
         _check_saved(report)
+    if processes.first:
         write_json(directory / "report.json", report)
         plot_losses(report, directory / "loss.png")
         work.publish()
     processes.wait()
     return report
+
+
+def _models(job: TuneJob, processes: Processes) -> TuneModels:
+    if not job.config.shard or processes.count == 1:
+        return WholeModels(job, processes)
+    from qsun.sharded import ShardedModels  # a slow import
+
+    return ShardedModels(job, processes)
 
 
 def _check_saved(report: dict[str, Any]) -> None:
@@ -106,31 +115,13 @@ class Tuner:
         self.job, self.work, self.processes = job, work, processes
         self.config = job.config
         self.full = job.config.baseline == "full"
-        self.adapter: AdapterSettings | None = None
-        self.model: Any = self._load_model()
-        self.decode: Any = self.model if self.full else load_decode(job.decode, processes.device, job.dtype).model
-        self.weights = Weights(self.model, job.config.weight_decay, processes)
+        self.models: TuneModels = _models(job, processes)
+        self.weights = self.models.weights
         self.step, self.seconds = 0, 0.0
         self.train_loss: list[tuple[int, float]] = []
         self.valid_loss: list[tuple[int, float]] = []
+        self.best_parts: list[str] = []
         self._restore()
-
-    def _load_model(self) -> Any:
-        job, device = self.job, self.processes.device
-        continued = (job.start / ADAPTER_CONFIG).exists()
-        model: Any = load_decode(adapter_base(job.start) if continued else job.start, device, job.dtype).model
-        if continued:
-            self.adapter = read_adapter(model, job.start)
-        elif job.config.lora_rank:
-            self.adapter = AdapterSettings(job.config.lora_rank, 2 * job.config.lora_rank)
-            new_adapter(model, self.adapter, job.config.seed)
-        else:
-            model.requires_grad_(True)
-        if not self.full:
-            used = used_parameters(model)
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(parameter.requires_grad and name in used)
-        return model.eval()  # no dropout: the module writes KV as it will in service
 
     def run(self, progress: Progress) -> None:
         """All steps that are left, with validations between them; the state is kept at each."""
@@ -150,8 +141,7 @@ class Tuner:
         started = time.perf_counter()
         loss = self.gradients(self._batch(self.step))
         self._check_finite(loss, "training")
-        peak = self.config.peak_lr(self.model.config.hidden_size)
-        rate = learning_rate(self.step, self.job.steps, peak, self.config.warmup, self.config.min_lr)
+        rate = learning_rate(self.step, self.job.steps, self.job.peak_lr, self.config.warmup, self.config.min_lr)
         self.weights.step(rate, self.config.clip)
         self.step += 1
         self.seconds += time.perf_counter() - started
@@ -168,8 +158,9 @@ class Tuner:
         tokens = sum(len(example.response) for example in examples)
         total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         for piece in self._pieces(examples):
-            if piece:
-                loss = self._loss(piece) / tokens
+            loss = self._loss(piece)
+            if loss is not None:
+                loss = loss / tokens
                 if loss.requires_grad:  # prompts of one token have no prefill
                     loss.backward()
                 total += loss.detach()
@@ -185,13 +176,10 @@ class Tuner:
         for first in range(0, largest, size):
             yield share[first : first + size]
 
-    def _loss(self, examples: Sequence[Example]) -> Tensor:
-        batch = collate(examples).to(self.processes.device)
-        recompute = self.config.grad_checkpoint and torch.is_grad_enabled()
-        models = [self.model] if self.full else [self.model, self.decode]
-        with recomputed(*models) if recompute else nullcontext():
-            logits = monolithic_logits(self.model, batch) if self.full else seam_logits(self.model, self.decode, batch)
-        return response_loss(logits, batch.labels)
+    def _loss(self, examples: Sequence[Example]) -> Tensor | None:
+        """Summed over response tokens; None where there is nothing to compute."""
+        batch = self.models.batch(examples)
+        return None if batch is None else response_loss(self.models.logits(batch), batch.labels)
 
     @torch.no_grad()
     def mean_loss(self, examples: Sequence[Example]) -> float:
@@ -199,10 +187,12 @@ class Tuner:
         total = torch.zeros(2, dtype=torch.float64, device=self.processes.device)
         size = max(1, self.config.batch_size // self.config.grad_accum)
         mine = sorted(examples, key=lambda e: len(e.prompt))[self.processes.rank :: self.processes.count]
-        for first in range(0, len(mine), size):
+        for first in range(0, -(-len(examples) // self.processes.count), size):  # as many in every process
             piece = mine[first : first + size]
-            tokens = sum(len(example.response) for example in piece)
-            total += torch.stack([self._loss(piece).double(), total.new_tensor(tokens)])
+            loss = self._loss(piece)
+            if loss is not None:
+                tokens = sum(len(example.response) for example in piece)
+                total += torch.stack([loss.double(), total.new_tensor(tokens)])
         self.processes.sum_([total])
         return float(total[0] / total[1])
 
@@ -210,7 +200,7 @@ class Tuner:
         if not math.isfinite(loss):
             raise QsunError(
                 f"the {kind} loss is {loss} after step {self.step} of {self.job.steps}; use a lower --lr than "
-                f"{self.config.peak_lr(self.decode.config.hidden_size):.2g}, or --dtype float32"
+                f"{self.job.peak_lr:.2g}, or --dtype float32"
             )
 
     def _validate(self) -> None:
@@ -218,9 +208,15 @@ class Tuner:
         self._check_finite(loss, "validation")
         best = min((loss for _, loss in self.valid_loss), default=float("inf"))
         self.valid_loss.append((self.step, loss))
-        if self.processes.first and loss < best:
-            self.work.write("best", self.weights.tuned(), {"step": self.step})
+        if loss < best:
+            self.best_parts = self._write_shares("best", self.weights.tuned())
         self._keep()
+
+    def _write_shares(self, kind: str, tensors: dict[str, Tensor]) -> list[str]:
+        """Keep a part from each process. Returns the names of all."""
+        parts = [f"{kind}-{self.step:09d}-{rank}" for rank in range(self.processes.count)]
+        self.work.write(parts[self.processes.rank], tensors, {})
+        return parts
 
     def _label(self) -> str:
         trained = f"loss {self.train_loss[-1][1]:.4f}, " if self.train_loss else ""
@@ -228,15 +224,15 @@ class Tuner:
 
     def _keep(self) -> None:
         """The state of this step, a part from each process, then away with the one before."""
-        parts = [f"share-{self.step:09d}-{rank}" for rank in range(self.processes.count)]
-        self.work.write(parts[self.processes.rank], self.weights.state(), {})
+        parts = self._write_shares("share", self.weights.state())
         self.processes.wait()
         if self.processes.first:  # its record vouches for all parts
             curve = {"step": self.step, "seconds": self.seconds, "train": self.train_loss, "valid": self.valid_loss}
-            self.work.write(f"state-{self.step:09d}", {}, curve | {"parts": parts})
-            for old in [*self.work.names("state-")[:-1], *self.work.names("share-")]:
-                if old not in parts:
-                    self.work.drop(old)
+            self.work.write(f"state-{self.step:09d}", {}, curve | {"parts": parts, "best_parts": self.best_parts})
+            old = [*self.work.names("state-")[:-1], *self.work.names("share-"), *self.work.names("best-")]
+            for name in old:
+                if name not in parts + self.best_parts:
+                    self.work.drop(name)
         self.processes.wait()
 
     def _restore(self) -> None:
@@ -244,20 +240,23 @@ class Tuner:
         if not kept:
             return
         curve = self.work.record(kept[-1])
-        self.weights.restore([Checkpoint.of_file(self.work.part(name)) for name in curve["parts"]])
-        self.step, self.seconds = curve["step"], curve["seconds"]
+        self.weights.restore(self._read_shares(curve["parts"]))
+        self.step, self.seconds, self.best_parts = curve["step"], curve["seconds"], curve["best_parts"]
         self.train_loss = [(step, loss) for step, loss in curve["train"]]
         self.valid_loss = [(step, loss) for step, loss in curve["valid"]]
 
-    def best_weights(self) -> dict[str, Tensor]:
-        file = Checkpoint.of_file(self.work.part("best"))
-        return file.load(file.names())
+    def _read_shares(self, parts: list[str]) -> SplitTensors:
+        return SplitTensors([Checkpoint.of_file(self.work.part(name)) for name in parts])
+
+    def best_weights(self) -> SplitTensors:
+        return self._read_shares(self.best_parts)
 
     def loss_of_saved(self, directory: Path) -> float:
         """Validation loss of the finished directory, read back as a user would load it. What was tuned is let go."""
-        del self.weights, self.model
-        self.processes = Processes.alone(self.processes.device)
-        self.model = load_prefill(directory, dtype=self.job.dtype, device=self.processes.device).model
+        del self.weights
+        self.models.read_back(directory)
+        if not self.models.in_step:
+            self.processes = Processes.alone(self.processes.device)
         return self.mean_loss(self.job.valid)
 
     def report(self) -> dict[str, Any]:
@@ -269,7 +268,7 @@ class Tuner:
             "base": job.names["base"],
             "decode": job.names["decode"],
             "config": job.config.to_dict(),
-            "plan": job.plan(),
+            "plan": job.plan(self.processes.count),
             "processes": self.processes.count,
             "tuned_weights": sum(p.numel() for p in self.weights.parameters.values()),
             "best_step": best_step,

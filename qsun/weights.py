@@ -1,15 +1,14 @@
 """The weights that are tuned: which of them matter, their float32 masters, and the optimizer."""
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qsun.checkpoint import Checkpoint
 from qsun.parallel import Processes
 from qsun.seam import SeamBatch, prefill_batch
+from qsun.split_tensors import SplitTensors
 
 
 def used_parameters(model: Any) -> set[str]:
@@ -37,6 +36,9 @@ def used_parameters(model: Any) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) in reached}
 
 
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
+
+
 class Weights:
     """Trainable parameters with float32 masters and AdamW.
 
@@ -53,11 +55,11 @@ class Weights:
         self.processes = processes
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.owners = shared_out({name: p.numel() for name, p in self.parameters.items()}, processes.count)
-        self.masters = {
-            name: _master(p, alone=processes.count == 1)
-            for name, p in self.parameters.items()
-            if self.owners[name] == processes.rank
-        }
+        mine = {name: p for name, p in self.parameters.items() if self.owners[name] == processes.rank}
+        self._optimize({name: _master(p, alone=processes.count == 1) for name, p in mine.items()}, weight_decay)
+
+    def _optimize(self, masters: dict[str, Tensor], weight_decay: float) -> None:
+        self.masters = masters
         # weight decay pulls norms and biases to 0, where they mean something else than "small"
         groups = [
             {"params": [m for m in self.masters.values() if m.ndim > 1], "weight_decay": weight_decay},
@@ -105,9 +107,13 @@ class Weights:
                 parameter.data.copy_(master)
             self.processes.send_from(self.owners[name], parameter.data)
 
+    def first_row(self, name: str) -> int:
+        """Of the parameter, where this process's master begins."""
+        return 0
+
     def tuned(self) -> dict[str, Tensor]:
-        """The current weights in the computation's dtype, copied to the CPU."""
-        return {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
+        """This process's share of the current weights, in the computation's dtype."""
+        return {name: self.parameters[name].detach() for name in self.masters}
 
     def state(self) -> dict[str, Tensor]:
         """This process's share of what a resumed run needs."""
@@ -119,16 +125,17 @@ class Weights:
         return kept
 
     @torch.no_grad()
-    def restore(self, files: Sequence[Checkpoint]) -> None:
-        """Continue from the `state` of all processes, however many there were."""
+    def restore(self, kept: SplitTensors) -> None:
+        """Continue from the `state` of all processes, however many there were and however they shared."""
         for name, master in self.masters.items():
-            file = next(file for file in files if f"master.{name}" in file)
-            kept = file.load(key for key in file.names() if key.partition(".")[2] == name)
-            master.copy_(kept.pop(f"master.{name}"))
-            if kept and self.optimizer is not None:  # there are no moments before the first step
+            first = self.first_row(name)
+            last = first + master.shape[0]
+            master.copy_(kept.rows(f"master.{name}", first, last))
+            moments = [key for key in _MOMENTS if f"{key}.{name}" in kept]  # there are none before the first step
+            if moments and self.optimizer is not None:
+                loaded = {key: kept.rows(f"{key}.{name}", first, last) for key in moments}
                 self.optimizer.state[master] = {
-                    key.partition(".")[0]: value.to("cpu" if key.startswith("step.") else master.device)
-                    for key, value in kept.items()
+                    key: value.to("cpu" if key == "step" else master.device) for key, value in loaded.items()
                 }
         self._publish()
 

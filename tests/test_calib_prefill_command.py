@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import qsun
 from qsun.checkpoint import Checkpoint
+from qsun.lora import AdapterSettings, new_adapter, write_adapter
 
 from .conftest import SEQUENCE, build_model, prompt_rows, write_jsonl
 
@@ -50,6 +51,20 @@ def quantized(cli, base: Path, out: Path, *options: Any) -> Any:
     answer = cli("quantize", base, "-o", out, *SETTINGS, *options)
     assert answer.code == 0, answer.err
     return answer
+
+
+def written_adapter(base: Path, directory: Path) -> Path:
+    """A LoRA adapter that changes a good deal, as `qsun tune` leaves it."""
+    directory.mkdir()
+    model = qsun.load_decode(base, "cpu").model
+    adapter = new_adapter(model, AdapterSettings(4, 8), seed=1)
+    torch.manual_seed(5)
+    tuned = {n: 0.2 * torch.randn_like(p) for n, p in model.named_parameters() if n.endswith("lora_B")}
+    write_adapter(adapter, str(base), tuned, directory)
+    made = {"kind": "prefill_module", "base_fingerprint": Checkpoint(base).fingerprint()}
+    made["fingerprint"] = Checkpoint.of_file(directory / "adapter_model.safetensors").fingerprint()
+    (directory / "qsun.json").write_text(json.dumps(made))
+    return directory
 
 
 # --- records
@@ -94,6 +109,39 @@ def test_the_plan_counts_the_kv_of_prompts(cli, talking_model, prefill, tmp_path
         peaks.append(json.loads(quantized(cli, talking_model, tmp_path / "out", *options).out)["peak_ram_bytes"])
     numbers = 2 * 2 * 16 + 64  # K and V of two heads, and a hidden state
     assert peaks[0] - peaks[1] == 18 * numbers * 4
+
+
+# --- LoRA adapters
+
+
+@pytest.mark.parametrize("method", ["gptq", "refined"])
+def test_an_adapter_reads_prompts_as_it_does_when_merged(method, cli, talking_model, data, tmp_path):
+    adapter = written_adapter(talking_model, tmp_path / "adapter")
+    merged = shutil.copytree(talking_model, tmp_path / "merged")
+    qsun.load_prefill(adapter, device="cpu").model.save_pretrained(merged)
+    files = {}
+    for name, prefill in (("from-adapter", adapter), ("from-merged", merged), ("from-base", talking_model)):
+        options = ("--calib", data, "--calib-prefill", prefill, "--method", method)
+        quantized(cli, talking_model, tmp_path / name, *options)
+        files[name] = (tmp_path / name / "model.safetensors").read_bytes()
+    assert files["from-adapter"] == files["from-merged"] != files["from-base"]
+
+
+def test_an_adapter_that_calibration_covered_is_known_by_its_own_fingerprint(cli, talking_model, data, tmp_path):
+    adapter = written_adapter(talking_model, tmp_path / "adapter")
+    quantized(cli, talking_model, tmp_path / "out", "--calib", data, "--calib-prefill", adapter, "--served", adapter)
+    (recorded,) = json.loads((tmp_path / "out/qsun.json").read_text())["prefill_modules"]
+    own = json.loads((adapter / "qsun.json").read_text())["fingerprint"]
+    assert (recorded["name"], recorded["fingerprint"]) == (str(adapter), own)
+    other = shutil.copytree(adapter, tmp_path / "other")
+    tensors = load_file(other / "adapter_model.safetensors")
+    save_file({n: 2 * t for n, t in tensors.items()}, other / "adapter_model.safetensors", {"format": "pt"})
+    made = json.loads((other / "qsun.json").read_text())
+    del made["fingerprint"]
+    for directory, warned in ((adapter, False), (other, True)):
+        (directory / "qsun.json").write_text(json.dumps(made))  # which then says nothing of the weights
+        answer = cli("check-pair", directory, tmp_path / "out")
+        assert (answer.code, "calibrated with the KV of" in answer.err) == (0, warned)
 
 
 # --- which served modules are covered
@@ -163,11 +211,25 @@ def test_a_module_of_another_base(refused, prefill, tmp_path):
     refused("--calib-prefill", module, says="base fingerprint is 0000000000000000 ")
 
 
-def test_a_lora_adapter(refused, tmp_path):
+def test_an_adapter_that_does_not_say_of_which_base(refused, tmp_path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
-    refused("--calib-prefill", adapter, says="is a LoRA adapter, which calibration does not read yet; merge it")
+    refused("--calib-prefill", adapter, says="is a LoRA adapter without a qsun.json that names its base")
+
+
+def test_an_adapter_whose_weights_are_not_there(refused, talking_model, tmp_path):
+    adapter = written_adapter(talking_model, tmp_path / "adapter")
+    (adapter / "adapter_model.safetensors").unlink()
+    refused("--calib-prefill", adapter, says="has adapter_config.json but no adapter_model.safetensors")
+
+
+def test_an_adapter_with_nan(refused, talking_model, tmp_path):
+    adapter = written_adapter(talking_model, tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
+    refused("--json", "--calib-prefill", adapter, says=f"prefill module {adapter}: base_model.model.model.layers.0.")
 
 
 def test_a_module_that_is_not_there(refused, tmp_path):

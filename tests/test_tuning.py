@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -241,8 +242,9 @@ def in_two_processes(*arguments):
     """Started as `accelerate launch` does where there are several GPUs."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [Path(__file__).parent / "tune_in_parallel.py", *arguments]
+    here = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300, check=False, env=here
     )
 
 
