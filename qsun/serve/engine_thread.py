@@ -61,6 +61,8 @@ class EngineThread:
                 outcome.set_exception(error)
 
         self._inbox.put(run)
+        if self.failure and outcome.cancel():  # it ended meanwhile, and nobody will take this in
+            raise Refused(self.failure)
         return await asyncio.wrap_future(outcome)
 
     async def submit(self, requests: Sequence[Request]) -> AsyncGenerator[Update, None]:
@@ -121,9 +123,9 @@ class EngineThread:
             log.exception("the engine failed")
             self.failure = f"the engine failed: {type(error).__name__}: {error}"
         self.failure = self.failure or "the server is shutting down"
-        self._send([Update(request, finish="error", error=self.failure) for request in list(self._streams)])
         while not self._inbox.empty():
             self._inbox.get()()
+        self._send([Update(request, finish="error", error=self.failure) for request in list(self._streams)])
 
     def _take_in(self) -> None:
         """What came in; where there is nothing else to do, wait for it."""

@@ -14,7 +14,7 @@ from qsun.serve.prefix_cache import LayerKV, PrefixCache
 from qsun.serve.requests import Request
 
 
-@dataclass
+@dataclass(eq=False)
 class LoadedModule:
     """A prefill module that requests can name.
 
@@ -30,7 +30,7 @@ class LoadedModule:
     active: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class PrefillTask:
     """A prompt on its way into KV.
 
