@@ -1,4 +1,4 @@
-"""`qsun bench engine`: the same trace through both systems, with every token accounted for, and a prediction of each."""
+"""`qsun bench engine`: one trace through both systems, every token accounted for, and a prediction of each."""
 
 import json
 
