@@ -70,7 +70,10 @@ def serve(
     with listen(host, port) as bound:  # before weights are loaded: a taken port is known at once
         serving, app = _load(decode, named, config, limits, (dtype, device, threads), admin)
         _announce(bound.getsockname(), serving, as_json)
-        run_server(app, guard, bound, drain, serving.drain)
+        try:
+            run_server(app, guard, bound, drain, serving.drain)
+        finally:
+            serving.thread.stop()  # an exit in a hurry leaves it running, and a thread inside torch aborts the process
 
 
 serve.__doc__ = _EXAMPLES

@@ -37,10 +37,11 @@ class EngineThread:
         self._thread.start()
 
     def stop(self, seconds: float = 10.0) -> None:
-        """End the thread; requests that are not done get an error."""
+        """End the thread, if it runs; requests that are not done get an error."""
         self._stopping.set()
         self._inbox.put(lambda: None)
-        self._thread.join(seconds)
+        if self._thread.is_alive():
+            self._thread.join(seconds)
 
     @property
     def state(self) -> EngineState:
