@@ -17,7 +17,7 @@ from qsun.decode_step import DecodeStep
 from qsun.errors import QsunError
 from qsun.kv import DecodeCache
 from qsun.prefill import PrefillModule
-from qsun.sampling import Sampler
+from qsun.sampling import Sampler, row_seed
 from qsun.seam import prefilled_rows
 from qsun.stopping import RowText
 
@@ -160,7 +160,7 @@ def check_tokens(ids: Sequence[int], decode: DecodeModule, max_new_tokens: int, 
 
 def _seeds(config: GenerateConfig, count: int) -> list[int]:
     if isinstance(config.seed, int):
-        return [config.seed + (number << 32) for number in range(count)]
+        return [row_seed(config.seed, number) for number in range(count)]
     if len(config.seed) != count:
         raise QsunError(f"{len(config.seed)} seeds for {count} prompts; give one, or one for each prompt")
     return list(config.seed)

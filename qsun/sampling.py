@@ -5,6 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_SEED_STRIDE = 0x9E3779B1  # odd, so that the low 32 bits differ: torch's generator on a CPU reads no others
+
+
+def row_seed(seed: int, number: int) -> int:
+    """The seed of a call's row by its number; row 0 has the call's own. Within what manual_seed takes."""
+    return seed + number * _SEED_STRIDE
+
 
 class Sampler:
     """Greedy where temperature is 0; otherwise one draw for each row from its own random numbers.

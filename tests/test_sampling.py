@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from qsun.sampling import Sampler, draw
+from qsun.sampling import Sampler, draw, row_seed
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,9 @@ def test_the_ends_of_the_unit_interval():
     logits = torch.tensor([[0.0, 5.0, -1000.0]]).expand(2, -1)
     tokens = draw(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0, 1.0, 0)
     assert tokens.tolist() == [1, 0]
+
+
+def test_rows_of_one_call_draw_numbers_of_their_own():
+    drawn = {float(torch.rand(1, generator=torch.Generator().manual_seed(row_seed(5, n)))) for n in range(64)}
+    assert len(drawn) == 64  # a CPU's generator reads the low 32 bits of a seed only
+    assert row_seed(5, 0) == 5

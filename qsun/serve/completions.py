@@ -11,6 +11,7 @@ from typing import Any
 from qsun.base import encode
 from qsun.chat import render_prompt
 from qsun.errors import QsunError
+from qsun.sampling import row_seed
 from qsun.serve.engine import Engine
 from qsun.serve.engine_thread import EngineThread
 from qsun.serve.http_errors import HttpError, busy
@@ -18,7 +19,6 @@ from qsun.serve.openai_answers import DONE, Answer, Choice, event
 from qsun.serve.openai_types import MOST_CHOICES, ChatBody, CompletionBody
 from qsun.serve.requests import Full, Refused, Request, Sampling, Update
 
-_SEED_STEP = 1 << 32  # between the n choices of a prompt, as qsun.generate has it between prompts
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 
 
@@ -132,7 +132,7 @@ class Completions:
                     temperature=1.0 if body.temperature is None else body.temperature,
                     top_p=1.0 if body.top_p is None else body.top_p,
                     top_k=body.top_k,
-                    seed=seed + number * _SEED_STEP,
+                    seed=row_seed(seed, number),
                     stop=body.stops,
                     ignore_eos=body.ignore_eos,
                     logprobs=body.wanted_logprobs,

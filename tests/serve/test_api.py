@@ -11,6 +11,7 @@ import pytest
 import uvicorn
 
 import qsun
+from qsun.sampling import row_seed
 from qsun.serve.api import Serving, build_app
 from qsun.serve.completions import ServeLimits
 from qsun.serve.guard import Guard, GuardConfig
@@ -112,11 +113,13 @@ def test_several_prompts_and_choices(server, prefills, decode):
                return_token_ids=True).json()  # fmt: skip
     assert [choice["index"] for choice in body["choices"]] == list(range(6))
     for index, choice in enumerate(body["choices"]):
-        seed = 7 + (index << 32)
+        seed = row_seed(7, index)
         expected = qsun.generate(prefills["math"], decode, [prompts[index // 2]], max_new_tokens=5, temperature=0.9,
                                  seed=[seed], eos=())[0]  # fmt: skip
         assert choice["token_ids"] == expected
     assert body["usage"]["prompt_tokens"] == 3 + 1 + 57
+    first, second = (choice["token_ids"] for choice in body["choices"][:2])
+    assert first != second  # choices of one prompt draw their own random numbers
 
 
 def test_the_same_seed_gives_the_same_answer_and_no_seed_gives_others(server):
