@@ -18,7 +18,7 @@ def engine(
     skew: float = typer.Option(1.0, help="Zipf skew over the models; 0 is uniform."),
     prompt: str = typer.Option("uniform:16-128", help="Prompt tokens: fixed:N, uniform:A-B, lognormal:MEDIAN,SIGMA."),
     output: str = typer.Option("uniform:16-64", help="Output tokens, in the same words."),
-    rounds: int = typer.Option(3, min=1, help="Rounds of both, in turns."),
+    rounds: int = typer.Option(5, min=1, help="Rounds of both, in turns."),
     max_batch: int = typer.Option(64, min=1, help="Requests at a time."),
     prefill_tokens: int = typer.Option(512, min=1, help="Prompt tokens read between two decode steps."),
     seed: int = typer.Option(0, help="Of the trace."),

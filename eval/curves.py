@@ -44,6 +44,8 @@ class Curves:
         source: where they come from, for reports; says so where nothing was measured.
         largest: variant -> (batch, context) up to which `step` was measured; empty where it has no limit.
         footprints: variant -> memory, where it is known.
+        group: (prompts, tokens of the longest) -> seconds of one pass that reads so many prompts side by side, where
+            that was measured.
     """
 
     step: Callable[[str, int, float], float]
@@ -51,6 +53,17 @@ class Curves:
     source: str
     largest: Mapping[str, tuple[int, float]] = field(default_factory=dict)
     footprints: Mapping[str, Footprint] = field(default_factory=dict)
+    group: Callable[[int, int], float] | None = None
+
+    def side_by_side(self, prompts: int, tokens: int) -> float:
+        """Seconds of a pass over several whole prompts, padded to `tokens` each.
+
+        Where it was not measured it takes as long as one prompt of all their tokens, which is too long by what each
+        would attend to of the others.
+        """
+        if tokens == 0:
+            return 0.0
+        return self.prefill(prompts * tokens) if self.group is None else self.group(prompts, tokens)
 
     def chunk(self, tokens: int, done: int) -> float:
         """Seconds of a pass over the next `tokens` of a prompt of which `done` are read already."""

@@ -53,11 +53,14 @@ class EngineStudy:
         return engine
 
     def probe(self) -> "Probe":
-        """Seconds of whole engine steps, Python included, by context and rows; and of reading a prompt."""
+        """Seconds of whole engine steps, Python included, by longest context and rows; and of reading prompts."""
         contexts = [c for c in _CONTEXTS if c + 2 * _TIMED < self._positions]
         batches = [rows for rows in _BATCHES if rows <= self.max_batch]
         steps = {c: {rows: self._step_seconds(rows, c) for rows in batches} for c in contexts}
-        prompts = {tokens: self._prompt_seconds(tokens) for tokens in _PROMPTS if tokens + 3 < self._positions}
+        prompts = {}
+        for tokens in (n for n in _PROMPTS if n + 3 < self._positions):
+            beside = [rows for rows in batches if rows == 1 or rows * tokens <= self.prefill_tokens]
+            prompts[tokens] = {rows: self._prompt_seconds(rows, tokens) for rows in beside}
         return Probe(steps, prompts)
 
     @property
@@ -65,23 +68,38 @@ class EngineStudy:
         return self.engine().positions
 
     def _step_seconds(self, rows: int, context: int) -> float:
-        length = max(1, context - _TIMED // 2)
+        """Rows of unequal lengths: attention may be faster where all are equal, which rows in use seldom are."""
+        length = max(2, context - _TIMED // 2)
         engine, model = self.engine(prefill_tokens=rows * length), next(iter(self.prefills))
         for number in range(rows):
-            engine.submit(_request(number, Request(0.0, model, length, 2 * _TIMED)))
+            engine.submit(_request(number, Request(0.0, model, length - number % 2, 2 * _TIMED)))
         engine.step()  # reads all prompts, as its turn is that long
-        return statistics.median(_seconds(engine.step) for _ in range(_TIMED))
+        return statistics.fmean(_seconds(engine.step) for _ in range(_TIMED))
 
-    def _prompt_seconds(self, tokens: int) -> float:
-        """Of a step that reads a prompt and decodes its first token, less a step that only decodes."""
-        model = next(iter(self.prefills))
-        reading, decoding = [], []
-        for turn in range(_TIMED // 2 + 1):
-            engine = self.engine()
-            engine.submit(_request(turn, Request(0.0, model, tokens + 1, 3)))
-            reading.append(_seconds(engine.step))
-            decoding.append(_seconds(engine.step))
-        return max(1e-6, statistics.median(reading[1:]) - statistics.median(decoding[1:]))
+    def _prompt_seconds(self, rows: int, tokens: int) -> float:
+        """Of all that requests cost beside three decode steps: taken in, prompts read side by side, let go.
+
+        Others decode meanwhile, as they do in use: weights and prompts are then not in the processor's caches.
+        """
+        model, turns = next(iter(self.prefills)), _TIMED // 2 + 1
+        engine = self.engine(prefill_tokens=max(self.prefill_tokens, rows * tokens))
+        others = min(self.max_batch - rows, self.max_batch // 2)
+        for number in range(others):
+            engine.submit(_request(-1 - number, Request(0.0, model, 16, 4 * turns + others)))
+        while sum(state.decoding for state in engine.state.models.values()) < others:
+            engine.step()
+        requests = [_request(number, Request(0.0, model, tokens + 1, 3)) for number in range(rows)]
+
+        def read() -> None:
+            for request in requests:
+                engine.submit(request)
+            engine.step()
+
+        beside = []
+        for _ in range(turns):
+            first, middle, last = (_seconds(call) for call in (read, engine.step, engine.step))
+            beside.append(first + last - 2 * middle)
+        return max(1e-6, statistics.fmean(beside[1:]))
 
     def run(self, trace: Sequence[Request], partitioned: bool) -> dict[str, Any]:
         """The trace in real time. Raises QsunError where a request fails."""
@@ -122,37 +140,51 @@ class EngineStudy:
 
 
 class Probe(NamedTuple):
-    """Measured seconds: steps by context and rows, prompts by tokens."""
+    """Measured seconds: of steps by longest context and rows, of reading by tokens of each prompt and prompts."""
 
     steps: dict[int, dict[int, float]]
-    prompts: dict[int, float]
+    prompts: dict[int, dict[int, float]]
 
 
 def curves_of(probes: Sequence[Probe]) -> Curves:
-    """Medians over the probes of all rounds: a machine's pace changes from one to the next."""
-    middle = probes[0].steps
-    steps = {c: {n: statistics.median(p.steps[c][n] for p in probes) for n in row} for c, row in middle.items()}
-    prompts = {n: statistics.median(p.prompts[n] for p in probes) for n in probes[0].prompts}
-    grid = StepGrid(steps)
+    """Means over the probes of all rounds, as a run is as long as the sum of its steps, hiccups included."""
+    steps = StepGrid(_means([probe.steps for probe in probes]))
+    prompts = _means([probe.prompts for probe in probes])
 
     def step(_: str, rows: int, context: float) -> float:
-        return grid.at(rows, context)
+        return steps.at(rows, context)
 
-    return Curves(step, prompt_line(prompts), "measured on this engine, before each round", {SUN: grid.largest})
+    return Curves(
+        step,
+        prompt_line({tokens: by_rows[1] for tokens, by_rows in prompts.items()}),
+        "measured on this engine, before each round",
+        {SUN: steps.largest},
+        group=StepGrid(prompts).at,
+    )
+
+
+def _means(tables: Sequence[dict[int, dict[int, float]]]) -> dict[int, dict[int, float]]:
+    return {a: {b: statistics.fmean(t[a][b] for t in tables) for b in row} for a, row in tables[0].items()}
 
 
 def study(
     runs: EngineStudy, trace: Sequence[Request], rounds: int, progress: Callable[[str, int, int], None]
 ) -> dict[str, Any]:
-    """Rounds of step times and of both systems; medians over rounds, each round's ratio, the prediction of both."""
+    """Rounds of step times and of both systems; medians over rounds, each round's ratio, the prediction of both.
+
+    A run of each that is not counted comes first: first uses of a shape are slow.
+    """
     probes: list[Probe] = []
     measured: dict[str, list[dict[str, Any]]] = {SHARED: [], PARTITIONED: []}
+    for number, name in enumerate(measured):
+        progress("to warm up", number, 3 * rounds + 2)
+        runs.run(trace, name == PARTITIONED)
     for number in range(rounds):
-        progress("step times", 3 * number, 3 * rounds)
+        progress("step times", 3 * number + 2, 3 * rounds + 2)
         probes.append(runs.probe())
         order = (SHARED, PARTITIONED) if number % 2 == 0 else (PARTITIONED, SHARED)
         for place, name in enumerate(order):
-            progress(name, 3 * number + place + 1, 3 * rounds)
+            progress(name, 3 * number + place + 3, 3 * rounds + 2)
             measured[name].append(runs.run(trace, name == PARTITIONED))
     curves = curves_of(probes)
     result: dict[str, Any] = {"requests": len(trace), "rounds": rounds, "systems": {}}
@@ -169,7 +201,7 @@ def study(
     result["shared_over_partitioned"] = {
         key: [ours[key] / theirs[key] for ours, theirs in pairs] for key in ("tokens_per_s", "tpot_ms", "ttft_ms")
     }
-    progress("done", 3 * rounds, 3 * rounds)
+    progress("done", 3 * rounds + 2, 3 * rounds + 2)
     return result
 
 

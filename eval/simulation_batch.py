@@ -88,7 +88,8 @@ class Prompts:
             group = self._group(left) or [head]
             longest = max(prompt.left for prompt in group)
             tokens = min(left, longest)
-            seconds += self._curves.chunk(len(group) * tokens, head.done)
+            alone = len(group) == 1
+            seconds += self._curves.chunk(tokens, head.done) if alone else self._curves.side_by_side(len(group), tokens)
             left -= len(group) * tokens
             for prompt in group:
                 prompt.done += min(tokens, prompt.left)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qsun.kv import CACHE_ARGUMENT, DecodeCache
-from qsun.seam import seam_masks, sees_all, unmasked
+from qsun.seam import goes_unmasked, seam_masks, unmasked
 
 
 class DecodeStep:
@@ -57,10 +57,10 @@ class DecodeStep:
         ).logits[:, -1]
 
     def _masks(self) -> Any:
-        """None where every row sees every column: attention is then faster, a step of 16 rows at context 1024 by 5%."""
+        """None where every row sees every column and that makes attention faster."""
         cache = self.cache
         length = cache.columns if cache.static else cache.filled + 1
-        if not self._padded and not cache.static and sees_all(self.model, length):
+        if not self._padded and not cache.static and goes_unmasked(self.model, length):
             return unmasked(self.model)
         return seam_masks(self.model, self.starts, cache.column, length)
 

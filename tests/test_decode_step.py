@@ -3,11 +3,12 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.integrations import sdpa_attention
 
 import qsun
 from qsun.decode_step import DecodeStep
 from qsun.kv import DecodeCache
-from qsun.seam import seam_masks
+from qsun.seam import goes_unmasked, seam_masks
 
 from .conftest import FAMILIES
 
@@ -108,3 +109,27 @@ def test_a_quantized_decode_module(tiny_model, tmp_path):
     first, second = recorded(step, [7, 8])[0], recorded(step, [9, 10])[0]
     assert first == second
     assert [name for name, _ in first if name in READS] == ["lift_fresh"]
+
+
+@pytest.mark.parametrize("amx", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_mask_where_attention_is_faster_with_one(amx, dtype, tiny_model, monkeypatch):
+    """Grouped heads in two bytes on a CPU without AMX; the tokens are the same either way."""
+    if not hasattr(sdpa_attention, "pack_gqa"):
+        pytest.skip("this transformers does not pack the heads of a group")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
+    model = qsun.load_decode(tiny_model("llama"), "cpu", dtype).model
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    assert goes_unmasked(model, 8) == (amx or dtype == torch.float32)
+    logits = []
+    for chosen in (True, False):
+        monkeypatch.setattr("qsun.decode_step.goes_unmasked", lambda *_, chosen=chosen: chosen)
+        logits.append(step_of(model, False, (5, 5))(torch.tensor([7, 8])).float())
+    torch.testing.assert_close(*logits, rtol=2e-2, atol=2e-2)
+
+
+def test_heads_of_their_own_need_no_mask_in_any_type(tiny_model, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    model = qsun.load_decode(tiny_model("llama"), "cpu", torch.bfloat16).model
+    model.config.num_key_value_heads = model.config.num_attention_heads
+    assert goes_unmasked(model, 8)

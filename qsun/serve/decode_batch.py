@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qsun.kv import CACHE_ARGUMENT
-from qsun.seam import seam_masks, sees_all, unmasked
+from qsun.seam import goes_unmasked, seam_masks, unmasked
 from qsun.serve.slots import SlotCache
 
 _GRAPH_COLUMNS = 256
@@ -73,9 +73,9 @@ class DecodeBatch:
         ).logits[:, -1]
 
     def _masks(self, columns: Tensor) -> Any:
-        """None where every row sees every column: attention is then faster."""
+        """None where every row sees every column and that makes attention faster."""
         rows, length = self.cache.view
-        if not self.static and len(set(self.cache.filled)) == 1 and sees_all(self.model, length):
+        if not self.static and len(set(self.cache.filled)) == 1 and goes_unmasked(self.model, length):
             return unmasked(self.model)
         starts = torch.zeros(rows, dtype=torch.int64, device=self.device)
         return seam_masks(self.model, starts, columns, length)

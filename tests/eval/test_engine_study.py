@@ -4,6 +4,10 @@ import json
 
 import pytest
 
+from qsun.decode import load_decode
+from qsun.eval.engine_study import EngineStudy, Probe, curves_of
+from qsun.prefill import load_prefill
+
 
 def test_both_systems_run_the_trace_and_are_predicted(cli, tmp_path):
     answer = cli(
@@ -33,3 +37,27 @@ def test_a_table_for_people_and_one_line_for_a_mistake(cli):
     wrong = cli("bench", "engine", "--output", "some")
     assert wrong.code == 2
     assert "'some'" in wrong.err
+
+
+def test_means_over_rounds_are_found_again_at_the_measured_points():
+    steps = {16: {1: 0.001, 2: 0.002}, 64: {1: 0.003, 2: 0.005}}
+    prompts = {1: {1: 0.01, 2: 0.012}, 8: {1: 0.02, 2: 0.03}, 32: {1: 0.05}}
+    slower = [{a: {b: 3 * seconds for b, seconds in row.items()} for a, row in t.items()} for t in (steps, prompts)]
+    curves = curves_of([Probe(steps, prompts), Probe(*slower)])
+    assert curves.step("sun", 2, 64) == pytest.approx(2 * 0.005)
+    assert curves.prefill(32) == pytest.approx(2 * 0.05)
+    assert curves.side_by_side(2, 8) == pytest.approx(2 * 0.03)
+    assert curves.beyond("sun", 3, 64)
+
+
+def test_a_probe_times_what_the_engine_does(talking_model):
+    """Every point is there, within the limits of positions, rows and turn, and more rows take longer."""
+    decode = load_decode(str(talking_model))
+    study = EngineStudy(decode, {"a": load_prefill(str(talking_model), decode)}, max_batch=8, prefill_tokens=64)
+    probe = study.probe()
+    assert all(list(by_rows) == [1, 2, 4, 8] for by_rows in probe.steps.values())
+    assert list(probe.prompts[8]) == [1, 2, 4, 8]
+    assert list(probe.prompts[32]) == [1, 2]
+    assert min(seconds for table in probe for row in table.values() for seconds in row.values()) > 0
+    longest = max(probe.steps)
+    assert probe.steps[longest][8] > probe.steps[longest][1]

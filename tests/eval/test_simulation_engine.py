@@ -1,5 +1,6 @@
 """A simulated in-process engine: prompts between steps, read side by side or in pieces, and a fair queue."""
 
+import dataclasses
 import math
 import random
 
@@ -45,6 +46,19 @@ def test_short_prompts_of_a_model_are_read_side_by_side_in_one_pass():
     assert one.prefilled == two.prefilled == pytest.approx(0.5 + 0.6)
     assert one.last == two.last == pytest.approx(2.1)
     assert other.last == pytest.approx(2.1 + 0.5 + 0.3 + 1)
+
+
+def test_side_by_side_takes_what_was_measured_for_it():
+    """Two prompts of 3 tokens: 7 s where that was measured, and otherwise as one prompt of 6."""
+    trace = [Request(0.0, "a", 4, 1), Request(0.0, "a", 4, 1), Request(0.0, "b", 4, 1)]
+    asked = []
+    curves = dataclasses.replace(COSTS, group=lambda prompts, tokens: asked.append((prompts, tokens)) or 7.0)
+    one, two, alone = simulate(trace, engine(), curves).times
+    assert one.prefilled == two.prefilled == pytest.approx(7.0)
+    assert alone.prefilled - one.last == pytest.approx(0.5 + 0.3)  # a single prompt is none of its business
+    assert asked == [(2, 3)]
+    assert COSTS.side_by_side(2, 3) == pytest.approx(COSTS.prefill(6))
+    assert curves.side_by_side(2, 0) == 0.0
 
 
 def test_a_long_prompt_lets_others_in_between():
