@@ -47,7 +47,8 @@ class DecodeWorker:
             whose prompt has just been completed included. Whole prompts of one model are read side by side.
         fair: waiting requests of the least served model are admitted first, instead of in order of arrival.
         padded: a step attends in every row to as many tokens as the longest row has, as the in-process engine's does;
-            `curves.step` is then given the longest context instead of the mean.
+            `curves.step` is then given the longest context instead of the mean, and each row takes as much of
+            `kv_tokens` as the longest one needs. With `turns` each batch has an equal share of them.
     """
 
     models: tuple[str, ...]
@@ -246,7 +247,9 @@ def simulate(
         if system.prefill and system.prefill.get(model, 0) < 1:
             raise QsunError(f"no prefill worker of {system.name} serves model {model!r}")
     for worker in system.decode:
-        limit = worker.kv_tokens or None
+        limit = worker.kv_tokens
+        if limit and worker.padded and worker.turns:
+            limit //= len(worker.models)
         largest = max((r for r in trace if r.model in worker.models), key=_tokens, default=None)
         if limit and largest and _tokens(largest) > limit:
             raise QsunError(f"{largest} takes {_tokens(largest)} tokens of KV; a decode worker has {limit}")

@@ -1,7 +1,7 @@
 """What a simulated decode worker holds: rows that step together, prompts that it reads, requests that wait."""
 
 import heapq
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -155,6 +155,38 @@ class Waiting:
     def charge(self, model: str, tokens: int) -> None:
         """Count tokens that a model was served."""
         self._served[model] += tokens
+
+
+class Room:
+    """KV of a decode worker's rows, those whose prompt is being read included.
+
+    Args:
+        limit: tokens; None for no limit. batches: that share it equally.
+        rectangle: each row takes what the longest one needs, as in the in-process engine; else its prompt and output.
+    """
+
+    def __init__(self, limit: int | None, rectangle: bool, batches: int):
+        self._limit = limit if limit is None else limit // batches
+        self._rectangle = rectangle
+        self._needs: dict[str, list[int]] = defaultdict(list)
+
+    def fits(self, batch: str, times: Times) -> bool:
+        if self._limit is None:
+            return True
+        needs = [*self._needs[batch], self._need(times)]
+        return (len(needs) * max(needs) if self._rectangle else sum(needs)) <= self._limit
+
+    def take(self, batch: str, times: Times) -> None:
+        if self._limit is not None:
+            self._needs[batch].append(self._need(times))
+
+    def give(self, batch: str, times: Times) -> None:
+        if self._limit is not None:
+            self._needs[batch].remove(self._need(times))
+
+    def _need(self, times: Times) -> int:
+        """The engine never feeds the last token."""
+        return kv_tokens(times) - self._rectangle
 
 
 def kv_tokens(times: Times) -> int:

@@ -8,7 +8,7 @@ import simpy
 
 from qsun.eval.curves import Curves
 from qsun.eval.simulation import POWER_OF_TWO, ROUND_ROBIN, DecodeWorker, Load, System, Times
-from qsun.eval.simulation_batch import Batch, Prompts, Waiting, kv_tokens
+from qsun.eval.simulation_batch import Batch, Prompts, Room, Waiting, kv_tokens
 from qsun.eval.workload import Request
 
 Process = Generator[Any, Any, None]
@@ -93,7 +93,8 @@ class _Decoding:
         self._decoding = dict.fromkeys(kind.models, 0)
         self._prompts = Prompts(kind.prefill_tokens, run.curves)
         self._batches = {model: Batch() for model in kind.models} if kind.turns else {"": Batch()}
-        self._kv_tokens = 0
+        self._apart = kind.turns and kind.padded
+        self._room = Room(kind.kv_tokens, kind.padded, len(kind.models) if self._apart else 1)
         self._wake: Any = None
         self.outstanding = 0
         self.busy, self.steps, self.rows, self.beyond = 0.0, 0, 0, 0
@@ -132,10 +133,10 @@ class _Decoding:
             times = self._waiting.next(self._held, most)
             if times is None:
                 return
-            if self.kind.kv_tokens is not None and self._kv_tokens + kv_tokens(times) > self.kind.kv_tokens:
+            if not self._room.fits(self._share(times), times):
                 return
             self._waiting.take(times)
-            self._kv_tokens += kv_tokens(times)
+            self._room.take(self._share(times), times)
             self._held[times.request.model] += 1
             times.joined = self._run.env.now
             if self._run.system.prefill:
@@ -163,8 +164,12 @@ class _Decoding:
         self._decoding[model] += 1
         self._batches[model if self.kind.turns else ""].join(times)
 
+    def _share(self, times: Times) -> str:
+        """The part of the KV that a request takes from: the engine gives each of its batches one."""
+        return times.request.model if self._apart else ""
+
     def _release(self, times: Times) -> None:
         self._held[times.request.model] -= 1
         self._decoding[times.request.model] -= 1
-        self._kv_tokens -= kv_tokens(times)
+        self._room.give(self._share(times), times)
         self.outstanding -= kv_tokens(times)

@@ -5,6 +5,7 @@ import math
 import random
 
 import pytest
+import torch
 
 from qsun.decode import load_decode
 from qsun.eval.curves import Curves
@@ -15,6 +16,7 @@ from qsun.serve.engine import Engine, EngineConfig
 from qsun.serve.engine_watch import EngineWatch
 from qsun.serve.requests import Request as EngineRequest
 from qsun.serve.requests import Sampling
+from qsun.serve.slots import kv_bytes_per_token
 
 COSTS = Curves(lambda _, batch, __: 1.0, lambda tokens: 0.5 + 0.1 * tokens, "made up")  # a pass costs 0.5
 
@@ -101,8 +103,11 @@ class Rows(EngineWatch):
 
 
 @pytest.mark.parametrize("partitioned", [False, True])
-@pytest.mark.parametrize(("max_batch", "prefill_tokens"), [(64, 512), (5, 512), (6, 24)])
-def test_batches_are_those_of_the_real_engine(talking_model, partitioned, max_batch, prefill_tokens):
+@pytest.mark.parametrize(
+    ("max_batch", "prefill_tokens", "kv_tokens"),
+    [(64, 512, 1 << 14), (5, 512, 1 << 14), (6, 24, 1 << 14), (64, 512, 600), (6, 24, 300)],
+)
+def test_batches_are_those_of_the_real_engine(talking_model, partitioned, max_batch, prefill_tokens, kv_tokens):
     """The real engine and the simulated one are given the same burst: each decode step has the same rows in both."""
     rng, names = random.Random(4), ("a", "b", "c")
     trace = [
@@ -110,8 +115,9 @@ def test_batches_are_those_of_the_real_engine(talking_model, partitioned, max_ba
         for i in range(40)
     ]
     watch = Rows()
-    config = EngineConfig(max_batch, 1 << 26, 0, prefill_tokens, partitioned=partitioned)
     decode = load_decode(str(talking_model))
+    kv_bytes = kv_tokens * kv_bytes_per_token(decode.model.config, torch.bfloat16)
+    config = EngineConfig(max_batch, kv_bytes, 0, prefill_tokens, partitioned=partitioned)
     real = Engine(decode, config, watch)
     prefill = load_prefill(str(talking_model), decode)
     for name in names:
@@ -124,6 +130,6 @@ def test_batches_are_those_of_the_real_engine(talking_model, partitioned, max_ba
         real.step()
     seen = []
     noted = Curves(lambda _, batch, __: seen.append(batch) or 1.0, lambda tokens: 0.0, "made up")
-    kind = engine(names, turns=partitioned, max_batch=max_batch, prefill_tokens=prefill_tokens, fair=True)
-    simulate(trace, kind, noted)
+    sizes = {"max_batch": max_batch, "prefill_tokens": prefill_tokens, "kv_tokens": kv_tokens}
+    simulate(trace, engine(names, turns=partitioned, fair=True, padded=True, **sizes), noted)
     assert seen == watch.seen
