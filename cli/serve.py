@@ -71,7 +71,7 @@ def serve(
         serving, app = _load(decode, named, config, limits, (dtype, device, threads), admin)
         _announce(bound.getsockname(), serving, as_json)
         try:
-            run_server(app, guard, bound, drain, serving.drain)
+            run_server(app, guard, bound, drain, serving.drain, serving.thread.stop)
         finally:
             serving.thread.stop()  # an exit in a hurry leaves it running, and a thread inside torch aborts the process
 

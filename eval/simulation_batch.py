@@ -122,20 +122,22 @@ class Waiting:
     """Requests in front of a decode worker: in order, or fair.
 
     Fair: the model that has been served the fewest tokens is next, as in the in-process engine: prompts count when they
-    are admitted, output as it comes. One that has nothing there starts level with the least served of the others.
+    are admitted, output as it comes. One that has nothing there starts level with the least served of the others; where
+    there are none, with the most served.
     """
 
     def __init__(self, models: tuple[str, ...], fair: bool):
         self._queues: dict[str, deque[tuple[int, Times]]] = {model: deque() for model in models}
         self._fair, self._count = fair, 0
         self._served = dict.fromkeys(models, 0)
+        self._most = 0
 
     def add(self, times: Times, held: Mapping[str, int]) -> None:
         """held: requests of each model that the worker has taken in."""
         model = times.request.model
         if not held[model] and not self._queues[model]:
             others = [self._served[m] for m, queue in self._queues.items() if m != model and (held[m] or queue)]
-            self._served[model] = max(self._served[model], min(others, default=0))
+            self._served[model] = max(self._served[model], min(others, default=self._most))
         self._count += 1
         self._queues[model].append((self._count, times))
 
@@ -155,6 +157,7 @@ class Waiting:
     def charge(self, model: str, tokens: int) -> None:
         """Count tokens that a model was served."""
         self._served[model] += tokens
+        self._most = max(self._most, self._served[model])
 
 
 class Room:

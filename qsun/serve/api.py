@@ -15,7 +15,7 @@ from qsun._version import __version__
 from qsun.serve.admin import add_admin_routes
 from qsun.serve.completions import Completions, ServeLimits
 from qsun.serve.engine import Engine
-from qsun.serve.engine_thread import EngineThread
+from qsun.serve.engine_thread import SHUTTING_DOWN, EngineThread
 from qsun.serve.http_errors import HttpError
 from qsun.serve.metrics import Metrics
 from qsun.serve.openai_types import ChatBody, CompletionBody
@@ -56,13 +56,13 @@ class Serving:
 
     def check_open(self) -> None:
         if self.draining:
-            raise HttpError(503, "the server is shutting down", headers={"Connection": "close"})
+            raise HttpError(503, SHUTTING_DOWN, headers={"Connection": "close"})
 
     @property
     def unready(self) -> str:
         """Why no request can be served; "" where it can."""
         if self.thread.failure or self.draining:
-            return self.thread.failure or "the server is shutting down"
+            return self.thread.failure or SHUTTING_DOWN
         return "" if self.thread.state.models else "no prefill module is loaded"
 
 

@@ -13,7 +13,7 @@ from qsun.chat import render_prompt
 from qsun.errors import QsunError
 from qsun.sampling import row_seed
 from qsun.serve.engine import Engine
-from qsun.serve.engine_thread import EngineThread
+from qsun.serve.engine_thread import SHUTTING_DOWN, EngineThread
 from qsun.serve.http_errors import HttpError, busy
 from qsun.serve.openai_answers import DONE, Answer, Choice, event
 from qsun.serve.openai_types import MOST_CHOICES, ChatBody, CompletionBody
@@ -51,7 +51,8 @@ class Reply:
     def take(self, update: Update) -> Choice:
         """Raises HttpError where the request failed."""
         if update.finish in ("timeout", "error"):
-            raise HttpError(504 if update.finish == "timeout" else 500, update.error)
+            status = 504 if update.finish == "timeout" else 503 if update.error == SHUTTING_DOWN else 500
+            raise HttpError(status, update.error)
         choice = self.choices[update.request]
         choice.take(update)
         return choice

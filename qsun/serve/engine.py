@@ -4,7 +4,6 @@ A step is: let requests in, read some prompt tokens, decode one token for every 
 no threads; engine_thread.py runs it.
 """
 
-import dataclasses
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -18,13 +17,14 @@ from qsun.errors import QsunError
 from qsun.generation import GenerateConfig, check_tokens, eos_tokens
 from qsun.memory import available_bytes
 from qsun.prefill import PrefillModule
-from qsun.serve.engine_watch import EngineState, EngineWatch, ModelState
+from qsun.serve.engine_watch import EngineState, EngineWatch
 from qsun.serve.fair_queue import FairQueue
 from qsun.serve.prefilling import LoadedModule, Prefilling, PrefillTask
 from qsun.serve.prefix_cache import PrefixCache
 from qsun.serve.requests import Full, Refused, Request, TokenLogprob, Update
 from qsun.serve.running import Row, Running
 from qsun.serve.slots import kv_bytes_per_token
+from qsun.serve.snapshot import model_states
 from qsun.stopping import RowText
 
 _SHARED = ""
@@ -138,13 +138,23 @@ class Engine:
                 f"of {request.kv_tokens} tokens, and the engine has {budget}; ask for fewer"
             )
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Raises Refused for an unknown model, Full, or QsunError for what can never be served."""
-        self.check(request)
-        if len(self._queue) >= self.config.max_waiting:
-            raise Full(f"{len(self._queue)} requests are waiting, which is the limit; try again later")
-        self.modules[request.model].active += 1
-        self._queue.add(request, {owner.request.model for owner in self._in_progress()})
+    def submit(self, *requests: Request) -> None:
+        """Queue requests, all or none.
+
+        Raises:
+            Refused: a model that is not served. Full: no room at present. QsunError: what can never be served.
+        """
+        for request in requests:
+            self.check(request)
+        most, waiting = self.config.max_waiting, len(self._queue)
+        if len(requests) > most:
+            raise QsunError(f"{len(requests)} answers are asked for at once, and the queue holds {most}; ask for fewer")
+        if waiting + len(requests) > most:
+            self.watch.refused(requests)
+            raise Full(f"{waiting} requests are waiting, and the limit is {most}; try again later")
+        for request in requests:
+            self.modules[request.model].active += 1
+            self._queue.add(request, {owner.request.model for owner in self._in_progress()})
         self._publish()
 
     def cancel(self, request: str) -> None:
@@ -153,19 +163,23 @@ class Engine:
             self._let_go()
             self._publish()
 
-    def _drop(self, request: str) -> Request | None:
+    def fail(self, request: str) -> None:
+        """Count a request as failed; the engine steps no more."""
+        self._drop(request, "error")
+
+    def _drop(self, request: str, outcome: str = "cancelled") -> Request | None:
         for waiting in self._queue:
             if waiting.id == request:
                 self._queue.take(waiting)
-                return self._gone(waiting, "cancelled", 0)
+                return self._gone(waiting, outcome, 0)
         task = self._prefilling.drop(request)
         if task is not None:
-            return self._gone(task.request, "cancelled", 0)
+            return self._gone(task.request, outcome, 0)
         for running in self._batches.values():
             for row in running.rows:
                 if row.request.id == request:
                     running.remove(row)
-                    return self._gone(row.request, "cancelled", row.count)
+                    return self._gone(row.request, outcome, row.count)
         return None
 
     def _gone(self, request: Request, outcome: str, tokens: int) -> Request:
@@ -200,7 +214,7 @@ class Engine:
         everything = [*self._queue, *(item.request for item in self._in_progress())]
         late = [request for request in everything if now - request.arrived > request.seconds]
         for request in late:
-            self._drop(request.id)
+            self._drop(request.id, "timeout")
         return [Update(r.id, finish="timeout", error=f"not done within {r.seconds:g} seconds") for r in late]
 
     def _admit(self) -> None:
@@ -249,12 +263,12 @@ class Engine:
         self, running: Running, row: Row, token: int | None, logprob: TokenLogprob | None, now: float
     ) -> Update:
         request = row.request
+        if token is None:
+            running.remove(row, broken=True)
+            self._gone(request, "error", row.count - 1)
+            return Update(request.id, finish="error", error="the model computed NaN or Inf for this prompt")
         self._queue.charge(request.model, 1)
         self.watch.token(request, row.count, now - request.arrived)
-        if token is None:
-            running.remove(row)
-            self._gone(request, "error", row.count)
-            return Update(request.id, finish="error", error="the model computed NaN or Inf for this prompt")
         ends = token in self.eos and not request.sampling.ignore_eos
         stopped = row.text is not None and not ends and row.text.add(token)
         last = row.count == request.sampling.max_new_tokens
@@ -267,20 +281,7 @@ class Engine:
         return Update(request.id, (token,), text, finish, "", () if logprob is None else (logprob,), cached)
 
     def _publish(self) -> None:
-        models = {
-            name: ModelState(waiting=self._queue.waiting(name), leaving=owner.leaving)
-            for name, owner in self.modules.items()
-        }
-        for item in self._in_progress():
-            state = models[item.request.model]
-            decoding = isinstance(item, Row)
-            tokens = item.request.prefix_tokens + item.count if isinstance(item, Row) else item.done
-            models[item.request.model] = dataclasses.replace(
-                state,
-                decoding=state.decoding + decoding,
-                prefilling=state.prefilling + (not decoding),
-                kv_tokens=state.kv_tokens + tokens,
-            )
+        models = model_states(self.modules.values(), self._queue.waiting, self._in_progress())
         done = list(self._finished_at)
         span = time.monotonic() - (done[0] if len(done) == self._finished_at.maxlen else self._started)
         self.state = EngineState(

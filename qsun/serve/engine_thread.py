@@ -9,12 +9,12 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
-from qsun.errors import QsunError
 from qsun.serve.engine import Engine
 from qsun.serve.engine_watch import EngineState
 from qsun.serve.requests import Refused, Request, Update
 
 log = logging.getLogger(__name__)
+SHUTTING_DOWN = "the server is shutting down"
 _WAKE_SECONDS = 0.5  # how often an idle engine looks around
 
 
@@ -76,14 +76,8 @@ class EngineThread:
         stream = (asyncio.get_running_loop(), updates)
 
         def start() -> None:
-            for number, request in enumerate(requests):
-                try:
-                    self._engine.submit(request)
-                except QsunError:
-                    for earlier in requests[:number]:
-                        self._drop(earlier.id)
-                    raise
-                self._streams[request.id] = stream
+            self._engine.submit(*requests)
+            self._streams.update((request.id, stream) for request in requests)
 
         try:
             await self.call(start)
@@ -123,10 +117,13 @@ class EngineThread:
         except Exception as error:  # the edge of the thread: whoever waits must hear of it
             log.exception("the engine failed")
             self.failure = f"the engine failed: {type(error).__name__}: {error}"
-        self.failure = self.failure or "the server is shutting down"
+        self.failure = self.failure or SHUTTING_DOWN
         while not self._inbox.empty():
             self._inbox.get()()
-        self._send([Update(request, finish="error", error=self.failure) for request in list(self._streams)])
+        given_up = list(self._streams)
+        self._send([Update(request, finish="error", error=self.failure) for request in given_up])
+        for request in given_up:  # counted once they are told: an engine that failed may fail at this as well
+            self._engine.fail(request)
 
     def _take_in(self) -> None:
         """What came in; where there is nothing else to do, wait for it."""

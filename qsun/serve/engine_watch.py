@@ -1,5 +1,6 @@
 """What the engine tells those who watch it: events as they happen, and a snapshot after every step."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from qsun.serve.requests import Request
@@ -40,6 +41,8 @@ class EngineState:
 
 class EngineWatch:
     """Called in the engine's thread; does nothing. Seconds are since the request arrived, or of the work."""
+
+    def refused(self, requests: Sequence[Request]) -> None: ...
 
     def admitted(self, request: Request, seconds: float) -> None: ...
 

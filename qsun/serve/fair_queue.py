@@ -1,8 +1,8 @@
 """Waiting requests, a queue for each model, served so that no model's burst starves another.
 
 Virtual token counter (Sheng et al., "Fairness in Serving Large Language Models", arXiv 2401.00588): the model that has
-been served the fewest tokens is next. One that was idle starts level with the least served of the busy ones, so that
-idle time earns no credit.
+been served the fewest tokens is next. One that was idle starts level with the least served of the busy ones, or where
+nobody is busy with the most served, so that idle time earns no credit and nobody has to make up for the past.
 """
 
 from collections import deque
@@ -17,6 +17,7 @@ class FairQueue:
     def __init__(self) -> None:
         self._queues: dict[str, deque[Request]] = {}
         self._served: dict[str, float] = {}
+        self._most = 0.0  # that any model was ever served
 
     def __len__(self) -> int:
         return sum(map(len, self._queues.values()))
@@ -33,7 +34,7 @@ class FairQueue:
         model = request.model
         if model not in busy and not self.waiting(model):
             others = [self._served[m] for m in self._served if m != model and (m in busy or self.waiting(m))]
-            self._served[model] = max(self._served.get(model, 0.0), min(others, default=0.0))
+            self._served[model] = max(self._served.get(model, 0.0), min(others, default=self._most))
         self._queues.setdefault(model, deque()).append(request)
 
     def next(self) -> Request | None:
@@ -51,6 +52,7 @@ class FairQueue:
     def charge(self, model: str, tokens: float) -> None:
         """Count tokens that a model was served."""
         self._served[model] = self._served.get(model, 0.0) + tokens
+        self._most = max(self._most, self._served[model])
 
     def forget(self, model: str) -> None:
         """A model that is gone; its queue is empty."""

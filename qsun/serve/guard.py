@@ -23,6 +23,8 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 _GUARDED = ("/v1/", "/admin/")
 _SOUND_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _FEWEST_KEY_CHARACTERS = 8
+_STATUS_BODY_BYTES = 1 << 12  # of requests that need no key and have no use for a body
+ABORT = "qsun.abort"  # in the scope, where the server puts it: drops the connection and what is buffered for it
 
 
 @dataclass(frozen=True)
@@ -74,20 +76,29 @@ class Guard:
         headers = {name.lower(): value for name, value in scope["headers"]}
         answer = _Answer(send, _request_id(headers), self.config.send_seconds)
         scope.setdefault("state", {})["request_id"] = answer.request_id
-        guarded = scope["path"].startswith(_GUARDED)
         try:
-            if guarded:
-                self._check(headers)
-            body = await self._body(headers, receive)
-            self.running += guarded
-            try:
-                await self.app(scope, _replayed(body, receive), answer.send)
-            finally:
-                self.running -= guarded
+            await self._pass_on(scope, headers, receive, answer)
         except HttpError as error:
             await answer.error(error)
-        except (ClientGone, ClientStalled):
-            return  # nobody is left to be told; the server closes the connection
+        except ClientGone:
+            return  # nobody is left to be told
+        except ClientStalled:
+            # closing would wait until the client has taken what is buffered
+            scope.get(ABORT, lambda: None)()
+
+    async def _pass_on(
+        self, scope: MutableMapping[str, Any], headers: dict[bytes, bytes], receive: Receive, answer: "_Answer"
+    ) -> None:
+        guarded = scope["path"].startswith(_GUARDED)
+        if guarded:
+            self._check(headers)
+        self.running += guarded  # from here on, as bodies take their time
+        try:
+            limit = self.config.max_body_bytes if guarded else min(_STATUS_BODY_BYTES, self.config.max_body_bytes)
+            body = await self._body(headers, receive, limit)
+            await self.app(scope, _replayed(body, receive), answer.send)
+        finally:
+            self.running -= guarded
 
     def _check(self, headers: dict[bytes, bytes]) -> None:
         if self._keys:
@@ -102,8 +113,7 @@ class Guard:
         if self.running >= self.config.max_requests:
             raise busy(f"{self.running} requests are being answered, which is the limit; try again later", 1)
 
-    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
-        limit = self.config.max_body_bytes
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive, limit: int) -> bytes:
         too_long = HttpError(413, f"the body is longer than {limit} bytes, which is the limit", headers=_CLOSE)
         declared = headers.get(b"content-length", b"0")
         if not declared.isdigit() or int(declared) > limit:

@@ -1,6 +1,6 @@
 """Prometheus metrics of the server, in a registry of its own."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -20,6 +20,9 @@ class Metrics(EngineWatch):
         self.registry = registry = CollectorRegistry()
         self._requests = Counter(
             "qsun_requests", "Requests that ended, by how.", ["model", "outcome"], registry=registry
+        )
+        self._refused = Counter(
+            "qsun_requests_refused", "Requests that found the queue full.", ["model"], registry=registry
         )
         self._prompt = Counter(
             "qsun_prompt_tokens", "Prompt tokens of admitted requests.", ["model"], registry=registry
@@ -48,6 +51,10 @@ class Metrics(EngineWatch):
     def watch_state(self, state: Callable[[], EngineState]) -> None:
         """Report the engine's snapshot whenever metrics are asked for."""
         self.registry.register(_StateCollector(state))
+
+    def refused(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self._refused.labels(request.model).inc()
 
     def admitted(self, request: Request, seconds: float) -> None:
         self._prompt.labels(request.model).inc(len(request.tokens))

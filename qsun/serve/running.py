@@ -55,9 +55,10 @@ class Running:
         self.batch.cache.place(layers, row.request.prefix_tokens, row.request.kv_tokens)
         self.rows.append(row)
 
-    def remove(self, row: Row) -> None:
+    def remove(self, row: Row, broken: bool = False) -> None:
+        """broken: it computed NaN or Inf, which must not stay in its place."""
         place = self.rows.index(row)
-        self.batch.cache.release(place)
+        self.batch.cache.release(place, wipe=broken)
         last = self.rows.pop()
         if last is not row:
             self.rows[place] = last

@@ -75,9 +75,17 @@ class SlotCache:
         self.lengths[row] = filled
         return row
 
-    def release(self, row: int) -> None:
-        """Let a row go; the last one takes its number."""
+    def release(self, row: int, wipe: bool = False) -> None:
+        """Let a row go; the last one takes its number.
+
+        Args:
+            wipe: it holds NaN or Inf. A mask does not hide those: 0 x NaN is NaN, for whoever has the row next.
+        """
         last = self.rows - 1
+        if wipe:
+            for buffers in self.buffers:
+                for buffer in buffers:
+                    buffer[row].zero_()
         if row != last:
             filled = self.filled[last]
             for buffers in self.buffers:

@@ -229,10 +229,18 @@ def test_a_full_queue_answers_429_and_takes_all_or_none(make_engine):
         with other.stream("POST", "/v1/completions", json={"model": "math", "prompt": [5], "max_tokens": 510,
                                                            "stream": True, "ignore_eos": True}):  # fmt: skip
             until(lambda: engine.state.models["math"].decoding == 1)
-            full = ask(client, prompt=[[5]] * 4, max_tokens=1)
-            assert "waiting, which is the limit" in error_of(full, 429)
+            never = ask(client, prompt=[[5]] * 4, max_tokens=1)  # not even where nobody waits
+            assert "4 answers are asked for at once, and the queue holds 3" in error_of(never, 400)
+            behind = threading.Thread(target=ask, args=(client,), kwargs={"prompt": [5], "max_tokens": 1})
+            behind.start()
+            until(lambda: engine.state.waiting == 1)
+            full = ask(client, prompt=[[5]] * 3, max_tokens=1)
+            assert "1 requests are waiting, and the limit is 3" in error_of(full, 429)
             assert 1 <= int(full.headers["retry-after"]) <= 60
-            assert engine.state.waiting == 0
+            assert engine.state.waiting == 1
+            assert count(client, 'qsun_requests_refused_total{model="math"}') == 3
+            assert count(client, 'qsun_requests_total{model="math",outcome="cancelled"}') == 0
+        behind.join(20)
         until(lambda: engine.state.models["math"].decoding == 0)
         assert ask(client, prompt=[[5]] * 3, max_tokens=1).status_code == 200
 
@@ -260,6 +268,8 @@ def test_an_answer_that_takes_too_long_is_given_up(make_engine):
         assert "not done within" in error_of(ask(client), 504)
         *_, last = events(ask(client, stream=True))
         assert last["error"]["type"] == "timeout_error"  # and no [DONE]
+        assert count(client, 'qsun_requests_total{model="math",outcome="timeout"}') == 2
+        assert count(client, 'qsun_requests_total{model="math",outcome="cancelled"}') == 0
         assert "over this server's limit of 500" in error_of(ask(client, max_tokens=501), 400)
 
 

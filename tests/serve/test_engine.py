@@ -256,6 +256,29 @@ def test_a_model_that_computes_nan_fails_its_own_request_only(make_engine, prefi
     assert len(tokens_of(updates["good"])) == 4
 
 
+@pytest.mark.parametrize("beside", [True, False], ids=["beside others", "before others"])
+def test_a_row_that_held_nan_is_clean_for_the_next(make_engine, prefills, beside):
+    """Masked columns are multiplied too, and 0 x NaN is NaN: a shorter row in that place must not see them."""
+    engine, twin = make_engine(), make_engine()
+    engine.add_module("poisoned", qsun.PrefillModule(_poisoned(prefills["math"].model), prefills["math"].directory))
+    long = Request("long", "math", tuple(range(3, 70)), Sampling(20, ignore_eos=True))
+    bad = Request("bad", "poisoned", tuple(range(3, 43)))
+    short = Request("short", "code", (5, 6, 7), Sampling(8, ignore_eos=True))
+    together, after = ([long, bad, short], []) if beside else ([bad], [short, long])
+    for request in together:
+        engine.submit(request)
+    updates = run_until_idle(engine)
+    for request in after:
+        engine.submit(request)
+    updates |= run_until_idle(engine)
+    for request in (long, short):
+        twin.submit(request)
+    expected = run_until_idle(twin)
+    assert [u.finish for u in updates["bad"]] == ["error"]
+    assert tokens_of(updates["short"]) == tokens_of(expected["short"])
+    assert tokens_of(updates["long"]) == tokens_of(expected["long"])
+
+
 def _poisoned(model):
     import copy
 

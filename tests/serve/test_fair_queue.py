@@ -50,6 +50,19 @@ def test_idle_time_earns_no_credit():
     assert 4 <= order.count("busy") <= 6
 
 
+def test_nobody_makes_up_for_what_was_served_while_the_others_were_away():
+    """a was served 10,000 tokens alone, and then nobody was there; b, new, does not go first until it had as many."""
+    queue = FairQueue()
+    queue.add(request("a"), set())
+    served(queue, 1, {"a": 10_000})
+    for number in range(10):
+        queue.add(request("b", number), set())
+    for number in range(10):
+        queue.add(request("a", number), set())
+    order = served(queue, 10, {"a": 100, "b": 100})
+    assert 4 <= order.count("a") <= 6
+
+
 def test_a_request_can_be_taken_from_the_middle_and_an_empty_queue_has_none():
     queue = FairQueue()
     waiting = [request("a", number) for number in range(3)]

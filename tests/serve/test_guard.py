@@ -6,7 +6,7 @@ import json
 import pytest
 
 from qsun.errors import QsunError
-from qsun.serve.guard import Guard, GuardConfig
+from qsun.serve.guard import ABORT, Guard, GuardConfig
 from qsun.serve.http_errors import HttpError
 
 
@@ -167,3 +167,59 @@ def test_a_client_that_takes_nothing_is_let_go():
     guard = Guard(echo, GuardConfig(send_seconds=0.05))
     asyncio.run(guard({"type": "http", "path": "/v1/x", "headers": []}, receive, stalled))
     assert guard.running == 0
+
+
+def test_requests_whose_bodies_are_still_coming_count():
+    """Otherwise any number passes while nobody has sent all of its body."""
+    most = 0
+
+    async def counting(scope, receive, send):
+        nonlocal most
+        most = max(most, guard.running)
+        await asyncio.sleep(0.05)
+        await echo(scope, receive, send)
+
+    guard = Guard(counting, GuardConfig(max_requests=2))
+
+    async def one():
+        sent, pieces = [], [b"a", b"b"]
+
+        async def receive():
+            await asyncio.sleep(0.02)
+            return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
+
+        async def send(message):
+            sent.append(message)
+
+        await guard({"type": "http", "path": "/v1/x", "headers": []}, receive, send)
+        return sent[0]["status"]
+
+    async def all_at_once():
+        return await asyncio.gather(*(one() for _ in range(10)))
+
+    statuses = asyncio.run(all_at_once())
+    assert sorted(statuses) == [200] * 2 + [429] * 8
+    assert (most, guard.running) == (2, 0)
+
+
+def test_a_status_path_takes_no_long_body():
+    guard = Guard(echo, GuardConfig())
+    assert ask(guard, "/health", pieces=(b"x" * 5000,))[0] == 413
+    assert ask(guard, "/v1/x", pieces=(b"x" * 5000,))[0] == 200
+
+
+def test_a_client_that_takes_nothing_is_dropped_with_what_is_buffered():
+    aborted = []
+
+    async def scenario():
+        async def send(message):
+            await asyncio.sleep(60)
+
+        async def receive():
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        scope = {"type": "http", "path": "/v1/x", "headers": [], ABORT: lambda: aborted.append(True)}
+        await Guard(echo, GuardConfig(send_seconds=0.05))(scope, receive, send)
+
+    asyncio.run(scenario())
+    assert aborted == [True]
