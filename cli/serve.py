@@ -41,6 +41,9 @@ def serve(
     prefill_tokens: int = typer.Option(512, min=1, help="Prompt tokens read between two decode steps."),
     max_waiting: int = typer.Option(256, min=1, help="Requests in the queue; more are answered 429."),
     max_tokens: int = typer.Option(0, min=0, help="Longest answer. Default: what the model has positions for."),
+    default_tokens: int = typer.Option(
+        1024, min=0, help="Longest answer of a chat that sets no max_tokens; 0: all positions, and KV is kept for them."
+    ),
     timeout: float = typer.Option(600.0, help="Seconds until a request is given up."),
     max_body: str = typer.Option("1MiB", help="Longest body of a request."),
     drain: float = typer.Option(30.0, min=1, help="Seconds that running requests have to finish at the end."),
@@ -61,7 +64,7 @@ def serve(
 
     check_exposed(host, keys)
     guard = GuardConfig(api_keys=keys, max_body_bytes=byte_count("max-body", max_body))
-    limits = ServeLimits(max_tokens, timeout)
+    limits = ServeLimits(max_tokens, timeout, default_tokens)
     kv_bytes = 0 if kv_memory == "auto" else byte_count("kv-memory", kv_memory)
     prefix_bytes = byte_count("prefix-cache", prefix_cache)
     config = EngineConfig(max_batch, kv_bytes, prefix_bytes, prefill_tokens, max_waiting, partitioned)
@@ -101,11 +104,15 @@ def _load(
         names = named or {"base": find_base(decode)[1]}
         progress(f"decode module {decode}", 0, len(names) + 1)
         module = load_decode(decode, device, dtype)
-        metrics = Metrics()
-        engine = Engine(module, config, metrics)
+        decoder: Any = module.model
+        prefills = {}
         for number, (name, directory) in enumerate(names.items(), 1):
             progress(f"prefill module {name}", number, len(names) + 1)
-            engine.add_module(name, load_prefill(directory, module, engine.dtype))
+            prefills[name] = load_prefill(directory, module, decoder.model.embed_tokens.weight.dtype)
+        metrics = Metrics()
+        engine = Engine(module, config, metrics)  # after the modules: KV is a share of what they leave free
+        for name, prefill in prefills.items():
+            engine.add_module(name, prefill)
         progress("loaded", len(names) + 1, len(names) + 1)
     serving = Serving(engine, metrics, limits)
     return serving, build_app(serving, admin)

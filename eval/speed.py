@@ -12,8 +12,9 @@ from qsun.decode_step import DecodeStep
 from qsun.errors import QsunError
 from qsun.eval.clock import copy_bandwidth
 from qsun.eval.percentiles import percentile
-from qsun.eval.speed_modules import DTYPE, SUN, Contenders, free_bytes, kv_bytes, weight_bytes
+from qsun.eval.speed_modules import DTYPE, SUN, Contenders, kv_bytes, weight_bytes
 from qsun.kv import DecodeCache
+from qsun.memory import available_bytes
 from qsun.sampling import Sampler
 from qsun.seam import prefilled_rows
 
@@ -213,7 +214,7 @@ def _free_with_copies(models: Mapping[str, Any], batch: int, device: torch.devic
     if device.type == "cpu":
         for model in models.values():
             filled_step(model, batch, 0, 1)(torch.zeros(batch, dtype=torch.int64))
-    return free_bytes(device)
+    return available_bytes(device)
 
 
 def _now(device: torch.device) -> float:

@@ -54,7 +54,7 @@ def made_contenders(shape: str, head: str, device: torch.device, seed: int = 0) 
     sizes = known_shape(shape)
     config = shape_config(shape, sizes)
     weights = 2 * sum(p.numel() for name, p in empty_model(config).named_parameters() if not _is_tied(name, config))
-    check_memory(int(1.4 * weights), free_bytes(device), f"shape {shape} in bf16 and int4", "take a smaller one")
+    check_memory(int(1.4 * weights), available_bytes(device), f"shape {shape} in bf16 and int4", "take a smaller one")
     full = random_model(config, device, seed)
     decode = {SUN: full}
     quantized = quantized_model(full, config)
@@ -213,11 +213,6 @@ def check_memory(needed: int, free: int, what: str, fix: str) -> None:
     """Raises QsunError where `needed` bytes are more than are free."""
     if needed > free:
         raise QsunError(f"{what} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; {fix}")
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can be taken on a device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_bytes()
 
 
 def _is_tied(name: str, config: Any) -> bool:

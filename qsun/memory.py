@@ -6,7 +6,10 @@ import resource
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 
 def peak_rss_bytes() -> int:
@@ -20,14 +23,31 @@ def peak_rss_bytes() -> int:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def available_bytes() -> int:
-    """Memory that can be taken without swapping, as Linux estimates it; elsewhere the free pages."""
+def available_bytes(device: "torch.device | None" = None) -> int:
+    """Memory that can be taken: what is free on a GPU; else without swapping, as Linux estimates it, in this cgroup."""
+    if device is not None and device.type == "cuda":
+        import torch  # takes seconds, and the rest of this module does without
+
+        return torch.cuda.mem_get_info(device)[0]
     try:
         found = Path("/proc/meminfo").read_text(encoding="ascii")
-        return int(found.split("MemAvailable:")[1].split()[0]) * 1024
+        machine = int(found.split("MemAvailable:")[1].split()[0]) * 1024
     except (OSError, IndexError):
         name = "SC_AVPHYS_PAGES"
-        return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") if name in os.sysconf_names else 4 << 30
+        machine = os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") if name in os.sysconf_names else 4 << 30
+    return min(machine, cgroup_available_bytes() or machine)
+
+
+def cgroup_available_bytes(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What a container's limit leaves (cgroup v2), its cached files counted as free; None where there is no limit."""
+    try:
+        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
+        used = int((folder / "memory.current").read_text(encoding="ascii"))
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+        files = sum(int(stat.get(name, 0)) for name in ("inactive_file", "active_file"))
+        return None if limit == "max" else max(1, int(limit) - used + files)
+    except (OSError, ValueError):
+        return None
 
 
 def release_freed() -> None:

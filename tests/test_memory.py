@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from qsun.memory import available_bytes, cgroup_available_bytes
+
 # One allocator arena: what is measured is what the walk keeps, not how threads spread the heap.
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"}
 
@@ -40,3 +42,25 @@ def test_the_peak_is_the_process_s_own():
     child = "from qsun.memory import peak_rss_bytes; print(peak_rss_bytes())"
     done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True, timeout=120)
     assert 10 << 20 < int(done.stdout) < parent.nbytes
+
+
+def cgroup(folder, limit, current, cached):
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{current}\n")
+    (folder / "memory.stat").write_text(f"anon 5\ninactive_file {cached}\nactive_file 7\n")
+    return folder
+
+
+def test_a_containers_limit_is_what_counts(tmp_path):
+    assert cgroup_available_bytes(cgroup(tmp_path, 1000, 600, 100)) == 1000 - 600 + 107
+    assert cgroup_available_bytes(cgroup(tmp_path, 1000, 1200, 0)) == 1
+    assert cgroup_available_bytes(cgroup(tmp_path, "max", 600, 100)) is None
+    assert cgroup_available_bytes(tmp_path / "none") is None
+    (tmp_path / "memory.max").write_text("rubbish")
+    assert cgroup_available_bytes(tmp_path) is None
+
+
+def test_available_memory_is_no_more_than_the_containers(monkeypatch):
+    whole = available_bytes()
+    monkeypatch.setattr("qsun.memory.cgroup_available_bytes", lambda: 12345)
+    assert available_bytes() == 12345 < whole

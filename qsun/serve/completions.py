@@ -18,6 +18,7 @@ from qsun.serve.http_errors import HttpError, busy
 from qsun.serve.openai_answers import DONE, Answer, Choice, event
 from qsun.serve.openai_types import MOST_CHOICES, ChatBody, CompletionBody
 from qsun.serve.requests import Full, Refused, Request, Sampling, Update
+from qsun.serve.spelling import Spelling
 
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 
@@ -28,15 +29,19 @@ class ServeLimits:
 
     Attributes:
         max_tokens: of one answer; 0: as many as the model has positions for. seconds: until it is given up.
+        default_tokens: of a chat that names no number; 0: as many as there is room for. KV for all is kept free: with
+            a large number few requests fit at a time.
     """
 
     max_tokens: int = 0
     seconds: float = 600.0
+    default_tokens: int = 1024
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 0 or not self.seconds > 0:
+        if min(self.max_tokens, self.default_tokens) < 0 or not self.seconds > 0:
             raise QsunError(
-                f"max_tokens {self.max_tokens} and seconds {self.seconds:g} are out of range; use 0 or more"
+                f"max_tokens {self.max_tokens}, default_tokens {self.default_tokens} and seconds {self.seconds:g} are "
+                "out of range; use 0 or more"
             )
 
 
@@ -86,6 +91,7 @@ class Completions:
 
     def __init__(self, engine: Engine, thread: EngineThread, limits: ServeLimits):
         self.engine, self.thread, self.limits = engine, thread, limits
+        self._spelling = Spelling(engine.tokenizer)
 
     async def start(self, body: CompletionBody | ChatBody) -> Reply:
         """Queue the requests of a body, all or none. Raises HttpError for what cannot be answered."""
@@ -100,12 +106,9 @@ class Completions:
         except QsunError as error:
             raise HttpError(400, str(error).replace("max_new_tokens", "max_tokens")) from None
         chat, lengths = isinstance(body, ChatBody), [len(prompt) for prompt in prompts]
-        answer = Answer(chat, body.model, lengths, body.n or 1, self._text, body.return_token_ids)
+        answer = Answer(chat, body.model, lengths, body.n or 1, self._spelling, body.return_token_ids)
         choices = {request.id: choice for request, choice in zip(requests, answer.choices, strict=True)}
         return Reply(answer, updates, choices)
-
-    def _text(self, token: int) -> str:
-        return "" if self.engine.tokenizer is None else self.engine.tokenizer.decode([token])
 
     def _prompts(self, body: CompletionBody | ChatBody) -> list[list[int]]:
         tokenizer = self.engine.tokenizer
@@ -149,9 +152,10 @@ class Completions:
         most = self.limits.max_tokens
         if asked is None and not chat:
             asked = _DEFAULT_COMPLETION_TOKENS if not most else min(most, _DEFAULT_COMPLETION_TOKENS)
-        if asked is None:  # a chat goes on for as long as there is room
-            room = min(self.engine.positions + 1 - prompt_tokens, self.engine.budget_tokens + 1 - prompt_tokens)
-            return max(1, min(room, most) if most else room)
+        if asked is None:
+            room = min(self.engine.positions, self.engine.budget_tokens) + 1 - prompt_tokens
+            limits = [limit for limit in (most, self.limits.default_tokens) if limit]
+            return max(1, min([room, *limits]))
         if most and asked > most:
             raise HttpError(400, f"max_tokens {asked} is over this server's limit of {most}", "max_tokens")
         return asked

@@ -36,7 +36,8 @@ class EngineConfig:
 
     Attributes:
         max_batch: requests that prefill or decode at a time.
-        kv_bytes: of the decode batch's KV; 0: a quarter of the free memory.
+        kv_bytes: of the decode batch's KV; 0: a quarter of what is free on its device when the engine is made, so load
+            prefill modules before. KV of prompts that are being read lies beside it, at most as much again.
         prefix_bytes: of the prefix cache; 0: none.
         prefill_tokens: prompt tokens read between two decode steps.
         max_waiting: requests in the queues; one more is refused.
@@ -79,7 +80,8 @@ class Engine:
         self.positions: int = model.config.max_position_embeddings
         self.dtype: torch.dtype = model.model.embed_tokens.weight.dtype
         per_token = kv_bytes_per_token(model.config, self.dtype)
-        self.budget_tokens = (self.config.kv_bytes or available_bytes() // 4) // per_token
+        free = available_bytes(model.model.embed_tokens.weight.device)
+        self.budget_tokens = (self.config.kv_bytes or free // 4) // per_token
         if self.budget_tokens < 2:
             raise QsunError(f"kv_bytes {self.config.kv_bytes} holds no request; a token takes {per_token} bytes")
         self.modules: dict[str, LoadedModule] = {}

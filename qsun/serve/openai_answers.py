@@ -3,13 +3,12 @@
 import json
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from qsun.serve.requests import TokenLogprob, Update
-
-Decode = Callable[[int], str]  # one token as text
+from qsun.serve.spelling import Spelling
 
 _REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
 DONE = b"data: [DONE]\n\n"
@@ -26,9 +25,10 @@ class Choice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: str = ""
     cached_tokens: int = 0
-    told: int = 0  # characters whose logprobs are sent
+    offsets: list[int] = field(default_factory=list)  # of each token: the text that was there before it
 
     def take(self, update: Update) -> None:
+        self.offsets += [len(self.text)] * len(update.tokens)
         self.text += update.text
         self.tokens += update.tokens
         self.logprobs += update.logprobs
@@ -44,8 +44,8 @@ class Answer:
         token_ids: the tokens are asked for too.
     """
 
-    def __init__(self, chat: bool, model: str, prompts: Sequence[int], n: int, decode: Decode, token_ids: bool):
-        self.chat, self.decode, self.token_ids, self._n = chat, decode, token_ids, n
+    def __init__(self, chat: bool, model: str, prompts: Sequence[int], n: int, spelling: Spelling, token_ids: bool):
+        self.chat, self.spelling, self.token_ids, self._n = chat, spelling, token_ids, n
         self.choices = [Choice(i * n + j, length) for i, length in enumerate(prompts) for j in range(n)]
         prefix, kind = ("chatcmpl", "chat.completion") if chat else ("cmpl", "text_completion")
         self.head = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
@@ -59,14 +59,15 @@ class Answer:
             body["message"] = {"role": "assistant", "content": choice.text}
         else:
             body["text"] = choice.text
-        body["logprobs"] = self._logprobs(choice.logprobs, 0)
+        body["logprobs"] = self._logprobs(choice.logprobs, choice.offsets)
         body["finish_reason"] = _REASONS.get(choice.finish)
         return body | ({"token_ids": choice.tokens} if self.token_ids else {})
 
     def usage(self) -> dict[str, Any]:
-        prompt = sum(choice.prompt_tokens for choice in self.choices[:: self._n])  # n choices share one prompt
+        n = self._n
+        prompt = sum(choice.prompt_tokens for choice in self.choices[::n])  # n choices share one prompt
         completion = sum(len(choice.tokens) for choice in self.choices)
-        cached = max((choice.cached_tokens for choice in self.choices), default=0)
+        cached = sum(max(c.cached_tokens for c in self.choices[i : i + n]) for i in range(0, len(self.choices), n))
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -89,8 +90,7 @@ class Answer:
         body: dict[str, Any] = {"delta": {"content": update.text} if update.text else {}}
         if not self.chat:
             body = {"text": update.text}
-        logprobs = self._logprobs(update.logprobs, choice.told)
-        choice.told += len(update.text)
+        logprobs = self._logprobs(update.logprobs, choice.offsets[len(choice.offsets) - len(update.tokens) :])
         if self.token_ids:
             body["token_ids"] = list(update.tokens)
         return self._chunk(choice, body, logprobs, _REASONS.get(update.finish))
@@ -110,7 +110,7 @@ class Answer:
 
     # --- log-probabilities --------------------------------------------------------------------------------------------
 
-    def _logprobs(self, found: Sequence[TokenLogprob], offset: int) -> dict[str, Any] | None:
+    def _logprobs(self, found: Sequence[TokenLogprob], offsets: Sequence[int]) -> dict[str, Any] | None:
         if not found:
             return None
         if self.chat:
@@ -121,18 +121,15 @@ class Answer:
                     for one in found
                 ]
             }
-        texts = [self.decode(one.token) for one in found]
-        offsets = [offset + sum(map(len, texts[:i])) for i in range(len(texts))]
         return {
-            "tokens": texts,
+            "tokens": [self.spelling.text(one.token) for one in found],
             "token_logprobs": [one.logprob for one in found],
-            "top_logprobs": [{self.decode(token): value for token, value in one.top} for one in found],
-            "text_offset": offsets,
+            "top_logprobs": [{self.spelling.text(token): value for token, value in one.top} for one in found],
+            "text_offset": list(offsets),
         }
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.decode(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8", "replace"))}
+        return {"token": self.spelling.text(token), "logprob": logprob, "bytes": list(self.spelling.bytes(token))}
 
 
 def event(body: dict[str, Any]) -> bytes:

@@ -161,7 +161,7 @@ def test_percentile():
 
 def test_points_that_do_not_fit_are_left_out(monkeypatch):
     notes = []
-    monkeypatch.setattr(speed, "free_bytes", lambda _: 100_000)  # KV of two modules: 28,672 and 458,752 bytes
+    monkeypatch.setattr(speed, "available_bytes", lambda _: 100_000)  # KV of two modules: 28,672 and 458,752 bytes
     rows = bench_speed(made_contenders("tiny", "bf16", CPU), Points((1, 16), (24,), 4), notes.append)["rows"]
     assert {row["batch"] for row in rows} == {1}
     assert any(note.startswith("batch 16, context 24 left out") for note in notes)
@@ -234,6 +234,6 @@ def test_a_base_of_another_size(on_disk, tiny_model):
 
 
 def test_a_shape_beyond_memory(monkeypatch):
-    monkeypatch.setattr(speed_modules, "free_bytes", lambda _: 10**9)
+    monkeypatch.setattr(speed_modules, "available_bytes", lambda *_: 10**9)
     with pytest.raises(QsunError, match=r"llama-3.2-1b in bf16 and int4 needs 3\.\d GB and 1.0 GB are free; take a"):
         made_contenders("llama-3.2-1b", "bf16", CPU)

@@ -273,6 +273,16 @@ def test_an_answer_that_takes_too_long_is_given_up(make_engine):
         assert "over this server's limit of 500" in error_of(ask(client, max_tokens=501), 400)
 
 
+def test_a_chat_without_a_number_leaves_room_for_others(make_engine):
+    """KV is kept free for the whole answer; all positions for each would let one in at a time."""
+    chat = {"model": "math", "messages": [{"role": "user", "content": "hi"}], "ignore_eos": True}
+    for default in (7, 0):
+        metrics = Metrics()
+        with served(make_engine(metrics, kv_tokens=90), metrics, limits=ServeLimits(default_tokens=default)) as client:
+            usage = client.post("/v1/chat/completions", json=chat).json()["usage"]
+            assert usage["completion_tokens"] == (default or 91 - usage["prompt_tokens"])
+
+
 def test_modules_come_and_go_where_administration_is_on(make_engine, base_directory, tmp_path):
     metrics = Metrics()
     engine = make_engine(metrics)
