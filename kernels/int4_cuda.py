@@ -1,5 +1,6 @@
 """The int4 product on a GPU: the Triton kernels, their scratch memory, and inputs of another dtype."""
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import torch
@@ -41,13 +42,14 @@ def int4_linear(
         return y if residual is None else y.add_(residual)
     from qsun.kernels import int4_triton
 
-    y = int4_triton.int4_linear(
-        *(rows, words, scales, zeros, out_features, group_size),
-        bias=bias,
-        residual=None if residual is None else residual.reshape(-1, wanted[-1]),
-        silu_mul=silu_mul,
-        workspace=_workspaces[x.device][-1] if x.device in _workspaces else None,
-    )
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():  # Triton launches on the current device
+        y = int4_triton.int4_linear(
+            *(rows, words, scales, zeros, out_features, group_size),
+            bias=bias,
+            residual=None if residual is None else residual.reshape(-1, wanted[-1]),
+            silu_mul=silu_mul,
+            workspace=_workspaces[x.device][-1] if x.device in _workspaces else None,
+        )
     return y.view(wanted)
 
 

@@ -166,7 +166,8 @@ def _divide_producer(
         part, parts = stage.rows
         size = producer.weight.shape[0] // parts
         rows = slice(part * size, (part + 1) * size)
-        producer.weight.data[rows] /= scales[:, None].to(producer.weight.dtype)
+        divided = producer.weight.data[rows].float() / scales[:, None]
+        producer.weight.data[rows] = divided.to(producer.weight.dtype)
         if producer.bias is not None:
             bias = (producer.bias.data[rows].float() / scales).to(stream.skeleton.base_dtype)  # as the file holds it
             producer.bias.data[rows] = bias.to(producer.bias.dtype)

@@ -124,7 +124,7 @@ def _gptq_config(config: QuantConfig, specs: Mapping[str, LayerSpec]) -> dict[st
     dynamic: dict[str, dict[str, Any]] = {}
     usual = LayerSpec(config.bits, config.group_size, config.sym)
     for spec, names in _by_spec(specs).items():
-        if spec != usual and names != ["lm_head"]:
+        if spec != usual:
             settings = {"bits": spec.bits, "group_size": spec.group_size, "sym": spec.sym} if spec.quantized else {}
             dynamic[("+:" if spec.quantized else "-:") + _exactly(names)] = settings
     return values | ({"dynamic": dynamic} if dynamic else {})

@@ -1,5 +1,6 @@
 """What a model directory is, read from its headers and its manifest."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,4 +67,14 @@ def describe(directory: str | Path) -> dict[str, Any]:
 def _spec(checkpoint: Checkpoint, name: str, fmt: str, in_features: int, stored: dict[str, Any]) -> LayerSpec:
     """Formats that always store zero points say in their configuration whether those are all in the middle."""
     spec = layer_spec(checkpoint, name, fmt, in_features)
-    return replace(spec, sym=bool(stored["sym"])) if fmt.startswith("gptq") and "sym" in stored else spec
+    if not fmt.startswith("gptq"):
+        return spec
+    return replace(spec, sym=bool(_own_settings(stored, name).get("sym", stored.get("sym", spec.sym))))
+
+
+def _own_settings(stored: dict[str, Any], name: str) -> dict[str, Any]:
+    """Of the first pattern under `dynamic` that the layer's name matches, as gptqmodel reads them."""
+    for pattern, settings in (stored.get("dynamic") or {}).items():
+        if pattern.startswith("+:") and re.match(pattern.removeprefix("+:"), name):
+            return settings
+    return {}

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from qsun.errors import QsunError
 from qsun.formats import check_format
 from qsun.plan import Plan, check_disk, make_plan
 from qsun.prefill_kv import PrefillPlan, plan_prefills
-from qsun.workdir import check_free
+from qsun.workdir import check_free, partial_path, written_bytes
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,9 @@ def prepare(
     check_overrides(config, shapes)
     check_format(config, shapes)
     specs = {name: config.spec_for(name) for name in shapes}
+    if "lm_head" in specs and not specs["lm_head"].quantized:  # an override takes back what --lm-head asked for
+        config = replace(config, lm_head=False)
+        del shapes["lm_head"], specs["lm_head"]
     check_fused(specs)
     _check_weights(checkpoint, skeleton, shapes)
     sources = _sources(str(model), calibration)
@@ -76,7 +79,7 @@ def prepare(
     elif list(calibration_prefill):
         log.warning("%s uses no calibration, so --calib-prefill has no effect", config.method)
     plan = make_plan(skeleton, checkpoint, config, shapes, specs, samples)
-    check_disk(plan, _existing_parent(out))
+    check_disk(plan, _existing_parent(partial_path(out).parent), written_bytes(out))
     scale_dtype = skeleton.base_dtype if config.scale_dtype == "auto" else getattr(torch, config.scale_dtype)
     if scale_dtype == torch.float32:
         scale_dtype = torch.float16

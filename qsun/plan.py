@@ -73,12 +73,12 @@ def make_plan(
     )
 
 
-def check_disk(plan: Plan, directory: Path) -> None:
-    """Raise QsunError where the output's file system has too little room."""
-    free = shutil.disk_usage(directory).free
-    if free < plan.disk_bytes:
+def check_disk(plan: Plan, directory: Path, written: int = 0) -> None:
+    """Raise QsunError where the output's file system has too little room. written: bytes that are there already."""
+    free, needed = shutil.disk_usage(directory).free, plan.disk_bytes - written
+    if free < needed:
         raise QsunError(
-            f"{directory} has {free / 1e9:.1f} GB free, but the run needs {plan.disk_bytes / 1e9:.1f} GB; "
+            f"{directory} has {free / 1e9:.1f} GB free, but the run needs {needed / 1e9:.1f} GB; "
             "free some, or choose another --out"
         )
 

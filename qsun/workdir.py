@@ -1,6 +1,7 @@
 """The unfinished output: finished blocks wait in OUT.partial until the whole module appears at OUT by one rename."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,15 @@ def partial_path(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
+def written_bytes(out: Path) -> int:
+    """Of the parts that an interrupted run has finished."""
+    return sum(file.stat().st_size for file in (partial_path(out) / "parts").glob("*.safetensors"))
+
+
 def check_free(out: Path, resume: bool) -> None:
     """Raise QsunError where OUT exists, or an interrupted run that was not asked to be resumed."""
+    if out.is_symlink() or os.path.ismount(out):  # the module appears by a rename, which cannot replace these
+        raise QsunError(f"output directory {out} is a link or a mount point; give one inside it, such as {out}/module")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise QsunError(f"output directory {out} exists; choose another, or delete it first")
     if partial_path(out).exists() and not resume:

@@ -14,6 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import qsun
+from qsun.job import prepare
+
 from .conftest import SEQUENCE, random_tokens
 
 FAST = ("--method", "rtn", "--bits", "4", "--group-size", "32")
@@ -353,6 +356,20 @@ def test_too_little_space_is_seen_before_work_starts(refused, base, monkeypatch)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
     refused(base, *FAST, says="GB free, but the run needs")
+
+
+def test_what_is_written_needs_no_more_space(base, tmp_path, monkeypatch):
+    """An interrupted run goes on on a disk that has room for the rest of it."""
+    parts = tmp_path / "out.partial" / "parts"
+    parts.mkdir(parents=True)
+    config = qsun.QuantConfig(method="rtn", group_size=32)
+    needed = prepare(base, tmp_path / "fresh", config).plan.disk_bytes
+    (parts / "block-00000.safetensors").write_bytes(b"x" * 10_000)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, needed - 10_000))
+    prepare(base, tmp_path / "out", config, resume=True)
+    with pytest.raises(qsun.QsunError, match="GB free, but the run needs"):
+        prepare(base, tmp_path / "fresh", config)
 
 
 def test_space_that_runs_out_midway_keeps_what_is_finished(refused, cli, base, tmp_path, monkeypatch):
