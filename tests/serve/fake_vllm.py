@@ -175,6 +175,8 @@ class FakeWorker:
         """Whose KV cache this request decodes over; None for somebody else's blocks."""
         params = body.get("kv_transfer_params")
         found = OWN_WEIGHTS
+        if body.get("prompt_logprobs") is not None:  # false is 0 to pydantic: vLLM computes the prompt itself
+            return OWN_WEIGHTS
         if params is not None:
             kv_cache = self.network.pop((params["remote_engine_id"], params["remote_request_id"]), None)
             found = kv_cache[0] if kv_cache is not None and kv_cache[1] == prompt else None
