@@ -1,0 +1,48 @@
+"""What a reload changes, and what one with a fault leaves as it was."""
+
+import json
+import logging
+
+import pytest
+
+from qsun.serve.router_process import RouterProcess
+from tests.serve.routing import rig, run
+
+
+class NoModules:
+    """In place of ModuleChecks: the names that it is given."""
+
+    def __init__(self, names):
+        self._names = names
+
+    def names(self, cluster):
+        return self._names
+
+
+@pytest.mark.parametrize("key", ["short", "with a space in it"])
+def test_a_reload_with_a_faulty_key_changes_nothing_and_says_so(tmp_path, caplog, key):
+    async def scenario():
+        async with rig(models=("math",), decode=2) as r:
+            process = RouterProcess(tmp_path / "cluster.yaml", r.cluster(), r.names, NoModules(r.names))
+            process.router = r.router
+            r.router.apply(r.cluster(), r.names, ("the-old-key",))
+            workers, old = list(r.router.fleet), r.router.cluster
+            (tmp_path / "keys").write_text(key)
+            values = {
+                "listen": {"api_keys": "keys"},
+                "decode": {"module": "demo", "workers": [r.decode[0].url]},
+                "models": {"math": {"module": "demo", "workers": [r.prefill["math"][0].url]}},
+                "limits": {"concurrent_requests": 7},
+            }
+            (tmp_path / "cluster.yaml").write_text(json.dumps(values))
+            with caplog.at_level(logging.ERROR):
+                await process.reload()
+            assert "was not taken, the old one stays: an API key of" in caplog.text
+            assert await r.metric("qsun_router_reloads_total", outcome="refused") == 1
+            assert list(r.router.fleet) == workers
+            assert r.router.cluster is old
+            assert r.router.admission.most_running == 256
+            headers = {"Authorization": "Bearer the-old-key"}
+            assert (await r.client.get("/v1/models", headers=headers)).status_code == 200
+
+    run(scenario)
