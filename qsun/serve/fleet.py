@@ -92,6 +92,7 @@ class Fleet:
 
     def cool(self, worker: Worker) -> None:
         """Its process may be another one from now on: every pair with it has to shake hands again."""
+        worker.epoch += 1
         self.warm = {pair for pair in self.warm if worker.url not in pair}
 
     def without_a_pair(self) -> list[str]:

@@ -9,7 +9,8 @@ import asyncio
 import logging
 import random
 import uuid
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
+from typing import Any, TypeVar
 
 import httpx
 
@@ -23,6 +24,8 @@ from qsun.serve.transfer import decode_body
 from qsun.serve.workers import State, Worker
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 _OWN_FAULT = ("connect", "timeout", "broken", "status_5xx", "no_transfer")
 _CHECKS_APART_SECONDS = 0.1  # at least, however often requests fail
@@ -141,45 +144,64 @@ class HealthChecks:
     def _warm_up_pairs(self, worker: Worker) -> None:
         for partner in self._fleet.partners(worker):
             pair = (worker, partner) if worker.role == "prefill" else (partner, worker)
-            if (pair[0].url, pair[1].url) in self._fleet.warm or pair in self._warm_ups or not _may_warm(pair):
+            # a probe is what closes a circuit, so a warm pair needs one too while one of its circuits is not closed
+            settled = (pair[0].url, pair[1].url) in self._fleet.warm and all(w.breaker.state == "closed" for w in pair)
+            if settled or pair in self._warm_ups or not _may_warm(pair):
                 continue
             task = self._warm_ups[pair] = asyncio.create_task(self._warm_up(*pair))
             task.add_done_callback(lambda _, pair=pair: self._warm_ups.pop(pair, None))  # type: ignore[misc]
 
     async def _warm_up(self, source: Worker, target: Worker) -> None:
         """Requests through a pair until one succeeds. Retries are expected: the first handshake has 5 seconds."""
-        async with self._at_once:
-            for attempt in range(self.config.warm_up_attempts):
-                try:
-                    await asyncio.wait_for(self._shake_hands(source, target), self.config.warm_up_seconds)
-                except (TimeoutError, asyncio.TimeoutError):
-                    failed = WorkerFailed(target, "timeout", f"no answer in {self.config.warm_up_seconds:g} seconds")
-                except WorkerFailed as failure:
-                    failed = failure
-                except RequestRefused as refused:
-                    failed = WorkerFailed(target, "status_5xx", f"warm-up: {refused} {refused.body[:200]!r}")
-                else:
-                    logger.info("pair %s and %s is warm", source.url, target.url)
-                    self._fleet.warm.add((source.url, target.url))
-                    self._fleet.changed()
+        failed: WorkerFailed | None = None
+        for attempt in range(self.config.warm_up_attempts):
+            if attempt:
+                await asyncio.sleep(min(0.1 * 2 ** (attempt - 1), 2.0))
+            async with self._at_once:  # for one attempt only: a pair that hangs lets the others have a turn
+                if not _may_warm((source, target)):
                     return
-                if not _may_warm((source, target)) or attempt + 1 == self.config.warm_up_attempts:
-                    break
-                await asyncio.sleep(min(0.1 * 2**attempt, 2.0))
+                epochs = source.epoch, target.epoch
+                failed = await self._handshake_failure(source, target)
+            if epochs != (source.epoch, target.epoch):
+                failed = None  # one of the processes may be gone: what this attempt found out says nothing of the next
+            elif failed is None and _may_warm((source, target)):
+                logger.info("pair %s and %s is warm", source.url, target.url)
+                self._fleet.warm.add((source.url, target.url))
+                self._fleet.changed()
+                return
+        if failed is not None:
             logger.warning("pair %s and %s is not warm: %s", source.url, target.url, failed)
             self.blame(failed)
 
-    async def _shake_hands(self, source: Worker, target: Worker) -> None:
+    async def _handshake_failure(self, source: Worker, target: Worker) -> WorkerFailed | None:
         request_id = f"warm-up.{uuid.uuid4().hex[:8]}"
         seconds = self.config.warm_up_seconds
-        filled = await prefill(self._client, source, _WARM_UP, request_id, seconds)
-        self.praise(source, filled.engine_id)
-        body = decode_body(_WARM_UP, target.served_name, source.served_name, filled.params, 1)
+        try:
+            asked = prefill(self._client, source, _WARM_UP, request_id, seconds)
+            filled = await _by(source, asked, seconds)
+            self.praise(source, filled.engine_id)
+            body = decode_body(_WARM_UP, target.served_name, source.served_name, filled.params, 1)
+            await _by(target, self._decode(target, body, request_id, seconds), seconds)
+        except WorkerFailed as failed:
+            return failed
+        self.praise(target)
+        return None
+
+    async def _decode(self, target: Worker, body: dict[str, Any], request_id: str, seconds: float) -> None:
         async with opened(self._client, target, COMPLETIONS, body, request_id, httpx.Timeout(seconds)) as response:
             failure = failure_in(await read_json(target, response))
         if failure:
             raise WorkerFailed(target, "broken", failure)
-        self.praise(target)
+
+
+async def _by(worker: Worker, asked: Coroutine[Any, Any, _T], seconds: float) -> _T:
+    """One half of a handshake: a hang or a refusal in it is the fault of the worker that was asked, not of its mate."""
+    try:
+        return await asyncio.wait_for(asked, seconds)
+    except (TimeoutError, asyncio.TimeoutError):
+        raise WorkerFailed(worker, "timeout", f"warm-up: no answer in {seconds:g} seconds") from None
+    except RequestRefused as refused:
+        raise WorkerFailed(worker, "status_5xx", f"warm-up: {refused} {refused.body[:200]!r}") from None
 
 
 def _may_warm(pair: tuple[Worker, Worker]) -> bool:
