@@ -221,6 +221,9 @@ class FakeWorker:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
         for place, text in enumerate(words):
             await self._token(place)
+            if chat and place == 0:  # vLLM sends it before it looks at how the request fares
+                opening = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+                await event(send, head | {"choices": [opening]})
             if place == self.error_after:
                 await event(send, {"error": {"message": "KV load failed", "code": 500}})
                 break
