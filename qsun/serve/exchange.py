@@ -4,6 +4,7 @@ From then on there is no second try: the client has seen text that another attem
 breaks later ends with an error event and without [DONE].
 """
 
+import asyncio
 import logging
 import time
 import uuid
@@ -61,6 +62,8 @@ class Exchange:
         self._client, self._fleet, self._health, self._metrics = client, fleet, health, metrics
         self._limits, self._request, self._request_id, self._deadline = limits, request, request_id, deadline
         self._tried: set[Worker] = set()
+        self._asked: Worker | None = None  # the worker whose answer is being waited for,
+        self._asked_at = 0.0  # and since when
         self.tokens = self.prompt_tokens = 0
 
     @property
@@ -96,9 +99,22 @@ class Exchange:
             self._metrics.missing_transfers.labels(self._request.model).inc()
         self._health.blame(failed)
 
+    def overdue(self) -> HttpError:
+        """For an answer that did not begin within the deadline. A worker that was asked and hangs has failed.
+
+        Not so one that was asked late: the queue, or other workers, took the time. And a single request that was only
+        long does no harm: failures in a row open a circuit.
+        """
+        if self._asked is not None and time.monotonic() - self._asked_at >= self._limits.deadline_seconds / 2:
+            detail = f"no answer within the deadline of {self._limits.deadline_seconds:g} seconds"
+            self._health.blame(WorkerFailed(self._asked, "timeout", detail))
+        return self._over()
+
     async def _attempt(self, stack: AsyncExitStack, attempt_id: str) -> Answer:
         request = self._request
+        self._asked = None
         source = await self._prefill_worker()
+        self._asked, self._asked_at = source, time.monotonic()
         with source.carrying(request.prompt_tokens):
             seconds = min(self._limits.prefill_seconds, self._left)
             filled = await prefill(self._client, source, request, attempt_id, seconds)
@@ -108,6 +124,7 @@ class Exchange:
         target = self._fleet.choose_decode(source, demand, self._tried)
         if target is None:
             raise WorkerFailed(source, "no_decode_worker", "no decode worker is left that is warm with it")
+        self._asked, self._asked_at = target, time.monotonic()
         max_tokens = request.max_tokens or self._most_tokens(target, prompt_tokens)
         body = decode_body(request, target.served_name, source.served_name, filled.params, max_tokens)
         burden = stack.enter_context(target.carrying(prompt_tokens + max_tokens))
@@ -186,18 +203,23 @@ class Exchange:
             if shown is not None:
                 yield shown
             if time.monotonic() > self._deadline:
-                raise HttpError(504, f"the deadline of {self._limits.deadline_seconds:g} seconds is over")
+                raise self._over()
 
     async def _following(self, source: Worker, target: Worker, events: AsyncIterator[bytes]) -> dict[str, Any] | None:
         """The next event after the opening; None after the last one."""
         try:
-            event = await _next(target, events)
+            event = await asyncio.wait_for(_next(target, events), self._left)
             if event is not None:
                 _check(target, event, None)
+        except (TimeoutError, asyncio.TimeoutError):
+            raise self._over() from None
         except WorkerFailed as failed:
             self._doubt(source, failed)
             raise
         return event
+
+    def _over(self) -> HttpError:
+        return HttpError(504, f"the deadline of {self._limits.deadline_seconds:g} seconds is over")
 
     def _doubt(self, source: Worker, failed: WorkerFailed) -> None:
         """A decode worker that fails in these ways may not have got the KV cache."""

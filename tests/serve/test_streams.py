@@ -1,4 +1,9 @@
-"""Streams: what counts as a beginning, and how long one may last."""
+"""Streams: what counts as a beginning. The deadline: of streams, of what waits, and what it says of a worker."""
+
+import asyncio
+import time
+
+import pytest
 
 from tests.serve.fake_vllm import expected_text, prompt_of
 from tests.serve.routing import expected, parsed, rig, run, text_of, until
@@ -53,5 +58,65 @@ def test_a_pair_whose_stream_broke_off_shakes_hands_again():
             await until(lambda: [1, 1, 1, 1] in [body["prompt"] for body in r.decode[0].seen])
             await r.ready()
             assert text_of(await r.stream()) == expected("math", "a b c d", 4)
+
+    run(scenario)
+
+
+def test_a_stream_that_hangs_ends_at_the_deadline():
+    async def scenario():
+        async with rig(models=("math",), decode=1, limits={"deadline_seconds": 1.0}) as r:
+            worker = r.decode[0]
+            worker.gate = asyncio.Event()
+            started = time.monotonic()
+            task = asyncio.create_task(r.stream(max_tokens=50))
+            await until(lambda: worker.started == 1)
+            worker.token_seconds = 0.6
+            worker.gate.set()
+            await asyncio.sleep(0.7)
+            worker.token_seconds = 60.0  # for the tokens after the second one
+            *events, last = await task
+            assert last["error"]["code"] == 504
+            assert time.monotonic() - started < 1.5
+            assert text_of(events) == expected("math", "a b c d", 1)
+            await until(lambda: worker.cancelled == 1)
+            assert await r.metric("qsun_router_requests_total", model="math", outcome="504") == 1
+
+    run(scenario)
+
+
+def test_a_request_waits_for_a_place_no_longer_than_its_deadline():
+    async def scenario():
+        limits = {"concurrent_requests": 1, "queue_seconds": 20, "deadline_seconds": 0.3}
+        async with rig(models=("math",), limits=limits) as r, r.router.admission.place():
+            started = time.monotonic()
+            answer = await r.complete()
+            assert answer.status_code == 429
+            assert time.monotonic() - started < 5
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_worker_that_hangs_until_the_deadline_counts_against_its_circuit(role):
+    async def scenario():
+        health = {"failures": 2, "cool_down_seconds": 60.0}
+        async with rig(models=("math",), prefill=2, health=health, limits={"deadline_seconds": 0.5}) as r:
+            hung = r.prefill["math"][0] if role == "prefill" else r.decode[0]
+            hung.first_seconds = 60.0
+            codes = [(await r.complete()).status_code for _ in range(8)]
+            assert sorted(codes) == [200] * 6 + [504] * 2
+            assert state_of(r, hung).breaker.state == "open"
+            assert [w.url for w in r.router.fleet if w.breaker.failures] == [hung.url]
+
+    run(scenario)
+
+
+def test_a_worker_that_was_asked_when_the_time_was_nearly_over_is_not_blamed():
+    async def scenario():
+        async with rig(models=("math",), decode=1, limits={"deadline_seconds": 1.0}) as r:
+            r.prefill["math"][0].first_seconds = 0.7
+            r.decode[0].first_seconds = 60.0
+            assert (await r.complete()).status_code == 504
+            assert not any(worker.breaker.failures for worker in r.router.fleet)
 
     run(scenario)
