@@ -1,12 +1,13 @@
 """What a reload changes, and what one with a fault leaves as it was."""
 
+import asyncio
 import json
 import logging
 
 import pytest
 
 from qsun.serve.router_process import RouterProcess
-from tests.serve.routing import rig, run
+from tests.serve.routing import rig, run, until
 
 
 class NoModules:
@@ -44,5 +45,22 @@ def test_a_reload_with_a_faulty_key_changes_nothing_and_says_so(tmp_path, caplog
             assert r.router.admission.most_running == 256
             headers = {"Authorization": "Bearer the-old-key"}
             assert (await r.client.get("/v1/models", headers=headers)).status_code == 200
+
+    run(scenario)
+
+
+def test_a_model_that_is_removed_while_its_request_waits_for_a_worker_is_not_served():
+    async def scenario():
+        async with rig(limits={"no_worker_seconds": 20.0}) as r:
+            gone = r.prefill.pop("math")[0]
+            await gone.kill()
+            task = asyncio.create_task(r.complete("math"))
+            await until(lambda: r.router.admission.running == 1 and not task.done())
+            await until(lambda: r.router.fleet.without_a_pair() == ["math"])
+            r.apply()
+            answer = await asyncio.wait_for(task, 5)
+            assert answer.status_code == 404
+            assert answer.json()["error"]["param"] == "model"
+            assert await r.metric("qsun_router_requests_total", model="math", outcome="404") == 1
 
     run(scenario)
