@@ -11,7 +11,7 @@ from qsun.serve.calls import WorkerFailed
 from qsun.serve.cluster_schema import Limits
 from qsun.serve.events import encode_event
 from qsun.serve.exchange import Answer, Exchange
-from qsun.serve.guard import Message, Receive, Send
+from qsun.serve.guard import ClientStalled, Message, Receive, Send
 from qsun.serve.http_errors import HttpError
 from qsun.serve.routed_request import RoutedRequest, read_request
 from qsun.serve.tasks import end
@@ -65,6 +65,11 @@ class GenerationEndpoint:
             raise
         except asyncio.CancelledError:
             outcome = "503" if router.cut_off.is_set() else outcome
+            raise
+        except ClientStalled:
+            raise
+        except Exception:
+            outcome = "500"  # a fault of ours, and not of a client that left
             raise
         finally:
             router.metrics.requests.labels(model, outcome).inc()

@@ -84,6 +84,8 @@ def read_request(path: str, raw: bytes, models: Collection[str], limits: Limits)
 def _json_object(raw: bytes) -> dict[str, Any]:
     try:
         body = json.loads(raw, parse_constant=_no_constant)
+        # as a worker will be sent it: 1e999 parses to an infinity, "\ud800" to half of a character, and neither can be
+        json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
         raise HttpError(400, f"the body is not JSON: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(body, dict):
