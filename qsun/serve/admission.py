@@ -13,14 +13,19 @@ class Admission:
     """Places for requests, given in the order in which they came.
 
     Attributes:
-        most_running, most_waiting, wait_seconds: bounds; they may be changed at any time.
+        most_running, most_waiting, wait_seconds: bounds; `bound` changes them.
         running: requests that have a place.
     """
 
     def __init__(self, most_running: int, most_waiting: int, wait_seconds: float):
-        self.most_running, self.most_waiting, self.wait_seconds = most_running, most_waiting, wait_seconds
         self.running = 0
         self._queue: deque[asyncio.Future[None]] = deque()
+        self.bound(most_running, most_waiting, wait_seconds)
+
+    def bound(self, most_running: int, most_waiting: int, wait_seconds: float) -> None:
+        """Other bounds from now on. More places let in whoever waits; fewer send nobody away who has one."""
+        self.most_running, self.most_waiting, self.wait_seconds = most_running, most_waiting, wait_seconds
+        self._let_in()
 
     @property
     def waiting(self) -> int:

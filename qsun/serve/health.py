@@ -7,13 +7,16 @@ user's request must not be the one to find out. The same request is the probe th
 
 import asyncio
 import logging
+import math
 import random
+import sys
 import uuid
 from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
 import httpx
 
+from qsun.serve.admission import Admission
 from qsun.serve.answers import failure_in
 from qsun.serve.calls import RequestRefused, WorkerFailed, cause_of, opened, prefill, read_json
 from qsun.serve.cluster_schema import Health
@@ -44,11 +47,17 @@ class HealthChecks:
     """One task a worker; `blame`, `praise` and `doubt` take in what requests find out."""
 
     def __init__(self, client: httpx.AsyncClient, fleet: Fleet, config: Health):
-        self._client, self._fleet, self.config = client, fleet, config
+        self._client, self._fleet = client, fleet
         self._tasks: dict[Worker, asyncio.Task[None]] = {}
         self._wake: dict[Worker, asyncio.Event] = {}
         self._warm_ups: dict[tuple[Worker, Worker], asyncio.Task[None]] = {}
-        self._at_once = asyncio.Semaphore(config.warm_up_at_once)
+        self._turns = Admission(config.warm_up_at_once, most_waiting=sys.maxsize, wait_seconds=math.inf)
+        self.take(config)
+
+    def take(self, config: Health) -> None:
+        """Go by other settings from now on, for the handshakes that wait for their turn, too."""
+        self.config = config
+        self._turns.bound(config.warm_up_at_once, most_waiting=sys.maxsize, wait_seconds=math.inf)
 
     def watch(self) -> None:
         """Start tasks for workers that joined, end those of workers that left."""
@@ -157,7 +166,7 @@ class HealthChecks:
         for attempt in range(self.config.warm_up_attempts):
             if attempt:
                 await asyncio.sleep(min(0.1 * 2 ** (attempt - 1), 2.0))
-            async with self._at_once:  # for one attempt only: a pair that hangs lets the others have a turn
+            async with self._turns.place():  # for one attempt only: a pair that hangs lets the others have a turn
                 if not _may_warm((source, target)):
                     return
                 epochs = source.epoch, target.epoch
@@ -209,11 +218,14 @@ def _may_warm(pair: tuple[Worker, Worker]) -> bool:
 
 
 async def identity_fault(client: httpx.AsyncClient, worker: Worker) -> str | None:
-    """Why a worker that answers must not be used; None where it is the one that it should be."""
-    health = await client.get(worker.url + "/health")
+    """Why a worker that answers must not be used; None where it is the one that it should be.
+
+    The caller bounds the time: httpx's own timeouts, 5 seconds by default, might be over before the file's.
+    """
+    health = await client.get(worker.url + "/health", timeout=None)
     if health.status_code != 200:
         return f"/health answers {health.status_code}"
-    listed = await client.get(worker.url + "/v1/models")
+    listed = await client.get(worker.url + "/v1/models", timeout=None)
     if listed.status_code != 200:
         return f"/v1/models answers {listed.status_code}"
     try:

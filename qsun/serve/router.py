@@ -74,10 +74,8 @@ class Router:
         guard = Guard(self._inner, cluster.guard_config(api_keys))  # first: the only thing here that can fail
         limits = cluster.limits
         self.cluster = cluster
-        self.admission.most_running = limits.concurrent_requests
-        self.admission.most_waiting = limits.queued_requests
-        self.admission.wait_seconds = limits.queue_seconds
-        self.health.config = cluster.health
+        self.admission.bound(limits.concurrent_requests, limits.queued_requests, limits.queue_seconds)
+        self.health.take(cluster.health)
         self.fleet.update(cluster, names)
         self._guard = guard
         self.health.watch()

@@ -64,7 +64,8 @@ class FakeWorker:
         module: the weights. served_name: under which it serves them.
         statuses: of the next answers, instead of 200.
         without_params: how many of the next prefills answer without transfer parameters; bad_params: with these.
-        first_seconds, token_seconds: how slow it is. gate: an event that each token waits for.
+        first_seconds, token_seconds, check_seconds: how slow it is; the last one at /health and /v1/models each.
+        gate: an event that each token waits for.
         cut_after, abort_after, error_after, no_done: tokens after which a stream breaks, in four ways.
         handshakes_to_fail: of each pair's first requests.
         extra_prompt_tokens: by which it miscounts.
@@ -75,7 +76,7 @@ class FakeWorker:
     def __init__(self, role, module, served_name, network):
         self.role, self.module, self.served_name, self.network = role, module, served_name, network
         self.statuses, self.without_params, self.bad_params = [], 0, None
-        self.first_seconds = self.token_seconds = 0.0
+        self.first_seconds = self.token_seconds = self.check_seconds = 0.0
         self.gate = None
         self.cut_after = self.abort_after = self.error_after = None
         self.no_done = False
@@ -119,6 +120,8 @@ class FakeWorker:
             await running.__aexit__(None, None, None)
 
     async def __call__(self, scope, receive, send):
+        if scope["path"] in ("/health", "/v1/models"):
+            await asyncio.sleep(self.check_seconds)
         if scope["path"] == "/health":
             await answer(send, {}, 200 if self.healthy else 503)
         elif scope["path"] == "/v1/models":

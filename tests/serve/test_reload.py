@@ -64,3 +64,40 @@ def test_a_model_that_is_removed_while_its_request_waits_for_a_worker_is_not_ser
             assert await r.metric("qsun_router_requests_total", model="math", outcome="404") == 1
 
     run(scenario)
+
+
+def test_more_places_let_in_whoever_waits_for_one():
+    async def scenario():
+        limits = {"concurrent_requests": 1, "queue_seconds": 20}
+        async with rig(models=("math",), limits=limits) as r, r.router.admission.place():
+            task = asyncio.create_task(r.complete())
+            await until(lambda: r.router.admission.waiting == 1)
+            r.apply(limits={"concurrent_requests": 2})
+            assert (await asyncio.wait_for(task, 5)).status_code == 200
+            await until(lambda: r.router.admission.running == 1)
+            r.apply(limits={"concurrent_requests": 1, "queued_requests": 0})
+            assert (await r.complete()).status_code == 429
+
+    run(scenario)
+
+
+def test_more_handshakes_at_once_let_in_the_pairs_that_wait():
+    async def scenario():
+        def slow(worker):
+            worker.first_seconds = 60.0 if worker.role == "prefill" else 0.0
+
+        models, health = ("a", "b", "c", "d"), {"warm_up_at_once": 1, "warm_up_attempts": 1, "warm_up_seconds": 20.0}
+        async with rig(models=models, decode=1, ready=False, prepare=slow, health=health) as r:
+
+            def asked():
+                return sum(pool[0].started for pool in r.prefill.values())
+
+            await until(lambda: asked() == 1 and len(r.router.health._warm_ups) == 4)
+            await asyncio.sleep(0.3)
+            assert asked() == 1
+            r.apply(health=r.settings["health"] | {"warm_up_at_once": 3})
+            await until(lambda: asked() == 3, seconds=5)
+            await asyncio.sleep(0.3)
+            assert asked() == 3
+
+    run(scenario)

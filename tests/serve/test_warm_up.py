@@ -2,8 +2,11 @@
 
 import asyncio
 
+import httpx
 import pytest
 
+from qsun.serve.cluster_check import check_workers
+from qsun.serve.health import identity_fault
 from tests.serve.routing import rig, run, until
 
 
@@ -121,5 +124,27 @@ def test_a_pair_that_left_while_it_waited_for_its_turn_is_not_asked():
             await until(lambda: (source, target) not in r.router.health._warm_ups)
             assert code.started == 0
             await code.stop()
+
+    run(scenario)
+
+
+def test_a_health_check_has_the_time_that_the_file_says_whatever_the_clients_own_is():
+    async def scenario():
+        async with rig(models=("math",), decode=1) as r, httpx.AsyncClient(trust_env=False, timeout=0.1) as impatient:
+            r.decode[0].check_seconds = 0.3
+            assert await identity_fault(impatient, state_of(r, r.decode[0])) is None
+
+    run(scenario)
+
+
+def test_check_gives_up_on_a_worker_that_hangs():
+    async def scenario():
+        async with rig(models=("math",), decode=1) as r:
+            r.decode[0].check_seconds = 60.0
+            found = await asyncio.wait_for(check_workers(r.cluster(health={"timeout_seconds": 0.5}), r.names), 10)
+            faults = {worker["url"]: worker["fault"] for worker in found["workers"]}
+            assert faults[r.prefill["math"][0].url] is None
+            assert faults[r.decode[0].url] == "does not answer: nothing within 0.5 seconds"
+            r.decode[0].check_seconds = 0.0
 
     run(scenario)
