@@ -27,10 +27,12 @@ def route(
 
     from qsun.serve.cluster import read_cluster
     from qsun.serve.cluster_modules import ModuleChecks
+    from qsun.serve.router_process import RouterProcess, keys_of
 
     screen.show_log()
     cluster = read_cluster(file)
     cluster.need_running_workers()
+    cluster.guard_config(keys_of(cluster))  # raises where a key is not taken
     checks = ModuleChecks()
     names = checks.names(cluster)
     if check:
@@ -43,7 +45,6 @@ def route(
             for worker in found["workers"]:
                 typer.echo(f"{worker['role']:<8}{worker['url']}  {worker['served_name']}  {worker['fault'] or 'OK'}")
         raise typer.Exit(0 if found["ok"] else 2)
-    from qsun.serve.router_process import RouterProcess
 
     def listening(url: str) -> None:
         typer.echo(json.dumps({"url": url, "models": list(cluster.models)}) if as_json else f"qsun route: {url}")

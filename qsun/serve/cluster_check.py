@@ -16,14 +16,17 @@ async def check_workers(cluster: Cluster, names: ServedNames) -> dict[str, Any]:
     """Ask each worker once. Returns {"ok", "workers": [{url, role, model, served_name, fault}]}."""
     fleet = Fleet()
     fleet.update(cluster, names)
-    async with httpx.AsyncClient(trust_env=False, timeout=cluster.health.timeout_seconds) as client:
-        workers = await asyncio.gather(*(_checked(client, worker) for worker in fleet))
+    seconds = cluster.health.timeout_seconds
+    async with httpx.AsyncClient(trust_env=False) as client:
+        workers = await asyncio.gather(*(_checked(client, worker, seconds) for worker in fleet))
     return {"ok": all(worker["fault"] is None for worker in workers), "workers": workers}
 
 
-async def _checked(client: httpx.AsyncClient, worker: Worker) -> dict[str, Any]:
+async def _checked(client: httpx.AsyncClient, worker: Worker, seconds: float) -> dict[str, Any]:
     try:
-        fault = await identity_fault(client, worker)
+        fault = await asyncio.wait_for(identity_fault(client, worker), seconds)
+    except (TimeoutError, asyncio.TimeoutError):
+        fault = f"does not answer: nothing within {seconds:g} seconds"
     except httpx.HTTPError as error:
         fault = f"does not answer: {error or type(error).__name__}"
     return {

@@ -121,7 +121,8 @@ class Health(Section):
 
     Attributes:
         failures: in a row, after which a worker's circuit opens; after cool_down_seconds it is probed.
-        warm_up_attempts, warm_up_seconds: of a pair before its next turn; warm_up_at_once: pairs at a time.
+        warm_up_attempts: of a pair before it waits for the next check. warm_up_seconds: for each of its two workers.
+        warm_up_at_once: attempts at a time.
     """
 
     interval_seconds: Seconds = 5.0

@@ -4,9 +4,11 @@ From then on there is no second try: the client has seen text that another attem
 breaks later ends with an error event and without [DONE].
 """
 
+import asyncio
 import logging
 import time
 import uuid
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
@@ -60,6 +62,8 @@ class Exchange:
         self._client, self._fleet, self._health, self._metrics = client, fleet, health, metrics
         self._limits, self._request, self._request_id, self._deadline = limits, request, request_id, deadline
         self._tried: set[Worker] = set()
+        self._asked: Worker | None = None  # the worker whose answer is being waited for,
+        self._asked_at = 0.0  # and since when
         self.tokens = self.prompt_tokens = 0
 
     @property
@@ -95,9 +99,22 @@ class Exchange:
             self._metrics.missing_transfers.labels(self._request.model).inc()
         self._health.blame(failed)
 
+    def overdue(self) -> HttpError:
+        """For an answer that did not begin within the deadline. A worker that was asked and hangs has failed.
+
+        Not so one that was asked late: the queue, or other workers, took the time. And a single request that was only
+        long does no harm: failures in a row open a circuit.
+        """
+        if self._asked is not None and time.monotonic() - self._asked_at >= self._limits.deadline_seconds / 2:
+            detail = f"no answer within the deadline of {self._limits.deadline_seconds:g} seconds"
+            self._health.blame(WorkerFailed(self._asked, "timeout", detail))
+        return self._over()
+
     async def _attempt(self, stack: AsyncExitStack, attempt_id: str) -> Answer:
         request = self._request
+        self._asked = None
         source = await self._prefill_worker()
+        self._asked, self._asked_at = source, time.monotonic()
         with source.carrying(request.prompt_tokens):
             seconds = min(self._limits.prefill_seconds, self._left)
             filled = await prefill(self._client, source, request, attempt_id, seconds)
@@ -107,6 +124,7 @@ class Exchange:
         target = self._fleet.choose_decode(source, demand, self._tried)
         if target is None:
             raise WorkerFailed(source, "no_decode_worker", "no decode worker is left that is warm with it")
+        self._asked, self._asked_at = target, time.monotonic()
         max_tokens = request.max_tokens or self._most_tokens(target, prompt_tokens)
         body = decode_body(request, target.served_name, source.served_name, filled.params, max_tokens)
         burden = stack.enter_context(target.carrying(prompt_tokens + max_tokens))
@@ -115,10 +133,9 @@ class Exchange:
         try:
             opening = opened(self._client, target, request.path, body, attempt_id, timeout)
             response = await stack.enter_async_context(opening)
-            return await self._first(stack, target, response, burden, filled)
+            return await self._first(stack, source, target, response, burden, filled)
         except WorkerFailed as failed:
-            if failed.worker is target and failed.cause in ("status_5xx", "broken"):
-                self._health.doubt(source, target)
+            self._doubt(source, failed)
             raise
 
     async def _prefill_worker(self) -> Worker:
@@ -126,6 +143,8 @@ class Exchange:
         demand = Demand(self._request.model, self._request.prompt_tokens)
         until = time.monotonic() + min(self._limits.no_worker_seconds, self._left)
         while (chosen := self._fleet.choose_prefill(demand, self._tried)) is None:
+            if demand.model not in self._fleet.prefill:
+                raise HttpError(404, f"model {demand.model!r} is not served any more", param="model")
             if time.monotonic() >= until:
                 message = f"no pair of workers is ready for model {self._request.model}; try again later"
                 raise HttpError(503, message, headers={"Retry-After": "5"})
@@ -138,31 +157,47 @@ class Exchange:
         return max(1, min(self._limits.max_tokens, room))
 
     async def _first(
-        self, stack: AsyncExitStack, worker: Worker, response: httpx.Response, burden: Burden, filled: Prefilled
+        self,
+        stack: AsyncExitStack,
+        source: Worker,
+        target: Worker,
+        response: httpx.Response,
+        burden: Burden,
+        filled: Prefilled,
     ) -> Answer:
+        """A whole answer, or a stream up to the event that shows that it is one: until then another try is possible."""
         burden.done(filled.prompt_tokens or self._request.prompt_tokens)
         if not self._request.stream:
-            answer = await read_json(worker, response)
-            _check(worker, answer, filled)
+            answer = await read_json(target, response)
+            _check(target, answer, filled)
             self.tokens = completion_tokens(answer) or tokens_in(answer)
-            self._health.praise(worker)
+            self._health.praise(target)
             return Answer(body=for_client(answer, self._request))
         events = await stack.enter_async_context(aclosing(data_events(response.aiter_bytes())))
-        try:
-            data = await anext(events, DONE)
-            first = parse_event(data) if data != DONE else {}
-        except (BrokenStream, httpx.HTTPError) as error:
-            raise _broken(worker, error) from error
-        _check(worker, first, filled)
-        self._health.praise(worker)
-        return Answer(events=self._relay(worker, first, events, burden))
+        opening: list[dict[str, Any]] = []
+        while not opening or not _is_begun(opening[-1]):
+            event = await _next(target, events)
+            if event is None:
+                raise WorkerFailed(target, "broken", "its stream ended before a token came")
+            _check(target, event, filled)
+            opening.append(event)
+        self._health.praise(target)
+        return Answer(events=self._relay(source, target, opening, events, burden))
 
     async def _relay(
-        self, worker: Worker, first: dict[str, Any], events: AsyncIterator[bytes], burden: Burden
+        self,
+        source: Worker,
+        target: Worker,
+        opening: list[dict[str, Any]],
+        events: AsyncIterator[bytes],
+        burden: Burden,
     ) -> AsyncGenerator[dict[str, Any], None]:
         """Events as the client sees them. Ends only where the worker said that it is done; else raises WorkerFailed."""
-        event = first
+        begun = deque(opening)
         while True:
+            event = begun.popleft() if begun else await self._following(source, target, events)
+            if event is None:
+                return
             count = tokens_in(event)
             burden.done(count)
             self.tokens = completion_tokens(event) or self.tokens + count
@@ -170,17 +205,47 @@ class Exchange:
             if shown is not None:
                 yield shown
             if time.monotonic() > self._deadline:
-                raise HttpError(504, f"the deadline of {self._limits.deadline_seconds:g} seconds is over")
-            try:
-                data = await anext(events)
-                if data == DONE:
-                    return
-                event = parse_event(data)
-            except StopAsyncIteration:
-                raise WorkerFailed(worker, "broken", "its stream ended without [DONE]") from None
-            except (BrokenStream, httpx.HTTPError) as error:
-                raise _broken(worker, error) from error
-            _check(worker, event, None)
+                raise self._over()
+
+    async def _following(self, source: Worker, target: Worker, events: AsyncIterator[bytes]) -> dict[str, Any] | None:
+        """The next event after the opening; None after the last one."""
+        try:
+            event = await asyncio.wait_for(_next(target, events), self._left)
+            if event is not None:
+                _check(target, event, None)
+        except (TimeoutError, asyncio.TimeoutError):
+            raise self._over() from None
+        except WorkerFailed as failed:
+            self._doubt(source, failed)
+            raise
+        return event
+
+    def _over(self) -> HttpError:
+        return HttpError(504, f"the deadline of {self._limits.deadline_seconds:g} seconds is over")
+
+    def _doubt(self, source: Worker, failed: WorkerFailed) -> None:
+        """A decode worker that fails in these ways may not have got the KV cache."""
+        if failed.worker.role == "decode" and failed.cause in ("status_5xx", "broken"):
+            self._health.doubt(source, failed.worker)
+
+
+def _is_begun(event: dict[str, Any]) -> bool:
+    """Whether an event shows that the worker generates.
+
+    The first one of a chat does not: vLLM sends the role before it looks whether the KV cache came.
+    """
+    return tokens_in(event) > 0 or any(choice.get("finish_reason") for choice in event["choices"])
+
+
+async def _next(worker: Worker, events: AsyncIterator[bytes]) -> dict[str, Any] | None:
+    """The next event of a stream; None after [DONE]."""
+    try:
+        data = await anext(events)
+        return None if data == DONE else parse_event(data)
+    except StopAsyncIteration:
+        raise WorkerFailed(worker, "broken", "its stream ended without [DONE]") from None
+    except (BrokenStream, httpx.HTTPError) as error:
+        raise _broken(worker, error) from error
 
 
 def _check(worker: Worker, answer: dict[str, Any], filled: Prefilled | None) -> None:

@@ -62,7 +62,8 @@ class Fleet:
 
     def choose_prefill(self, demand: Demand, tried: Collection[Worker]) -> Worker | None:
         """A prefill worker of the model that has a warm decode worker; one that was not tried where there is one."""
-        usable = [worker for worker in self.prefill[demand.model] if worker.usable and self._mates(worker, demand)]
+        pool = self.prefill.get(demand.model, ())  # none where a reload has removed the model
+        usable = [worker for worker in pool if worker.usable and self._mates(worker, demand)]
         fresh = [w for w in usable if w not in tried and any(mate not in tried for mate in self._mates(w, demand))]
         return self._policy(demand.model).choose(fresh or usable, demand)
 
@@ -92,6 +93,7 @@ class Fleet:
 
     def cool(self, worker: Worker) -> None:
         """Its process may be another one from now on: every pair with it has to shake hands again."""
+        worker.epoch += 1
         self.warm = {pair for pair in self.warm if worker.url not in pair}
 
     def without_a_pair(self) -> list[str]:

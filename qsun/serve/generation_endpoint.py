@@ -8,9 +8,10 @@ from contextlib import AsyncExitStack, aclosing
 from typing import TYPE_CHECKING
 
 from qsun.serve.calls import WorkerFailed
+from qsun.serve.cluster_schema import Limits
 from qsun.serve.events import encode_event
 from qsun.serve.exchange import Answer, Exchange
-from qsun.serve.guard import Message, Receive, Send
+from qsun.serve.guard import ClientStalled, Message, Receive, Send
 from qsun.serve.http_errors import HttpError
 from qsun.serve.routed_request import RoutedRequest, read_request
 from qsun.serve.tasks import end
@@ -50,26 +51,33 @@ class GenerationEndpoint:
 
     async def _serve(self, scope: Message, body: bytes, send: Send) -> None:
         """Answer one request, and count how it ended."""
-        router, arrived = self._router, time.monotonic()
+        router, limits, arrived = self._router, self._router.cluster.limits, time.monotonic()
         model, outcome = _UNKNOWN_MODEL, "client_gone"
         try:
             if router.draining:
                 raise HttpError(503, "the router is going down; try another one", headers={"Retry-After": "1"})
-            request = read_request(scope["path"], body, router.cluster.models, router.cluster.limits)
+            request = read_request(scope["path"], body, router.cluster.models, limits)
             model = request.model
-            async with router.admission.place():
-                outcome = await self._exchange(request, scope["state"]["request_id"], arrived, send)
+            async with router.admission.place(limits.deadline_seconds):
+                outcome = await self._exchange(request, limits, scope["state"]["request_id"], arrived, send)
         except HttpError as error:
             outcome = str(error.status)
             raise
         except asyncio.CancelledError:
             outcome = "503" if router.cut_off.is_set() else outcome
             raise
+        except ClientStalled:
+            raise
+        except Exception:
+            outcome = "500"  # a fault of ours, and not of a client that left
+            raise
         finally:
             router.metrics.requests.labels(model, outcome).inc()
 
-    async def _exchange(self, request: RoutedRequest, request_id: str, arrived: float, send: Send) -> str:
-        router, limits = self._router, self._router.cluster.limits
+    async def _exchange(
+        self, request: RoutedRequest, limits: Limits, request_id: str, arrived: float, send: Send
+    ) -> str:
+        router = self._router
         deadline = arrived + limits.deadline_seconds
         exchange = Exchange(
             router.client, router.fleet, router.health, router.metrics, limits, request, request_id, deadline
@@ -78,7 +86,7 @@ class GenerationEndpoint:
             try:
                 answer = await asyncio.wait_for(exchange.start(stack), max(deadline - time.monotonic(), 0.001))
             except (TimeoutError, asyncio.TimeoutError):
-                raise HttpError(504, f"no answer within the deadline of {limits.deadline_seconds:g} seconds") from None
+                raise exchange.overdue() from None
             router.metrics.prompt_tokens.labels(request.model).inc(exchange.prompt_tokens)
             try:
                 if answer.events is not None:

@@ -7,12 +7,16 @@ user's request must not be the one to find out. The same request is the probe th
 
 import asyncio
 import logging
+import math
 import random
+import sys
 import uuid
-from collections.abc import Iterable
+from collections.abc import Coroutine, Iterable
+from typing import Any, TypeVar
 
 import httpx
 
+from qsun.serve.admission import Admission
 from qsun.serve.answers import failure_in
 from qsun.serve.calls import RequestRefused, WorkerFailed, cause_of, opened, prefill, read_json
 from qsun.serve.cluster_schema import Health
@@ -23,6 +27,8 @@ from qsun.serve.transfer import decode_body
 from qsun.serve.workers import State, Worker
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 _OWN_FAULT = ("connect", "timeout", "broken", "status_5xx", "no_transfer")
 _CHECKS_APART_SECONDS = 0.1  # at least, however often requests fail
@@ -41,11 +47,17 @@ class HealthChecks:
     """One task a worker; `blame`, `praise` and `doubt` take in what requests find out."""
 
     def __init__(self, client: httpx.AsyncClient, fleet: Fleet, config: Health):
-        self._client, self._fleet, self.config = client, fleet, config
+        self._client, self._fleet = client, fleet
         self._tasks: dict[Worker, asyncio.Task[None]] = {}
         self._wake: dict[Worker, asyncio.Event] = {}
         self._warm_ups: dict[tuple[Worker, Worker], asyncio.Task[None]] = {}
-        self._at_once = asyncio.Semaphore(config.warm_up_at_once)
+        self._turns = Admission(config.warm_up_at_once, most_waiting=sys.maxsize, wait_seconds=math.inf)
+        self.take(config)
+
+    def take(self, config: Health) -> None:
+        """Go by other settings from now on, for the handshakes that wait for their turn, too."""
+        self.config = config
+        self._turns.bound(config.warm_up_at_once, most_waiting=sys.maxsize, wait_seconds=math.inf)
 
     def watch(self) -> None:
         """Start tasks for workers that joined, end those of workers that left."""
@@ -141,45 +153,64 @@ class HealthChecks:
     def _warm_up_pairs(self, worker: Worker) -> None:
         for partner in self._fleet.partners(worker):
             pair = (worker, partner) if worker.role == "prefill" else (partner, worker)
-            if (pair[0].url, pair[1].url) in self._fleet.warm or pair in self._warm_ups or not _may_warm(pair):
+            # a probe is what closes a circuit, so a warm pair needs one too while one of its circuits is not closed
+            settled = (pair[0].url, pair[1].url) in self._fleet.warm and all(w.breaker.state == "closed" for w in pair)
+            if settled or pair in self._warm_ups or not _may_warm(pair):
                 continue
             task = self._warm_ups[pair] = asyncio.create_task(self._warm_up(*pair))
             task.add_done_callback(lambda _, pair=pair: self._warm_ups.pop(pair, None))  # type: ignore[misc]
 
     async def _warm_up(self, source: Worker, target: Worker) -> None:
         """Requests through a pair until one succeeds. Retries are expected: the first handshake has 5 seconds."""
-        async with self._at_once:
-            for attempt in range(self.config.warm_up_attempts):
-                try:
-                    await asyncio.wait_for(self._shake_hands(source, target), self.config.warm_up_seconds)
-                except (TimeoutError, asyncio.TimeoutError):
-                    failed = WorkerFailed(target, "timeout", f"no answer in {self.config.warm_up_seconds:g} seconds")
-                except WorkerFailed as failure:
-                    failed = failure
-                except RequestRefused as refused:
-                    failed = WorkerFailed(target, "status_5xx", f"warm-up: {refused} {refused.body[:200]!r}")
-                else:
-                    logger.info("pair %s and %s is warm", source.url, target.url)
-                    self._fleet.warm.add((source.url, target.url))
-                    self._fleet.changed()
+        failed: WorkerFailed | None = None
+        for attempt in range(self.config.warm_up_attempts):
+            if attempt:
+                await asyncio.sleep(min(0.1 * 2 ** (attempt - 1), 2.0))
+            async with self._turns.place():  # for one attempt only: a pair that hangs lets the others have a turn
+                if not _may_warm((source, target)):
                     return
-                if not _may_warm((source, target)) or attempt + 1 == self.config.warm_up_attempts:
-                    break
-                await asyncio.sleep(min(0.1 * 2**attempt, 2.0))
+                epochs = source.epoch, target.epoch
+                failed = await self._handshake_failure(source, target)
+            if epochs != (source.epoch, target.epoch):
+                failed = None  # one of the processes may be gone: what this attempt found out says nothing of the next
+            elif failed is None and _may_warm((source, target)):
+                logger.info("pair %s and %s is warm", source.url, target.url)
+                self._fleet.warm.add((source.url, target.url))
+                self._fleet.changed()
+                return
+        if failed is not None:
             logger.warning("pair %s and %s is not warm: %s", source.url, target.url, failed)
             self.blame(failed)
 
-    async def _shake_hands(self, source: Worker, target: Worker) -> None:
+    async def _handshake_failure(self, source: Worker, target: Worker) -> WorkerFailed | None:
         request_id = f"warm-up.{uuid.uuid4().hex[:8]}"
         seconds = self.config.warm_up_seconds
-        filled = await prefill(self._client, source, _WARM_UP, request_id, seconds)
-        self.praise(source, filled.engine_id)
-        body = decode_body(_WARM_UP, target.served_name, source.served_name, filled.params, 1)
+        try:
+            asked = prefill(self._client, source, _WARM_UP, request_id, seconds)
+            filled = await _by(source, asked, seconds)
+            self.praise(source, filled.engine_id)
+            body = decode_body(_WARM_UP, target.served_name, source.served_name, filled.params, 1)
+            await _by(target, self._decode(target, body, request_id, seconds), seconds)
+        except WorkerFailed as failed:
+            return failed
+        self.praise(target)
+        return None
+
+    async def _decode(self, target: Worker, body: dict[str, Any], request_id: str, seconds: float) -> None:
         async with opened(self._client, target, COMPLETIONS, body, request_id, httpx.Timeout(seconds)) as response:
             failure = failure_in(await read_json(target, response))
         if failure:
             raise WorkerFailed(target, "broken", failure)
-        self.praise(target)
+
+
+async def _by(worker: Worker, asked: Coroutine[Any, Any, _T], seconds: float) -> _T:
+    """One half of a handshake: a hang or a refusal in it is the fault of the worker that was asked, not of its mate."""
+    try:
+        return await asyncio.wait_for(asked, seconds)
+    except (TimeoutError, asyncio.TimeoutError):
+        raise WorkerFailed(worker, "timeout", f"warm-up: no answer in {seconds:g} seconds") from None
+    except RequestRefused as refused:
+        raise WorkerFailed(worker, "status_5xx", f"warm-up: {refused} {refused.body[:200]!r}") from None
 
 
 def _may_warm(pair: tuple[Worker, Worker]) -> bool:
@@ -187,11 +218,14 @@ def _may_warm(pair: tuple[Worker, Worker]) -> bool:
 
 
 async def identity_fault(client: httpx.AsyncClient, worker: Worker) -> str | None:
-    """Why a worker that answers must not be used; None where it is the one that it should be."""
-    health = await client.get(worker.url + "/health")
+    """Why a worker that answers must not be used; None where it is the one that it should be.
+
+    The caller bounds the time: httpx's own timeouts, 5 seconds by default, might be over before the file's.
+    """
+    health = await client.get(worker.url + "/health", timeout=None)
     if health.status_code != 200:
         return f"/health answers {health.status_code}"
-    listed = await client.get(worker.url + "/v1/models")
+    listed = await client.get(worker.url + "/v1/models", timeout=None)
     if listed.status_code != 200:
         return f"/v1/models answers {listed.status_code}"
     try:

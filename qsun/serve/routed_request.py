@@ -27,6 +27,7 @@ _REFUSED = {
     "prompt_embeds": "only text and token ids are taken",
     "suffix": "the modules do not insert",
 }
+_SWITCHES = ("echo", "use_beam_search")  # only these are off where they are false: vLLM reads a false number as 0
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ def read_request(path: str, raw: bytes, models: Collection[str], limits: Limits)
 def _json_object(raw: bytes) -> dict[str, Any]:
     try:
         body = json.loads(raw, parse_constant=_no_constant)
+        # as a worker will be sent it: 1e999 parses to an infinity, "\ud800" to half of a character, and neither can be
+        json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
         raise HttpError(400, f"the body is not JSON: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(body, dict):
@@ -94,13 +97,15 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number")
 
 
-def _refuse_what_cannot_be_right(body: Mapping[str, Any]) -> None:
+def _refuse_what_cannot_be_right(body: dict[str, Any]) -> None:
+    """What is refused in one form is dropped in every other: no worker sees the field."""
     for name in _ONE:
         if body.get(name) not in (None, 1) or isinstance(body.get(name), bool):
             shown = str(body[name])[:20]
             raise HttpError(400, f"{name} {shown} is not taken: one answer a request; send it {name} times", param=name)
     for name, reason in _REFUSED.items():
-        if body.get(name) is not None and body[name] is not False:
+        value = body.pop(name, None)
+        if value is not None and not (value is False and name in _SWITCHES):
             raise HttpError(400, f"{name} is not taken: {reason}; leave it out", param=name)
 
 

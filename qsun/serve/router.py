@@ -66,15 +66,18 @@ class Router:
         return bool(self.admission.running or self.admission.waiting)
 
     def apply(self, cluster: Cluster, names: ServedNames, api_keys: tuple[str, ...]) -> None:
-        """Take on another file. Requests in flight keep their workers and their limits."""
+        """Take on another file. Requests in flight keep their workers and their limits.
+
+        Raises:
+            QsunError: a key that is not taken; nothing has changed then.
+        """
+        guard = Guard(self._inner, cluster.guard_config(api_keys))  # first: the only thing here that can fail
         limits = cluster.limits
         self.cluster = cluster
-        self.admission.most_running = limits.concurrent_requests
-        self.admission.most_waiting = limits.queued_requests
-        self.admission.wait_seconds = limits.queue_seconds
-        self.health.config = cluster.health
+        self.admission.bound(limits.concurrent_requests, limits.queued_requests, limits.queue_seconds)
+        self.health.take(cluster.health)
         self.fleet.update(cluster, names)
-        self._guard = Guard(self._inner, cluster.guard_config(api_keys))
+        self._guard = guard
         self.health.watch()
 
     def _routes(self) -> list[Route]:

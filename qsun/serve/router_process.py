@@ -91,14 +91,14 @@ class RouterProcess:
         async with self._reloading:
             try:
                 cluster, names, keys = await asyncio.to_thread(self._read)
+                old = self.router.cluster.listen
+                self.router.apply(cluster, names, keys)
             except (QsunError, OSError) as error:
                 self.router.metrics.reloads.labels("refused").inc()
                 logger.error("%s was not taken, the old one stays: %s", self.path, error)
                 return
-            old = self.router.cluster.listen
             if (old.host, old.port) != (cluster.listen.host, cluster.listen.port):
                 logger.warning("listen.host and listen.port stay %s:%d until a restart", old.host, old.port)
-            self.router.apply(cluster, names, keys)
             self.router.metrics.reloads.labels("ok").inc()
             logger.info("%s was taken: %d workers", self.path, len(list(self.router.fleet)))
 

@@ -28,6 +28,8 @@ _ANSWER_ONLY = (
     "logprob_token_ids",
     "return_token_ids",
 )
+# refused where a request is read, and never sent: with it vLLM drops the transferred KV cache without a word
+_NEVER = "prompt_logprobs"
 _WANTED: dict[str, Any] = {
     "do_remote_decode": True,
     "do_remote_prefill": False,
@@ -46,7 +48,7 @@ class NoTransfer(Exception):
 
 def prefill_body(request: RoutedRequest, served_name: str) -> dict[str, Any]:
     """What the prefill worker gets: the whole prompt, one token to generate, and the wish for transfer parameters."""
-    body = {key: value for key, value in request.body.items() if key not in _ANSWER_ONLY}
+    body = {key: value for key, value in request.body.items() if key not in _ANSWER_ONLY and key != _NEVER}
     body |= {"model": served_name, "stream": False, "max_tokens": 1, "kv_transfer_params": dict(_WANTED)}
     if request.path == CHAT:
         body["max_completion_tokens"] = 1
@@ -92,6 +94,7 @@ def decode_body(
     whether the worker caches or not.
     """
     body = dict(request.body) | {"model": served_name, "cache_salt": prefill_name[:_SALT_CHARACTERS]}
+    body.pop(_NEVER, None)
     body["max_tokens"] = max_tokens
     if request.path == CHAT and "max_completion_tokens" in body:
         body["max_completion_tokens"] = max_tokens

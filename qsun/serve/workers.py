@@ -50,6 +50,7 @@ class Worker:
         leaving: no longer in the file; what it has in flight may finish.
         outstanding_tokens, in_flight, taken: its load (see policies.py).
         max_model_len: tokens of prompt and answer together, as it says itself.
+        epoch: raised whenever its process may have become another one; what was found out before is of the past.
         engine_ids: of a prefill worker's process (several with data parallelism); a new one is a restart.
     """
 
@@ -69,6 +70,7 @@ class Worker:
         self.leaving = False
         self.outstanding_tokens = self.in_flight = self.taken = 0
         self.max_model_len: int | None = None
+        self.epoch = 0
         self.engine_ids: set[str] = set()
 
     @property

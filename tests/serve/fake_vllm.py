@@ -64,7 +64,8 @@ class FakeWorker:
         module: the weights. served_name: under which it serves them.
         statuses: of the next answers, instead of 200.
         without_params: how many of the next prefills answer without transfer parameters; bad_params: with these.
-        first_seconds, token_seconds: how slow it is. gate: an event that each token waits for.
+        first_seconds, token_seconds, check_seconds: how slow it is; the last one at /health and /v1/models each.
+        gate: an event that each token waits for.
         cut_after, abort_after, error_after, no_done: tokens after which a stream breaks, in four ways.
         handshakes_to_fail: of each pair's first requests.
         extra_prompt_tokens: by which it miscounts.
@@ -75,7 +76,7 @@ class FakeWorker:
     def __init__(self, role, module, served_name, network):
         self.role, self.module, self.served_name, self.network = role, module, served_name, network
         self.statuses, self.without_params, self.bad_params = [], 0, None
-        self.first_seconds = self.token_seconds = 0.0
+        self.first_seconds = self.token_seconds = self.check_seconds = 0.0
         self.gate = None
         self.cut_after = self.abort_after = self.error_after = None
         self.no_done = False
@@ -119,6 +120,8 @@ class FakeWorker:
             await running.__aexit__(None, None, None)
 
     async def __call__(self, scope, receive, send):
+        if scope["path"] in ("/health", "/v1/models"):
+            await asyncio.sleep(self.check_seconds)
         if scope["path"] == "/health":
             await answer(send, {}, 200 if self.healthy else 503)
         elif scope["path"] == "/v1/models":
@@ -175,6 +178,8 @@ class FakeWorker:
         """Whose KV cache this request decodes over; None for somebody else's blocks."""
         params = body.get("kv_transfer_params")
         found = OWN_WEIGHTS
+        if body.get("prompt_logprobs") is not None:  # false is 0 to pydantic: vLLM computes the prompt itself
+            return OWN_WEIGHTS
         if params is not None:
             kv_cache = self.network.pop((params["remote_engine_id"], params["remote_request_id"]), None)
             found = kv_cache[0] if kv_cache is not None and kv_cache[1] == prompt else None
@@ -219,6 +224,9 @@ class FakeWorker:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
         for place, text in enumerate(words):
             await self._token(place)
+            if chat and place == 0:  # vLLM sends it before it looks at how the request fares
+                opening = {"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
+                await event(send, head | {"choices": [opening]})
             if place == self.error_after:
                 await event(send, {"error": {"message": "KV load failed", "code": 500}})
                 break

@@ -212,3 +212,13 @@ def test_a_file_that_cannot_be_served_is_one_line_and_code_2(cli, tmp_path, text
     assert answer.code == 2
     assert message in answer.err
     assert len(answer.err.splitlines()) == 1
+
+
+def test_check_takes_the_keys_in_too(cli, tmp_path):
+    (tmp_path / "keys").write_text("short\n")
+    pools = "decode: {module: demo, workers: ['http://h']}\nmodels: {m: {module: demo, workers: ['http://i']}}"
+    file = tmp_path / "cluster.yaml"
+    file.write_text(pools + "\nlisten: {api_keys: keys}\nhealth: {timeout_seconds: 0.1}")
+    answer = cli("route", file, "--check")
+    assert (answer.code, answer.err.count("\n")) == (2, 1)
+    assert "an API key of 5 characters is not taken" in answer.err

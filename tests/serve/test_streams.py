@@ -1,0 +1,122 @@
+"""Streams: what counts as a beginning. The deadline: of streams, of what waits, and what it says of a worker."""
+
+import asyncio
+import time
+
+import pytest
+
+from tests.serve.fake_vllm import expected_text, prompt_of
+from tests.serve.routing import expected, parsed, rig, run, text_of, until
+
+MESSAGES = [{"role": "user", "content": "a b c d"}]
+
+
+def state_of(r, fake):
+    return next(worker for worker in r.router.fleet if worker.url == fake.url)
+
+
+async def chat(r, max_tokens=4):
+    """Every event of a chat's stream."""
+    body = {"model": "math", "messages": MESSAGES, "max_tokens": max_tokens, "stream": True}
+    async with r.client.stream("POST", "/v1/chat/completions", json=body) as response:
+        assert response.status_code == 200, await response.aread()
+        return [parsed(line) async for line in response.aiter_lines() if line]
+
+
+def said(events):
+    deltas = [choice["delta"] for event in events if event != "[DONE]" for choice in event["choices"]]
+    return "".join(delta["content"] for delta in deltas)
+
+
+def test_a_chat_whose_kv_cache_did_not_come_starts_again_although_its_role_was_sent():
+    """The role is no proof of anything: such a worker's circuit opens."""
+
+    async def scenario():
+        async with rig(models=("math",), decode=2, health={"failures": 1, "cool_down_seconds": 60.0}) as r:
+            bad, good = r.decode
+            bad.error_after = 0
+            whole = expected_text("weights of math", prompt_of({"messages": MESSAGES}), 4)
+            for _ in range(3):
+                events = await chat(r)
+                assert events[0]["choices"][0]["delta"]["role"] == "assistant"
+                assert events[-1] == "[DONE]"
+                assert said(events) == whole
+            assert state_of(r, bad).breaker.state == "open"
+            assert state_of(r, good).breaker.state == "closed"
+            assert await r.metric("qsun_router_retries_total", cause="broken") == 1
+            assert await r.metric("qsun_router_generated_tokens_total", model="math") == 12
+
+    run(scenario)
+
+
+def test_a_pair_whose_stream_broke_off_shakes_hands_again():
+    async def scenario():
+        async with rig(models=("math",), decode=1, health={"interval_seconds": 60.0}) as r:
+            r.decode[0].error_after = 2
+            assert (await r.stream())[-1]["error"]["code"] == 502
+            r.decode[0].error_after = None
+            await until(lambda: [1, 1, 1, 1] in [body["prompt"] for body in r.decode[0].seen])
+            await r.ready()
+            assert text_of(await r.stream()) == expected("math", "a b c d", 4)
+
+    run(scenario)
+
+
+def test_a_stream_that_hangs_ends_at_the_deadline():
+    async def scenario():
+        async with rig(models=("math",), decode=1, limits={"deadline_seconds": 1.0}) as r:
+            worker = r.decode[0]
+            worker.gate = asyncio.Event()
+            started = time.monotonic()
+            task = asyncio.create_task(r.stream(max_tokens=50))
+            await until(lambda: worker.started == 1)
+            worker.token_seconds = 0.6
+            worker.gate.set()
+            await asyncio.sleep(0.7)
+            worker.token_seconds = 60.0  # for the tokens after the second one
+            *events, last = await task
+            assert last["error"]["code"] == 504
+            assert time.monotonic() - started < 1.5
+            assert text_of(events) == expected("math", "a b c d", 1)
+            await until(lambda: worker.cancelled == 1)
+            assert await r.metric("qsun_router_requests_total", model="math", outcome="504") == 1
+
+    run(scenario)
+
+
+def test_a_request_waits_for_a_place_no_longer_than_its_deadline():
+    async def scenario():
+        limits = {"concurrent_requests": 1, "queue_seconds": 20, "deadline_seconds": 0.3}
+        async with rig(models=("math",), limits=limits) as r, r.router.admission.place():
+            started = time.monotonic()
+            answer = await r.complete()
+            assert answer.status_code == 429
+            assert time.monotonic() - started < 5
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_worker_that_hangs_until_the_deadline_counts_against_its_circuit(role):
+    async def scenario():
+        health = {"failures": 2, "cool_down_seconds": 60.0}
+        async with rig(models=("math",), prefill=2, health=health, limits={"deadline_seconds": 0.5}) as r:
+            hung = r.prefill["math"][0] if role == "prefill" else r.decode[0]
+            hung.first_seconds = 60.0
+            codes = [(await r.complete()).status_code for _ in range(8)]
+            assert sorted(codes) == [200] * 6 + [504] * 2
+            assert state_of(r, hung).breaker.state == "open"
+            assert [w.url for w in r.router.fleet if w.breaker.failures] == [hung.url]
+
+    run(scenario)
+
+
+def test_a_worker_that_was_asked_when_the_time_was_nearly_over_is_not_blamed():
+    async def scenario():
+        async with rig(models=("math",), decode=1, limits={"deadline_seconds": 1.0}) as r:
+            r.prefill["math"][0].first_seconds = 0.7
+            r.decode[0].first_seconds = 60.0
+            assert (await r.complete()).status_code == 504
+            assert not any(worker.breaker.failures for worker in r.router.fleet)
+
+    run(scenario)
