@@ -8,6 +8,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from qsun.serve.guard import ABORT
 
 HEADER_SECONDS = 30.0
+CONNECTIONS = 4096  # at a time; uvicorn answers 503 to more
 
 
 class Connection(H11Protocol):

@@ -13,6 +13,7 @@ import uvicorn
 from qsun.errors import QsunError
 from qsun.serve.cluster import Cluster, read_cluster, read_keys
 from qsun.serve.cluster_modules import ModuleChecks, ServedNames
+from qsun.serve.connections import CONNECTIONS, Connection
 from qsun.serve.router import Router
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,8 @@ class RouterProcess:
             access_log=False,
             lifespan="on",
             ws="none",
+            http=Connection,
+            limit_concurrency=CONNECTIONS,
             timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
         )
         server = _Server(config)

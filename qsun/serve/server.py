@@ -11,10 +11,9 @@ from typing import Any
 import uvicorn
 
 from qsun.errors import QsunError
-from qsun.serve.connections import Connection
+from qsun.serve.connections import CONNECTIONS, Connection
 from qsun.serve.guard import Guard, GuardConfig
 
-_CONNECTIONS = 4096
 _KEEP_ALIVE_SECONDS = 30
 _LAST_WORDS_SECONDS = 5  # from the end of the drain until what still runs is cut
 
@@ -59,7 +58,7 @@ def run_server(
         log_config=None,
         access_log=False,
         server_header=False,
-        limit_concurrency=_CONNECTIONS,
+        limit_concurrency=CONNECTIONS,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=max(1, round(drain_seconds)) + _LAST_WORDS_SECONDS,
         lifespan="on",
