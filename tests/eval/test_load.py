@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import statistics
+from dataclasses import replace
 
 import pytest
 
@@ -157,7 +158,7 @@ def test_prompts_have_the_asked_length_for_a_tokenizer_that_is_probed(serving):
         pieces = asyncio.run(probe_pieces(target, "math"))
         assert (pieces.fixed, pieces.each) == pytest.approx((9, 2))
         workload = Workload(("math",), 0, Lengths("uniform", 11, 99), FOUR)
-        planned = plan(workload, Prompts("chat", pieces), 100.0, 12, 0)
+        planned = plan(workload, Prompts("chat", pieces), 100.0, 12, 0, "x")
         records = opened(target, planned)
     wanted = [request.prompt_tokens for request in workload.trace(100.0, 12)]
     assert all(abs(r.prompt_tokens - tokens) <= 1 for r, tokens in zip(records, wanted, strict=True))
@@ -166,8 +167,10 @@ def test_prompts_have_the_asked_length_for_a_tokenizer_that_is_probed(serving):
 
 def test_a_plan_is_the_workloads_trace_and_repeats():
     workload = Workload(("a", "b", "c"), 1.0, Lengths("uniform", 2, 9), Lengths("uniform", 1, 9))
-    planned = plan(workload, Prompts("completions"), 5.0, 40, 10)
-    assert planned == plan(workload, Prompts("completions"), 5.0, 40, 10)
+    planned = plan(workload, Prompts("completions"), 5.0, 40, 10, "x")
+    assert planned == plan(workload, Prompts("completions"), 5.0, 40, 10, "x")
+    other = plan(workload, Prompts("completions"), 5.0, 40, 10, "y")
+    assert all(a.what != b.what or len(a.what["prompt"]) < 4 for a, b in zip(planned, other, strict=True))
     trace = workload.trace(5.0, 50)
     assert [(p.arrival, p.model, p.max_tokens) for p in planned] == [
         (r.arrival, r.model, r.output_tokens) for r in trace
@@ -181,7 +184,7 @@ def test_prompts_of_a_file(tmp_path):
     path.write_text('{"prompt": "x", "model": "tool", "max_tokens": 3, "other": 1}\n')
     rows = read_prompts(path, "completions")
     workload = Workload(("a",), 0, FOUR, FOUR)
-    assert plan(workload, Prompts("completions", rows=rows), math.inf, 1, 0) == [
+    assert plan(workload, Prompts("completions", rows=rows), math.inf, 1, 0, "x") == [
         Planned(0.0, "tool", {"prompt": "x"}, 3)
     ]
     assert read_prompts(path, "chat")[0]["messages"] == [{"role": "user", "content": "x"}]
@@ -237,18 +240,47 @@ def test_ratios_and_their_means():
     assert geometric_means([{"x": 0.5}, {"x": 2.0}, {"x": None}]) == {"x": pytest.approx(1.0)}
 
 
+def sent(server):
+    """Bodies of the requests of a load."""
+    return [body for _, _, body in server.seen if body.get("stream")]
+
+
+def test_a_second_run_sends_other_prompts_of_the_same_lengths(serving):
+    """A server that kept the prompts of the first run would find none of them again, unless their seed is given."""
+    settings = LoadSettings(Lengths("uniform", 8, 20), FOUR, rate=200.0, requests=9, warm_up=1)
+    runs = []
+    for one in (settings, settings, replace(settings, prompt_seed="x"), replace(settings, prompt_seed="x")):
+        with serving(first_s=0.0, each_s=0.0) as server:
+            measured = run_load({OURS: Target(server.url)}, one, quiet, quiet)
+            bodies = [(body["model"], body["max_tokens"], body["prompt"]) for body in sent(server)]
+        runs.append((sorted(bodies), load_result(measured, ServiceLevel(), 1)["prompt_seed"]))
+    prompts = [{prompt for *_, prompt in bodies} for bodies, _ in runs]
+    assert not prompts[0] & prompts[1]
+    shapes = [sorted((model, most, len(prompt)) for model, most, prompt in bodies) for bodies, _ in runs]
+    assert shapes[0] == shapes[1] == shapes[2]
+    assert runs[2] == runs[3]
+    assert runs[0][1] != runs[1][1]
+    again = replace(settings, prompt_seed=runs[0][1])
+    with serving(first_s=0.0, each_s=0.0) as server:
+        run_load({OURS: Target(server.url)}, again, quiet, quiet)
+        assert {body["prompt"] for body in sent(server)} == prompts[0]
+
+
 def test_rounds_alternate_between_two_servers_with_the_same_requests(serving):
     order = []
     with serving(first_s=0.01) as fast, serving(first_s=0.06) as slow:
         targets = {OURS: Target(fast.url), THEIRS: Target(slow.url)}
         settings = LoadSettings(Lengths("fixed", 8), FOUR, rate=60.0, requests=10, warm_up=2, rounds=3)
         measured = run_load(targets, settings, lambda label, *_: order.append(label.split(":")[0]), quiet)
-        bodies = [[body for _, _, body in server.seen if body.get("stream")] for server in (fast, slow)]
+        bodies = [sent(fast), sent(slow)]
     assert list(dict.fromkeys(order)) == [
         *("url, round 1", "against, round 1", "against, round 2", "url, round 2", "url, round 3", "against, round 3")
     ]
     assert len(bodies[0]) == 36
+    letters = [[body.pop("prompt") for body in found] for found in bodies]
     assert sorted(map(json.dumps, bodies[0])) == sorted(map(json.dumps, bodies[1]))
+    assert {len(prompt) for prompt in letters[0] + letters[1]} == {15}
+    assert len(set(letters[0] + letters[1])) == 72  # no prompt is in a cache, should both be one server
     result = load_result(measured, ServiceLevel(), 1)
     assert measured.models == ("math", "code", "tool")
     assert len(result["ratios_by_round"]) == 3
