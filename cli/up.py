@@ -36,7 +36,7 @@ def up(
     cluster = read_cluster(file)
     checks = ModuleChecks()
     names = checks.names(cluster)
-    commands = plan_workers(cluster, names)
+    commands = plan_workers(cluster, names, os.environ.get("CUDA_VISIBLE_DEVICES"))
     if show:
         _print(file, cluster, names, commands, as_json)
         return
@@ -66,7 +66,8 @@ def _serve(file: Path, cluster: Any, names: Any, checks: Any, commands: list[Any
     from qsun.serve.worker_processes import WorkerDied, WorkerProcesses, last_lines
 
     environment = dict(os.environ)
-    check_environment(cluster.launch.python or sys.executable, cluster.launch.kernels, environment)
+    probed = environment | cluster.launch.environment  # as the workers will have it: it may say where vLLM is
+    check_environment(cluster.launch.python or sys.executable, cluster.launch.kernels, probed)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # before the router listens to it, as Ctrl-C
     screen.note(f"starting {', '.join(command.name for command in commands)}; logs in {logs}")
     try:
