@@ -37,7 +37,8 @@ def serve(
     rounds: int = typer.Option(0, help="Default: 1, or 4 with --against."),
     api_key_file: Path | None = typer.Option(None, help="File with the API key."),
     extra_body: str = typer.Option("{}", help='Fields of every body, such as {"ignore_eos": true} for qsun and vLLM.'),
-    seed: int = typer.Option(0, help="Of arrivals, models, lengths and prompts."),
+    seed: int = typer.Option(0, help="Of arrivals, models and lengths, and of rows of --prompts."),
+    prompt_seed: str = typer.Option("", help="Of the letters of random prompts. Default: fresh for each run."),
     out: Path | None = typer.Option(None, "--out", "-o", help="Folder for load.json, requests*.jsonl and load.png."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
 ) -> None:
@@ -70,7 +71,7 @@ def serve(
     lengths = (Lengths.parse(prompt), Lengths.parse(output))
     turns = rounds or (4 if against else 1)
     settings = LoadSettings(
-        *lengths, names, skew, rows, rate, concurrency, requests, warm_up, turns, max_in_flight, seed
+        *lengths, names, skew, rows, rate, concurrency, requests, warm_up, turns, max_in_flight, seed, prompt_seed
     )
     key, extra = _api_key(api_key_file), _object(extra_body)
     urls = {OURS: url} | ({THEIRS: against} if against else {})

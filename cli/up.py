@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,24 +27,37 @@ def up(
 
       qsun up cluster.yaml --print
     """
+    from qsun.serve import launch_signals
+
+    screen.show_log()
+    if show:
+        _print(file, as_json)
+        return
+    with launch_signals.restored():
+        launch_signals.until_the_router_serves()
+        try:
+            _serve(file, logs, as_json)
+        except KeyboardInterrupt:
+            screen.note("stopped before the cluster was warm; all workers have ended")
+            raise typer.Exit(130) from None
+
+
+def _planned(file: Path) -> tuple[Any, Any, Any, list[Any]]:
+    """The cluster, its modules' names and their checks, and the commands of its workers."""
     from qsun.serve.cluster import read_cluster
     from qsun.serve.cluster_modules import ModuleChecks
     from qsun.serve.launch_plan import plan_workers
 
-    screen.show_log()
     cluster = read_cluster(file)
     checks = ModuleChecks()
     names = checks.names(cluster)
-    commands = plan_workers(cluster, names)
-    if show:
-        _print(file, cluster, names, commands, as_json)
-        return
-    _serve(file, cluster, names, checks, commands, logs, as_json)
+    return cluster, names, checks, plan_workers(cluster, names, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
-def _print(file: Path, cluster: Any, names: Any, commands: list[Any], as_json: bool) -> None:
+def _print(file: Path, as_json: bool) -> None:
     from qsun.serve.launch_sketch import kubernetes_sketch
 
+    cluster, names, _, commands = _planned(file)
     sketch = kubernetes_sketch(cluster, names)
     if as_json:
         workers = [
@@ -59,15 +71,16 @@ def _print(file: Path, cluster: Any, names: Any, commands: list[Any], as_json: b
     typer.echo(f"# and in this process, with these URLs: the router of {file}\n\n---\n{sketch}")
 
 
-def _serve(file: Path, cluster: Any, names: Any, checks: Any, commands: list[Any], logs: Path, as_json: bool) -> None:
+def _serve(file: Path, logs: Path, as_json: bool) -> None:
     import asyncio
 
     from qsun.serve.launcher import Launch, check_environment
     from qsun.serve.worker_processes import WorkerDied, WorkerProcesses, last_lines
 
+    cluster, names, checks, commands = _planned(file)
     environment = dict(os.environ)
-    check_environment(cluster.launch.python or sys.executable, cluster.launch.kernels, environment)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # before the router listens to it, as Ctrl-C
+    probed = environment | cluster.launch.environment  # as the workers will have it: it may say where vLLM is
+    check_environment(cluster.launch.python or sys.executable, cluster.launch.kernels, probed)
     screen.note(f"starting {', '.join(command.name for command in commands)}; logs in {logs}")
     try:
         with WorkerProcesses(commands, logs, environment) as workers:
@@ -88,6 +101,3 @@ def _serve(file: Path, cluster: Any, names: Any, checks: Any, commands: list[Any
         for line in last_lines(died.worker.log):
             screen.note(f"    {line}")
         raise
-    except KeyboardInterrupt:
-        screen.note("stopped before the cluster was warm; all workers have ended")
-        raise typer.Exit(130) from None

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from qsun.errors import QsunError
-from qsun.eval.curves import SUN, Curves
+from qsun.eval.curves import SUN, Curves, DoesNotFit
 from qsun.eval.percentiles import percentile
 from qsun.eval.service_level import ServiceLevel
 from qsun.eval.simulation import Result, simulate
@@ -122,10 +122,20 @@ def mean_tpot_ms(result: Result) -> float:
 
 
 def capacity(study: Study, kind: str, workers: int, tpot_ms: float = math.inf) -> Capacity | None:
+    """As `highest_rate`; None also where the workers do not hold their modules or a request, at whatever rate."""
+    try:
+        return highest_rate(study, kind, workers, tpot_ms)
+    except DoesNotFit:  # not a lower rate instead, whose shorter trace lacks the one request that is too long
+        return None
+
+
+def highest_rate(study: Study, kind: str, workers: int, tpot_ms: float = math.inf) -> Capacity | None:
     """Search the highest rate, to 2%, at which `study.serves`; None where even a lone request is too slow.
 
     Args:
         tpot_ms: and at which the mean TPOT is no more than this.
+    Raises:
+        DoesNotFit: the workers do not hold their modules, or not every request.
     """
     first = rate = workers * study.deployment.max_batch / study.life() / 2
     best: Capacity | None = None
@@ -152,10 +162,19 @@ def _serving(study: Study, kind: str, workers: int, rate: float, tpot_ms: float)
 
 
 def workers_needed(study: Study, kind: str, rate: float) -> int:
-    """The fewest decode workers, by doubling and halving, that serve a rate. Raises QsunError beyond 4096."""
+    """The fewest decode workers, by doubling and halving, that serve a rate.
+
+    Raises:
+        QsunError: not even 4096 do; DoesNotFit where not even so many hold the modules and every request.
+    """
 
     def enough(workers: int) -> bool:
-        return study.serves(study.run(kind, workers, rate))
+        try:
+            return study.serves(study.run(kind, workers, rate))
+        except DoesNotFit:  # few workers hold many models each; more of them may fit
+            if workers >= _MOST_WORKERS:
+                raise
+            return False
 
     high = 1
     while not enough(high):

@@ -24,6 +24,10 @@ _INT4_BYTES = 0.516  # of a weight with group 128: 4 bits and a bf16 scale
 _KEPT_SHARE = 0.9  # of a GPU's memory for weights and KV; the rest is activations and the runtime's own
 
 
+class DoesNotFit(QsunError):
+    """A decode worker's memory does not hold its modules, or a request; with fewer models each it may."""
+
+
 @dataclass(frozen=True)
 class Footprint:
     """weight_bytes: of a decode module. kv_bytes: of one token's keys and values."""
@@ -82,7 +86,8 @@ class Curves:
         """Tokens of KV that fit beside the weights of `modules` decode modules.
 
         Raises:
-            QsunError: memory that does not hold the weights, or curves that do not know their bytes.
+            DoesNotFit: memory that does not hold the weights.
+            QsunError: curves that do not know their bytes.
         """
         known = self.footprints.get(variant)
         if known is None:
@@ -90,7 +95,7 @@ class Curves:
         left = _KEPT_SHARE * memory_bytes - modules * known.weight_bytes
         if left < known.kv_bytes:
             needed = modules * known.weight_bytes / _KEPT_SHARE / 1e9
-            raise QsunError(
+            raise DoesNotFit(
                 f"memory of {memory_bytes / 1e9:.1f} GB does not hold {modules} x {variant}; "
                 f"use more than {needed:.1f} GB or fewer models a worker"
             )

@@ -14,6 +14,7 @@ from qsun.errors import QsunError
 ENDPOINTS = ("completions", "chat")
 NOT_SENT = "not sent"
 _LONGEST_LINE = 4 << 20  # bytes of one event; a server that sends more without a line end is broken
+_MOST_TOKENS = 1 << 40  # of an answer; more is no count
 _BEYOND_DEADLINE_S = 5.0  # httpx's own timeouts, in case of a wait that the deadline does not see
 
 
@@ -38,6 +39,12 @@ class Target:
             raise QsunError(f"endpoint {self.endpoint!r} is not known; use {' or '.join(ENDPOINTS)}")
         if not self.url.startswith(("http://", "https://")):
             raise QsunError(f"url {self.url!r} is no http address; use one such as http://127.0.0.1:8000")
+        try:
+            httpx.URL(self.url)
+        except httpx.InvalidURL as error:
+            raise QsunError(
+                f"url {self.url!r} is no http address ({error}); use one such as http://127.0.0.1:8000"
+            ) from None
         if not self.deadline_s > 0:
             raise QsunError(f"deadline {self.deadline_s:g} is out of range; use more than 0 seconds")
 
@@ -129,7 +136,9 @@ async def send(client: httpx.AsyncClient, target: Target, planned: Planned, star
         record.error = "deadline"
     except httpx.ConnectError:
         record.error = "no connection"
-    except httpx.HTTPError:
+    except httpx.InvalidURL:
+        record.error = "no address"
+    except (httpx.HTTPError, httpx.StreamError):
         record.error = "connection broken"
     except _Failure as failure:
         record.error = str(failure)
@@ -182,10 +191,19 @@ def _take(data: str, record: Record, now: float) -> bool:
     """Note what an event brings. Returns whether it ends the answer."""
     try:
         event = json.loads(data)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):
         raise _Failure("not JSON") from None
+    except ValueError:  # a number of more digits than Python reads
+        raise _Failure("not understood") from None
     if not isinstance(event, dict) or event.get("error"):
         raise _Failure("error in the stream")
+    try:
+        return _noted(event, record, now)
+    except (AttributeError, TypeError, ValueError, KeyError):  # JSON of another shape than OpenAI's
+        raise _Failure("not understood") from None
+
+
+def _noted(event: Mapping[str, Any], record: Record, now: float) -> bool:
     usage = event.get("usage")
     finished = False
     for choice in event.get("choices") or []:
@@ -197,6 +215,13 @@ def _take(data: str, record: Record, now: float) -> bool:
             record.last = now
         record.output_tokens += tokens
     if usage:
-        record.prompt_tokens = usage.get("prompt_tokens")
-        record.output_tokens = usage.get("completion_tokens") or record.output_tokens
+        record.prompt_tokens = _count(usage.get("prompt_tokens"))
+        record.output_tokens = _count(usage.get("completion_tokens")) or record.output_tokens
     return finished
+
+
+def _count(value: object) -> int | None:
+    """A number of tokens. Raises ValueError for anything else: a report is added up from these."""
+    if value is not None and not (type(value) is int and 0 <= value <= _MOST_TOKENS):
+        raise ValueError(value)
+    return value

@@ -37,11 +37,15 @@ class Prompts:
     pieces: Pieces = Pieces()
     rows: Sequence[Mapping[str, Any]] = ()
 
-    def make(self, tokens: int, random_: random.Random) -> Mapping[str, Any]:
-        """{"prompt": ...} or {"messages": ...}, and max_tokens and model where a row has them."""
+    def make(self, tokens: int, which: random.Random, letters: random.Random) -> Mapping[str, Any]:
+        """{"prompt": ...} or {"messages": ...}, and max_tokens and model where a row has them.
+
+        Args:
+            which: draws the row. letters: draws those of a random prompt.
+        """
         if self.rows:
-            return random_.choice(self.rows)
-        return said(self.endpoint, _letters(self.pieces.count(tokens), random_))
+            return which.choice(self.rows)
+        return said(self.endpoint, _letters(self.pieces.count(tokens), letters))
 
 
 def said(endpoint: str, text: str) -> dict[str, Any]:
@@ -53,12 +57,20 @@ def _letters(count: int, random_: random.Random) -> str:
     return " ".join(random_.choices(_LETTERS, k=count))
 
 
-def plan(workload: Workload, prompts: Prompts, rate: float, requests: int, warm_up: int) -> list[Planned]:
-    """`warm_up` and then `requests` requests at `rate`; an infinite rate has all due at 0, for a closed loop."""
-    random_ = random.Random(f"{workload.seed} prompts of the load")
+def plan(
+    workload: Workload, prompts: Prompts, rate: float, requests: int, warm_up: int, prompt_seed: str
+) -> list[Planned]:
+    """`warm_up` and then `requests` requests at `rate`; an infinite rate has all due at 0, for a closed loop.
+
+    Args:
+        prompt_seed: of the letters of random prompts alone. Everything else is the workload's, whose seed may be used
+            again on a server; the same letters again would be found in its cache of prefixes.
+    """
+    which = random.Random(f"{workload.seed} prompts of the load")
+    letters = random.Random(f"{prompt_seed} letters")
     planned = []
     for number, request in enumerate(workload.trace(rate, warm_up + requests)):
-        what = dict(prompts.make(request.prompt_tokens, random_))
+        what = dict(prompts.make(request.prompt_tokens, which, letters))
         model, most = what.pop("model", request.model), what.pop("max_tokens", request.output_tokens)
         planned.append(Planned(request.arrival, model, what, most, number < warm_up))
     return planned

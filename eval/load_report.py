@@ -18,12 +18,13 @@ _BINS = 60
 def load_summary(rounds: Sequence[Sequence[Record]], level: ServiceLevel, decode_workers: int) -> dict[str, Any]:
     """Of one server's records that are no warm-up, overall and by model; rounds are taken together.
 
-    Rates are over `seconds`: from the first arrival that counts to the end of the last answer. `steady_tokens_per_s`
+    Rates are over `seconds`: from the first arrival that counts to the end of the last complete answer, or to the last
+    arrival where that is later; how long a failed request was waited for is no time of serving. `steady_tokens_per_s`
     is over the time from the first to the last arrival; an answer's tokens count as spread evenly over its time.
     """
     counted = [[record for record in records if not record.warm_up] for records in rounds]
     spans = [(records[0].arrival, records[-1].arrival) for records in counted]
-    ends = [max(record.ended or record.arrival for record in records) for records in counted]
+    ends = [max(record.arrival if record.error else record.ended or record.arrival for record in r) for r in counted]
     seconds = max(math.fsum(end - begin for end, (begin, _) in zip(ends, spans, strict=True)), 1e-9)
     measured = [record for records in counted for record in records]
     found = _of(measured, level, seconds)
@@ -75,23 +76,27 @@ def _tokens(records: Sequence[Record], begin: float, end: float) -> float:
 
 
 def ratios(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, float | None]:
-    """One server's summary over the other's; below 1 is better for times."""
-    pairs = {
+    """One server's summary over the other's; below 1 is better for times. None where a side has no value to compare."""
+    pairs: dict[str, tuple[float | None, float | None]] = {
         "tokens_per_s": (ours["tokens_per_s"], theirs["tokens_per_s"]),
         "goodput": (ours["goodput"], theirs["goodput"]),
     }
     for name in ("ttft_ms", "tpot_ms"):
         for point in ("p50", "p99"):
-            pairs[f"{name}_{point}"] = tuple((side[name] or {}).get(point, 0.0) for side in (ours, theirs))
-    return {name: mine / other if other else None for name, (mine, other) in pairs.items()}
+            mine, other = ((side[name] or {}).get(point) for side in (ours, theirs))
+            pairs[f"{name}_{point}"] = (mine, other)
+    return {name: mine / other if mine is not None and other else None for name, (mine, other) in pairs.items()}
 
 
 def geometric_means(rounds: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    """Of each ratio over the rounds that have it."""
+    """Of each ratio over the rounds that have it; a round of ratio 0, in which all failed, makes the mean 0."""
     found: dict[str, float | None] = {}
     for name in rounds[0]:
-        values = [value for one in rounds if (value := one[name])]
-        found[name] = math.exp(math.fsum(map(math.log, values)) / len(values)) if values else None
+        values = [value for one in rounds if (value := one[name]) is not None]
+        if not values or 0 in values:
+            found[name] = 0.0 if values else None
+        else:
+            found[name] = math.exp(math.fsum(map(math.log, values)) / len(values))
     return found
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +30,9 @@ class LoadSettings:
         rate: of an open loop, requests/s; or concurrency: of a closed one. The other is 0.
         requests, warm_up: counted, and sent before those without being counted; both for each round.
         rounds: of the same server, with other arrivals and prompts each.
+        seed: of arrivals, models and lengths, and of which rows of a file are sent.
+        prompt_seed: of the letters of random prompts, for each round and server others; empty: a fresh one for this
+            run, as a server may still have the prompts of an earlier one in its cache.
     """
 
     prompt: Lengths
@@ -43,6 +47,7 @@ class LoadSettings:
     rounds: int = 1
     max_in_flight: int = 1024
     seed: int = 0
+    prompt_seed: str = ""
 
     def __post_init__(self) -> None:
         if bool(self.rate) == bool(self.concurrency):
@@ -57,11 +62,16 @@ class LoadSettings:
 
 @dataclass(frozen=True)
 class Measured:
-    """Records of each server, a list a round. pieces: how random prompts were cut; None with prompts of a file."""
+    """Records of each server, a list a round.
+
+    Attributes:
+        pieces: how random prompts were cut. prompt_seed: of their letters. Both None with prompts of a file.
+    """
 
     rounds: Mapping[str, Sequence[Sequence[Record]]]
     models: tuple[str, ...]
     pieces: Pieces | None
+    prompt_seed: str | None
 
     def all_records(self, server: str) -> list[Record]:
         """Of all rounds, one after the other on one time axis."""
@@ -82,7 +92,9 @@ def _later(record: Record, seconds: float) -> Record:
 
 
 def run_load(targets: Mapping[str, Target], settings: LoadSettings, progress: Progress, note: Note) -> Measured:
-    """Load one server, or two in turns: each round has the same requests for both, and the order changes every round.
+    """Load one server, or two in turns; the order changes every round.
+
+    A round's requests are the same for both, but for the letters of random prompts: the two may share a cache.
 
     Args:
         targets: by OURS and, to compare, THEIRS.
@@ -103,6 +115,7 @@ async def _run(targets: Mapping[str, Target], settings: LoadSettings, progress: 
             note("the server reports no usage: a letter of a random prompt counts as a token")
             pieces = Pieces()
     prompts = Prompts(first.endpoint, pieces or Pieces(), settings.rows)
+    prompt_seed = settings.prompt_seed or secrets.token_hex(8)
     rounds: dict[str, list[list[Record]]] = {name: [] for name in targets}
     for number in range(settings.rounds):
         workload = Workload(models, settings.skew, settings.prompt, settings.output, settings.seed + number)
@@ -112,15 +125,16 @@ async def _run(targets: Mapping[str, Target], settings: LoadSettings, progress: 
                 where = f"{name}, round {number + 1}: " if settings.rounds * len(targets) > 1 else ""
                 progress(where + label, done, total)
 
-            rounds[name].append(await _one(targets[name], settings, workload, prompts, labelled))
+            letters = f"{prompt_seed} {number} {name}"
+            rounds[name].append(await _one(targets[name], settings, workload, prompts, letters, labelled))
             _warn(name, rounds[name][-1], note)
-    return Measured(rounds, models, pieces if not settings.rows else None)
+    return Measured(rounds, models, pieces, None if settings.rows else prompt_seed)
 
 
 async def _one(
-    target: Target, settings: LoadSettings, workload: Workload, prompts: Prompts, progress: Progress
+    target: Target, settings: LoadSettings, workload: Workload, prompts: Prompts, prompt_seed: str, progress: Progress
 ) -> list[Record]:
-    planned = plan(workload, prompts, settings.rate or math.inf, settings.requests, settings.warm_up)
+    planned = plan(workload, prompts, settings.rate or math.inf, settings.requests, settings.warm_up, prompt_seed)
     if settings.concurrency:
         return await closed_loop(target, planned, settings.concurrency, progress)
     return await open_loop(target, planned, settings.max_in_flight, progress)
@@ -137,6 +151,7 @@ def _warn(name: str, records: Sequence[Record], note: Note) -> None:
 def load_result(measured: Measured, level: ServiceLevel, decode_workers: int) -> dict[str, Any]:
     """Summaries of each server over all rounds and by round; with two, ratios of the first over the second by round."""
     result: dict[str, Any] = {"models": list(measured.models), "slo": level.described()}
+    result["prompt_seed"] = measured.prompt_seed
     if measured.pieces is not None:
         result["tokens_of_a_random_prompt"] = {"fixed": measured.pieces.fixed, "each": measured.pieces.each}
     for name, rounds in measured.rounds.items():

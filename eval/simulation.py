@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qsun.errors import QsunError
-from qsun.eval.curves import SUN, Curves
+from qsun.eval.curves import SUN, Curves, DoesNotFit
 from qsun.eval.percentiles import spread
 from qsun.eval.service_level import ServiceLevel
 from qsun.eval.workload import Request
@@ -231,7 +231,8 @@ def simulate(
         warm_up: share of the requests, from the first, that statistics leave out.
         seed: of the power_of_two policy.
     Raises:
-        QsunError: an empty or unordered trace, a model that nobody serves, or a request that no worker can ever hold.
+        DoesNotFit: a request that a worker of its model can never hold.
+        QsunError: an empty or unordered trace, or a model that nobody serves.
     """
     try:
         from qsun.eval.simulation_run import Run
@@ -248,11 +249,11 @@ def simulate(
             raise QsunError(f"no prefill worker of {system.name} serves model {model!r}")
     for worker in system.decode:
         limit = worker.kv_tokens
-        if limit and worker.padded and worker.turns:
+        if limit is not None and worker.padded and worker.turns:
             limit //= len(worker.models)
         largest = max((r for r in trace if r.model in worker.models), key=_tokens, default=None)
-        if limit and largest and _tokens(largest) > limit:
-            raise QsunError(f"{largest} takes {_tokens(largest)} tokens of KV; a decode worker has {limit}")
+        if limit is not None and largest and _tokens(largest) > limit:
+            raise DoesNotFit(f"{largest} takes {_tokens(largest)} tokens of KV; a decode worker has {limit}")
     run = Run(trace, system, curves, seed)
     return Result(system, run.times, run.decode_loads(), run.prefill_loads(), warm_up)
 

@@ -1,5 +1,6 @@
 """Tables and pictures of `qsun simulate`."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def _where(rows: Sequence[Row], kind: str) -> str:
     if skew is not None:
         return f"{kind}: {_DOUBLE:.1f}x conventional with mean TPOT within 5% from skew {skew:.2f}"
     if not known:
-        return f"{kind}: no ratio, as a system keeps the SLO at no rate"
+        return f"{kind}: no ratio, as a system keeps the SLO, or this one the conventional TPOT, at no rate"
     best = max(known, key=lambda row: row["ratio_same_tpot"])
     return f"{kind}: {_DOUBLE:.1f}x nowhere here; most is {best['ratio_same_tpot']:.2f}x at skew {best['skew']:g}"
 
@@ -99,11 +100,10 @@ def _plot_capacity(result: Mapping[str, Any], path: Path) -> None:
         skews = [row["skew"] for row in mine]
         throughput.plot(skews, [row["tokens_per_s_per_decode_worker"] for row in mine], **style)
         needed.plot(skews, [row["workers_needed"] for row in mine], **style)
-        with_ratio = [row for row in mine if row["ratio"] is not None]
-        if kind != CONVENTIONAL and with_ratio:
-            skews = [row["skew"] for row in with_ratio]
-            ratio.plot(skews, [row["ratio_same_tpot"] for row in with_ratio], **style)
-            ratio.plot(skews, [row["ratio"] for row in with_ratio], color=_COLOURS[kind], linestyle=":", linewidth=1.2)
+        if kind != CONVENTIONAL:
+            dotted = {"color": _COLOURS[kind], "linestyle": ":", "linewidth": 1.2}
+            for key, look in (("ratio_same_tpot", style), ("ratio", dotted)):
+                ratio.plot(skews, [math.nan if row[key] is None else row[key] for row in mine], **look)
     ratio.axhline(1.0, color=_COLOURS[CONVENTIONAL], linewidth=1)
     ratio.axhline(_DOUBLE, color="0.6", linewidth=1, linestyle="--")
     throughput.set_title("tokens/s of a decode worker at capacity", fontsize=10)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from qsun.errors import QsunError
-from qsun.eval.capacity import Capacity, Study, capacity, mean_tpot_ms, workers_needed
+from qsun.eval.capacity import Capacity, Study, capacity, highest_rate, mean_tpot_ms, workers_needed
 from qsun.eval.curves import SUN
 from qsun.eval.systems import CONVENTIONAL, KINDS
 from qsun.eval.workload import Request
@@ -84,7 +84,7 @@ def over_skew(
     Returns:
         A row for each skew and system: its capacity as `Result.summary`, with "rate", "skew", "ratio" (tokens/s of a
         decode worker over the conventional system's) and "ratio_same_tpot" (the same with a mean TPOT within 5% of the
-        conventional system's at its own capacity), "workers_needed", "needed_rate".
+        conventional system's at its own capacity; None where it has that at no rate), "workers_needed", "needed_rate".
     """
     rows: list[dict[str, Any]] = []
     total, done = len(skews) * len(KINDS), 0
@@ -106,7 +106,7 @@ def over_skew(
 
 
 def _reference_rate(study: Study, workers: int, conventional: Capacity | None) -> float:
-    found = capacity(study, SUN, workers) or conventional
+    found = highest_rate(study, SUN, workers) or conventional  # that SUN does not fit must be said as it is
     if found is None:
         raise QsunError("no system keeps the SLO at any rate; ease --slo-ttft or --slo-tpot")
     return _NEEDED_SHARE * found.rate
@@ -120,22 +120,27 @@ def _row(study: Study, kind: str, skew: float, found: Capacity | None, reference
     if found is not None and reference is not None:
         row["ratio"] = found.tokens_per_s() / reference.tokens_per_s()
         limit = SAME_TPOT * mean_tpot_ms(reference.result)
-        held = found
+        held: Capacity | None = found
         if mean_tpot_ms(found.result) > limit:
-            held = capacity(study, kind, len(found.result.system.decode), limit) or found
-        row["ratio_same_tpot"] = held.tokens_per_s() / reference.tokens_per_s()
+            held = capacity(study, kind, len(found.result.system.decode), limit)
+        row["ratio_same_tpot"] = held and held.tokens_per_s() / reference.tokens_per_s()
     return row
 
 
 def where_ratio(
     rows: Sequence[Mapping[str, Any]], kind: str, wanted: float, key: str = "ratio_same_tpot"
 ) -> float | None:
-    """The least skew, straight between those simulated, at which a system's ratio reaches `wanted`; None: nowhere."""
-    points = [(row["skew"], row[key]) for row in rows if row["system"] == kind and row[key] is not None]
-    for number, (skew, ratio) in enumerate(points):
+    """The least skew, straight between those simulated, at which a system's ratio reaches `wanted`; None: nowhere.
+
+    Where the skew before has no ratio there is nothing to draw a line from: it is then the simulated skew itself.
+    """
+    before: tuple[float, float] | None = None
+    for skew, ratio in ((row["skew"], row[key]) for row in rows if row["system"] == kind):
+        if ratio is None:
+            before = None
+            continue
         if ratio >= wanted:
-            if number == 0:
-                return skew
-            before, lower = points[number - 1]
-            return before + (skew - before) * (wanted - lower) / (ratio - lower)
+            least, lower = before or (skew, 0.0)
+            return least + (skew - least) * (wanted - lower) / (ratio - lower)
+        before = (skew, ratio)
     return None

@@ -150,7 +150,7 @@ def _unpack_compressed(tensors: Mapping[str, Tensor], spec: LayerSpec) -> Quanti
     q = unpack_rows(tensors["weight_packed"].t(), spec.bits, K).t().contiguous()
     packed = tensors.get("weight_zero_point")
     if packed is None:
-        zeros = torch.full(scales.shape, 2 ** (spec.bits - 1), dtype=torch.uint8)
+        zeros = torch.full(scales.shape, 2 ** (spec.bits - 1), dtype=torch.uint8, device=scales.device)
     else:
         zeros = unpack_rows(packed, spec.bits, N).t().contiguous()
     return Quantized(q, scales, zeros)

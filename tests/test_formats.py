@@ -92,6 +92,19 @@ def test_compressed_layout(bits, sym, N, K):
     assert torch.equal(unpack_layer(stored, spec, "compressed-tensors").dequantize(), layer.dequantize())
 
 
+@pytest.mark.parametrize("fmt", ["gptq", "awq", "compressed-tensors"])
+@pytest.mark.parametrize("sym", [True, False])
+def test_what_is_read_stays_on_the_device_of_what_was_stored(fmt, sym):
+    """On a GPU nothing may be left on the CPU; the meta device shows it on any machine."""
+    spec = LayerSpec(4, 32, sym)
+    stored = pack_layer(random_layer(32, 64, 4, 32, sym), spec, fmt)
+    shape = {name: tensor for name, tensor in stored.items() if name == "weight_shape"}  # two numbers, which are read
+    stored.pop("g_idx", None)
+    read = unpack_layer({name: tensor.to("meta") for name, tensor in stored.items()} | shape, spec, fmt)
+    assert {tensor.device.type for tensor in (read.q, read.scales, read.zeros)} == {"meta"}
+    assert read.scales.shape == read.zeros.shape == (2, 32)
+
+
 @pytest.mark.parametrize(
     ("settings", "shape", "says"),
     [

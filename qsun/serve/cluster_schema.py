@@ -8,6 +8,7 @@
 A number in place of the list of workers is for `qsun up`, which starts that many.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -134,6 +135,12 @@ class Health(Section):
     warm_up_at_once: Annotated[int, Field(strict=True, ge=1, le=256)] = 4
 
 
+def _variable(name: object) -> object:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError("use letters, digits and _, and no digit first, in the name of a variable")
+    return name
+
+
 class Launch(Section):
     """How `qsun up` starts workers on this machine; nothing else reads it.
 
@@ -146,7 +153,7 @@ class Launch(Section):
         eager: neither torch.compile nor CUDA graphs; None: on a CPU.
         threads: OpenMP threads of a worker on a CPU.
         gpus: that workers take one after another, tensor_parallel_size each, and from the start again where they are
-            too few; None: 0, 1, 2 ...
+            too few; None: 0, 1, 2 ..., or those of CUDA_VISIBLE_DEVICES where `qsun up` has it.
         first_port: each worker takes two ports from here on; None: free ones.
         start_seconds: until all workers must answer.
         prefill_arguments, decode_arguments: further options of such workers.
@@ -169,7 +176,7 @@ class Launch(Section):
     start_seconds: Seconds = 900.0
     prefill_arguments: tuple[str, ...] = ()
     decode_arguments: tuple[str, ...] = ()
-    environment: dict[str, str] = Field(default_factory=dict)
+    environment: dict[Annotated[str, BeforeValidator(_variable)], str] = Field(default_factory=dict)
 
     @property
     def runs_eager(self) -> bool:

@@ -8,18 +8,22 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from qsun.base import find_model
 from qsun.checkpoint import read_json
 from qsun.errors import QsunError
+from qsun.serve.cluster import is_loopback
 from qsun.serve.cluster_modules import ServedNames
 from qsun.serve.cluster_schema import Cluster, Launch, Pool
 
 LOOPBACK = "127.0.0.1"
 API_SERVER = "vllm.entrypoints.openai.api_server"
 _LARGEST_PORT = 65535
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+_LOOPBACK_DEVICE = "lo"  # Linux's name, where alone vLLM runs workers
 
 
 @dataclass(frozen=True)
@@ -52,22 +56,24 @@ class WorkerPlace:
 
     port: int
     side_channel_port: int
-    gpus: tuple[int, ...] = ()
+    gpus: tuple[str, ...] = ()
     host: str = LOOPBACK
 
 
-def plan_workers(cluster: Cluster, names: ServedNames) -> list[WorkerCommand]:
+def plan_workers(cluster: Cluster, names: ServedNames, visible_gpus: str | None = None) -> list[WorkerCommand]:
     """Commands of all workers that the cluster file gives as a number. Free ports are chosen now.
 
+    Args:
+        visible_gpus: the launcher's own CUDA_VISIBLE_DEVICES, such as a scheduler sets it; None: it has none.
     Raises:
-        QsunError: no pool has a number, or there are not enough ports.
+        QsunError: no pool has a number, or there are not enough ports or visible GPUs.
     """
     pools = [(model, pool, names.prefill[model]) for model, pool in cluster.models.items()]
     wanted: list[tuple[str | None, Pool, str]] = [(None, cluster.decode, names.decode), *pools]
     launched = [(*entry, entry[1].workers) for entry in wanted if isinstance(entry[1].workers, int)]
     if not launched:
         raise QsunError("no pool of the cluster has a number of workers to start; use `qsun route` for running workers")
-    places = _places(cluster.launch, sum(count for *_, count in launched))
+    places = _places(cluster.launch, sum(count for *_, count in launched), visible_gpus)
     commands = []
     prefills = 0
     for model, pool, served, count in launched:
@@ -144,11 +150,16 @@ def _environment(launch: Launch, place: WorkerPlace) -> dict[str, str]:
         if launch.tensor_parallel_size == 1:
             values["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a process less, and what it polls
     if place.gpus:
-        values["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, place.gpus))
+        values[_VISIBLE] = ",".join(place.gpus)
+    if is_loopback(place.host):
+        # Left to themselves these listen on every network of the machine, without keys: NIXL's UCX with the KV cache,
+        # and the process groups of vLLM's ranks.
+        values |= dict.fromkeys(("UCX_NET_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _LOOPBACK_DEVICE)
     return values | launch.environment
 
 
-def _places(launch: Launch, count: int) -> Iterator[WorkerPlace]:
+def _places(launch: Launch, count: int, visible_gpus: str | None) -> Iterator[WorkerPlace]:
+    gpus = _gpus(launch, count, visible_gpus)
     if launch.first_port is None:
         ports: Sequence[int] = free_ports(2 * count)
     else:
@@ -156,16 +167,26 @@ def _places(launch: Launch, count: int) -> Iterator[WorkerPlace]:
         if ports[-1] > _LARGEST_PORT:
             raise QsunError(f"launch.first_port {launch.first_port} leaves no {2 * count} ports; use a smaller one")
     for number in range(count):
-        yield WorkerPlace(ports[2 * number], ports[2 * number + 1], _gpus(launch, number))
+        yield WorkerPlace(ports[2 * number], ports[2 * number + 1], gpus[number])
 
 
-def _gpus(launch: Launch, number: int) -> tuple[int, ...]:
-    """Whole GPUs one after another; where the file lists too few, the list is taken from its start again."""
-    if launch.device == "cpu":
-        return ()
+def _gpus(launch: Launch, count: int, visible: str | None) -> list[tuple[str, ...]]:
+    """Whole GPUs of each worker, one after another; where the file lists too few, from the list's start again."""
+    if launch.device == "cpu" or _VISIBLE in launch.environment:
+        return [()] * count
     size = launch.tensor_parallel_size
-    wanted = range(number * size, (number + 1) * size)
-    return tuple(wanted) if launch.gpus is None else tuple(launch.gpus[i % len(launch.gpus)] for i in wanted)
+    if launch.gpus is not None:
+        known = [str(launch.gpus[i % len(launch.gpus)]) for i in range(count * size)]
+    elif visible is None:
+        known = [str(i) for i in range(count * size)]
+    else:  # numbers or UUIDs; CUDA, too, takes none from the first that is no device on
+        known = list(takewhile(lambda entry: entry not in ("", "-1"), map(str.strip, visible.split(","))))
+        if len(known) < count * size:
+            raise QsunError(
+                f"the workers take {count * size} GPUs, and {_VISIBLE}={visible} has {len(known)}; start fewer, "
+                "make more visible, or list launch.gpus to share them"
+            )
+    return [tuple(known[number * size : (number + 1) * size]) for number in range(count)]
 
 
 def free_ports(count: int) -> list[int]:

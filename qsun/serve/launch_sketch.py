@@ -75,14 +75,22 @@ def _workers(name: str, model: str | None, pool: Pool, served: str, launch: Laun
 def _router_file(cluster: Cluster, pools: list[tuple[str, str | None, Pool, str]]) -> dict[str, Any]:
     def pool_of(name: str, pool: Pool) -> dict[str, Any]:
         urls = [f"http://{name}-{index}.{name}:{_PORT}" for index in range(_count(pool))]
-        return {"module": f"/modules/{name}", "workers": urls}
+        assigned = [None] * len(urls) if isinstance(pool.workers, int) else [worker.models for worker in pool.workers]
+        workers = [
+            url if models is None else {"url": url, "models": list(models)}
+            for url, models in zip(urls, assigned, strict=True)
+        ]
+        return {"module": f"/modules/{name}", "workers": workers}
 
-    values = {
+    values: dict[str, Any] = {
         "listen": {"host": "0.0.0.0", "port": _ROUTER_PORT, "api_keys": "/keys/api-keys"},  # noqa: S104 - with keys
         "policy": cluster.policy,
         "decode": pool_of(pools[0][0], pools[0][2]),
         "models": {model: pool_of(name, pool) for name, model, pool, _ in pools[1:]},
     }
+    for section in ("limits", "health"):
+        if chosen := getattr(cluster, section).model_dump(exclude_unset=True):  # what is left out has its default there
+            values[section] = chosen
     text = yaml.safe_dump(values, sort_keys=False, width=120)
     return {
         "apiVersion": "v1",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qsun.errors import QsunError
+from qsun.serve import launch_signals
 from qsun.serve.cluster import Cluster, Pool, with_workers
 from qsun.serve.cluster_modules import ModuleChecks, ServedNames
 from qsun.serve.launch_plan import WorkerCommand, started_urls
@@ -67,7 +68,7 @@ class Launch:
     tell: Callable[[str], None]
 
     async def serve(self, on_warm: Callable[[str], None]) -> None:
-        """Run the router until SIGTERM or SIGINT. Workers must answer already.
+        """Run the router until SIGTERM or SIGINT; signals are ignored from there on. Workers must answer already.
 
         Args:
             on_warm: gets the URL once every pair of workers has answered together.
@@ -81,7 +82,7 @@ class Launch:
             self.path, filled, self.names, self.checks, lambda new: fill_in(new, self.cluster, commands)
         )
         found: list[str] = []
-        serving = asyncio.ensure_future(process.serve(found.append))
+        serving = asyncio.ensure_future(_route(process, found.append))
         watching = asyncio.ensure_future(self._watch(process, lambda: on_warm(found[0])))
         try:
             await asyncio.wait({serving, watching}, return_when=asyncio.FIRST_COMPLETED)
@@ -125,6 +126,14 @@ class Launch:
             logger.error("%s; it is not started again. Its last lines:", worker.death())
             for line in last_lines(worker.log):
                 logger.error("    %s", line)
+
+
+async def _route(process: RouterProcess, on_listening: Callable[[str], None]) -> None:
+    """Serve. The router takes its handlers off at the end, and a signal then would end us before the workers."""
+    try:
+        await process.serve(on_listening)
+    finally:
+        launch_signals.ignore()
 
 
 def fill_in(cluster: Cluster, first: Cluster, commands: list[WorkerCommand]) -> Cluster:

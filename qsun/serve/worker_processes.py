@@ -12,6 +12,7 @@ from types import TracebackType
 import httpx
 
 from qsun.errors import QsunError
+from qsun.serve import launch_signals
 from qsun.serve.launch_plan import WorkerCommand
 from qsun.serve.warden import GRACE_SECONDS, end_groups
 
@@ -88,8 +89,8 @@ class WorkerProcesses:
                 )
             except OSError as error:
                 raise QsunError(f"{command.argv[0]} cannot be run: {error.strerror}; see launch.python") from None
+        self.workers.append(WorkerProcess(command, process, log))  # first: it must be ended, should the warden be gone
         self._tell_warden("+", process.pid)
-        self.workers.append(WorkerProcess(command, process, log))
 
     def _tell_warden(self, sign: str, pid: int) -> None:
         assert self._warden is not None and self._warden.stdin is not None
@@ -139,7 +140,14 @@ class WorkerProcesses:
         return found
 
     def stop(self) -> None:
-        """End all workers: SIGTERM, and SIGKILL after a while. Returns when none is left."""
+        """End all workers: SIGTERM, and SIGKILL after a while. Returns when none is left.
+
+        Signals are ignored meanwhile: a second Ctrl-C would end the launcher before its workers.
+        """
+        with launch_signals.ignored():
+            self._stop()
+
+    def _stop(self) -> None:
         end_groups_of([worker.process for worker in self.workers])
         if self._warden is None or self._warden.stdin is None:
             return

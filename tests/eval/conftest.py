@@ -19,7 +19,7 @@ class FakeServer:
     Attributes:
         first_s, each_s: before the first token and between tokens. stalled: answers wait until it is set.
         fault: by model, one of "http 503", "cut short", "error in the stream", "connection broken", "not JSON",
-            "not a stream", "no tokens", "silence".
+            "not a stream", "no tokens", "silence", "odd event". odd: that event.
         usage: whether answers have it. tokens_per_letter, template_tokens: of its tokenizer.
     """
 
@@ -32,6 +32,7 @@ class FakeServer:
     models: tuple = ("math", "code", "tool")
     url: str = ""
     stall: bool = False
+    odd: str = ""
     seen: list = field(default_factory=list)  # (time, headers, body)
 
     def release(self):
@@ -110,6 +111,9 @@ class FakeServer:
             self._event(writer, {"error": {"message": "decode worker lost"}})
         elif fault == "not JSON":
             writer.write(b"data: {oops\n\n")
+        elif fault == "odd event":
+            self._line(writer, self.odd)
+            return False  # and the rest of the answer after it
         elif fault == "connection broken":
             linger = struct.pack("ii", 1, 0)  # close with a reset instead of an orderly end
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
@@ -119,7 +123,10 @@ class FakeServer:
         return fault != "no tokens"
 
     def _event(self, writer, data):
-        writer.write(b"data: " + json.dumps(data).encode() + b"\n\n")
+        self._line(writer, json.dumps(data))
+
+    def _line(self, writer, text):
+        writer.write(b"data: " + text.encode() + b"\n\n")
 
 
 @contextmanager

@@ -4,12 +4,14 @@ import asyncio
 import json
 import math
 import statistics
+from dataclasses import replace
 
+import httpx
 import pytest
 
 from qsun.errors import QsunError
 from qsun.eval.load import closed_loop, open_loop
-from qsun.eval.load_client import NOT_SENT, Planned, Record, Target
+from qsun.eval.load_client import NOT_SENT, Planned, Record, Target, send
 from qsun.eval.load_plan import Pieces, Prompts, plan, probe_pieces, read_prompts, served_models
 from qsun.eval.load_report import geometric_means, load_summary, ratios
 from qsun.eval.load_study import OURS, THEIRS, LoadSettings, load_result, run_load
@@ -107,6 +109,48 @@ def test_faults_are_counted_by_kind_and_spoil_nothing_else(serving, fault, kind)
     assert summary["models"]["code"]["complete"] == 0
 
 
+@pytest.mark.parametrize(
+    "event",
+    [
+        '{"choices": [null]}',
+        '{"choices": 5}',
+        '{"choices": ["x"]}',
+        '{"choices": [{"token_ids": 7}]}',
+        '{"choices": [{"delta": "x"}]}',
+        '{"usage": "x"}',
+        '{"usage": {"completion_tokens": "x"}}',
+        '{"usage": {"prompt_tokens": 1.5}}',
+        '{"usage": {"completion_tokens": -1}}',
+        '{"usage": {"completion_tokens": true}}',
+        '{"usage": {"completion_tokens": 1' + "0" * 5000 + "}}",
+    ],
+)
+def test_events_of_another_shape_are_faults_of_their_requests_alone(serving, event):
+    with serving(fault={"code": "odd event"}, odd=event) as server:
+        records = opened(Target(server.url), [due(model=model, tokens=6) for model in ("math", "code", "tool")])
+    assert [r.error for r in records] == ["", "not understood", ""]
+    assert load_summary([records], ServiceLevel(), 1)["errors"] == {"not understood": 1}
+
+
+def test_an_event_that_nests_too_deep(serving):
+    with serving(fault={"math": "odd event"}, odd="[" * 100_000) as server:
+        assert opened(Target(server.url), [due(tokens=6)])[0].error == "not JSON"
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind"), [(httpx.InvalidURL("x"), "no address"), (httpx.StreamClosed(), "connection broken")]
+)
+def test_what_httpx_raises_beside_its_http_errors(raised, kind):
+    def fail(_):
+        raise raised
+
+    async def once():
+        async with httpx.AsyncClient(transport=httpx.MockTransport(fail)) as client:
+            return await send(client, Target("http://127.0.0.1:9"), due(), 0.0)
+
+    assert asyncio.run(once()).error == kind
+
+
 def test_no_server_is_no_connection(serving):
     with serving() as server:
         url = server.url
@@ -157,7 +201,7 @@ def test_prompts_have_the_asked_length_for_a_tokenizer_that_is_probed(serving):
         pieces = asyncio.run(probe_pieces(target, "math"))
         assert (pieces.fixed, pieces.each) == pytest.approx((9, 2))
         workload = Workload(("math",), 0, Lengths("uniform", 11, 99), FOUR)
-        planned = plan(workload, Prompts("chat", pieces), 100.0, 12, 0)
+        planned = plan(workload, Prompts("chat", pieces), 100.0, 12, 0, "x")
         records = opened(target, planned)
     wanted = [request.prompt_tokens for request in workload.trace(100.0, 12)]
     assert all(abs(r.prompt_tokens - tokens) <= 1 for r, tokens in zip(records, wanted, strict=True))
@@ -166,8 +210,10 @@ def test_prompts_have_the_asked_length_for_a_tokenizer_that_is_probed(serving):
 
 def test_a_plan_is_the_workloads_trace_and_repeats():
     workload = Workload(("a", "b", "c"), 1.0, Lengths("uniform", 2, 9), Lengths("uniform", 1, 9))
-    planned = plan(workload, Prompts("completions"), 5.0, 40, 10)
-    assert planned == plan(workload, Prompts("completions"), 5.0, 40, 10)
+    planned = plan(workload, Prompts("completions"), 5.0, 40, 10, "x")
+    assert planned == plan(workload, Prompts("completions"), 5.0, 40, 10, "x")
+    other = plan(workload, Prompts("completions"), 5.0, 40, 10, "y")
+    assert all(a.what != b.what or len(a.what["prompt"]) < 4 for a, b in zip(planned, other, strict=True))
     trace = workload.trace(5.0, 50)
     assert [(p.arrival, p.model, p.max_tokens) for p in planned] == [
         (r.arrival, r.model, r.output_tokens) for r in trace
@@ -181,7 +227,7 @@ def test_prompts_of_a_file(tmp_path):
     path.write_text('{"prompt": "x", "model": "tool", "max_tokens": 3, "other": 1}\n')
     rows = read_prompts(path, "completions")
     workload = Workload(("a",), 0, FOUR, FOUR)
-    assert plan(workload, Prompts("completions", rows=rows), math.inf, 1, 0) == [
+    assert plan(workload, Prompts("completions", rows=rows), math.inf, 1, 0, "x") == [
         Planned(0.0, "tool", {"prompt": "x"}, 3)
     ]
     assert read_prompts(path, "chat")[0]["messages"] == [{"role": "user", "content": "x"}]
@@ -213,19 +259,19 @@ def test_the_summary_by_hand():
         Record(5.0, "b", False, 5.0, ended=6.0, error="deadline"),
     ]
     summary = load_summary([records], ServiceLevel(500, 50), 2)
-    assert summary["seconds"] == pytest.approx(5.0)
+    assert summary["seconds"] == pytest.approx(4.0)  # the failed one's arrival, not the second until it was given up
     assert (summary["requests"], summary["complete"], summary["output_tokens"]) == (5, 4, 34)
     assert summary["goodput"] == pytest.approx(2 / 5)
-    assert summary["goodput_requests_per_s"] == pytest.approx(0.4)
-    assert summary["tokens_per_s"] == pytest.approx(34 / 5)
-    assert summary["tokens_per_s_per_decode_worker"] == pytest.approx(3.4)
+    assert summary["goodput_requests_per_s"] == pytest.approx(0.5)
+    assert summary["tokens_per_s"] == pytest.approx(34 / 4)
+    assert summary["tokens_per_s_per_decode_worker"] == pytest.approx(4.25)
     assert summary["steady_tokens_per_s"] == pytest.approx(34 / 4)
     assert summary["ttft_ms"] == pytest.approx({"mean": 225, "p50": 100, "p90": 600, "p99": 600})
     assert summary["tpot_ms"]["mean"] == pytest.approx(80 / 3)
     assert summary["models"]["b"]["tpot_ms"] is None
     assert summary["models"]["b"]["errors"] == {"deadline": 1}
     double = load_summary([records, records], ServiceLevel(500, 50), 2)
-    assert double["seconds"] == pytest.approx(10.0)
+    assert double["seconds"] == pytest.approx(8.0)
     assert double["tokens_per_s"] == pytest.approx(summary["tokens_per_s"])
 
 
@@ -235,6 +281,52 @@ def test_ratios_and_their_means():
     assert found["ttft_ms_p50"] == found["tpot_ms_p99"] == pytest.approx(0.5)
     assert found["tokens_per_s"] == pytest.approx(2)
     assert geometric_means([{"x": 0.5}, {"x": 2.0}, {"x": None}]) == {"x": pytest.approx(1.0)}
+    assert geometric_means([{"x": None}]) == {"x": None}
+
+
+def test_a_server_that_answers_nothing_wins_nothing():
+    good = load_summary([[made(0.0, 0.1, 0.01, 11)]], ServiceLevel(), 1)
+    failed = [Record(0.0, "a", False, 0.0, ended=1.0, error="http 500"), Record(1.0, "a", False, 1.0, error="http 500")]
+    dead = load_summary([failed], ServiceLevel(), 1)
+    times = dict.fromkeys(f"{name}_{point}" for name in ("ttft_ms", "tpot_ms") for point in ("p50", "p99"))
+    lost = ratios(dead, good)
+    assert lost == {"tokens_per_s": 0.0, "goodput": 0.0} | times
+    assert ratios(good, dead) == {"tokens_per_s": None, "goodput": None} | times
+    means = geometric_means([ratios(good, good), lost])
+    assert (means["tokens_per_s"], means["goodput"], means["ttft_ms_p50"]) == (0.0, 0.0, pytest.approx(1.0))
+
+
+def test_waiting_for_a_failure_is_no_time_of_serving():
+    stuck = Record(2.0, "a", False, 2.0, ended=122.0, error="deadline")
+    summary = load_summary([[made(1.0, 0.1, 0.1, 31), stuck]], ServiceLevel(), 1)
+    assert summary["seconds"] == pytest.approx(3.1)
+    assert load_summary([[stuck, stuck]], ServiceLevel(), 1)["seconds"] == pytest.approx(0.0, abs=1e-6)
+
+
+def sent(server):
+    """Bodies of the requests of a load."""
+    return [body for _, _, body in server.seen if body.get("stream")]
+
+
+def test_a_second_run_sends_other_prompts_of_the_same_lengths(serving):
+    """A server that kept the prompts of the first run would find none of them again, unless their seed is given."""
+    settings = LoadSettings(Lengths("uniform", 8, 20), FOUR, rate=200.0, requests=9, warm_up=1)
+    runs = []
+    for one in (settings, settings, replace(settings, prompt_seed="x"), replace(settings, prompt_seed="x")):
+        with serving(first_s=0.0, each_s=0.0) as server:
+            measured = run_load({OURS: Target(server.url)}, one, quiet, quiet)
+            bodies = [(body["model"], body["max_tokens"], body["prompt"]) for body in sent(server)]
+        runs.append((sorted(bodies), load_result(measured, ServiceLevel(), 1)["prompt_seed"]))
+    prompts = [{prompt for *_, prompt in bodies} for bodies, _ in runs]
+    assert not prompts[0] & prompts[1]
+    shapes = [sorted((model, most, len(prompt)) for model, most, prompt in bodies) for bodies, _ in runs]
+    assert shapes[0] == shapes[1] == shapes[2]
+    assert runs[2] == runs[3]
+    assert runs[0][1] != runs[1][1]
+    again = replace(settings, prompt_seed=runs[0][1])
+    with serving(first_s=0.0, each_s=0.0) as server:
+        run_load({OURS: Target(server.url)}, again, quiet, quiet)
+        assert {body["prompt"] for body in sent(server)} == prompts[0]
 
 
 def test_rounds_alternate_between_two_servers_with_the_same_requests(serving):
@@ -243,12 +335,15 @@ def test_rounds_alternate_between_two_servers_with_the_same_requests(serving):
         targets = {OURS: Target(fast.url), THEIRS: Target(slow.url)}
         settings = LoadSettings(Lengths("fixed", 8), FOUR, rate=60.0, requests=10, warm_up=2, rounds=3)
         measured = run_load(targets, settings, lambda label, *_: order.append(label.split(":")[0]), quiet)
-        bodies = [[body for _, _, body in server.seen if body.get("stream")] for server in (fast, slow)]
+        bodies = [sent(fast), sent(slow)]
     assert list(dict.fromkeys(order)) == [
         *("url, round 1", "against, round 1", "against, round 2", "url, round 2", "url, round 3", "against, round 3")
     ]
     assert len(bodies[0]) == 36
+    letters = [[body.pop("prompt") for body in found] for found in bodies]
     assert sorted(map(json.dumps, bodies[0])) == sorted(map(json.dumps, bodies[1]))
+    assert {len(prompt) for prompt in letters[0] + letters[1]} == {15}
+    assert len(set(letters[0] + letters[1])) == 72  # no prompt is in a cache, should both be one server
     result = load_result(measured, ServiceLevel(), 1)
     assert measured.models == ("math", "code", "tool")
     assert len(result["ratios_by_round"]) == 3
@@ -311,5 +406,6 @@ def test_command_names_what_is_wrong(cli, options, problem):
 
 
 def test_an_address_that_is_none():
-    with pytest.raises(QsunError, match="url 'localhost' is no http address"):
-        Target("localhost")
+    for url in ("localhost", "http://[::1", "http://127.0.0.1:port"):
+        with pytest.raises(QsunError, match=r"^url '.*' is no http address.*; use one such as http://127.0.0.1:8000$"):
+            Target(url)

@@ -7,11 +7,13 @@ import pytest
 
 from qsun.errors import QsunError
 from qsun.eval.capacity import Study, capacity, default_level, mean_tpot_ms, workers_needed
-from qsun.eval.curves import QSUN, SUN, Curves, Footprint, computed_curves
+from qsun.eval.curves import QSUN, SUN, Curves, DoesNotFit, Footprint, computed_curves
 from qsun.eval.service_level import ServiceLevel
+from qsun.eval.simulation import DecodeWorker, System, simulate
+from qsun.eval.simulation_report import plot, table
 from qsun.eval.simulation_study import over_skew, where_ratio
 from qsun.eval.systems import CONVENTIONAL, KINDS, Deployment, assign
-from qsun.eval.workload import Lengths, Workload
+from qsun.eval.workload import Lengths, Request, Workload
 
 SHARES = {"a": 0.6, "b": 0.3, "c": 0.1}
 STEP = {SUN: 0.1, QSUN: 0.05}  # whatever the batch: a worker serves max_batch rows for the price of one
@@ -104,6 +106,36 @@ def test_workers_needed_are_the_fewest():
         workers_needed(Study(case.workload, FLAT, case.deployment, ServiceLevel(1.0)), SUN, 1.0)
 
 
+@pytest.mark.parametrize(
+    "room",
+    [
+        {"memory_bytes": 1e9},  # one module of 0.6 GB fits beside some KV, four do not
+        {"kv_tokens": 40, "prefill_tokens": 64},  # a request takes 30, four models have 10 each
+    ],
+)
+def test_few_workers_that_do_not_fit_are_too_few(room):
+    case = study(**room)
+    with pytest.raises(DoesNotFit):
+        case.run(CONVENTIONAL, 1, 1.0)
+    assert workers_needed(case, CONVENTIONAL, 0.5) == 4
+    assert capacity(case, CONVENTIONAL, 1) is None
+    assert capacity(case, CONVENTIONAL, 4) is not None
+
+
+def test_what_fits_nowhere_is_said():
+    case = study(memory_bytes=0.6e9)
+    with pytest.raises(DoesNotFit, match="does not hold 1 x sun"):
+        workers_needed(case, CONVENTIONAL, 1.0)
+    with pytest.raises(DoesNotFit, match="does not hold 1 x sun"):
+        over_skew(case, 4, [0.0], None, lambda *_: None)
+
+
+def test_fewer_tokens_of_kv_than_models_hold_nothing():
+    engine = DecodeWorker(("a", "b", "c"), turns=True, kv_tokens=2, prefill_tokens=8, padded=True)
+    with pytest.raises(DoesNotFit, match="a decode worker has 0"):
+        simulate([Request(0.0, "a", 1, 1)], System("s", (engine,)), FLAT)
+
+
 def test_rows_over_skew_and_where_a_ratio_is_reached():
     rows = over_skew(study(requests=300), 4, [0.0, 2.0], None, lambda *_: None)
     assert [(row["skew"], row["system"]) for row in rows] == [(skew, kind) for skew in (0.0, 2.0) for kind in KINDS]
@@ -126,6 +158,31 @@ def test_same_tpot_holds_a_faster_system_to_the_conventional_pace():
     free, held = (capacity(case, SUN, 4, limit) for limit in (1e9, 1.05 * mean_tpot_ms(reference.result)))
     assert mean_tpot_ms(held.result) <= 1.05 * mean_tpot_ms(reference.result) < mean_tpot_ms(free.result)
     assert reference.rate < held.rate < free.rate
+
+
+def test_no_rate_at_the_same_tpot_is_no_ratio(tmp_path):
+    """int4 that is slower from the first row on: within the SLO it serves more, at the conventional pace nothing."""
+    step = {SUN: lambda batch: 0.05 + 0.02 * batch, QSUN: lambda batch: 0.15}
+    curves = Curves(lambda variant, batch, _: step[variant](batch), lambda tokens: 1e-6, "made up")
+    case = replace(study(requests=200), curves=curves, level=ServiceLevel(2000, 200))
+    rows = over_skew(case, 4, [1.5], 1.0, lambda *_: None)
+    slow = rows[-1]
+    assert slow["system"] == QSUN
+    assert slow["ratio"] > 1
+    assert slow["ratio_same_tpot"] is None
+    result = {"rows": rows, "setting": "made up", "curves": "made up"}
+    lines = table(result).splitlines()
+    assert lines[5].split()[-2] == "-"
+    assert lines[-1] == "qsun: no ratio, as a system keeps the SLO, or this one the conventional TPOT, at no rate"
+    plot(result, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").exists()
+
+
+def test_a_skew_without_a_ratio_is_not_bridged():
+    points = ((0, 1.0), (1, None), (2, 3.0), (3, 4.0))
+    made = [{"skew": s, "system": SUN, "ratio_same_tpot": r} for s, r in points]
+    assert where_ratio(made, SUN, 2.0) == 2
+    assert where_ratio(made, SUN, 3.5) == pytest.approx(2.5)
 
 
 def test_default_level():

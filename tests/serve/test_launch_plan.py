@@ -11,6 +11,7 @@ from qsun.demo import base_directory
 from qsun.errors import QsunError
 from qsun.serve.cluster import parse_cluster
 from qsun.serve.cluster_modules import ServedNames
+from qsun.serve.cluster_schema import Health, Limits
 from qsun.serve.launch_plan import free_ports, plan_workers, started_urls
 from qsun.serve.launch_sketch import kubernetes_sketch
 from qsun.serve.launcher import fill_in
@@ -77,6 +78,52 @@ def test_ports_and_gpus_go_one_after_another():
     assert [command.environment["CUDA_VISIBLE_DEVICES"] for command in shared] == ["3"] * 4
 
 
+@pytest.mark.parametrize(
+    ("visible", "size", "expected"),
+    [
+        (None, 1, ["0", "1", "2", "3"]),
+        ("4,5, 6,7", 1, ["4", "5", "6", "7"]),
+        ("7,6,5,4,3,2,1,0", 2, ["7,6", "5,4", "3,2", "1,0"]),
+        ("MIG-a,MIG-b,MIG-c,MIG-d,MIG-e", 1, ["MIG-a", "MIG-b", "MIG-c", "MIG-d"]),
+    ],
+)
+def test_gpus_are_those_that_the_launcher_sees(visible, size, expected):
+    commands = plan_workers(cluster(tensor_parallel_size=size), NAMES, visible)
+    assert [command.environment["CUDA_VISIBLE_DEVICES"] for command in commands] == expected
+
+
+@pytest.mark.parametrize(("visible", "has"), [("4,5,6", 3), ("", 0), ("4,-1,5,6", 1)])
+def test_too_few_gpus_are_visible(visible, has):
+    one_line = rf"^the workers take 4 GPUs, and CUDA_VISIBLE_DEVICES={visible} has {has}; start fewer, .*share them$"
+    with pytest.raises(QsunError, match=one_line):
+        plan_workers(cluster(), NAMES, visible)
+    listed = plan_workers(cluster(gpus=[4, 5]), NAMES, visible)
+    assert [command.environment["CUDA_VISIBLE_DEVICES"] for command in listed] == ["4", "5", "4", "5"]
+    own = plan_workers(cluster(environment={"CUDA_VISIBLE_DEVICES": "9"}), NAMES, visible)
+    assert {command.environment["CUDA_VISIBLE_DEVICES"] for command in own} == {"9"}
+    assert "CUDA_VISIBLE_DEVICES" not in plan_workers(cluster(device="cpu"), NAMES, visible)[0].environment
+
+
+NETWORKS = ("UCX_NET_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+def test_what_hands_data_over_keeps_to_the_loopback_device():
+    for command in plan_workers(cluster(), NAMES):
+        assert [command.environment[name] for name in NETWORKS] == ["lo"] * 3
+    chosen = plan_workers(cluster(environment={"UCX_NET_DEVICES": "mlx5_0:1"}), NAMES)[0].environment
+    assert (chosen["UCX_NET_DEVICES"], chosen["GLOO_SOCKET_IFNAME"]) == ("mlx5_0:1", "lo")
+    assert not any(name in kubernetes_sketch(cluster(), NAMES) for name in NETWORKS)
+
+
+@pytest.mark.parametrize("name", ["A B", "A;touch x;B", "1A", "A=B", "", "A\n"])
+def test_a_name_that_no_variable_has_is_refused(name):
+    """--print shows names as they are, before an equals sign: quotes would make another command of them."""
+    with pytest.raises(
+        QsunError, match=r"(?s)^cluster: launch.environment\..* is not taken: use letters, digits and _"
+    ):
+        cluster(environment={name: "x"})
+
+
 def test_options_and_environment_of_the_file_come_last():
     launch = {"decode_arguments": ["--seed", "1; rm -rf /"], "environment": {"HF_HUB_OFFLINE": "0"}, "max_num_seqs": 4}
     decode, _, math, _ = plan_workers(cluster(**launch), NAMES)
@@ -124,3 +171,35 @@ def test_the_sketch_names_every_pool_and_gives_the_router_every_worker():
     routed = parse_cluster(file)
     assert routed.decode.urls == ("http://decode-0.decode:8000", "http://decode-1.decode:8000")
     assert routed.models["a/b"].urls == ("http://prefill-1-0.prefill-1:8000",)
+
+
+def sketched(**changes):
+    """The router's cluster file in the sketch of a cluster with these changes."""
+    values = {
+        "decode": {"module": "demo", "workers": 2},
+        "models": {"math": {"module": "demo", "workers": 1}, "a/b": {"module": "demo", "workers": 1}},
+    }
+    documents = yaml.safe_load_all(kubernetes_sketch(parse_cluster(values | changes), NAMES))
+    (text,) = (d["data"]["cluster.yaml"] for d in documents if d["kind"] == "ConfigMap")
+    return parse_cluster(yaml.safe_load(text))
+
+
+def test_the_sketch_keeps_limits_and_health():
+    limits, health = {"deadline_seconds": 77.0, "max_tokens": 33}, {"failures": 9}
+    routed = sketched(limits=limits, health=health)
+    assert routed.limits == Limits(**limits)
+    assert routed.health == Health(**health)
+    assert sketched().limits == Limits()
+
+
+def test_the_sketch_keeps_the_models_of_partitioned_decode_workers():
+    """One worker for both models is one too few where each does not say whose it is."""
+    one = {"module": "demo", "workers": [{"url": "http://10.0.0.1:80", "models": ["math", "a/b"]}]}
+    (worker,) = sketched(policy="partitioned", decode=one).decode.workers
+    assert (worker.url, worker.models) == ("http://decode-0.decode:8000", ("math", "a/b"))
+    two = {
+        "module": "demo",
+        "workers": [{"url": f"http://10.0.0.{n}:80", "models": [m]} for n, m in ((1, "a/b"), (2, "math"))],
+    }
+    assert [w.models for w in sketched(policy="partitioned", decode=two).decode.workers] == [("a/b",), ("math",)]
+    assert sketched(policy="partitioned").policy == "partitioned"

@@ -39,13 +39,13 @@ def cluster_file(tmp_path):
 
 @pytest.fixture
 def up(tmp_path):
-    """up(file): the running command, its stderr in a file."""
+    """up(file): the running command, its stderr in a file. path: where Python looks for modules."""
     running = []
 
-    def start(file):
+    def start(file, path=(ROOT, FAKE)):
         said = tmp_path / "said"
         command = [sys.executable, "-m", "qsun.cli.main", "up", str(file), "--logs", str(tmp_path / "logs"), "--json"]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(FAKE)])}
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))}
         with said.open("w") as errors:
             process = subprocess.Popen(
                 command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=errors, text=True
@@ -111,6 +111,52 @@ def test_ctrl_c_before_it_is_warm(cluster_file, up):
     wait_for(lambda: "starting decode-0" in process.said.read_text())
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=DEADLINE_SECONDS) == 130
+
+
+def started(tmp_path):
+    """Pids of the three workers, once all have started and take signals."""
+    logs = [tmp_path / "logs" / f"{name}.log" for name in ("decode-0", "decode-1", "prefill-0-math")]
+    wait_for(lambda: all(log.exists() and log.read_text().startswith("pid ") for log in logs))
+    return [int(log.read_text().split()[1]) for log in logs]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_impatience_while_the_workers_end(cluster_file, up, tmp_path, first):
+    """Workers take 3 s to leave. Whatever comes meanwhile, the command says that they have when it is true."""
+    process = up(cluster_file(environment={"FAKE_VLLM": "deaf lingers"}))
+    workers = started(tmp_path)
+    for number in (first, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        process.send_signal(number)
+        time.sleep(0.3)
+    assert process.wait(timeout=DEADLINE_SECONDS) == 130
+    assert process.said.read_text().splitlines()[-1].endswith("all workers have ended")
+    assert all(map(group_is_gone, workers))
+
+
+@pytest.mark.slow
+def test_hanging_up_before_and_after_the_router(cluster_file, up, tmp_path):
+    process = up(cluster_file(environment={"FAKE_VLLM": "lingers"}))
+    wait_for(lambda: "starting decode-0" in process.said.read_text())
+    process.send_signal(signal.SIGHUP)
+    assert json.loads(process.stdout.readline())["models"] == ["math"]
+    workers = started(tmp_path)
+    process.send_signal(signal.SIGTERM)
+    wait_for(lambda: "ending the workers" in process.said.read_text())
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        process.send_signal(number)
+        time.sleep(0.3)
+    assert process.wait(timeout=DEADLINE_SECONDS) == 0
+    assert all(map(group_is_gone, workers))
+
+
+@pytest.mark.slow
+def test_the_files_environment_may_say_where_vllm_is(cluster_file, up):
+    path = os.pathsep.join(map(str, (ROOT, FAKE)))
+    process = up(cluster_file(environment={"PYTHONPATH": path}), path=[ROOT])
+    line = process.stdout.readline()
+    assert line, process.said.read_text()
+    assert len(json.loads(line)["workers"]) == 3
 
 
 def test_print_shows_what_would_run(cluster_file, cli):

@@ -95,6 +95,28 @@ def test_a_command_that_cannot_be_run(tmp_path):
         pytest.fail("nothing is to be entered")
 
 
+def test_a_worker_is_ended_though_the_warden_was_killed_before_it_knew(tmp_path):
+    class Bereft(WorkerProcesses):
+        def _start(self, command):
+            self._warden.kill()
+            self._warden.wait()
+            super()._start(command)
+
+    bereft = Bereft([command("one")], tmp_path / "logs", os.environ)
+    with pytest.raises(QsunError, match="in an emergency was killed; start again"), bereft:
+        pytest.fail("nothing is to be entered")
+    (worker,) = bereft.workers
+    assert not alive(worker.process.pid)
+
+
+def test_signals_are_as_they_were_after_a_stop(tmp_path):
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    with workers(tmp_path, command("one")):
+        pass
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
 LAUNCHER = """
 import os, sys
 from pathlib import Path

@@ -23,6 +23,7 @@ import qsun
 from tests.oracles.compare import record
 from tests.oracles.conftest import ENVIRONMENTS, PROBE_SETTINGS
 from tests.vllm.cluster_files import MODELS, VOCAB, make_modules, write_cluster
+from tests.vllm.listening import is_loopback, listening_addresses
 
 pytestmark = pytest.mark.oracle
 
@@ -149,6 +150,15 @@ def cluster(modules, tmp_path_factory):
 def test_the_client_sees_every_model(cluster):
     with cluster.client() as client:
         assert sorted(model.id for model in client.models.list()) == sorted(MODELS)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_workers_listen_on_the_loopback_address_only(cluster):
+    """Each pair is warm, so that NIXL's transport is up as well as the API and the side channel."""
+    for name, worker in cluster.workers.items():
+        found = listening_addresses(worker["pid"])
+        assert ("127.0.0.1", httpx.URL(worker["url"]).port) in found, name
+        assert {address for address, _ in found if not is_loopback(address)} == set(), name
 
 
 def test_64_concurrent_requests_over_both_models(cluster, expected):

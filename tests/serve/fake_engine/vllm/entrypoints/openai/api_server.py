@@ -1,11 +1,13 @@
 """What `qsun up` and the router see of a vLLM worker: its options, health, model name, and both halves of a transfer.
 
-With FAKE_VLLM=die it ends at once, with a message.
+FAKE_VLLM has words: die (ends at once, with a message), deaf (never listens), lingers (leaves 3 s after SIGTERM).
 """
 
 import json
 import os
+import signal
 import sys
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -53,6 +55,17 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-if os.environ.get("FAKE_VLLM") == "die":
+def linger(*_):
+    time.sleep(3)
+    os._exit(0)
+
+
+MODES = os.environ.get("FAKE_VLLM", "").split()
+if "die" in MODES:
     sys.exit("RuntimeError: no kernel for this")
+if "lingers" in MODES:
+    signal.signal(signal.SIGTERM, linger)
+print("pid", os.getpid(), flush=True)
+if "deaf" in MODES:
+    time.sleep(600)
 ThreadingHTTPServer(("127.0.0.1", int(option("--port"))), Handler).serve_forever()
