@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -36,17 +37,24 @@ def route(
     checks = ModuleChecks()
     names = checks.names(cluster)
     if check:
-        from qsun.serve.cluster_check import check_workers
-
-        found = asyncio.run(check_workers(cluster, names))
-        if as_json:
-            typer.echo(json.dumps(found))
-        else:
-            for worker in found["workers"]:
-                typer.echo(f"{worker['role']:<8}{worker['url']}  {worker['served_name']}  {worker['fault'] or 'OK'}")
-        raise typer.Exit(0 if found["ok"] else 2)
+        raise typer.Exit(0 if _checked(cluster, names, as_json) else 2)
 
     def listening(url: str) -> None:
         typer.echo(json.dumps({"url": url, "models": list(cluster.models)}) if as_json else f"qsun route: {url}")
 
     asyncio.run(RouterProcess(file, cluster, names, checks).serve(listening))
+
+
+def _checked(cluster: Any, names: Any, as_json: bool) -> bool:
+    """Print what each worker says of itself. Returns whether all are as the cluster's file has them."""
+    import asyncio
+
+    from qsun.serve.cluster_check import check_workers
+
+    found = asyncio.run(check_workers(cluster, names))
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        for worker in found["workers"]:
+            typer.echo(f"{worker['role']:<8}{worker['url']}  {worker['served_name']}  {worker['fault'] or 'OK'}")
+    return found["ok"]

@@ -75,9 +75,11 @@ def _serve(file: Path, logs: Path, as_json: bool) -> None:
     import asyncio
 
     from qsun.serve.launcher import Launch, check_environment
+    from qsun.serve.router_process import keys_of
     from qsun.serve.worker_processes import WorkerDied, WorkerProcesses, last_lines
 
     cluster, names, checks, commands = _planned(file)
+    cluster.guard_config(keys_of(cluster))  # raises where a key is not taken, before workers take minutes to start
     environment = dict(os.environ)
     probed = environment | cluster.launch.environment  # as the workers will have it: it may say where vLLM is
     check_environment(cluster.launch.python or sys.executable, cluster.launch.kernels, probed)

@@ -106,6 +106,20 @@ def test_a_worker_that_cannot_start_shows_why(cluster_file, up):
 
 
 @pytest.mark.slow
+def test_a_key_that_is_not_taken_is_seen_before_workers_start(cluster_file, up, tmp_path):
+    file = cluster_file()
+    (tmp_path / "keys").write_text("short\n")
+    values = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump(values | {"listen": {"port": 0, "api_keys": str(tmp_path / "keys")}}))
+    process = up(file)
+    assert process.wait(timeout=DEADLINE_SECONDS) == 2
+    said = process.said.read_text()
+    assert "an API key of 5 characters is not taken" in said
+    assert "starting" not in said
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.slow
 def test_ctrl_c_before_it_is_warm(cluster_file, up):
     process = up(cluster_file(environment={"FAKE_VLLM": ""}, decode_arguments=["--port", "1"]))
     wait_for(lambda: "starting decode-0" in process.said.read_text())
