@@ -58,7 +58,6 @@ def run_task(prefill: PrefillModule, decode: DecodeModule, task: str, settings: 
                 num_fewshot=settings.num_fewshot,
                 apply_chat_template=settings.chat_template,
                 confirm_run_unsafe_code=settings.allow_code and task == _SANDBOXED,
-                metadata={"data_dir": settings.task_data} if settings.task_data else None,
                 bootstrap_iters=0,
                 random_seed=settings.seed,
                 numpy_random_seed=settings.seed,
@@ -97,7 +96,9 @@ def _lm_eval(settings: HarnessSettings) -> tuple[Any, Any]:
         raise QsunError("lm-eval is not installed; run `pip install qsun[eval]`") from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it explains itself at every task
     folders = [str(tasks_directory()), *([settings.task_dir] if settings.task_dir else [])]
-    return evaluator, TaskManager(include_path=folders)
+    # simple_evaluate takes metadata only for a manager that it makes itself, and drops it beside this one
+    metadata = {"data_dir": settings.task_data} if settings.task_data else None
+    return evaluator, TaskManager(include_path=folders, metadata=metadata)
 
 
 def _outcome(task: str, results: Mapping[str, Any]) -> dict[str, Any]:
