@@ -1,6 +1,7 @@
 """`qsun eval` from the command line: its numbers are those of the parts measured directly."""
 
 import json
+import shutil
 
 import pytest
 
@@ -116,3 +117,34 @@ def test_bad_input_is_one_line(cli, tmp_path, options, says):
     assert answer.code == 2 and says in answer.err
     assert len([line for line in answer.err.splitlines() if line.startswith("error")]) == 1
     assert not (tmp_path / "out/report.json").exists()
+
+
+@pytest.fixture
+def orphan(folder, tmp_path):
+    """The decode module, which no longer says from which base it was made."""
+    shutil.copytree(folder / "int3", tmp_path / "orphan")
+    manifest = tmp_path / "orphan/qsun.json"
+    made = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({key: value for key, value in made.items() if key != "base"}))
+    return tmp_path / "orphan"
+
+
+def test_a_base_that_the_module_does_not_name(cli, folder, orphan, tmp_path):
+    rest = ("--text", calibration_file(), "--windows", "2x32", "--responses", folder / "valid.jsonl", "--json")
+    named = cli("eval", "--decode", folder / "int3", *rest, "-o", tmp_path / "named")
+    given = cli("eval", "--decode", orphan, "--base", "demo", *rest, "-o", tmp_path / "given")
+    assert given.code == 0, given.err
+    file = tmp_path / "matrix.yaml"
+    file.write_text(
+        "variants: [{name: base, model: demo}, {name: base int3, prefill: demo, decode: orphan, base: demo}]"
+    )
+    listed = cli("eval", "--matrix", file, *rest, "-o", tmp_path / "listed")
+    assert listed.code == 0, listed.err
+    reports = [json.loads(answer.out) for answer in (named, given, listed)]
+    for kind in ("responses", "text"):
+        numbers = [{name: row["mean_kl"] for name, row in report[kind].items()} for report in reports]
+        assert numbers[0] == numbers[1] == numbers[2] and numbers[0]["base int3"] > 0
+    file.write_text("variants: [{name: base, model: demo}, {name: int3, prefill: demo, decode: orphan}]")
+    early = cli("eval", "--matrix", file, *rest, "-o", tmp_path / "early")
+    assert early.code == 2 and "does not say from which base" in early.err
+    assert not (tmp_path / "early").exists()
