@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from qsun.base import find_model, load_tokenizer
-from qsun.checkpoint import read_json
+from qsun.checkpoint import file_sha256, read_json
 from qsun.decode import DecodeModule, load_decode
 from qsun.errors import QsunError
 from qsun.eval.clock import machine
@@ -26,7 +26,7 @@ from qsun.eval.speed import Points, bench_speed
 from qsun.eval.speed_modules import known_shape, loaded_contenders, made_contenders
 from qsun.eval.variants import Entry, Matrix, stored_bits
 from qsun.manifest import write_json
-from qsun.pairing import check_pair, read_manifest, uncovered
+from qsun.pairing import check_pair, read_manifest, uncovered, weights_fingerprint
 from qsun.prefill import PrefillModule, load_prefill
 from qsun.tune_data import read_examples
 
@@ -112,11 +112,35 @@ def _claim(job: Evaluation, out: Path, resume: bool) -> None:
         for name, value in job.settings().items():
             if before.get(name) != value:
                 raise QsunError(f"{out} was begun with another {name}; give the same settings, or another -o")
+        kept = before.get("contents", {})
+        for name, digest in _contents(job).items():
+            if kept.get(name) != digest:
+                raise QsunError(f"{name} has changed since {out} was begun; choose another -o, or put it back")
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise QsunError(f"output directory {out} exists; choose another, or go on with --resume")
+    contents = _contents(job)
     (out / "parts").mkdir(parents=True)
-    write_json(file, job.settings())
+    write_json(file, job.settings() | {"contents": contents})
+
+
+def _contents(job: Evaluation) -> dict[str, str]:
+    """SHA-256 of all modules' weights and of the data files, by name: what lies behind a path may be made anew."""
+    entries, compared = job.matrix.entries, _compared(job)
+    names = [name for entry in entries for name in (entry.prefill, entry.decode)]
+    names += [entry.full_precision()[1] for entry in compared]
+    digests: dict[Path, str] = {}
+    found = {}
+    for name in dict.fromkeys(names):
+        directory = find_model(name).resolve()
+        if directory not in digests:
+            digests[directory] = weights_fingerprint(directory)
+        found[f"module {name}"] = digests[directory]
+    sources = [Path(entry.responses or job.responses or "") for entry in compared]
+    for source in dict.fromkeys([*([job.text] if job.text else []), *sources]):
+        if source.is_file():  # a missing one is refused where it is read
+            found[f"file {source}"] = file_sha256(source)
+    return found
 
 
 def _parts(job: Evaluation) -> Iterator[_Part]:
