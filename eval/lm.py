@@ -5,8 +5,8 @@ the continuation are the decode module's, whether it scores them (loglikelihood)
 seam as it is tuned and served. Choices of a multiple-choice question are therefore scored by the decode module, behind
 the question's KV, which is written once for all of them.
 
-loglikelihood_rolling has no context: each of its windows starts behind one token, which the decode module is fed. The
-prefill module takes no part, so perplexities of documents are the decode module's own.
+loglikelihood_rolling has no prompt: the decode module reads all of each window, the tokens before those that are scored
+too. The prefill module takes no part, so perplexities of documents are the decode module's own.
 
 Tokenization, chat templates, few-shot prompts, truncation, stop strings, caching and the sharing out over processes
 are those of lm-eval's `hf` model, which this is a subclass of.
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, find_executable_batch_size
+from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator
@@ -83,6 +84,7 @@ class QsunLM(HFLM):  # type: ignore[misc]
                 max_batch_size=max_batch_size,
                 **settings,
             )
+        self._rolling = False
         self._device = place  # HFLM takes a model that is there already to be the only process's
         if several:
             self.accelerator = several
@@ -97,10 +99,21 @@ class QsunLM(HFLM):  # type: ignore[misc]
             "prefill_module": str(self.prefill_module.directory),
         }
 
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log probability of each document, the decode module's own."""
+        self._rolling = True  # lm-eval hands the windows of documents to _loglikelihood_tokens as it does requests
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm)
+        finally:
+            self._rolling = False
+
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """(log probability of the continuation, whether it is the greedy one) of each request."""
+        counts = [len(continuation) for _, _, continuation in requests]  # scored, from the end
+        if self._rolling:  # a document's last window begins with text that is scored already and is no prompt
+            requests = [(key, context[:1], context[1:] + rest) for key, context, rest in requests]
         rows = self._rows(requests)
         order = Collator(rows, sort_fn=_longest_first(rows))
         self.batch_sizes: dict[int, int] = {}
@@ -116,7 +129,7 @@ class QsunLM(HFLM):  # type: ignore[misc]
             for (members, _, _), log_probs in zip(batch, scored, strict=True):
                 for number in members:
                     key, _, continuation = requests[number]
-                    answers[number] = _answer(log_probs, continuation)
+                    answers[number] = _answer(log_probs[-counts[number] :], continuation[-counts[number] :])
                     if key is not None:  # None: a window of loglikelihood_rolling, which caches whole documents
                         self.cache_hook.add_partial("loglikelihood", key, answers[number])
                     bar.update(1)

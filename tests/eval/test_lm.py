@@ -143,6 +143,19 @@ def test_the_prefill_module_reads_the_context_and_nothing_else(perturbed):
     assert lm.generate_until(prompts, **QUIET) != base.generate_until(prompts, **QUIET)
 
 
+def test_a_long_documents_number_is_the_decode_modules_own(perturbed):
+    """The last of its windows reaches back over text that is scored already."""
+    settings = {"batch_size": 3, "max_length": 33}
+    base, reference = both(**settings)
+    lm = QsunLM(decode="demo", prefill=str(perturbed), **CPU, **settings)
+    requests = instances("loglikelihood_rolling", [("calc 12+8>20 " * n,) for n in (1, 4, 9)])
+    ours = lm.loglikelihood_rolling(requests, **QUIET)
+    assert ours == base.loglikelihood_rolling(requests, **QUIET)
+    assert ours == pytest.approx(reference.loglikelihood_rolling(requests, **QUIET), abs=1e-4, rel=1e-6)
+    scored = instances("loglikelihood", [("calc 12+8>", "20")])  # and the seam is where it was
+    assert lm.loglikelihood(scored, **QUIET) != base.loglikelihood(scored, **QUIET)
+
+
 def test_equal_tokens_with_the_seam_elsewhere_are_scored_apart(perturbed):
     lm = QsunLM(decode="demo", prefill=str(perturbed), batch_size=4, **CPU)
     tokens = lm.tok_encode("rev abc>cba")
