@@ -23,7 +23,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs, find_executable_batc
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import Collator
+from lm_eval.models.utils import Collator, normalize_gen_kwargs
 from torch import Tensor
 from tqdm import tqdm
 
@@ -191,6 +191,17 @@ class QsunLM(HFLM):  # type: ignore[misc]
             found = int(self.all_gather(torch.tensor([found], device=self.device)).min())
         return found
 
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answers. Raises QsunError for one that may be as long as the model, which lm-eval asserts is not."""
+        for request in requests:
+            new = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
+            if new >= self.max_length:
+                raise QsunError(
+                    f"max_gen_toks {new} leaves no room for a prompt in max_length {self.max_length}; "
+                    f"use {self.max_length - 1} or less in the task's file, or `qsun lm-eval --gen_kwargs`"
+                )
+        return super().generate_until(requests, disable_tqdm)
+
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
         """Continue prompts over the seam.
 
@@ -217,11 +228,16 @@ class QsunLM(HFLM):  # type: ignore[misc]
         return torch.cat([context, torch.tensor(padded, dtype=context.dtype, device=context.device)], 1)
 
     def _ends(self, stop: list[str]) -> dict[str, Any]:
-        """`stop` and `eos` of generate. To it special tokens are no text: stop strings that are one end by its id."""
+        """What generate is told of the end. Stop strings that are one special token end an answer by its id."""
         special = dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True))
+        # all_special_tokens has only those of a role, which <|eot_id|> and <|im_end|> may be without
+        added = self.tokenizer.added_tokens_decoder
+        special |= {token.content: number for number, token in added.items() if token.special}
         tokens = {*eos_tokens(self.decode_module, GenerateConfig()), self.eot_token_id}
         tokens |= {special[text] for text in stop if text in special}
-        return {"stop": [text for text in stop if text and text not in special], "eos": tuple(tokens - {None})}
+        strings = [text for text in stop if text and text not in special]
+        spelt = any(token in text for text in strings for token in special)
+        return {"stop": strings, "skip_special_tokens": not spelt, "eos": tuple(tokens - {None})}
 
 
 def _processes(device: torch.device) -> Accelerator | None:

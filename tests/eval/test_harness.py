@@ -33,3 +33,27 @@ def test_task_data_reaches_the_task(pair, tmp_path):
     assert found["metric"] == "exact_match" and len(found["values"]) == 2
     with pytest.raises(QsunError, match=r"task gsm8k_local: .*data_dir"):
         run_task(*pair, "gsm8k_local", HarnessSettings(limit=2, num_fewshot=0))
+
+
+def test_an_answer_longer_than_the_model_is_one_line(pair, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"q": "calc 1+1>", "a": "2"}\n')
+    (tmp_path / "long.yaml").write_text(
+        "task: long_answers\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}, cache_dir: {tmp_path}}}\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{q}}'\ndoc_to_target: '{{a}}'\n"
+        "generation_kwargs: {until: [], max_gen_toks: 512}\nmetric_list: [{metric: exact_match}]\n"
+    )
+    with pytest.raises(
+        QsunError, match=r"^task long_answers: max_gen_toks 512 .*max_length 512; use 511 or less in"
+    ) as error:
+        run_task(*pair, "long_answers", HarnessSettings(task_dir=str(tmp_path)))
+    assert "\n" not in str(error.value)
+
+
+def test_what_lm_eval_asserts_is_one_line(pair, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("no room\nfor that")
+
+    monkeypatch.setattr("lm_eval.evaluator.simple_evaluate", refuse)
+    with pytest.raises(QsunError, match=r"^task qsun_math: no room for that$"):
+        run_task(*pair, "qsun_math", HarnessSettings())

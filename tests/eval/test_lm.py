@@ -216,6 +216,32 @@ def test_automatic_batch_sizes(monkeypatch):
     assert max(tried) == 20
 
 
+@pytest.fixture(scope="module")
+def special_letter(tmp_path_factory):
+    """The embedded base, whose letter e is a special token without a role, as <|eot_id|> and <|im_end|> may be."""
+    directory = tmp_path_factory.mktemp("special") / "base"
+    shutil.copytree(base_directory(), directory)
+    file = directory / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    added = tokenizer["added_tokens"]
+    added.append({**added[-1], "id": tokenizer["model"]["vocab"]["e"], "content": "e"})
+    file.write_text(json.dumps(tokenizer))
+    return str(directory)
+
+
+@pytest.mark.parametrize("until", [[], ["e"], ["e "], ["he"], ['me":', "</s>"], ["e", 'e"', "q"], ["("]], ids=str)
+def test_stop_strings_with_special_tokens(special_letter, until):
+    lm, reference = QsunLM(decode=special_letter, **CPU), HFLM(pretrained=special_letter, **CPU)
+    assert "e" not in lm.tokenizer.all_special_tokens
+    prompts = ("Once, ", "json foo ab=cd>", "the ")
+    requests = instances("generate_until", [(prompt, {"until": until, "max_gen_toks": 30}) for prompt in prompts])
+    answers = lm.generate_until(requests, **QUIET)
+    assert answers == reference.generate_until(requests, **QUIET)
+    without = instances("generate_until", [(prompt, {"until": [], "max_gen_toks": 30}) for prompt in prompts])
+    if any("e" in stop for stop in until):
+        assert answers != lm.generate_until(without, **QUIET)
+
+
 def test_sampling_is_seeded_and_repeats_differ():
     lm = QsunLM(decode="demo", batch_size=8, **CPU)
     sampled = {"until": [], "max_gen_toks": 20, "do_sample": True, "temperature": 1.5, "top_p": 0.9, "top_k": 40}
@@ -267,6 +293,8 @@ def test_what_cannot_be_answered_is_refused():
         lm.generate_until(
             instances("generate_until", [("a", {"until": [], "max_gen_toks": 3, "num_beams": 4})]), **QUIET
         )
+    with pytest.raises(qsun.QsunError, match="max_gen_toks 40 leaves no room for a prompt in max_length 40; use 39"):
+        lm.generate_until(instances("generate_until", [("a", {"until": [], "max_gen_toks": 40})]), **QUIET)
 
 
 @pytest.mark.slow
