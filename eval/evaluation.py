@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from qsun.base import find_model, load_tokenizer
-from qsun.checkpoint import read_json
+from qsun.checkpoint import file_sha256, read_json
 from qsun.decode import DecodeModule, load_decode
 from qsun.errors import QsunError
 from qsun.eval.clock import machine
@@ -26,7 +26,7 @@ from qsun.eval.speed import Points, bench_speed
 from qsun.eval.speed_modules import known_shape, loaded_contenders, made_contenders
 from qsun.eval.variants import Entry, Matrix, stored_bits
 from qsun.manifest import write_json
-from qsun.pairing import check_pair, find_base, read_manifest, uncovered
+from qsun.pairing import check_pair, read_manifest, uncovered, weights_fingerprint
 from qsun.prefill import PrefillModule, load_prefill
 from qsun.tune_data import read_examples
 
@@ -83,7 +83,9 @@ def evaluate(
     """
     check_tasks([task for entry in job.matrix.entries for task in entry.answers(job.matrix.tasks)], job.harness)
     if job.text:
-        read_windows(job.text, str(find_base(job.matrix.entries[0].decode)[0]), *job.windows)
+        read_windows(job.text, str(job.matrix.entries[0].full_precision()[0]), *job.windows)
+    for entry in _compared(job):
+        entry.full_precision()  # one that is missing is refused here, not hours later
     parts = list(_parts(job))
     _claim(job, out, resume)
     modules = _Modules(job)
@@ -98,6 +100,11 @@ def evaluate(
     return results
 
 
+def _compared(job: Evaluation) -> list[Entry]:
+    """Entries whose decode module is compared with its base, at decode positions or on text."""
+    return [entry for entry in job.matrix.entries if job.text or entry.responses or job.responses]
+
+
 def _claim(job: Evaluation, out: Path, resume: bool) -> None:
     file = out / "evaluation.json"
     if file.exists() and resume:
@@ -105,11 +112,35 @@ def _claim(job: Evaluation, out: Path, resume: bool) -> None:
         for name, value in job.settings().items():
             if before.get(name) != value:
                 raise QsunError(f"{out} was begun with another {name}; give the same settings, or another -o")
+        kept = before.get("contents", {})
+        for name, digest in _contents(job).items():
+            if kept.get(name) != digest:
+                raise QsunError(f"{name} has changed since {out} was begun; choose another -o, or put it back")
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise QsunError(f"output directory {out} exists; choose another, or go on with --resume")
+    contents = _contents(job)
     (out / "parts").mkdir(parents=True)
-    write_json(file, job.settings())
+    write_json(file, job.settings() | {"contents": contents})
+
+
+def _contents(job: Evaluation) -> dict[str, str]:
+    """SHA-256 of all modules' weights and of the data files, by name: what lies behind a path may be made anew."""
+    entries, compared = job.matrix.entries, _compared(job)
+    names = [name for entry in entries for name in (entry.prefill, entry.decode)]
+    names += [entry.full_precision()[1] for entry in compared]
+    digests: dict[Path, str] = {}
+    found = {}
+    for name in dict.fromkeys(names):
+        directory = find_model(name).resolve()
+        if directory not in digests:
+            digests[directory] = weights_fingerprint(directory)
+        found[f"module {name}"] = digests[directory]
+    sources = [Path(entry.responses or job.responses or "") for entry in compared]
+    for source in dict.fromkeys([*([job.text] if job.text else []), *sources]):
+        if source.is_file():  # a missing one is refused where it is read
+            found[f"file {source}"] = file_sha256(source)
+    return found
 
 
 def _parts(job: Evaluation) -> Iterator[_Part]:
@@ -120,19 +151,19 @@ def _parts(job: Evaluation) -> Iterator[_Part]:
         if source:
             yield _Part(f"{entry.name}: decode positions", f"{place:03d}-responses", _responses(entry, Path(source)))
     if job.text:
-        for place, (decode, names) in enumerate(_decoders(job.matrix).items()):
-            part = _text(job, job.text, decode, names)
+        for place, (entry, names) in enumerate(_decoders(job.matrix)):
+            part = _text(job, job.text, entry, names)
             yield _Part(f"{', '.join(names)}: text", f"text-{place:03d}", part)
 
 
-def _decoders(matrix: Matrix) -> dict[str, list[str]]:
-    """Each decode module and the variants that use it, fine-tunes that decode for themselves left out."""
-    found: dict[str, list[str]] = {}
+def _decoders(matrix: Matrix) -> list[tuple[Entry, list[str]]]:
+    """An entry of each decode module and the variants that use it, fine-tunes that decode for themselves left out."""
+    found: dict[tuple[str, Path], tuple[Entry, list[str]]] = {}
     for entry in matrix.entries:
         if read_manifest(find_model(entry.decode)).get("kind") != "fine_tune":
-            names = found.setdefault(entry.decode, [])
+            _, names = found.setdefault((entry.decode, entry.full_precision()[0]), (entry, []))
             names += [entry.name] if entry.name not in names else []
-    return found
+    return list(found.values())
 
 
 def _task(job: Evaluation, entry: Entry, task: str) -> Callable[["_Modules"], Mapping[str, Any]]:
@@ -147,7 +178,7 @@ def _task(job: Evaluation, entry: Entry, task: str) -> Callable[["_Modules"], Ma
 def _responses(entry: Entry, source: Path) -> Callable[["_Modules"], Mapping[str, Any]]:
     def make(modules: "_Modules") -> Mapping[str, Any]:
         prefill, decode = modules.pair(entry)
-        tokenizer = load_tokenizer(decode.directory) or load_tokenizer(find_base(entry.decode)[0])
+        tokenizer = load_tokenizer(decode.directory) or load_tokenizer(entry.full_precision()[0])
         config: Any = prefill.model.config
         examples, _ = read_examples([str(source)], tokenizer, config.max_position_embeddings, "evaluation")
         reference = modules.reference(entry)
@@ -157,13 +188,12 @@ def _responses(entry: Entry, source: Path) -> Callable[["_Modules"], Mapping[str
     return make
 
 
-def _text(job: Evaluation, source: Path, decode: str, names: list[str]) -> Callable[["_Modules"], Mapping[str, Any]]:
+def _text(job: Evaluation, source: Path, entry: Entry, names: list[str]) -> Callable[["_Modules"], Mapping[str, Any]]:
     def make(modules: "_Modules") -> Mapping[str, Any]:
-        entry = Entry(names[0], decode, decode)
-        module, reference = modules.decoder(decode), modules.reference(entry)
-        windows = read_windows(source, str(find_base(decode)[0]), *job.windows).to(modules.device)
+        module, reference = modules.decoder(entry.decode), modules.reference(entry)
+        windows = read_windows(source, str(entry.full_precision()[0]), *job.windows).to(modules.device)
         found = text_divergence(module.model, reference.model, windows)
-        return {"kind": "text", "variants": names, "decode": decode, "source": str(source), **found.to_dict()}
+        return {"kind": "text", "variants": names, "decode": entry.decode, "source": str(source), **found.to_dict()}
 
     return make
 
@@ -188,7 +218,7 @@ class _Modules:
 
     def reference(self, entry: Entry) -> DecodeModule:
         """The full-precision decoder of an entry's decode module: its base, or itself."""
-        base = find_base(entry.decode)[1]
+        base = entry.full_precision()[1]
         return self.decoder(entry.decode if find_model(base) == find_model(entry.decode) else base)
 
     def pair(self, entry: Entry) -> tuple[PrefillModule, DecodeModule]:
@@ -215,10 +245,16 @@ def check_speed(what: str, job: Evaluation) -> None:
         if "rows" not in found or "model" not in found:
             raise QsunError(f"{what} is no speed.json of `qsun bench speed`")
     elif what == "modules":
-        if not any(stored_bits(entry.decode) for entry in job.matrix.entries):
+        quantized = _quantized(job)
+        if quantized is None:
             raise QsunError("--speed modules needs a quantized decode module; give one, or a known shape")
+        quantized.full_precision()
     else:
         known_shape(what)
+
+
+def _quantized(job: Evaluation) -> Entry | None:
+    return next((entry for entry in job.matrix.entries if stored_bits(entry.decode)), None)
 
 
 def measured_speed(what: str, job: Evaluation, note: Callable[[str], None]) -> dict[str, Any]:
@@ -234,9 +270,9 @@ def measured_speed(what: str, job: Evaluation, note: Callable[[str], None]) -> d
     device = job.place()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what the parts before left counts as used
-    if what == "modules":
-        quantized = next(entry.decode for entry in job.matrix.entries if stored_bits(entry.decode))
-        contenders = loaded_contenders(quantized, find_base(quantized)[1], device)
+    quantized = _quantized(job) if what == "modules" else None
+    if quantized:
+        contenders = loaded_contenders(quantized.decode, quantized.full_precision()[1], device)
     else:
         contenders = made_contenders(what, "both", device)
     limit = contenders.prefill.config.max_position_embeddings

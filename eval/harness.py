@@ -58,14 +58,14 @@ def run_task(prefill: PrefillModule, decode: DecodeModule, task: str, settings: 
                 num_fewshot=settings.num_fewshot,
                 apply_chat_template=settings.chat_template,
                 confirm_run_unsafe_code=settings.allow_code and task == _SANDBOXED,
-                metadata={"data_dir": settings.task_data} if settings.task_data else None,
                 bootstrap_iters=0,
                 random_seed=settings.seed,
                 numpy_random_seed=settings.seed,
                 torch_random_seed=settings.seed,
                 fewshot_random_seed=settings.seed,
             )
-    except (ValueError, KeyError, OSError) as error:  # a task of its own kind of data, an unsafe one, no template
+    # a task of its own kind of data, an unsafe one, no template; lm-eval asserts some of what it cannot do
+    except (ValueError, KeyError, OSError, AssertionError) as error:
         raise QsunError(f"task {task}: {' '.join(str(error).split())[:200]}") from None
     return _outcome(task, results)
 
@@ -97,7 +97,9 @@ def _lm_eval(settings: HarnessSettings) -> tuple[Any, Any]:
         raise QsunError("lm-eval is not installed; run `pip install qsun[eval]`") from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it explains itself at every task
     folders = [str(tasks_directory()), *([settings.task_dir] if settings.task_dir else [])]
-    return evaluator, TaskManager(include_path=folders)
+    # simple_evaluate takes metadata only for a manager that it makes itself, and drops it beside this one
+    metadata = {"data_dir": settings.task_data} if settings.task_data else None
+    return evaluator, TaskManager(include_path=folders, metadata=metadata)
 
 
 def _outcome(task: str, results: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,8 @@ the continuation are the decode module's, whether it scores them (loglikelihood)
 seam as it is tuned and served. Choices of a multiple-choice question are therefore scored by the decode module, behind
 the question's KV, which is written once for all of them.
 
-loglikelihood_rolling has no context: each of its windows starts behind one token, which the decode module is fed. The
-prefill module takes no part, so perplexities of documents are the decode module's own.
+loglikelihood_rolling has no prompt: the decode module reads all of each window, the tokens before those that are scored
+too. The prefill module takes no part, so perplexities of documents are the decode module's own.
 
 Tokenization, chat templates, few-shot prompts, truncation, stop strings, caching and the sharing out over processes
 are those of lm-eval's `hf` model, which this is a subclass of.
@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, find_executable_batch_size
+from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import Collator
+from lm_eval.models.utils import Collator, normalize_gen_kwargs
 from torch import Tensor
 from tqdm import tqdm
 
@@ -83,6 +84,7 @@ class QsunLM(HFLM):  # type: ignore[misc]
                 max_batch_size=max_batch_size,
                 **settings,
             )
+        self._rolling = False
         self._device = place  # HFLM takes a model that is there already to be the only process's
         if several:
             self.accelerator = several
@@ -97,10 +99,21 @@ class QsunLM(HFLM):  # type: ignore[misc]
             "prefill_module": str(self.prefill_module.directory),
         }
 
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log probability of each document, the decode module's own."""
+        self._rolling = True  # lm-eval hands the windows of documents to _loglikelihood_tokens as it does requests
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm)
+        finally:
+            self._rolling = False
+
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """(log probability of the continuation, whether it is the greedy one) of each request."""
+        counts = [len(continuation) for _, _, continuation in requests]  # scored, from the end
+        if self._rolling:  # a document's last window begins with text that is scored already and is no prompt
+            requests = [(key, context[:1], context[1:] + rest) for key, context, rest in requests]
         rows = self._rows(requests)
         order = Collator(rows, sort_fn=_longest_first(rows))
         self.batch_sizes: dict[int, int] = {}
@@ -116,7 +129,7 @@ class QsunLM(HFLM):  # type: ignore[misc]
             for (members, _, _), log_probs in zip(batch, scored, strict=True):
                 for number in members:
                     key, _, continuation = requests[number]
-                    answers[number] = _answer(log_probs, continuation)
+                    answers[number] = _answer(log_probs[-counts[number] :], continuation[-counts[number] :])
                     if key is not None:  # None: a window of loglikelihood_rolling, which caches whole documents
                         self.cache_hook.add_partial("loglikelihood", key, answers[number])
                     bar.update(1)
@@ -178,6 +191,17 @@ class QsunLM(HFLM):  # type: ignore[misc]
             found = int(self.all_gather(torch.tensor([found], device=self.device)).min())
         return found
 
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answers. Raises QsunError for one that may be as long as the model, which lm-eval asserts is not."""
+        for request in requests:
+            new = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
+            if new >= self.max_length:
+                raise QsunError(
+                    f"max_gen_toks {new} leaves no room for a prompt in max_length {self.max_length}; "
+                    f"use {self.max_length - 1} or less in the task's file, or `qsun lm-eval --gen_kwargs`"
+                )
+        return super().generate_until(requests, disable_tqdm)
+
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
         """Continue prompts over the seam.
 
@@ -204,11 +228,16 @@ class QsunLM(HFLM):  # type: ignore[misc]
         return torch.cat([context, torch.tensor(padded, dtype=context.dtype, device=context.device)], 1)
 
     def _ends(self, stop: list[str]) -> dict[str, Any]:
-        """`stop` and `eos` of generate. To it special tokens are no text: stop strings that are one end by its id."""
+        """What generate is told of the end. Stop strings that are one special token end an answer by its id."""
         special = dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True))
+        # all_special_tokens has only those of a role, which <|eot_id|> and <|im_end|> may be without
+        added = self.tokenizer.added_tokens_decoder
+        special |= {token.content: number for number, token in added.items() if token.special}
         tokens = {*eos_tokens(self.decode_module, GenerateConfig()), self.eot_token_id}
         tokens |= {special[text] for text in stop if text in special}
-        return {"stop": [text for text in stop if text and text not in special], "eos": tuple(tokens - {None})}
+        strings = [text for text in stop if text and text not in special]
+        spelt = any(token in text for text in strings for token in special)
+        return {"stop": strings, "skip_special_tokens": not spelt, "eos": tuple(tokens - {None})}
 
 
 def _processes(device: torch.device) -> Accelerator | None:

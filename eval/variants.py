@@ -21,7 +21,7 @@ from qsun.checkpoint import read_json
 from qsun.errors import QsunError
 from qsun.pairing import find_base
 
-_KEYS = {"name", "model", "prefill", "decode", "tasks", "responses"}
+_KEYS = {"name", "model", "prefill", "decode", "base", "tasks", "responses"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Entry:
         name: of the variant. prefill, decode: directories, hub ids or "demo"; the same for a model used as it is.
         tasks: lm-eval tasks; empty: all that the evaluation asks for.
         responses: .jsonl of prompts and responses, for the divergence at decode positions; may be empty.
+        base: full-precision base of the decode module; empty: the one that it names.
     """
 
     name: str
@@ -39,6 +40,11 @@ class Entry:
     decode: str
     tasks: tuple[str, ...] = ()
     responses: str = ""
+    base: str = ""
+
+    def full_precision(self) -> tuple[Path, str]:
+        """The base that the decode module is compared with, directory and name. Raises QsunError for none."""
+        return find_base(self.decode, self.base or None)
 
     @property
     def alone(self) -> bool:
@@ -86,7 +92,8 @@ def from_options(
         entries.append(Entry("SUN", prefill, found))
     if bits:
         name = f"int{bits}"
-        entries.append(Entry(f"QSUN {name}" if prefill else f"base {name}", prefill or found, decode))
+        title = f"QSUN {name}" if prefill else f"base {name}"
+        entries.append(Entry(title, prefill or found, decode, base=base or ""))
     return Matrix(tuple(entries), tuple(tasks), "SUN" if prefill else "base")
 
 
@@ -126,7 +133,7 @@ def _entry(row: Any, path: Path) -> Entry:
     unknown = sorted(set(row) - _KEYS)
     if unknown:
         raise QsunError(f"{path}: variant {row['name']!r} has {unknown[0]!r}; known are {', '.join(sorted(_KEYS))}")
-    for key in ("name", "model", "prefill", "decode", "responses"):
+    for key in ("name", "model", "prefill", "decode", "base", "responses"):
         if not isinstance(row.get(key, ""), str):
             raise QsunError(f"{path}: variant {row['name']!r}: {key} is {row[key]!r}; write a string")
     model = row.get("model")
@@ -142,6 +149,7 @@ def _entry(row: Any, path: Path) -> Entry:
         _place(decode, path),
         _names(row.get("tasks"), f"{path}: variant {row['name']!r}"),
         str(path.parent / responses) if responses else "",
+        _place(row["base"], path) if row.get("base") else "",
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from qsun.errors import QsunError
+from qsun.jsonl import checked_text
 
 
 def assistant_turns(tokenizer: Any, messages: Any, where: str) -> list[int]:
@@ -23,9 +24,10 @@ def render_turn(tokenizer: Any, messages: list[dict[str, Any]], turn: int, where
     """Text before the answer at `turn`, and text up to its end; usually, but not always, the one begins the other."""
     try:
         prompt = tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True)
-        return prompt, tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
+        whole = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
     except (TemplateError, TypeError, ValueError) as error:
         raise QsunError(f"{where}: the model's chat template refuses these messages: {error}") from None
+    return checked_text(prompt, where), checked_text(whole, where)
 
 
 def render_prompt(tokenizer: Any, messages: list[dict[str, Any]]) -> str:

@@ -34,6 +34,7 @@ class GenerateConfig:
         temperature: 0 is greedy. top_p, top_k: what sampling keeps; 1.0 and 0 keep all.
         seed: one for the call (prompt i then uses a draw of its own, by i), or one for each prompt.
         stop: strings that end a row; the result ends before them.
+        skip_special_tokens: leave special tokens out of texts, in which `stop` is looked for.
         eos: tokens that end a row; None: the model's own; () for none.
         batch_size: prompts that are decoded together.
         prefill_chunk: tokens that a prefill module reads at a time.
@@ -46,6 +47,7 @@ class GenerateConfig:
     top_k: int = 0
     seed: int | Sequence[int] = 0
     stop: Sequence[str] = ()
+    skip_special_tokens: bool = True
     eos: Sequence[int] | None = None
     batch_size: int = 64
     prefill_chunk: int = 2048
@@ -101,8 +103,8 @@ def generate(
         prompts: strings, or token ids.
         settings: of GenerateConfig: max_new_tokens, temperature, top_p, top_k, seed, stop, eos ...
     Returns:
-        For strings, strings without special tokens; for token ids, lists of token ids that end with the EOS token
-        where there was one.
+        For strings, strings, without special tokens unless skip_special_tokens is False; for token ids, lists of token
+        ids that end with the EOS token where there was one.
     Raises:
         QsunError: an empty prompt, one too long for the model, or a setting out of range.
     """
@@ -176,7 +178,8 @@ def _batches(
 ) -> Iterator[Piece]:
     for first in range(0, len(ids), config.batch_size):
         batch = range(first, min(first + config.batch_size, len(ids)))
-        texts = [None if tokenizer is None else RowText(tokenizer, config.stop) for _ in batch]
+        skip = config.skip_special_tokens
+        texts = [None if tokenizer is None else RowText(tokenizer, config.stop, skip) for _ in batch]
         sampler = Sampler(config.temperature, config.top_p, config.top_k, [seeds[i] for i in batch])
         step = start_batch([modules[i] for i in batch], decode, [ids[i] for i in batch], config)
         last = torch.tensor([ids[i][-1] for i in batch], device=step.starts.device)

@@ -35,7 +35,16 @@ def read_rows(path: Path, what: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def text_of(row: Mapping[str, Any], key: str, where: str) -> str:
-    """A row's text. Raises QsunError where it is none."""
+    """A row's text. Raises QsunError where it is none, or no Unicode."""
     if not isinstance(row[key], str):
         raise QsunError(f"{where}: {key!r} is {row[key]!r:.40}, not text")
-    return row[key]
+    return checked_text(row[key], where)
+
+
+def checked_text(text: str, where: str) -> str:
+    """The text itself. JSON can spell half of a surrogate pair, which no tokenizer takes: QsunError for that."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise QsunError(f"{where}: half of a surrogate pair, {text[error.start]!a}, is no character") from None
+    return text

@@ -12,10 +12,11 @@ class RowText:
     Args:
         tokenizer: of the model.
         stops: strings that end the row; the text ends before the first of them.
+        skip_special_tokens: leave special tokens out of the text; stops that have one in them are then never found.
     """
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str]):
-        self._tokenizer, self._stops = tokenizer, stops
+    def __init__(self, tokenizer: Any, stops: Sequence[str], skip_special_tokens: bool = True):
+        self._tokenizer, self._stops, self._skip = tokenizer, stops, skip_special_tokens
         self._tokens: list[int] = []
         self._window, self._read = 0, 0  # tokens before _window are done; those before _read give context
         self._sent = 0
@@ -31,7 +32,7 @@ class RowText:
         return self._extend(now[len(before) :])
 
     def _decode(self, start: int, end: int) -> str:
-        return self._tokenizer.decode(self._tokens[start:end], skip_special_tokens=True)
+        return self._tokenizer.decode(self._tokens[start:end], skip_special_tokens=self._skip)
 
     def _extend(self, new: str) -> bool:
         longest = max(map(len, self._stops), default=1)

@@ -74,6 +74,15 @@ def test_long_examples_are_left_out_and_counted(read):
         ({}, "line 1: needs 'messages', or 'prompt' and 'response'; it has nothing"),
         ({"text": "a"}, "it has text"),
         ({"prompt": 3, "response": "a"}, "'prompt' is 3, not text"),
+        (
+            {"prompt": "a\ud83d", "response": "a"},
+            r"rows.jsonl, line 1: half of a surrogate pair, '\ud83d', is no char",
+        ),
+        ({"prompt": "a", "response": "\ude00"}, "line 1: half of a surrogate pair"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\ud83db"}]},
+            "line 1: half of a surrogate pair",
+        ),
         ({"messages": "hello"}, "'messages' is no list"),
         ({"messages": [{"role": "user", "content": "a"}]}, "need an assistant turn after a prompt"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "need an assistant turn after a prompt"),

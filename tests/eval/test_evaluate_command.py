@@ -1,12 +1,14 @@
 """`qsun eval` from the command line: its numbers are those of the parts measured directly."""
 
 import json
+import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from qsun.config import QuantConfig
 from qsun.decode import load_decode
-from qsun.demo import calibration_file
+from qsun.demo import base_directory, calibration_file
 from qsun.demo.tasks import examples, write_jsonl
 from qsun.eval.divergence import mean_response_loss
 from qsun.eval.exact_match import exact_match
@@ -116,3 +118,67 @@ def test_bad_input_is_one_line(cli, tmp_path, options, says):
     assert answer.code == 2 and says in answer.err
     assert len([line for line in answer.err.splitlines() if line.startswith("error")]) == 1
     assert not (tmp_path / "out/report.json").exists()
+
+
+@pytest.fixture
+def orphan(folder, tmp_path):
+    """The decode module, which no longer says from which base it was made."""
+    shutil.copytree(folder / "int3", tmp_path / "orphan")
+    manifest = tmp_path / "orphan/qsun.json"
+    made = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({key: value for key, value in made.items() if key != "base"}))
+    return tmp_path / "orphan"
+
+
+def test_a_base_that_the_module_does_not_name(cli, folder, orphan, tmp_path):
+    rest = ("--text", calibration_file(), "--windows", "2x32", "--responses", folder / "valid.jsonl", "--json")
+    named = cli("eval", "--decode", folder / "int3", *rest, "-o", tmp_path / "named")
+    given = cli("eval", "--decode", orphan, "--base", "demo", *rest, "-o", tmp_path / "given")
+    assert given.code == 0, given.err
+    file = tmp_path / "matrix.yaml"
+    file.write_text(
+        "variants: [{name: base, model: demo}, {name: base int3, prefill: demo, decode: orphan, base: demo}]"
+    )
+    listed = cli("eval", "--matrix", file, *rest, "-o", tmp_path / "listed")
+    assert listed.code == 0, listed.err
+    reports = [json.loads(answer.out) for answer in (named, given, listed)]
+    for kind in ("responses", "text"):
+        numbers = [{name: row["mean_kl"] for name, row in report[kind].items()} for report in reports]
+        assert numbers[0] == numbers[1] == numbers[2] and numbers[0]["base int3"] > 0
+    file.write_text("variants: [{name: base, model: demo}, {name: int3, prefill: demo, decode: orphan}]")
+    early = cli("eval", "--matrix", file, *rest, "-o", tmp_path / "early")
+    assert early.code == 2 and "does not say from which base" in early.err
+    assert not (tmp_path / "early").exists()
+
+
+def _shift(directory):
+    """Other weights at the same path, under a qsun.json that a fine-tune elsewhere did not write."""
+    file = next(directory.glob("*.safetensors"))
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("norm.weight"))
+    save_file(tensors | {name: tensors[name] + 0.1}, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("changed", ["prefill", "decode", "base", "text", "responses"])
+def test_a_resumed_run_is_held_to_what_lies_behind_its_paths(cli, folder, tmp_path, changed):
+    shutil.copytree(base_directory(), tmp_path / "base")
+    shutil.copytree(base_directory(), tmp_path / "prefill")
+    shutil.copytree(folder / "int3", tmp_path / "decode")
+    shutil.copyfile(calibration_file(), tmp_path / "text.txt")
+    shutil.copyfile(folder / "valid.jsonl", tmp_path / "valid.jsonl")
+    options = [
+        *("--decode", tmp_path / "decode", "--prefill", tmp_path / "prefill", "--base", tmp_path / "base"),
+        *("--text", tmp_path / "text.txt", "--windows", "2x16", "--responses", tmp_path / "valid.jsonl"),
+        *("-o", tmp_path / "out"),
+    ]
+    assert cli("eval", *options).code == 0
+    again = cli("eval", *options, "--resume")
+    assert again.code == 0, again.err
+    file = {"text": tmp_path / "text.txt", "responses": tmp_path / "valid.jsonl"}.get(changed)
+    if file:
+        file.write_bytes(file.read_bytes() + b"\n")
+    else:
+        _shift(tmp_path / changed)
+    what = f"file {file}" if file else f"module {tmp_path / changed}"
+    other = cli("eval", *options, "--resume")
+    assert other.code == 2 and f"error: {what} has changed since {tmp_path / 'out'} was begun" in other.err

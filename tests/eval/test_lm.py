@@ -143,6 +143,19 @@ def test_the_prefill_module_reads_the_context_and_nothing_else(perturbed):
     assert lm.generate_until(prompts, **QUIET) != base.generate_until(prompts, **QUIET)
 
 
+def test_a_long_documents_number_is_the_decode_modules_own(perturbed):
+    """The last of its windows reaches back over text that is scored already."""
+    settings = {"batch_size": 3, "max_length": 33}
+    base, reference = both(**settings)
+    lm = QsunLM(decode="demo", prefill=str(perturbed), **CPU, **settings)
+    requests = instances("loglikelihood_rolling", [("calc 12+8>20 " * n,) for n in (1, 4, 9)])
+    ours = lm.loglikelihood_rolling(requests, **QUIET)
+    assert ours == base.loglikelihood_rolling(requests, **QUIET)
+    assert ours == pytest.approx(reference.loglikelihood_rolling(requests, **QUIET), abs=1e-4, rel=1e-6)
+    scored = instances("loglikelihood", [("calc 12+8>", "20")])  # and the seam is where it was
+    assert lm.loglikelihood(scored, **QUIET) != base.loglikelihood(scored, **QUIET)
+
+
 def test_equal_tokens_with_the_seam_elsewhere_are_scored_apart(perturbed):
     lm = QsunLM(decode="demo", prefill=str(perturbed), batch_size=4, **CPU)
     tokens = lm.tok_encode("rev abc>cba")
@@ -203,6 +216,32 @@ def test_automatic_batch_sizes(monkeypatch):
     assert max(tried) == 20
 
 
+@pytest.fixture(scope="module")
+def special_letter(tmp_path_factory):
+    """The embedded base, whose letter e is a special token without a role, as <|eot_id|> and <|im_end|> may be."""
+    directory = tmp_path_factory.mktemp("special") / "base"
+    shutil.copytree(base_directory(), directory)
+    file = directory / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    added = tokenizer["added_tokens"]
+    added.append({**added[-1], "id": tokenizer["model"]["vocab"]["e"], "content": "e"})
+    file.write_text(json.dumps(tokenizer))
+    return str(directory)
+
+
+@pytest.mark.parametrize("until", [[], ["e"], ["e "], ["he"], ['me":', "</s>"], ["e", 'e"', "q"], ["("]], ids=str)
+def test_stop_strings_with_special_tokens(special_letter, until):
+    lm, reference = QsunLM(decode=special_letter, **CPU), HFLM(pretrained=special_letter, **CPU)
+    assert "e" not in lm.tokenizer.all_special_tokens
+    prompts = ("Once, ", "json foo ab=cd>", "the ")
+    requests = instances("generate_until", [(prompt, {"until": until, "max_gen_toks": 30}) for prompt in prompts])
+    answers = lm.generate_until(requests, **QUIET)
+    assert answers == reference.generate_until(requests, **QUIET)
+    without = instances("generate_until", [(prompt, {"until": [], "max_gen_toks": 30}) for prompt in prompts])
+    if any("e" in stop for stop in until):
+        assert answers != lm.generate_until(without, **QUIET)
+
+
 def test_sampling_is_seeded_and_repeats_differ():
     lm = QsunLM(decode="demo", batch_size=8, **CPU)
     sampled = {"until": [], "max_gen_toks": 20, "do_sample": True, "temperature": 1.5, "top_p": 0.9, "top_k": 40}
@@ -254,6 +293,8 @@ def test_what_cannot_be_answered_is_refused():
         lm.generate_until(
             instances("generate_until", [("a", {"until": [], "max_gen_toks": 3, "num_beams": 4})]), **QUIET
         )
+    with pytest.raises(qsun.QsunError, match="max_gen_toks 40 leaves no room for a prompt in max_length 40; use 39"):
+        lm.generate_until(instances("generate_until", [("a", {"until": [], "max_gen_toks": 40})]), **QUIET)
 
 
 @pytest.mark.slow

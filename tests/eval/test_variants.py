@@ -57,9 +57,10 @@ def test_a_file_names_directories_beside_it(tmp_path):
         ("[]", "has no list of variants"),
         ("variants: []", "has no list of variants"),
         ("variants: [1]", "1 is no variant"),
-        ("variants: [{name: x, modell: demo}]", "variant 'x' has 'modell'; known are decode, model, name"),
+        ("variants: [{name: x, modell: demo}]", "variant 'x' has 'modell'; known are base, decode, model, name"),
         ("variants: [{name: x, prefill: demo}]", "'x' needs a model, or a prefill and a decode module"),
         ("variants: [{name: x, model: 5}]", "model is 5; write a string"),
+        ("variants: [{name: x, model: demo, base: 5}]", "base is 5; write a string"),
         ("variants: [{name: x, model: demo, tasks: qsun_math}]", "tasks is 'qsun_math'; write a list"),
         (
             "{variants: [{name: x, model: demo, tasks: [u]}], tasks: [t]}",
