@@ -1,6 +1,5 @@
 """The int4 product on a GPU: the Triton kernels, their scratch memory, and inputs of another dtype."""
 
-from contextlib import nullcontext
 from importlib.util import find_spec
 
 import torch
@@ -42,7 +41,7 @@ def int4_linear(
         return y if residual is None else y.add_(residual)
     from qsun.kernels import int4_triton
 
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():  # Triton launches on the current device
+    with torch.cuda.device_of(x):  # Triton launches on the current device
         y = int4_triton.int4_linear(
             *(rows, words, scales, zeros, out_features, group_size),
             bias=bias,
