@@ -4,7 +4,7 @@ import json
 
 import typer
 
-from qsun.cli import screen
+from qsun.cli.terminal import screen
 
 
 def check_pair(
@@ -20,7 +20,7 @@ def check_pair(
 
       qsun check-pair demo demo --json
     """
-    from qsun.pairing import differences, uncovered
+    from qsun.model.pairing import differences, uncovered
 
     found = differences(prefill, decode)
     warning = None if found else uncovered(prefill, decode)

@@ -19,7 +19,7 @@ def demo_data(
     """
     from qsun.demo.tasks import SPLITS, TASKS, examples, write_jsonl
     from qsun.errors import QsunError
-    from qsun.workdir import check_free
+    from qsun.model.output_dir import check_free
 
     if count < 1 or held_out < 1:
         raise QsunError(f"--count {count}, --held-out {held_out}: give at least one example")

@@ -8,8 +8,8 @@ from typing import Any
 
 import typer
 
-from qsun.cli import screen
-from qsun.cli.device import check_device
+from qsun.cli.terminal import screen
+from qsun.cli.terminal.device import check_device
 from qsun.config import DTYPES, check_one_of
 from qsun.errors import QsunError
 
@@ -58,10 +58,10 @@ def evaluate(
     resume: bool = typer.Option(False, "--resume", help="Go on where a run with the same settings stopped."),
     as_json: bool = typer.Option(False, "--json", help="Print report.json on stdout."),
 ) -> None:
-    from qsun.eval.evaluation import Evaluation, check_speed, measured_speed
-    from qsun.eval.evaluation import evaluate as run
-    from qsun.eval.harness import HarnessSettings
-    from qsun.eval.variants import from_file, from_options
+    from qsun.eval.harness.run import HarnessSettings
+    from qsun.eval.report.evaluation import Evaluation, check_speed, measured_speed
+    from qsun.eval.report.evaluation import evaluate as run
+    from qsun.eval.report.variants import from_file, from_options
 
     screen.show_warnings()
     check_device(device or None)
@@ -94,10 +94,10 @@ def _windows(value: str) -> tuple[int, int]:
 
 
 def _write(job: Any, parts: list[dict[str, Any]], speed: Any, out: Path, seed: int) -> dict[str, Any]:
-    from qsun.eval.report_pages import markdown, page
-    from qsun.eval.report_plots import plots
-    from qsun.eval.summary import provenance, summarize
-    from qsun.manifest import write_json
+    from qsun.eval.report.pages import markdown, page
+    from qsun.eval.report.plots import plots
+    from qsun.eval.report.summary import provenance, summarize
+    from qsun.model.manifest import write_json
 
     command = shlex.join(["qsun", *sys.argv[1:]])
     report = summarize(job.matrix, parts) | {"provenance": provenance(command, seed), "settings": job.settings()}
@@ -112,7 +112,7 @@ def _write(job: Any, parts: list[dict[str, Any]], speed: Any, out: Path, seed: i
 
 
 def _lines(report: dict[str, Any], out: Path) -> str:
-    from qsun.eval.report_pages import tables
+    from qsun.eval.report.pages import tables
 
     lines = []
     for heading, (columns, rows) in tables(report).items():

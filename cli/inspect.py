@@ -19,7 +19,7 @@ def inspect(
 
       qsun inspect out/ --json | jq .bits_per_weight
     """
-    from qsun.inspection import describe
+    from qsun.model.inspection import describe
 
     found = describe(directory)
     typer.echo(json.dumps(found) if as_json else "\n".join(_lines(found)))

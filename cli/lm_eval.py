@@ -35,7 +35,7 @@ def lm_eval(context: typer.Context) -> None:
     try:
         from lm_eval.__main__ import cli_evaluate
 
-        import qsun.eval.lm  # noqa: F401  registers the model
+        import qsun.eval.harness.lm  # noqa: F401  registers the model
     except ModuleNotFoundError as error:
         package = str(error.name).partition(".")[0]
         raise QsunError(f"{package} is not installed; pip install 'qsun[eval]'") from None

@@ -8,10 +8,6 @@ import typer
 from qsun._version import __version__
 from qsun.cli import (
     bench,
-    bench_engine,
-    bench_serve,
-    bench_speed,
-    bench_tasks,
     check_pair,
     demo,
     demo_data,
@@ -20,12 +16,12 @@ from qsun.cli import (
     lm_eval,
     quantize,
     route,
-    screen,
     serve,
     simulate,
     tune,
     up,
 )
+from qsun.cli.terminal import screen
 from qsun.errors import QsunError
 
 app = typer.Typer(
@@ -48,11 +44,6 @@ app.command("demo")(demo.demo)
 app.command("demo-data", no_args_is_help=True)(demo_data.demo_data)
 app.command("simulate", no_args_is_help=True)(simulate.simulate)
 app.command("lm-eval", context_settings=lm_eval.PASS_THROUGH)(lm_eval.lm_eval)
-bench.app.command("serve", no_args_is_help=True)(bench_serve.serve)
-bench.app.command("speed", no_args_is_help=True)(bench_speed.speed)
-bench.app.command("tasks", no_args_is_help=True)(bench_tasks.tasks)
-bench.app.command("tuning", no_args_is_help=True)(bench_tasks.tuning)
-bench.app.command("engine")(bench_engine.engine)
 app.add_typer(bench.app, name="bench")
 
 

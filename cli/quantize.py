@@ -6,8 +6,8 @@ from typing import Any
 
 import typer
 
-from qsun.cli import screen
-from qsun.cli.device import check_device
+from qsun.cli.terminal import screen
+from qsun.cli.terminal.device import check_device
 from qsun.config import FORMATS, METHODS, QuantConfig, read_config_file
 
 EXAMPLES = """Quantize the decode module of a model: a Hugging Face directory, a hub id, or [bold]demo[/].
@@ -81,8 +81,8 @@ def quantize(
     settings = QuantConfig.from_dict(values | {key: value for key, value in given.items() if value is not None})
     check_device(device)
     screen.show_warnings()
-    from qsun.job import prepare
-    from qsun.pipeline import run
+    from qsun.quantization.job import prepare
+    from qsun.quantization.run import run
 
     job = prepare(model, out, settings, calib, device, resume, calib_prefill or ())
     _warn_of_unserved(served or [], job.prefill.names, model)
@@ -103,8 +103,8 @@ def quantize(
 
 def _warn_of_unserved(served: list[str], covered: tuple[str, ...], model: str) -> None:
     """Warn of served prefill modules whose task calibration does not see. Raises QsunError for one that cannot fit."""
-    from qsun.pairing import check_pair
-    from qsun.prefill_kv import unserved
+    from qsun.model.pairing import check_pair
+    from qsun.quantization.prefill_streams import unserved
 
     for name in served:
         check_pair(name, model)

@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from qsun.cli import screen
+from qsun.cli.terminal import screen
 
 
 def route(
@@ -26,9 +26,9 @@ def route(
     """
     import asyncio
 
-    from qsun.serve.cluster import read_cluster
-    from qsun.serve.cluster_modules import ModuleChecks
-    from qsun.serve.router_process import RouterProcess, keys_of
+    from qsun.serve.cluster.file import read_cluster
+    from qsun.serve.cluster.modules import ModuleChecks
+    from qsun.serve.router.process import RouterProcess, keys_of
 
     screen.show_log()
     cluster = read_cluster(file)
@@ -49,7 +49,7 @@ def _checked(cluster: Any, names: Any, as_json: bool) -> bool:
     """Print what each worker says of itself. Returns whether all are as the cluster's file has them."""
     import asyncio
 
-    from qsun.serve.cluster_check import check_workers
+    from qsun.serve.router.check import check_workers
 
     found = asyncio.run(check_workers(cluster, names))
     if as_json:

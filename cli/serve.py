@@ -9,8 +9,8 @@ from typing import Any
 
 import typer
 
-from qsun.cli import screen
-from qsun.cli.device import check_device
+from qsun.cli.terminal import screen
+from qsun.cli.terminal.device import check_device
 from qsun.errors import QsunError
 
 _EXAMPLES = """Serve many prefill modules from one decode module through OpenAI's API, in one process.
@@ -57,10 +57,10 @@ def serve(
     check_device(device)
     named = _named(prefill)
     keys = read_keys(api_keys)
-    from qsun.serve.completions import ServeLimits
-    from qsun.serve.engine import EngineConfig
-    from qsun.serve.guard import GuardConfig
-    from qsun.serve.server import check_exposed, listen, run_server
+    from qsun.engine.engine import EngineConfig
+    from qsun.serve.api.completions import ServeLimits
+    from qsun.serve.http.guard import GuardConfig
+    from qsun.serve.http.server import check_exposed, listen, run_server
 
     check_exposed(host, keys)
     guard = GuardConfig(api_keys=keys, max_body_bytes=byte_count("max-body", max_body))
@@ -89,12 +89,12 @@ def _load(
     dtype, device, threads = where
     import torch
 
-    from qsun.decode import load_decode
-    from qsun.pairing import find_base
-    from qsun.prefill import load_prefill
-    from qsun.serve.api import Serving, build_app
-    from qsun.serve.engine import Engine
-    from qsun.serve.metrics import Metrics
+    from qsun.engine.engine import Engine
+    from qsun.model.pairing import find_base
+    from qsun.runtime.decode_module import load_decode
+    from qsun.runtime.prefill_module import load_prefill
+    from qsun.serve.api.app import Serving, build_app
+    from qsun.serve.api.metrics import Metrics
 
     if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise QsunError(f"dtype {dtype!r} is not known; use float32, bfloat16 or float16")
@@ -129,7 +129,7 @@ def _announce(address: tuple[Any, ...], serving: Any, as_json: bool) -> None:
 
 
 def _named(pairs: list[str]) -> dict[str, str]:
-    from qsun.serve.admin import MODEL_NAME
+    from qsun.serve.api.admin import MODEL_NAME
 
     named: dict[str, str] = {}
     for pair in pairs:

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from qsun.cli import screen
+from qsun.cli.terminal import screen
 from qsun.errors import QsunError
 
 
@@ -54,11 +54,11 @@ def simulate(
 
       qsun simulate --curves computed:llama-3.1-8b --models 8 --decode-workers 8 --memory-gb 141
     """
-    from qsun.eval.capacity import Study, default_level
-    from qsun.eval.curves import load_curves
-    from qsun.eval.simulation_study import by_count, simulation_result
-    from qsun.eval.systems import Deployment
-    from qsun.eval.workload import Lengths, Workload, read_trace
+    from qsun.eval.load.workload import Lengths, Workload, read_trace
+    from qsun.eval.simulate.capacity import Study, default_level
+    from qsun.eval.simulate.compared_systems import Deployment
+    from qsun.eval.simulate.curves import load_curves
+    from qsun.eval.simulate.study import by_count, simulation_result
 
     found = load_curves(curves)
     skews = _numbers("skew", skew) or [0.0]
@@ -86,7 +86,7 @@ def simulate(
 
 
 def _show(result: dict[str, Any], out: Path | None, as_json: bool) -> None:
-    from qsun.eval.simulation_report import plot, table
+    from qsun.eval.simulate.report import plot, table
 
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

@@ -6,10 +6,10 @@ from typing import Any
 
 import typer
 
-from qsun.cli import screen
-from qsun.cli.device import check_device
+from qsun.cli.terminal import screen
+from qsun.cli.terminal.device import check_device
 from qsun.config import read_config_file
-from qsun.tune_config import TuneConfig
+from qsun.tuning.config import TuneConfig
 
 _EXAMPLES = """Tune a prefill module for a task against the frozen decode module that all tasks share.
 
@@ -76,9 +76,9 @@ def tune(
     settings = TuneConfig.from_dict(values | {key: value for key, value in given.items() if value is not None})
     check_device(device)
     screen.show_warnings()
-    from qsun.parallel import Processes
-    from qsun.tune_job import prepare_tuning
-    from qsun.tuning import run_tuning
+    from qsun.tuning.job import prepare_tuning
+    from qsun.tuning.processes import Processes
+    from qsun.tuning.tuner import run_tuning
 
     job = prepare_tuning(decode, out, data, settings, base, eval_data or None, init, device, resume)
     processes = Processes(job.device)

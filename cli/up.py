@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from qsun.cli import screen
+from qsun.cli.terminal import screen
 
 
 def up(
@@ -27,7 +27,7 @@ def up(
 
       qsun up cluster.yaml --print
     """
-    from qsun.serve import launch_signals
+    from qsun.serve.launch import signals as launch_signals
 
     screen.show_log()
     if show:
@@ -44,9 +44,9 @@ def up(
 
 def _planned(file: Path) -> tuple[Any, Any, Any, list[Any]]:
     """The cluster, its modules' names and their checks, and the commands of its workers."""
-    from qsun.serve.cluster import read_cluster
-    from qsun.serve.cluster_modules import ModuleChecks
-    from qsun.serve.launch_plan import plan_workers
+    from qsun.serve.cluster.file import read_cluster
+    from qsun.serve.cluster.modules import ModuleChecks
+    from qsun.serve.launch.plan import plan_workers
 
     cluster = read_cluster(file)
     checks = ModuleChecks()
@@ -55,7 +55,7 @@ def _planned(file: Path) -> tuple[Any, Any, Any, list[Any]]:
 
 
 def _print(file: Path, as_json: bool) -> None:
-    from qsun.serve.launch_sketch import kubernetes_sketch
+    from qsun.serve.launch.kubernetes import kubernetes_sketch
 
     cluster, names, _, commands = _planned(file)
     sketch = kubernetes_sketch(cluster, names)
@@ -74,9 +74,9 @@ def _print(file: Path, as_json: bool) -> None:
 def _serve(file: Path, logs: Path, as_json: bool) -> None:
     import asyncio
 
-    from qsun.serve.launcher import Launch, check_environment
-    from qsun.serve.router_process import keys_of
-    from qsun.serve.worker_processes import WorkerDied, WorkerProcesses, last_lines
+    from qsun.serve.launch.launcher import Launch, check_environment
+    from qsun.serve.launch.processes import WorkerDied, WorkerProcesses, last_lines
+    from qsun.serve.router.process import keys_of
 
     cluster, names, checks, commands = _planned(file)
     cluster.guard_config(keys_of(cluster))  # raises where a key is not taken, before workers take minutes to start

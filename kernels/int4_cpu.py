@@ -21,7 +21,7 @@ def int4_linear(
     group_size: int,
     silu_mul: bool,
 ) -> Tensor:
-    """torch.ops.qsun.int4_linear on a CPU; qsun/ops.py has the schema."""
+    """torch.ops.qsun.int4_linear on a CPU; qsun/runtime/ops.py has the schema."""
     rows = (x if order is None else x[..., order]).reshape(-1, x.shape[-1])
     M = rows.shape[0]
     if x.dtype == torch.bfloat16 and not (M and _dense_wins(M, dense)):

@@ -32,7 +32,7 @@ def int4_linear(
     group_size: int,
     silu_mul: bool,
 ) -> Tensor:
-    """torch.ops.qsun.int4_linear on a GPU; qsun/ops.py has the schema."""
+    """torch.ops.qsun.int4_linear on a GPU; qsun/runtime/ops.py has the schema."""
     rows = (x if order is None else x[..., order]).reshape(-1, x.shape[-1])
     wanted = (*x.shape[:-1], out_features // 2 if silu_mul else out_features)
     if x.dtype != scales.dtype:

@@ -7,14 +7,14 @@ from qsun.config import LayerSpec, Override, QuantConfig
 from qsun.errors import QsunError, ResumeError
 
 if TYPE_CHECKING:
-    from qsun.decode import DecodeModule, load_decode
-    from qsun.generation import generate, generate_stream
-    from qsun.linear import QuantLinear
-    from qsun.pairing import check_pair
-    from qsun.pipeline import quantize
-    from qsun.prefill import PrefillModule, load_prefill
-    from qsun.tune_config import TuneConfig
-    from qsun.tuning import tune
+    from qsun.engine.generation import generate, generate_stream
+    from qsun.model.pairing import check_pair
+    from qsun.quantization.run import quantize
+    from qsun.runtime.decode_module import DecodeModule, load_decode
+    from qsun.runtime.prefill_module import PrefillModule, load_prefill
+    from qsun.runtime.quant_linear import QuantLinear
+    from qsun.tuning.config import TuneConfig
+    from qsun.tuning.tuner import tune
 
 
 __all__ = [
@@ -39,17 +39,17 @@ __all__ = [
 
 # torch and transformers take seconds to import; `qsun --help` and configuration errors need neither.
 _HOMES = {
-    "DecodeModule": "qsun.decode",
-    "load_decode": "qsun.decode",
-    "QuantLinear": "qsun.linear",
-    "PrefillModule": "qsun.prefill",
-    "load_prefill": "qsun.prefill",
-    "check_pair": "qsun.pairing",
-    "generate": "qsun.generation",
-    "generate_stream": "qsun.generation",
-    "quantize": "qsun.pipeline",
-    "tune": "qsun.tuning",
-    "TuneConfig": "qsun.tune_config",
+    "DecodeModule": "qsun.runtime.decode_module",
+    "load_decode": "qsun.runtime.decode_module",
+    "QuantLinear": "qsun.runtime.quant_linear",
+    "PrefillModule": "qsun.runtime.prefill_module",
+    "load_prefill": "qsun.runtime.prefill_module",
+    "check_pair": "qsun.model.pairing",
+    "generate": "qsun.engine.generation",
+    "generate_stream": "qsun.engine.generation",
+    "quantize": "qsun.quantization.run",
+    "tune": "qsun.tuning.tuner",
+    "TuneConfig": "qsun.tuning.config",
 }
 
 

@@ -1,12 +1,11 @@
 """Passes on really pretrained models and real text. Skipped where the project's shared folder is absent."""
 
-from pathlib import Path
-
 import pytest
 
-from qsun.eval.passes import compare_passes
+from qsun.eval.study.passes import compare_passes
+from tests.places import SHARED
 
-MODELS = Path(__file__).parents[2] / "shared" / "models"
+MODELS = SHARED / "models"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(

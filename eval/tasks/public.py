@@ -12,8 +12,8 @@ from typing import Any
 from datasets import Dataset
 
 from qsun.errors import QsunError
-from qsun.eval.bfcl import check_answer, prompt_of
-from qsun.eval.sandbox import run_program
+from qsun.eval.tasks.bfcl import check_answer, prompt_of
+from qsun.eval.tasks.sandbox import run_program
 
 
 def gsm8k(data_dir: str | None = None, **_: Any) -> dict[str, Dataset]:

@@ -16,7 +16,7 @@ from vllm.model_executor.parameter import (
 )
 
 from qsun.errors import QsunError
-from qsun.linear import QuantLinear
+from qsun.runtime.quant_linear import QuantLinear
 from qsun.vllm.shards import LayerShard, ShardTensor, shard_tensors, unpack_shard
 from qsun.vllm.stored import StoredLayers
 

@@ -9,10 +9,10 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 from vllm.model_executor.models.utils import WeightsMapper
 
-from qsun.base import find_model
-from qsun.checkpoint import Checkpoint
-from qsun.engines import stored_format
 from qsun.memory import available_bytes
+from qsun.model.checkpoint import Checkpoint
+from qsun.model.locate import find_model
+from qsun.model.quantization_config import stored_format
 from qsun.vllm.linear import QsunHeadMethod, QsunLinearMethod
 from qsun.vllm.stored import StoredLayers
 

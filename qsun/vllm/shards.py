@@ -13,8 +13,8 @@ from torch import Tensor
 
 from qsun.config import LayerSpec
 from qsun.errors import QsunError
-from qsun.formats import unpack_layer
-from qsun.grid import Quantized
+from qsun.model.formats import unpack_layer
+from qsun.model.quantized import Quantized
 
 WORD_BITS = 32
 

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qsun.checkpoint import Checkpoint
 from qsun.config import LayerSpec
-from qsun.decode import layer_spec, quantized_layer_names
 from qsun.errors import QsunError
-from qsun.formats import SUFFIXES
+from qsun.model.checkpoint import Checkpoint
+from qsun.model.formats import SUFFIXES
+from qsun.model.stored_layers import layer_spec, quantized_layer_names
 
 
 @dataclass(frozen=True)

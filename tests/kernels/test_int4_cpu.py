@@ -3,14 +3,14 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from qsun.grid import Quantized
 from qsun.kernels import int4pack_cpu
-from qsun.linear import QuantLinear
+from qsun.model.quantized import Quantized
+from qsun.runtime.quant_linear import QuantLinear
+from tests.places import ROOT
 
 fast_cpu = pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="torch's int4 op is scalar on this CPU"
@@ -121,6 +121,6 @@ def test_the_integers_take_half_a_byte():
 def test_the_same_on_a_lesser_cpu(capability):
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "not lesser"]
-    root = Path(__file__).parents[2]
+    root = ROOT
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-2000:]

@@ -5,9 +5,8 @@ import torch
 from torch.nn.functional import silu
 
 from qsun.kernels import int4_cuda
-from qsun.linear import QuantLinear
-
-from .test_int4_cpu import random_weights
+from qsun.runtime.quant_linear import QuantLinear
+from tests.kernels.test_int4_cpu import random_weights
 
 
 @pytest.fixture

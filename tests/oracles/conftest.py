@@ -11,9 +11,10 @@ import torch
 
 import qsun
 from tests.oracles.bases import make_base, random_tokens, save_tokens
+from tests.places import ROOT
 
 HERE = Path(__file__).parent
-ENVIRONMENTS = Path(os.environ.get("QSUN_ORACLES_DIR", HERE.parents[1] / ".oracles"))
+ENVIRONMENTS = Path(os.environ.get("QSUN_ORACLES_DIR", ROOT / ".oracles"))
 PROBE_SECONDS = 400
 BASE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PROBE_SETTINGS = {

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from qsun.config import LayerSpec
-from qsun.formats import pack_layer, unpack_layer
-from qsun.grid import Quantized
+from qsun.model.formats import pack_layer, unpack_layer
+from qsun.model.quantized import Quantized
 from tests.oracles.compare import difference, our_logits, record
 from tests.oracles.conftest import Build, Probe
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import qsun
-from tests.conftest import build_model
 from tests.oracles.bases import random_tokens, save_tokens
 from tests.oracles.conftest import Build, Probe, ProbeFailedError
+from tests.tiny_models import build_model
 
 pytestmark = pytest.mark.oracle
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from qsun.serve.cluster import parse_cluster
-from qsun.serve.cluster_modules import ServedNames
-from qsun.serve.router import Router
+from qsun.serve.cluster.file import parse_cluster
+from qsun.serve.cluster.modules import ServedNames
+from qsun.serve.router.app import Router
 from tests.serve.fake_vllm import FakeWorker, expected_text, listening
 
 QUICK = {

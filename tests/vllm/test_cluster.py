@@ -22,12 +22,12 @@ import pytest
 import qsun
 from tests.oracles.compare import record
 from tests.oracles.conftest import ENVIRONMENTS, PROBE_SETTINGS
+from tests.places import ROOT
 from tests.vllm.cluster_files import MODELS, VOCAB, make_modules, write_cluster
 from tests.vllm.listening import is_loopback, listening_addresses
 
 pytestmark = pytest.mark.oracle
 
-ROOT = Path(__file__).parents[2]
 LENGTHS = (1, 2, 17, 127, 128, 129, 200, 257)  # vLLM's blocks for a CPU hold 128 tokens
 NEW_TOKENS = 16
 EXACT = {"return_token_ids": True, "ignore_eos": True}

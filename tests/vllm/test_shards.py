@@ -8,8 +8,8 @@ import torch
 
 from qsun.config import LayerSpec
 from qsun.errors import QsunError
-from qsun.formats import pack_layer
-from qsun.grid import Quantized
+from qsun.model.formats import pack_layer
+from qsun.model.quantized import Quantized
 from qsun.vllm.shards import LayerShard, shard_tensors, unpack_shard
 
 K = 256

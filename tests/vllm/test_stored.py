@@ -3,9 +3,9 @@
 import pytest
 from safetensors.torch import save_file
 
-from qsun.checkpoint import Checkpoint
 from qsun.config import LayerSpec
 from qsun.errors import QsunError
+from qsun.model.checkpoint import Checkpoint
 from qsun.vllm.stored import StoredLayers
 from tests.vllm.test_shards import K, stored_layer
 

@@ -1,0 +1,134 @@
+"""`qsun bench serve`: load on any OpenAI-compatible server."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from qsun.cli.terminal import screen
+from qsun.errors import QsunError
+
+if TYPE_CHECKING:
+    from qsun.eval.load.study import Measured
+
+
+def serve(
+    url: str = typer.Argument(..., help="Server, such as http://127.0.0.1:8000: qsun serve, qsun route, vLLM."),
+    models: str = typer.Option("", help="Names, comma-separated, the busiest first. Default: all of /v1/models."),
+    skew: float = typer.Option(1.0, help="Zipf exponent over models; 0 is uniform."),
+    rate: float = typer.Option(0.0, help="Open loop: requests/s, sent when due whatever the server does."),
+    concurrency: int = typer.Option(0, help="Or a closed loop: requests in flight, to saturate the server."),
+    requests: int = typer.Option(100, help="That count."),
+    warm_up: int = typer.Option(8, help="Sent before them, and not counted."),
+    prompt: str = typer.Option(
+        "fixed:128", help="Prompt tokens: fixed:N, uniform:A-B or lognormal:MEDIAN,SIGMA[,MAX]."
+    ),
+    output: str = typer.Option("fixed:64", help="max_tokens of an answer, in the same forms."),
+    prompts: Path | None = typer.Option(None, help=".jsonl with prompt or messages, instead of random prompts."),
+    endpoint: str = typer.Option("completions", help="Or chat."),
+    deadline: float = typer.Option(120.0, help="Seconds until a request is given up."),
+    max_in_flight: int = typer.Option(1024, help="Requests due beyond this are counted as not sent."),
+    slo_ttft: float = typer.Option(float("inf"), help="Goodput: milliseconds to the first token.", show_default=False),
+    slo_tpot: float = typer.Option(float("inf"), help="Goodput: milliseconds a further token.", show_default=False),
+    decode_workers: int = typer.Option(1, help="Of the server, for throughput of each."),
+    against: str = typer.Option("", help="Another server: rounds alternate, with ratios by round."),
+    rounds: int = typer.Option(0, help="Default: 1, or 4 with --against."),
+    api_key_file: Path | None = typer.Option(None, help="File with the API key."),
+    extra_body: str = typer.Option("{}", help='Fields of every body, such as {"ignore_eos": true} for qsun and vLLM.'),
+    seed: int = typer.Option(0, help="Of arrivals, models and lengths, and of rows of --prompts."),
+    prompt_seed: str = typer.Option("", help="Of the letters of random prompts. Default: fresh for each run."),
+    out: Path | None = typer.Option(None, "--out", "-o", help="Folder for load.json, requests*.jsonl and load.png."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
+) -> None:
+    """Send Poisson arrivals to models of a Zipf distribution; report throughput, TTFT, TPOT, goodput and errors.
+
+    Latencies count from when a request was due, and from its send. docs/capacity.md says how.
+
+    Examples:
+
+      qsun bench serve http://127.0.0.1:8000 --rate 4 --requests 200 --slo-ttft 500 --slo-tpot 50 -o out/load
+
+      qsun bench serve http://127.0.0.1:8000 --models math,code --concurrency 32 --extra-body '{"ignore_eos": true}'
+
+      qsun bench serve http://127.0.0.1:8000 --against http://127.0.0.1:8100 --rate 2
+    """
+    if importlib.util.find_spec("httpx") is None:
+        raise QsunError("a load generator needs httpx; pip install 'qsun[serve]'")
+    from qsun.eval.load.client import Target
+    from qsun.eval.load.plan import read_prompts
+    from qsun.eval.load.report import load_table
+    from qsun.eval.load.service_level import ServiceLevel
+    from qsun.eval.load.study import OURS, THEIRS, LoadSettings, load_result, run_load
+    from qsun.eval.load.workload import Lengths
+
+    level = ServiceLevel(slo_ttft, slo_tpot)
+    if decode_workers < 1:
+        raise QsunError(f"decode-workers {decode_workers} is out of range; use 1 or more")
+    names = tuple(name.strip() for name in models.split(",") if name.strip())
+    rows = read_prompts(prompts, endpoint) if prompts else ()
+    lengths = (Lengths.parse(prompt), Lengths.parse(output))
+    turns = rounds or (4 if against else 1)
+    settings = LoadSettings(
+        *lengths, names, skew, rows, rate, concurrency, requests, warm_up, turns, max_in_flight, seed, prompt_seed
+    )
+    key, extra = _api_key(api_key_file), _object(extra_body)
+    urls = {OURS: url} | ({THEIRS: against} if against else {})
+    targets = {name: Target(address, endpoint, key, extra, deadline) for name, address in urls.items()}
+    with screen.progress(quiet=as_json) as progress:
+        measured = run_load(targets, settings, progress, screen.note)
+    result: dict[str, Any] = {"urls": urls, "load": _told(rate, concurrency, requests, skew, prompt, output, seed)}
+    result |= load_result(measured, level, decode_workers)
+    if out is not None:
+        _write(out, result, measured)
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    for name, address in urls.items():
+        typer.echo(f"{address}: {result['load']}\n{load_table(result[name], level)}")
+    if against:
+        typer.echo(_compared(result))
+
+
+def _told(rate: float, concurrency: int, requests: int, skew: float, prompt: str, output: str, seed: int) -> str:
+    how = f"{rate:g} requests/s, open loop" if rate else f"{concurrency} requests in flight, closed loop"
+    return f"{how}, {requests} requests, skew {skew:g}, prompts {prompt}, outputs {output}, seed {seed}"
+
+
+def _api_key(path: Path | None) -> str:
+    if path is None:
+        return ""
+    key = path.read_text(encoding="utf-8").strip()
+    if not key or not key.isascii() or not key.isprintable():
+        raise QsunError(f"api-key-file {path} holds no key; write one line of printable characters")
+    return key
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise QsunError(f"extra-body {text!r:.60} is not JSON ({error.msg})") from None
+    if not isinstance(found, dict):
+        raise QsunError(f'extra-body {text!r:.60} is no JSON object; use one such as {{"ignore_eos": true}}')
+    return found
+
+
+def _compared(result: dict[str, Any]) -> str:
+    lines = [f"{result['urls']['url']} over {result['urls']['against']}, geometric mean and by round:"]
+    for name, mean in result["ratios"].items():
+        by_round = " ".join("-" if one[name] is None else f"{one[name]:.3f}" for one in result["ratios_by_round"])
+        lines.append(f"  {name:<14}{'-' if mean is None else f'{mean:.3f}':>8}   {by_round}")
+    return "\n".join(lines)
+
+
+def _write(out: Path, result: dict[str, Any], measured: "Measured") -> None:
+    from qsun.eval.load.report import plot_load, write_records
+
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "load.json").write_text(json.dumps(result, indent=1) + "\n")
+    records = {name: measured.all_records(name) for name in measured.rounds}
+    for name, found in records.items():
+        write_records(found, out / ("requests.jsonl" if name == "url" else f"requests-{name}.jsonl"))
+    plot_load({result["urls"][name]: found for name, found in records.items()}, result["load"], out / "load.png")

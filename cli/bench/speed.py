@@ -1,0 +1,79 @@
+"""`qsun bench speed`: a decode step of SUN against one of QSUN."""
+
+import json
+from pathlib import Path
+
+import typer
+
+from qsun.cli.terminal import screen
+from qsun.cli.terminal.device import check_device
+from qsun.errors import QsunError
+
+
+def speed(
+    shape: str = typer.Option("", help="Known model, made in memory with random weights, such as llama-3.2-1b."),
+    decode: str = typer.Option("", help="Or an int4 decode module on disk ..."),
+    base: str = typer.Option("", help="... and its full-precision base. Default: the module, dequantized."),
+    lm_head: str = typer.Option(
+        "both",
+        "--lm-head",
+        help="With --shape, output projection of QSUN: bf16 (as qsun quantize leaves it), int4, both.",
+    ),
+    batches: str = typer.Option("1,4,16,64", help="Rows of a decode batch, comma-separated."),
+    contexts: str = typer.Option("128,1024", help="Tokens that a step attends to, comma-separated."),
+    prompts: str = typer.Option("", help="Further prompt lengths to time a prefill of, for qsun simulate."),
+    steps: int = typer.Option(32, help="Timed steps of each contender at each point."),
+    seconds: float = typer.Option(60.0, help="Fewer steps where a point takes longer than this."),
+    device: str = typer.Option("", help="cpu or cuda. Default: a GPU where there is one."),
+    threads: int = typer.Option(0, help="CPU threads. Default: as torch chooses, one for each core."),
+    out: Path | None = typer.Option(None, "--out", "-o", help="Folder for speed.json and speed.png."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
+) -> None:
+    """Time decode steps with a bf16 decode module (SUN) and with an int4 one (QSUN), and the prefill before them.
+
+    Contenders take turns, step by step, through the step that `qsun.generate` uses. Medians; docs/speed.md says how.
+
+    Examples:
+
+      qsun bench speed --shape llama-3.2-1b --threads 2 -o out/speed
+
+      qsun bench speed --decode out/int4 --base ./Llama-3.2-1B --batches 1,8
+    """
+    check_device(device or None)
+    if bool(shape) == bool(decode):
+        raise QsunError("give either --shape NAME or --decode DIR" + (", not both" if shape else ""))
+    if base and not decode:
+        raise QsunError("--base goes with --decode; with --shape the base is made")
+    import torch
+
+    from qsun.eval.speed.clock import machine
+    from qsun.eval.speed.contenders import loaded_contenders, made_contenders
+    from qsun.eval.speed.decode_speed import Points, bench_speed
+    from qsun.eval.speed.report import plot_speed, table
+
+    points = Points(
+        whole_numbers("batches", batches),
+        whole_numbers("contexts", contexts),
+        steps,
+        seconds,
+        whole_numbers("prompts", prompts),
+    )
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if threads:
+        torch.set_num_threads(threads)
+    contenders = loaded_contenders(decode, base or None, where) if decode else made_contenders(shape, lm_head, where)
+    result = bench_speed(contenders, points, screen.note) | machine(where, torch.get_num_threads())
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "speed.json").write_text(json.dumps(result, indent=1) + "\n")
+        plot_speed(result, out / "speed.png")
+    typer.echo(json.dumps(result) if as_json else table(result))
+
+
+def whole_numbers(name: str, text: str) -> list[int]:
+    """A comma-separated option. Raises QsunError for what is no number."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    wrong = [part for part in parts if not part.isdigit()]
+    if wrong:
+        raise QsunError(f"{name} has {wrong[0]!r}; use whole numbers from 1 up, such as 1,4,16")
+    return [int(part) for part in parts]

@@ -1,0 +1,89 @@
+"""What commands show: progress with an ETA on a terminal, plain lines elsewhere, always on stderr."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from qsun.progress import Progress as ProgressCallback
+
+console = Console(stderr=True, highlight=False, soft_wrap=True)
+_LINE_EVERY_SECONDS = 5.0
+
+
+def error(message: str) -> None:
+    """One line: newlines would hide the fix below the value."""
+    console.print(f"[bold red]error:[/] {_plain(' '.join(message.split()))}")
+
+
+def note(message: str) -> None:
+    console.print(_plain(message))
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def show_warnings() -> None:
+    """Let the library's warnings through as short lines."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    logger = logging.getLogger("qsun")
+    logger.handlers = [handler]
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+
+
+def show_log() -> None:
+    """What a server does, line by line with the time, on stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = logging.getLogger("qsun")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[ProgressCallback]:
+    """A callback (label, done, total) that draws a bar on a terminal and prints a line now and then elsewhere."""
+    if quiet:
+        yield lambda *_: None
+    elif console.is_terminal:
+        with _bar() as bar:
+            task = bar.add_task("", total=None)
+            yield lambda label, done, total: bar.update(task, description=label, completed=done, total=total)
+    else:
+        yield _Lines()
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description:<42.42}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+class _Lines:
+    def __init__(self) -> None:
+        self.started = self.printed = time.monotonic()
+
+    def __call__(self, label: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.printed < _LINE_EVERY_SECONDS and done < total:
+            return
+        self.printed = now
+        elapsed = now - self.started
+        left = elapsed / max(done, 1) * (total - done)
+        print(f"{done}/{total}  {elapsed:.0f} s, {left:.0f} s to go  {label}", file=sys.stderr, flush=True)

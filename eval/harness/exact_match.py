@@ -1,0 +1,40 @@
+"""Exact match of generated answers over the seam: what a user of the served model would see."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qsun.demo.tasks import Example, check
+from qsun.engine.generation import generate
+from qsun.runtime.decode_module import DecodeModule
+from qsun.runtime.prefill_module import PrefillModule
+
+
+@dataclass(frozen=True)
+class Score:
+    """Which examples were answered rightly, in their order."""
+
+    right: tuple[bool, ...]
+
+    @property
+    def rate(self) -> float:
+        return sum(self.right) / len(self.right)
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the rate, as of a binomial proportion."""
+        return math.sqrt(self.rate * (1 - self.rate) / len(self.right))
+
+
+def exact_match(
+    task: str,
+    examples: Sequence[Example],
+    prefill: PrefillModule,
+    decode: DecodeModule,
+    max_new_tokens: int = 64,
+    batch_size: int = 128,
+) -> Score:
+    """Greedy answers of one prefill module through a decode module, compared with the right ones."""
+    prompts = [example.prompt for example in examples]
+    answers = generate(prefill, decode, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return Score(tuple(check(task, example, answer) for example, answer in zip(examples, answers, strict=True)))

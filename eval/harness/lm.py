@@ -1,0 +1,284 @@
+"""`qsun`, a model for lm-eval: the harness asks, a prefill module reads the context, the decode module answers.
+
+A request is a context and a continuation. The prefill module reads the context up to its last token; that token and
+the continuation are the decode module's, whether it scores them (loglikelihood) or writes them (generate_until): the
+seam as it is tuned and served. Choices of a multiple-choice question are therefore scored by the decode module, behind
+the question's KV, which is written once for all of them.
+
+loglikelihood_rolling has no prompt: the decode module reads all of each window, the tokens before those that are scored
+too. The prefill module takes no part, so perplexities of documents are the decode module's own.
+
+Tokenization, chat templates, few-shot prompts, truncation, stop strings, caching and the sharing out over processes
+are those of lm-eval's `hf` model, which this is a subclass of.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs, find_executable_batch_size
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import Collator, normalize_gen_kwargs
+from torch import Tensor
+from tqdm import tqdm
+
+from qsun.engine.generation import GenerateConfig, eos_tokens, generate
+from qsun.errors import QsunError
+from qsun.eval.harness.lm_settings import check_settings, device_of, load_pair, sampling_settings
+from qsun.runtime.decode_module import DecodeModule
+from qsun.runtime.prefill_module import PrefillModule
+from qsun.runtime.seam import SeamBatch, decode_logits, prefill_batch
+from qsun.tuning.examples import Example, collate
+
+log = logging.getLogger(__name__)
+
+CPU_BATCH = 32  # `batch_size=auto` without a GPU: beyond it a CPU gains little, and running out of memory is fatal
+Request = tuple[Any, list[int], list[int]]  # what lm-eval caches by, context, continuation
+
+
+@register_model("qsun")
+class QsunLM(HFLM):  # type: ignore[misc]
+    """A pair of modules as a model of lm-eval.
+
+    Args:
+        decode: decode module: directory, hub id or "demo"; loaded already where prefill is, too.
+        prefill: prefill module or LoRA adapter. Default: decode itself where it is full precision, otherwise the base
+            that its qsun.json names.
+        device: falls back to the CPU where there is no GPU, as lm-eval's own models do.
+        dtype: of activations and unquantized weights; default or "auto": what is stored.
+        batch_size: a number, or "auto": the largest that fits a GPU's memory, CPU_BATCH on a CPU.
+        max_batch_size: upper bound for "auto".
+        settings: of lm-eval's HFLM; those that lm_settings.PASSED_ON names.
+    Raises:
+        QsunError: an unknown setting, a damaged module, or a pair that does not fit.
+    """
+
+    def __init__(
+        self,
+        decode: str | DecodeModule = "",
+        prefill: str | PrefillModule | None = None,
+        device: str | None = "cuda",
+        dtype: str | torch.dtype | None = None,
+        batch_size: int | str = 1,
+        max_batch_size: int = 64,
+        **settings: Any,
+    ):
+        check_settings(decode, batch_size, settings)
+        several = _processes(device_of(device))
+        place = several.device if several else device_of(device)
+        self.prefill_module, self.decode_module = load_pair(decode, prefill, place, dtype)
+        model: Any = self.decode_module.model
+        limit = model.config.max_position_embeddings
+        if int(settings.get("max_length") or 0) > limit:
+            raise QsunError(f"max_length {settings['max_length']} is over the model's {limit} positions; use {limit}")
+        with _without_advice():
+            super().__init__(
+                pretrained=model,
+                tokenizer=str(self.decode_module.directory),
+                batch_size=batch_size,
+                max_batch_size=max_batch_size,
+                **settings,
+            )
+        self._rolling = False
+        self._device = place  # HFLM takes a model that is there already to be the only process's
+        if several:
+            self.accelerator = several
+            self._rank, self._world_size = several.process_index, several.num_processes
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the results say about the model."""
+        return {
+            "model_num_parameters": sum(p.numel() for p in self.decode_module.model.parameters()),
+            "model_dtype": str(self.model.dtype),
+            "decode_module": str(self.decode_module.directory),
+            "prefill_module": str(self.prefill_module.directory),
+        }
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log probability of each document, the decode module's own."""
+        self._rolling = True  # lm-eval hands the windows of documents to _loglikelihood_tokens as it does requests
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm)
+        finally:
+            self._rolling = False
+
+    def _loglikelihood_tokens(
+        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """(log probability of the continuation, whether it is the greedy one) of each request."""
+        counts = [len(continuation) for _, _, continuation in requests]  # scored, from the end
+        if self._rolling:  # a document's last window begins with text that is scored already and is no prompt
+            requests = [(key, context[:1], context[1:] + rest) for key, context, rest in requests]
+        rows = self._rows(requests)
+        order = Collator(rows, sort_fn=_longest_first(rows))
+        self.batch_sizes: dict[int, int] = {}
+        automatic = self.batch_size == "auto" and override_bs is None
+        batches = order.get_batched(
+            n=override_bs or (0 if automatic else self.batch_size),
+            batch_fn=self._batch_scheduler if automatic and rows else None,
+        )
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests")
+        for batch in batches:
+            scored = self._score([Example(tuple(context), tuple(rest)) for _, context, rest in batch])
+            for (members, _, _), log_probs in zip(batch, scored, strict=True):
+                for number in members:
+                    key, _, continuation = requests[number]
+                    answers[number] = _answer(log_probs[-counts[number] :], continuation[-counts[number] :])
+                    if key is not None:  # None: a window of loglikelihood_rolling, which caches whole documents
+                        self.cache_hook.add_partial("loglikelihood", key, answers[number])
+                    bar.update(1)
+        bar.close()
+        return answers
+
+    def _rows(self, requests: list[Request]) -> list[tuple[list[int], list[int], list[int]]]:
+        """(numbers of requests, context, continuation), truncated on the left; one row for those that differ in the
+        last token only. Equal tokens with the seam elsewhere are another row: other modules read them.
+        """
+        rows: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[list[int], list[int], list[int]]] = {}
+        for number, (_, context, continuation) in enumerate(requests):
+            if not context or not 0 < len(continuation) <= self.max_length:
+                raise QsunError(
+                    f"request {number} has {len(context)} context and {len(continuation)} continuation tokens; give at "
+                    f"least one of each, and at most max_length {self.max_length} in a continuation"
+                )
+            too_long = len(context) + len(continuation) - (self.max_length + 1)
+            if too_long > 0:
+                log.warning("request %d: context cut by %d tokens to fit %d", number, too_long, self.max_length)
+            kept = context[max(too_long, 0) :]
+            key = (tuple(kept), tuple(continuation[:-1]) if self.logits_cache else (number,))
+            rows.setdefault(key, ([], kept, continuation))[0].append(number)
+        return list(rows.values())
+
+    @torch.no_grad()
+    def _score(self, examples: Sequence[Example]) -> Iterator[Tensor]:
+        """Log probabilities (continuation tokens, vocabulary) of each example; equal contexts are read once."""
+        batch = collate(examples).to(self.device)
+        first: dict[tuple[int, ...], int] = {}
+        places = [first.setdefault(example.prompt, len(first)) for example in examples]
+        heads = torch.tensor([places.index(place) for place in range(len(first))], device=self.device)
+        distinct = SeamBatch(batch.prefix[heads], batch.rest[heads], batch.labels[heads], batch.starts[heads])
+        cache = prefill_batch(self.prefill_module.model, distinct)
+        if len(first) < len(examples):
+            cache.batch_select_indices(torch.tensor(places, device=self.device))
+        logits = decode_logits(self.decode_module.model, batch, _in_dtype(cache, self.model.dtype))
+        for row, example in zip(logits, examples, strict=True):
+            yield row[: len(example.response)].log_softmax(-1, dtype=self.softmax_dtype or torch.float32)
+
+    def _detect_batch_size(self, requests: Sequence[Request] | None = None, pos: int = 0) -> int:
+        """For `batch_size=auto`: the largest, halved from max_batch_size, that holds the longest of what is left."""
+        if self.device.type == "cpu":
+            return min(CPU_BATCH, self.max_batch_size)
+        left = requests[pos:] if requests else [(None, [0], [0] * self.max_length)]
+        context, rest = max(len(head) for _, head, _ in left), max(len(tail) for _, _, tail in left)
+        return self._largest_batch(Example((0,) * min(context, self.max_length + 1 - rest), (0,) * rest))
+
+    def _largest_batch(self, example: Example) -> int:
+        @find_executable_batch_size(starting_batch_size=self.max_batch_size)  # type: ignore[untyped-decorator]
+        def fits(batch_size: int) -> int:
+            rows = [Example((number, *example.prompt[1:]), example.response) for number in range(batch_size)]
+            for _ in self._score(rows):  # contexts that differ, as no KV is then shared
+                pass
+            return batch_size
+
+        found = fits()
+        if self.world_size > 1:
+            found = int(self.all_gather(torch.tensor([found], device=self.device)).min())
+        return found
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Answers. Raises QsunError for one that may be as long as the model, which lm-eval asserts is not."""
+        for request in requests:
+            new = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
+            if new >= self.max_length:
+                raise QsunError(
+                    f"max_gen_toks {new} leaves no room for a prompt in max_length {self.max_length}; "
+                    f"use {self.max_length - 1} or less in the task's file, or `qsun lm-eval --gen_kwargs`"
+                )
+        return super().generate_until(requests, disable_tqdm)
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **settings: Any) -> Tensor:
+        """Continue prompts over the seam.
+
+        Args:
+            context: (B, T) token ids, padded on the left; an empty row starts from prefix_token_id.
+            max_length: T and the new tokens. stop: strings, the EOS token's among them.
+            settings: attention_mask (B, T); do_sample, temperature, top_p, top_k.
+        Returns:
+            (B, T + longest answer) token ids, context first, padded on the right.
+        """
+        mask = settings.pop("attention_mask")
+        prompts = [row[seen.bool()].tolist() or [self.prefix_token_id] for row, seen in zip(context, mask, strict=True)]
+        answers = generate(
+            self.prefill_module,
+            self.decode_module,
+            prompts,
+            max_new_tokens=max_length - context.shape[1],
+            batch_size=len(prompts),
+            **sampling_settings(settings, self.decode_module, len(prompts)),
+            **self._ends(stop),
+        )
+        longest, pad = max(map(len, answers)), self.tokenizer.pad_token_id
+        padded = [answer + [pad] * (longest - len(answer)) for answer in answers]
+        return torch.cat([context, torch.tensor(padded, dtype=context.dtype, device=context.device)], 1)
+
+    def _ends(self, stop: list[str]) -> dict[str, Any]:
+        """What generate is told of the end. Stop strings that are one special token end an answer by its id."""
+        special = dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True))
+        # all_special_tokens has only those of a role, which <|eot_id|> and <|im_end|> may be without
+        added = self.tokenizer.added_tokens_decoder
+        special |= {token.content: number for number, token in added.items() if token.special}
+        tokens = {*eos_tokens(self.decode_module, GenerateConfig()), self.eot_token_id}
+        tokens |= {special[text] for text in stop if text in special}
+        strings = [text for text in stop if text and text not in special]
+        spelt = any(token in text for text in strings for token in special)
+        return {"stop": strings, "skip_special_tokens": not spelt, "eos": tuple(tokens - {None})}
+
+
+def _processes(device: torch.device) -> Accelerator | None:
+    """As `accelerate launch` started them; None for a process on its own."""
+    if not (torch.distributed.is_torchelastic_launched() or torch.distributed.is_initialized()):
+        return None
+    # One waits for the others' shares of the work, however long they take.
+    patience = InitProcessGroupKwargs(timeout=timedelta(weeks=52))
+    found = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[patience])
+    return found if found.num_processes > 1 else None
+
+
+def _longest_first(rows: list[Any]) -> Any:
+    """Sort key of rows: long ones first, so that too large a batch fails at once; equal contexts side by side."""
+    longest: dict[tuple[int, ...], int] = {}
+    for _, context, rest in rows:
+        key = tuple(context)
+        longest[key] = max(longest.get(key, 0), len(context) + len(rest))
+    return lambda row: (-longest[tuple(row[1])], row[1], -len(row[2]), row[2])
+
+
+def _answer(log_probs: Tensor, continuation: list[int]) -> tuple[float, bool]:
+    tokens = torch.tensor(continuation, device=log_probs.device)
+    greedy = bool((log_probs.argmax(-1) == tokens).all())
+    return float(log_probs.gather(-1, tokens[:, None]).double().sum()), greedy
+
+
+def _in_dtype(cache: Any, dtype: torch.dtype) -> Any:
+    """What a prefill module of another dtype wrote, as the decode module takes it."""
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
+    return cache
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """HFLM tells who hands it a finished model that several processes will not work, which here they do."""
+    logger = logging.getLogger(HFLM.__module__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

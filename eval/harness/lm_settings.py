@@ -1,0 +1,117 @@
+"""What lm-eval's `--model_args`, `--device` and `--gen_kwargs` mean to a pair of modules."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from qsun.errors import QsunError
+from qsun.model.checkpoint import read_json
+from qsun.model.locate import find_model, load_tokenizer
+from qsun.runtime.decode_module import DecodeModule, load_decode
+from qsun.runtime.prefill_module import PrefillModule, load_prefill
+
+PASSED_ON = (
+    "max_length",
+    "truncation",
+    "logits_cache",
+    "softmax_dtype",
+    "use_fast_tokenizer",
+    "add_bos_token",
+    "prefix_token_id",
+    "think_end_token",
+    "enable_thinking",
+    "chat_template_args",
+)
+_OWN = ("decode", "prefill", "device", "dtype", "batch_size", "max_batch_size")
+_DTYPES = ("float32", "bfloat16", "float16")
+_WITHOUT_EFFECT: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "num_return_sequences": 1}
+_SAMPLING = ("temperature", "top_p", "top_k")
+
+
+def check_settings(decode: str | DecodeModule, batch_size: int | str, settings: Mapping[str, Any]) -> None:
+    """Raise QsunError for what HFLM would swallow: a name it does not know. One that it asserts is refused as well."""
+    if not decode:
+        raise QsunError(
+            "no decode module; give --model_args decode=DIR, and prefill=DIR for the one that reads prompts"
+        )
+    unknown = sorted(set(settings) - set(PASSED_ON))
+    if unknown:
+        raise QsunError(f"unknown model argument {unknown[0]!r}; known are: {', '.join((*_OWN, *PASSED_ON))}")
+    text = str(batch_size)
+    if not text.startswith("auto") and not (text.isdecimal() and int(text)):
+        raise QsunError(f"batch_size {batch_size!r} is out of range; use 1 or more, or auto")
+
+
+def device_of(device: str | torch.device | None) -> torch.device:
+    """As lm-eval's own models: a GPU that is asked for and is not there becomes the CPU."""
+    try:
+        wanted = torch.device(device or "cuda")
+    except RuntimeError:
+        raise QsunError(f"device {device!r} is not known; use cpu, cuda or cuda:N") from None
+    return wanted if wanted.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
+
+
+def load_pair(
+    decode: str | DecodeModule,
+    prefill: str | PrefillModule | None,
+    device: torch.device,
+    dtype: str | torch.dtype | None,
+) -> tuple[PrefillModule, DecodeModule]:
+    """Both modules of a pair that fits.
+
+    Args:
+        decode, prefill: names, or both loaded already.
+        prefill: None: decode itself where it is full precision, otherwise the base that its qsun.json names.
+        dtype: None or "auto": what is stored.
+    Raises:
+        QsunError: a directory that is none, has no tokenizer, or is quantized and names no base that is here.
+    """
+    wanted = None if dtype is None or str(dtype) == "auto" else str(dtype).removeprefix("torch.")
+    if wanted not in (None, *_DTYPES):
+        raise QsunError(f"dtype {dtype!r} is not known; use auto, {', '.join(_DTYPES)}")
+    if isinstance(decode, DecodeModule) and isinstance(prefill, PrefillModule):
+        return prefill, decode
+    path = find_model(str(decode))
+    if load_tokenizer(path) is None:
+        raise QsunError(f"decode module {decode} has no tokenizer; copy the tokenizer files of its base into it")
+    module = load_decode(path, device, wanted)
+    if prefill is not None:
+        return load_prefill(str(prefill), module, wanted), module
+    if not read_json(path / "config.json").get("quantization_config"):
+        return PrefillModule(module.model, module.directory, module.manifest), module
+    base = module.manifest.get("base")
+    try:
+        directory = find_model(str(base))
+    except QsunError:
+        named = f"names {base} as its base, which is not here" if base else "names no base"
+        raise QsunError(f"decode module {decode} {named}; give --model_args prefill=DIR") from None
+    return load_prefill(directory, module, wanted), module
+
+
+def sampling_settings(settings: Mapping[str, Any], decode: DecodeModule, rows: int) -> dict[str, Any]:
+    """generate's settings from lm-eval's generation arguments.
+
+    What is not given comes from the model's generation_config.json, and is off where that says nothing. The draws of a
+    batch start from torch's global random numbers, which lm-eval seeds: repeats of a prompt differ, runs do not.
+
+    Args:
+        settings: do_sample, temperature, top_p, top_k; others only with a value that changes nothing.
+        rows: prompts in the batch.
+    Raises:
+        QsunError: a setting that generation over the seam does not have.
+    """
+    for name, value in settings.items():
+        known = name in (*_SAMPLING, "do_sample", "use_cache") or value is None or _WITHOUT_EFFECT.get(name) == value
+        if not known:
+            raise QsunError(
+                f"generation setting {name}={value!r} is not supported; use do_sample, {', '.join(_SAMPLING)}"
+            )
+    if not settings.get("do_sample"):
+        return {"temperature": 0.0}
+    model: Any = decode.model
+    own = {name: getattr(model.generation_config, name, None) for name in _SAMPLING}
+    given = {name: settings.get(name) for name in _SAMPLING}
+    chosen = {name: given[name] if given[name] is not None else own[name] for name in _SAMPLING}
+    seeds = torch.randint(2**62, (rows,)).tolist()
+    return {name: value for name, value in chosen.items() if value is not None} | {"seed": seeds}

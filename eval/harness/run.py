@@ -1,0 +1,129 @@
+"""lm-eval on one pair: which examples of a task it answers rightly."""
+
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from typing import Any
+
+from qsun.errors import QsunError
+from qsun.eval.tasks import tasks_directory
+from qsun.runtime.decode_module import DecodeModule
+from qsun.runtime.prefill_module import PrefillModule
+
+_SANDBOXED = "humaneval_local"  # the one task whose programs run in our sandbox; lm-eval's own do not
+
+
+@dataclass(frozen=True)
+class HarnessSettings:
+    """What lm-eval is told.
+
+    Attributes:
+        limit: examples of each task, 0 for all. batch_size: a number, or "auto".
+        num_fewshot: None for the task's own. chat_template: render prompts as chats.
+        task_dir: folder of more task files. task_data: folder of local copies of public data (docs/evaluation.md).
+        allow_code: tasks that run what the model wrote.
+    """
+
+    limit: int = 0
+    batch_size: str = "auto"
+    num_fewshot: int | None = None
+    chat_template: bool = False
+    task_dir: str = ""
+    task_data: str = ""
+    allow_code: bool = False
+    seed: int = 0
+
+
+def run_task(prefill: PrefillModule, decode: DecodeModule, task: str, settings: HarnessSettings) -> dict[str, Any]:
+    """Let lm-eval ask one task, or a group of tasks.
+
+    Returns:
+        {"metric", "values": the metric of every example in the task's order, "rate", "stderr", "all": every metric of
+        the task as lm-eval has it, "version"}.
+    Raises:
+        QsunError: no such task, lm-eval missing, or code to run that was not allowed.
+    """
+    evaluator, manager = _lm_eval(settings)
+    from qsun.eval.harness.lm import QsunLM
+
+    try:
+        with redirect_stdout(sys.stderr):  # lm-eval prints; stdout is for the report
+            results = evaluator.simple_evaluate(
+                model=QsunLM(decode, prefill, device=_device(decode), batch_size=settings.batch_size),
+                tasks=[task],
+                task_manager=manager,
+                limit=settings.limit or None,
+                num_fewshot=settings.num_fewshot,
+                apply_chat_template=settings.chat_template,
+                confirm_run_unsafe_code=settings.allow_code and task == _SANDBOXED,
+                bootstrap_iters=0,
+                random_seed=settings.seed,
+                numpy_random_seed=settings.seed,
+                torch_random_seed=settings.seed,
+                fewshot_random_seed=settings.seed,
+            )
+    # a task of its own kind of data, an unsafe one, no template; lm-eval asserts some of what it cannot do
+    except (ValueError, KeyError, OSError, AssertionError) as error:
+        raise QsunError(f"task {task}: {' '.join(str(error).split())[:200]}") from None
+    return _outcome(task, results)
+
+
+def check_tasks(tasks: Sequence[str], settings: HarnessSettings) -> None:
+    """Before work starts. Raises QsunError for a task that is not known, or one that runs code without leave."""
+    if not tasks:
+        return
+    _, manager = _lm_eval(settings)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            near = [name for name in manager.all_tasks if task.split("_", 1)[0] in name][:5]
+            fix = f"near it are {', '.join(near)}" if near else "give the folder of its file with --task-dir"
+            raise QsunError(f"task {task!r} is not known to lm-eval; {fix}")
+        if task == _SANDBOXED and not settings.allow_code:
+            raise QsunError(f"task {task} runs what the model writes; allow that with --allow-code-execution")
+
+
+def _device(decode: DecodeModule) -> str:
+    model: Any = decode.model
+    return str(model.model.embed_tokens.weight.device)
+
+
+def _lm_eval(settings: HarnessSettings) -> tuple[Any, Any]:
+    try:
+        from lm_eval import evaluator
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise QsunError("lm-eval is not installed; run `pip install qsun[eval]`") from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it explains itself at every task
+    folders = [str(tasks_directory()), *([settings.task_dir] if settings.task_dir else [])]
+    # simple_evaluate takes metadata only for a manager that it makes itself, and drops it beside this one
+    metadata = {"data_dir": settings.task_data} if settings.task_data else None
+    return evaluator, TaskManager(include_path=folders, metadata=metadata)
+
+
+def _outcome(task: str, results: Mapping[str, Any]) -> dict[str, Any]:
+    """Every example's value of the task's first metric, under its first filter; a group's subtasks in a row."""
+    samples = results["samples"]
+    names = sorted(samples)
+    values: list[float] = []
+    for name in names:
+        first = [s for s in samples[name] if s["filter"] == samples[name][0]["filter"]]
+        metric = first[0]["metrics"][0]
+        if not isinstance(first[0][metric], (int, float)):
+            raise QsunError(f"task {name}: {metric} has no number for each example; use --text for perplexity")
+        values += [float(sample[metric]) for sample in sorted(first, key=lambda s: s["doc_id"])]
+    mean = sum(values) / len(values)
+    variance = sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)
+    return {
+        "metric": metric,
+        "values": values,
+        "rate": mean,
+        "stderr": (variance / len(values)) ** 0.5,
+        "all": {name: _numbers(results["results"][name]) for name in names},
+        "version": {name: results["versions"].get(name) for name in names},
+    }
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in row.items() if isinstance(value, (int, float)) and "stderr" not in key}

@@ -1,0 +1,280 @@
+"""`qsun eval`: every variant answers every task, part by part, so that a run that was stopped goes on.
+
+variants x tasks -> lm-eval -> right or wrong, example by example
+variants with responses -> divergence from the full-precision decoder at decode positions
+decode modules with text -> the same on running text, and perplexity
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qsun.errors import QsunError
+from qsun.eval.harness.divergence import read_windows, response_divergence, text_divergence
+from qsun.eval.harness.run import HarnessSettings, check_tasks, run_task
+from qsun.eval.report.variants import Entry, Matrix, stored_bits
+from qsun.eval.speed.clock import machine
+from qsun.eval.speed.contenders import known_shape, loaded_contenders, made_contenders
+from qsun.eval.speed.decode_speed import Points, bench_speed
+from qsun.model.checkpoint import file_sha256, read_json
+from qsun.model.locate import find_model, load_tokenizer
+from qsun.model.manifest import write_json
+from qsun.model.pairing import check_pair, read_manifest, uncovered, weights_fingerprint
+from qsun.runtime.decode_module import DecodeModule, load_decode
+from qsun.runtime.prefill_module import PrefillModule, load_prefill
+from qsun.tuning.examples import read_examples
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What to evaluate and how.
+
+    Attributes:
+        matrix: variants and tasks. harness: what lm-eval is told.
+        text: running text for perplexity and divergence of every decode module. windows: how many, and their length.
+        responses: prompt/response data for every entry that names none of its own.
+        dtype, device: of all modules; auto is float32 on a CPU and what is stored on a GPU.
+    """
+
+    matrix: Matrix
+    harness: HarnessSettings = field(default_factory=HarnessSettings)
+    text: Path | None = None
+    windows: tuple[int, int] = (64, 256)
+    responses: Path | None = None
+    dtype: str = "auto"
+    device: str = ""
+
+    def place(self) -> torch.device:
+        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must agree with."""
+        return json.loads(json.dumps(asdict(self), default=str))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A piece of work whose result is one file."""
+
+    label: str
+    name: str
+    make: Callable[["_Modules"], Mapping[str, Any]]
+
+
+def evaluate(
+    job: Evaluation, out: Path, resume: bool = False, progress: Progress = lambda *_: None
+) -> list[dict[str, Any]]:
+    """Do all parts; results lie in `out`/parts as they come.
+
+    Returns:
+        Each part's result: {"kind": "task" | "responses" | "text", "variant", ...}.
+    Raises:
+        QsunError: an unknown task, too little text, `out` exists (without resume) or holds another evaluation.
+    """
+    check_tasks([task for entry in job.matrix.entries for task in entry.answers(job.matrix.tasks)], job.harness)
+    if job.text:
+        read_windows(job.text, str(job.matrix.entries[0].full_precision()[0]), *job.windows)
+    for entry in _compared(job):
+        entry.full_precision()  # one that is missing is refused here, not hours later
+    parts = list(_parts(job))
+    _claim(job, out, resume)
+    modules = _Modules(job)
+    results = []
+    for number, part in enumerate(parts):
+        progress(part.label, number, len(parts))
+        file = out / "parts" / f"{part.name}.json"
+        if not file.exists():
+            write_json(file, dict(part.make(modules)))
+        results.append(json.loads(file.read_text(encoding="utf-8")))
+    progress("done", len(parts), len(parts))
+    return results
+
+
+def _compared(job: Evaluation) -> list[Entry]:
+    """Entries whose decode module is compared with its base, at decode positions or on text."""
+    return [entry for entry in job.matrix.entries if job.text or entry.responses or job.responses]
+
+
+def _claim(job: Evaluation, out: Path, resume: bool) -> None:
+    file = out / "evaluation.json"
+    if file.exists() and resume:
+        before = json.loads(file.read_text(encoding="utf-8"))
+        for name, value in job.settings().items():
+            if before.get(name) != value:
+                raise QsunError(f"{out} was begun with another {name}; give the same settings, or another -o")
+        kept = before.get("contents", {})
+        for name, digest in _contents(job).items():
+            if kept.get(name) != digest:
+                raise QsunError(f"{name} has changed since {out} was begun; choose another -o, or put it back")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise QsunError(f"output directory {out} exists; choose another, or go on with --resume")
+    contents = _contents(job)
+    (out / "parts").mkdir(parents=True)
+    write_json(file, job.settings() | {"contents": contents})
+
+
+def _contents(job: Evaluation) -> dict[str, str]:
+    """SHA-256 of all modules' weights and of the data files, by name: what lies behind a path may be made anew."""
+    entries, compared = job.matrix.entries, _compared(job)
+    names = [name for entry in entries for name in (entry.prefill, entry.decode)]
+    names += [entry.full_precision()[1] for entry in compared]
+    digests: dict[Path, str] = {}
+    found = {}
+    for name in dict.fromkeys(names):
+        directory = find_model(name).resolve()
+        if directory not in digests:
+            digests[directory] = weights_fingerprint(directory)
+        found[f"module {name}"] = digests[directory]
+    sources = [Path(entry.responses or job.responses or "") for entry in compared]
+    for source in dict.fromkeys([*([job.text] if job.text else []), *sources]):
+        if source.is_file():  # a missing one is refused where it is read
+            found[f"file {source}"] = file_sha256(source)
+    return found
+
+
+def _parts(job: Evaluation) -> Iterator[_Part]:
+    for place, entry in enumerate(job.matrix.entries):
+        for task in entry.answers(job.matrix.tasks):
+            yield _Part(f"{entry.name}: {task}", f"{place:03d}-{task}", _task(job, entry, task))
+        source = entry.responses or job.responses
+        if source:
+            yield _Part(f"{entry.name}: decode positions", f"{place:03d}-responses", _responses(entry, Path(source)))
+    if job.text:
+        for place, (entry, names) in enumerate(_decoders(job.matrix)):
+            part = _text(job, job.text, entry, names)
+            yield _Part(f"{', '.join(names)}: text", f"text-{place:03d}", part)
+
+
+def _decoders(matrix: Matrix) -> list[tuple[Entry, list[str]]]:
+    """An entry of each decode module and the variants that use it, fine-tunes that decode for themselves left out."""
+    found: dict[tuple[str, Path], tuple[Entry, list[str]]] = {}
+    for entry in matrix.entries:
+        if read_manifest(find_model(entry.decode)).get("kind") != "fine_tune":
+            _, names = found.setdefault((entry.decode, entry.full_precision()[0]), (entry, []))
+            names += [entry.name] if entry.name not in names else []
+    return list(found.values())
+
+
+def _task(job: Evaluation, entry: Entry, task: str) -> Callable[["_Modules"], Mapping[str, Any]]:
+    def make(modules: "_Modules") -> Mapping[str, Any]:
+        prefill, decode = modules.pair(entry)
+        found = run_task(prefill, decode, task, job.harness)
+        return {"kind": "task", "variant": entry.name, "task": task, **found}
+
+    return make
+
+
+def _responses(entry: Entry, source: Path) -> Callable[["_Modules"], Mapping[str, Any]]:
+    def make(modules: "_Modules") -> Mapping[str, Any]:
+        prefill, decode = modules.pair(entry)
+        tokenizer = load_tokenizer(decode.directory) or load_tokenizer(entry.full_precision()[0])
+        config: Any = prefill.model.config
+        examples, _ = read_examples([str(source)], tokenizer, config.max_position_embeddings, "evaluation")
+        reference = modules.reference(entry)
+        found = response_divergence(prefill.model, decode.model, reference.model, examples)
+        return {"kind": "responses", "variant": entry.name, "source": str(source), **found.to_dict()}
+
+    return make
+
+
+def _text(job: Evaluation, source: Path, entry: Entry, names: list[str]) -> Callable[["_Modules"], Mapping[str, Any]]:
+    def make(modules: "_Modules") -> Mapping[str, Any]:
+        module, reference = modules.decoder(entry.decode), modules.reference(entry)
+        windows = read_windows(source, str(entry.full_precision()[0]), *job.windows).to(modules.device)
+        found = text_divergence(module.model, reference.model, windows)
+        return {"kind": "text", "variants": names, "decode": entry.decode, "source": str(source), **found.to_dict()}
+
+    return make
+
+
+class _Modules:
+    """Loads modules; the last prefill module and the last two decode modules stay for the parts that come next."""
+
+    def __init__(self, job: Evaluation):
+        self.device = job.place()
+        self.dtype = job.dtype if job.dtype != "auto" else ("float32" if self.device.type == "cpu" else None)
+        self._decoders: dict[str, DecodeModule] = {}
+        self._prefill: tuple[str, PrefillModule] | None = None
+
+    def decoder(self, name: str) -> DecodeModule:
+        found = self._decoders.pop(name, None)
+        if found is None:
+            while len(self._decoders) > 1:
+                self._decoders.pop(next(iter(self._decoders)))  # the one not used for longest
+            found = load_decode(name, self.device, self.dtype)
+        self._decoders[name] = found
+        return found
+
+    def reference(self, entry: Entry) -> DecodeModule:
+        """The full-precision decoder of an entry's decode module: its base, or itself."""
+        base = entry.full_precision()[1]
+        return self.decoder(entry.decode if find_model(base) == find_model(entry.decode) else base)
+
+    def pair(self, entry: Entry) -> tuple[PrefillModule, DecodeModule]:
+        if entry.alone:
+            self._prefill = None
+            own = self.decoder(entry.decode)
+            return PrefillModule(own.model, own.directory, own.manifest), own
+        decode = self.decoder(entry.decode)
+        if self._prefill is None or self._prefill[0] != entry.prefill:
+            self._prefill = None  # let the one before go first
+            self._prefill = entry.prefill, load_prefill(entry.prefill, decode, self.dtype, self.device)
+        else:
+            check_pair(entry.prefill, entry.decode)
+            warning = uncovered(entry.prefill, entry.decode)
+            if warning:
+                log.warning("%s", warning)
+        return self._prefill[1], decode
+
+
+def check_speed(what: str, job: Evaluation) -> None:
+    """Before work starts. Raises QsunError for what `measured_speed` could not do."""
+    if what.endswith(".json"):
+        found = read_json(Path(what)) if Path(what).is_file() else {}
+        if "rows" not in found or "model" not in found:
+            raise QsunError(f"{what} is no speed.json of `qsun bench speed`")
+    elif what == "modules":
+        quantized = _quantized(job)
+        if quantized is None:
+            raise QsunError("--speed modules needs a quantized decode module; give one, or a known shape")
+        quantized.full_precision()
+    else:
+        known_shape(what)
+
+
+def _quantized(job: Evaluation) -> Entry | None:
+    return next((entry for entry in job.matrix.entries if stored_bits(entry.decode)), None)
+
+
+def measured_speed(what: str, job: Evaluation, note: Callable[[str], None]) -> dict[str, Any]:
+    """The rows of `qsun bench speed` for a report.
+
+    Args:
+        what: a speed.json; a known shape, made with random weights; or "modules": the first quantized decode module.
+    Raises:
+        QsunError: none of these, or no quantized module to time.
+    """
+    if what.endswith(".json"):
+        return read_json(Path(what))  # checked by check_speed
+    device = job.place()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the parts before left counts as used
+    quantized = _quantized(job) if what == "modules" else None
+    if quantized:
+        contenders = loaded_contenders(quantized.decode, quantized.full_precision()[1], device)
+    else:
+        contenders = made_contenders(what, "both", device)
+    limit = contenders.prefill.config.max_position_embeddings
+    contexts = [c for c in (128, 1024) if c + 64 < limit]
+    result = bench_speed(contenders, Points([1, 4, 16, 64], contexts, 32, 60.0), note)
+    return result | machine(device, torch.get_num_threads())

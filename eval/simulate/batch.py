@@ -1,0 +1,197 @@
+"""What a simulated decode worker holds: rows that step together, prompts that it reads, requests that wait."""
+
+import heapq
+from collections import defaultdict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qsun.eval.simulate.curves import Curves
+from qsun.eval.simulate.result import Times
+
+
+class Batch:
+    """Rows that step together; contexts only as a sum and a longest one, ends in a heap: a step costs no loop."""
+
+    def __init__(self) -> None:
+        self.rows = self.context = self._step = self._count = 0
+        self._ends: list[tuple[int, int, Times]] = []
+        self._longest: list[tuple[int, int]] = []  # (-context at step 0, step of its end), as a heap
+        self._joined: list[Times] = []
+
+    def join(self, times: Times) -> None:
+        prompt, end = times.request.prompt_tokens, self._step + times.request.output_tokens
+        self.rows += 1
+        self.context += prompt
+        self._count += 1
+        heapq.heappush(self._ends, (end, self._count, times))
+        heapq.heappush(self._longest, (self._step - prompt, end))
+        self._joined.append(times)
+
+    def longest(self) -> int:
+        """The longest context of its rows, of which there are some."""
+        while self._longest[0][1] <= self._step:
+            heapq.heappop(self._longest)
+        return self._step - self._longest[0][0]
+
+    def advance(self, now: float) -> list[Times]:
+        """One step ends: every row has a token more. Gives the rows that are complete."""
+        self._step += 1
+        self.context += self.rows
+        for times in self._joined:
+            times.first = now
+        self._joined.clear()
+        ended = []
+        while self._ends and self._ends[0][0] == self._step:
+            times = heapq.heappop(self._ends)[2]
+            times.last = now
+            self.rows -= 1
+            self.context -= kv_tokens(times)
+            ended.append(times)
+        return ended
+
+
+@dataclass
+class _Prompt:
+    times: Times
+    done: int = 0
+
+    @property
+    def left(self) -> int:
+        return self.times.request.prompt_tokens - 1 - self.done
+
+
+class Prompts:
+    """Prompts that a decode worker reads between its steps, as qsun's in-process engine does.
+
+    Whole prompts of the first one's model that fit in the turn are read side by side, padded to the longest, in one
+    pass; a longer one is read in pieces, and the others come in between.
+    """
+
+    def __init__(self, turn_tokens: int, curves: Curves):
+        self._turn_tokens, self._curves = turn_tokens, curves
+        self._prompts: deque[_Prompt] = deque()
+
+    def add(self, times: Times) -> None:
+        self._prompts.append(_Prompt(times))
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def turn(self) -> tuple[list[Times], float]:
+        """Read up to `turn_tokens`. Returns the requests whose prompt is complete, taken out, and seconds."""
+        finished: list[Times] = []
+        left, seconds = self._turn_tokens, 0.0
+        while self._prompts and left > 0:
+            head = self._prompts[0]
+            if head.left > left and left < self._turn_tokens:
+                break
+            group = self._group(left) or [head]
+            longest = max(prompt.left for prompt in group)
+            tokens = min(left, longest)
+            alone = len(group) == 1
+            seconds += self._curves.chunk(tokens, head.done) if alone else self._curves.side_by_side(len(group), tokens)
+            left -= len(group) * tokens
+            for prompt in group:
+                prompt.done += min(tokens, prompt.left)
+            complete = [prompt for prompt in group if not prompt.left]
+            for prompt in complete:
+                self._prompts.remove(prompt)
+            finished += [prompt.times for prompt in complete]
+            if not complete:
+                self._prompts.rotate(-1)
+        return finished, seconds
+
+    def _group(self, most: int) -> list[_Prompt]:
+        """The first prompt and those after it that can be read beside it."""
+        head = self._prompts[0]
+        group: list[_Prompt] = []
+        longest = 0
+        for prompt in self._prompts:
+            if prompt.times.request.model != head.times.request.model:
+                continue
+            if prompt.done or (len(group) + 1) * max(longest, prompt.left) > most:
+                if prompt is head:
+                    return []
+                continue
+            group.append(prompt)
+            longest = max(longest, prompt.left)
+        return group
+
+
+class Waiting:
+    """Requests in front of a decode worker: in order, or fair.
+
+    Fair: the model that has been served the fewest tokens is next, as in the in-process engine: prompts count when they
+    are admitted, output as it comes. One that has nothing there starts level with the least served of the others; where
+    there are none, with the most served.
+    """
+
+    def __init__(self, models: tuple[str, ...], fair: bool):
+        self._queues: dict[str, deque[tuple[int, Times]]] = {model: deque() for model in models}
+        self._fair, self._count = fair, 0
+        self._served = dict.fromkeys(models, 0)
+        self._most = 0
+
+    def add(self, times: Times, held: Mapping[str, int]) -> None:
+        """held: requests of each model that the worker has taken in."""
+        model = times.request.model
+        if not held[model] and not self._queues[model]:
+            others = [self._served[m] for m, queue in self._queues.items() if m != model and (held[m] or queue)]
+            self._served[model] = max(self._served[model], min(others, default=self._most))
+        self._count += 1
+        self._queues[model].append((self._count, times))
+
+    def next(self, held: Mapping[str, int], most: int) -> Times | None:
+        """Whose turn it is, of models with less than `most` requests taken in; it stays until `take`."""
+        able = [model for model, queue in self._queues.items() if queue and held[model] < most]
+        if not able:
+            return None
+        key = self._served.__getitem__ if self._fair else lambda model: self._queues[model][0][0]
+        return self._queues[min(able, key=key)][0][1]
+
+    def take(self, times: Times) -> None:
+        """Remove what `next` gave."""
+        self._queues[times.request.model].popleft()
+        self.charge(times.request.model, times.request.prompt_tokens - 1)
+
+    def charge(self, model: str, tokens: int) -> None:
+        """Count tokens that a model was served."""
+        self._served[model] += tokens
+        self._most = max(self._most, self._served[model])
+
+
+class Room:
+    """KV of a decode worker's rows, those whose prompt is being read included.
+
+    Args:
+        limit: tokens; None for no limit. batches: that share it equally.
+        rectangle: each row takes what the longest one needs, as in the in-process engine; else its prompt and output.
+    """
+
+    def __init__(self, limit: int | None, rectangle: bool, batches: int):
+        self._limit = limit if limit is None else limit // batches
+        self._rectangle = rectangle
+        self._needs: dict[str, list[int]] = defaultdict(list)
+
+    def fits(self, batch: str, times: Times) -> bool:
+        if self._limit is None:
+            return True
+        needs = [*self._needs[batch], self._need(times)]
+        return (len(needs) * max(needs) if self._rectangle else sum(needs)) <= self._limit
+
+    def take(self, batch: str, times: Times) -> None:
+        if self._limit is not None:
+            self._needs[batch].append(self._need(times))
+
+    def give(self, batch: str, times: Times) -> None:
+        if self._limit is not None:
+            self._needs[batch].remove(self._need(times))
+
+    def _need(self, times: Times) -> int:
+        """The engine never feeds the last token."""
+        return kv_tokens(times) - self._rectangle
+
+
+def kv_tokens(times: Times) -> int:
+    """That a request takes from its admission to its end."""
+    return times.request.prompt_tokens + times.request.output_tokens

@@ -1,0 +1,189 @@
+"""Searches over simulations: the highest rate that a system serves well, and the fewest workers that serve a rate."""
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from qsun.errors import QsunError
+from qsun.eval.load.percentiles import percentile
+from qsun.eval.load.service_level import ServiceLevel
+from qsun.eval.load.workload import Request, Workload
+from qsun.eval.simulate.compared_systems import Deployment
+from qsun.eval.simulate.curves import SUN, Curves, DoesNotFit
+from qsun.eval.simulate.result import Result
+from qsun.eval.simulate.simulation import simulate
+
+_WARM_UP = 0.2  # share of a simulation's requests
+_LIVES = 8  # a simulation lasts as many times as a request stays at a full decode worker, so that queues can grow
+_KEEPS_UP = 0.97  # of the tokens that arrive, or the queue grows
+_TOLERANCE = 1.02  # of a rate that is searched
+_MOST_WORKERS = 4096
+
+
+@dataclass(frozen=True)
+class Study:
+    """What every simulation of a study shares.
+
+    Attributes:
+        target: share of the requests that must keep the service level.
+        requests: of each simulation, and more where they arrive within a few of their own lives; the first fifth is not
+            counted.
+    """
+
+    workload: Workload
+    curves: Curves
+    deployment: Deployment
+    level: ServiceLevel
+    target: float = 0.95
+    requests: int = 2000
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target <= 1:
+            raise QsunError(f"goodput target {self.target:g} is out of range; use more than 0, up to 1")
+        if self.requests < 10:
+            raise QsunError(f"requests {self.requests} are too few to measure; use 10 or more")
+
+    def at_skew(self, skew: float) -> "Study":
+        return replace(self, workload=replace(self.workload, skew=skew))
+
+    def run(self, kind: str, workers: int, rate: float) -> Result:
+        """One simulation."""
+        trace = self.workload.trace(rate, max(self.requests, math.ceil(_LIVES * rate * self.life())))
+        return self._simulate(kind, workers, trace, self.workload.shares(), _WARM_UP)
+
+    def replay(self, kind: str, workers: int, trace: Sequence[Request]) -> Result:
+        """A given trace, all of it counted; expected loads are the shares of its requests."""
+        counts = Counter(request.model for request in trace)
+        shares = {model: count / len(trace) for model, count in counts.items()}
+        return self._simulate(kind, workers, trace, shares, 0.0)
+
+    def _simulate(
+        self, kind: str, workers: int, trace: Sequence[Request], shares: Mapping[str, float], warm_up: float
+    ) -> Result:
+        prefill = {} if self.deployment.prefill_tokens else self.deployment.prefill_for(trace, shares, self.curves)
+        system = self.deployment.system(kind, workers, shares, prefill, self.curves)
+        return simulate(trace, system, self.curves, warm_up=warm_up, seed=self.workload.seed)
+
+    def serves(self, result: Result, tpot_ms: float = math.inf) -> bool:
+        """Is the service level kept by enough requests, the mean TPOT by all together, and does no queue grow?"""
+        arrived = sum(t.request.output_tokens for t in result.measured)
+        span = result.times[-1].request.arrival - result.measured[0].request.arrival
+        return (
+            result.goodput(self.level) >= self.target
+            and mean_tpot_ms(result) <= tpot_ms
+            and result.steady_tokens_per_s() * span >= _KEEPS_UP * arrived
+        )
+
+    def life(self) -> float:
+        """Seconds that a request of mean length takes at a full bf16 worker."""
+        outputs, step = _full_step(self.workload, self.curves, self.deployment.max_batch)
+        return outputs * step
+
+
+def default_level(
+    workload: Workload, curves: Curves, max_batch: int, ttft_ms: float = 0.0, tpot_ms: float = 0.0
+) -> ServiceLevel:
+    """Bounds that a system keeps unless queues grow; those that are given, above 0, instead.
+
+    TPOT: twice SUN's step with a full batch. TTFT: ten such TPOTs and four prefills of a long prompt (95th percentile).
+    """
+    tpot = 2 * _full_step(workload, curves, max_batch)[1]
+    prompt = percentile([request.prompt_tokens for request in workload.trace(1.0, 1000)], 0.95)
+    easy = 10 * tpot + 4 * curves.prefill(int(prompt))
+    return ServiceLevel(ttft_ms or 1000 * easy, tpot_ms or 1000 * tpot)
+
+
+def _full_step(workload: Workload, curves: Curves, max_batch: int) -> tuple[float, float]:
+    """Mean output tokens, and seconds of SUN's step with a full batch of requests half way."""
+    sample = workload.trace(1.0, 1000)
+    outputs = statistics.fmean(request.output_tokens for request in sample)
+    context = statistics.fmean(request.prompt_tokens for request in sample) + outputs / 2
+    return outputs, curves.step(SUN, max_batch, context)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The highest rate that a system serves well, and how it looks there."""
+
+    rate: float
+    result: Result
+
+    def tokens_per_s(self, all_workers: bool = False) -> float:
+        """For each decode worker, or for each worker."""
+        system = self.result.system
+        return self.result.steady_tokens_per_s() / (system.workers if all_workers else len(system.decode))
+
+
+def mean_tpot_ms(result: Result) -> float:
+    """Over requests; 0 where all are of one token."""
+    tpots = result.tpots_ms()
+    return math.fsum(tpots) / len(tpots) if tpots else 0.0
+
+
+def capacity(study: Study, kind: str, workers: int, tpot_ms: float = math.inf) -> Capacity | None:
+    """As `highest_rate`; None also where the workers do not hold their modules or a request, at whatever rate."""
+    try:
+        return highest_rate(study, kind, workers, tpot_ms)
+    except DoesNotFit:  # not a lower rate instead, whose shorter trace lacks the one request that is too long
+        return None
+
+
+def highest_rate(study: Study, kind: str, workers: int, tpot_ms: float = math.inf) -> Capacity | None:
+    """Search the highest rate, to 2%, at which `study.serves`; None where even a lone request is too slow.
+
+    Args:
+        tpot_ms: and at which the mean TPOT is no more than this.
+    Raises:
+        DoesNotFit: the workers do not hold their modules, or not every request.
+    """
+    first = rate = workers * study.deployment.max_batch / study.life() / 2
+    best: Capacity | None = None
+    while best is None:
+        best = _serving(study, kind, workers, rate, tpot_ms)
+        if best is None:
+            rate /= 2
+            if rate < 1e-6 * first:
+                return None
+    while (more := _serving(study, kind, workers, 2 * best.rate, tpot_ms)) is not None:
+        best = more
+    low, high = best.rate, 2 * best.rate
+    while high / low > _TOLERANCE:
+        middle = math.sqrt(low * high)
+        found = _serving(study, kind, workers, middle, tpot_ms)
+        low, high = (middle, high) if found else (low, middle)
+        best = found or best
+    return best
+
+
+def _serving(study: Study, kind: str, workers: int, rate: float, tpot_ms: float) -> Capacity | None:
+    result = study.run(kind, workers, rate)
+    return Capacity(rate, result) if study.serves(result, tpot_ms) else None
+
+
+def workers_needed(study: Study, kind: str, rate: float) -> int:
+    """The fewest decode workers, by doubling and halving, that serve a rate.
+
+    Raises:
+        QsunError: not even 4096 do; DoesNotFit where not even so many hold the modules and every request.
+    """
+
+    def enough(workers: int) -> bool:
+        try:
+            return study.serves(study.run(kind, workers, rate))
+        except DoesNotFit:  # few workers hold many models each; more of them may fit
+            if workers >= _MOST_WORKERS:
+                raise
+            return False
+
+    high = 1
+    while not enough(high):
+        high *= 2
+        if high > _MOST_WORKERS:
+            raise QsunError(f"{kind} does not serve {rate:g} requests/s with {_MOST_WORKERS} workers; ease the SLO")
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high

@@ -1,0 +1,227 @@
+"""How long a decode step and a prefill take: curves that a simulation reads, measured or computed.
+
+Between measured points a curve is a straight line in the batch and in the context. Beyond them: below the smallest
+batch or context it stays as it is there; above the largest it goes on as its last two points do, and `Curves.beyond`
+says so. A prompt shorter than the shortest measured goes back along the first two points' line, to no less than 0.
+"""
+
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qsun.errors import QsunError
+from qsun.eval.speed.model_shapes import MODEL_SHAPES, ModelShape
+
+SUN, QSUN = "sun", "qsun"
+COMPUTED = "computed:"
+_COPY_BYTES_PER_S = 4.3e12  # an H200's copy, as measured; see docs/kernels.md
+_BF16_FLOPS = 989e12  # an H100's or H200's dense peak, as its maker states it
+_INT4_BYTES = 0.516  # of a weight with group 128: 4 bits and a bf16 scale
+_KEPT_SHARE = 0.9  # of a GPU's memory for weights and KV; the rest is activations and the runtime's own
+
+
+class DoesNotFit(QsunError):
+    """A decode worker's memory does not hold its modules, or a request; with fewer models each it may."""
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """weight_bytes: of a decode module. kv_bytes: of one token's keys and values."""
+
+    weight_bytes: float
+    kv_bytes: float
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Times of one machine.
+
+    Attributes:
+        step: (variant, batch, mean context) -> seconds of a decode step, which gives each row one token. Contexts count
+            the step's own token. Called only with a batch of 1 or more.
+        prefill: tokens -> seconds in which a prefill worker reads so many tokens of one prompt in one pass;
+            prefill(0) is the fixed cost of a pass and is charged only where a prompt is read in pieces.
+        source: where they come from, for reports; says so where nothing was measured.
+        largest: variant -> (batch, context) up to which `step` was measured; empty where it has no limit.
+        footprints: variant -> memory, where it is known.
+        group: (prompts, tokens of the longest) -> seconds of one pass that reads so many prompts side by side, where
+            that was measured.
+    """
+
+    step: Callable[[str, int, float], float]
+    prefill: Callable[[int], float]
+    source: str
+    largest: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    footprints: Mapping[str, Footprint] = field(default_factory=dict)
+    group: Callable[[int, int], float] | None = None
+
+    def side_by_side(self, prompts: int, tokens: int) -> float:
+        """Seconds of a pass over several whole prompts, padded to `tokens` each.
+
+        Where it was not measured it takes as long as one prompt of all their tokens, which is too long by what each
+        would attend to of the others.
+        """
+        if tokens == 0:
+            return 0.0
+        return self.prefill(prompts * tokens) if self.group is None else self.group(prompts, tokens)
+
+    def chunk(self, tokens: int, done: int) -> float:
+        """Seconds of a pass over the next `tokens` of a prompt of which `done` are read already."""
+        if tokens == 0:
+            return 0.0
+        if done == 0:
+            return self.prefill(tokens)
+        return self.prefill(done + tokens) - self.prefill(done) + self.prefill(0)
+
+    def beyond(self, variant: str, batch: int, context: float) -> bool:
+        """Is this outside what was measured, on the large side?"""
+        limit = self.largest.get(variant, (math.inf, math.inf))
+        return batch > limit[0] or context > limit[1]
+
+    def kv_tokens(self, variant: str, memory_bytes: float, modules: int = 1) -> int:
+        """Tokens of KV that fit beside the weights of `modules` decode modules.
+
+        Raises:
+            DoesNotFit: memory that does not hold the weights.
+            QsunError: curves that do not know their bytes.
+        """
+        known = self.footprints.get(variant)
+        if known is None:
+            raise QsunError(f"curves of {self.source} do not know the bytes of {variant}; give --kv-tokens")
+        left = _KEPT_SHARE * memory_bytes - modules * known.weight_bytes
+        if left < known.kv_bytes:
+            needed = modules * known.weight_bytes / _KEPT_SHARE / 1e9
+            raise DoesNotFit(
+                f"memory of {memory_bytes / 1e9:.1f} GB does not hold {modules} x {variant}; "
+                f"use more than {needed:.1f} GB or fewer models a worker"
+            )
+        return int(left / known.kv_bytes)
+
+
+def load_curves(source: str) -> Curves:
+    """Curves of a speed.json that `qsun bench speed` left, or of "computed:MODEL".
+
+    Raises:
+        QsunError: no such file or model, or a file without what is needed.
+    """
+    if source.startswith(COMPUTED):
+        return computed_curves(source.removeprefix(COMPUTED))
+    path = Path(source)
+    if not path.is_file():
+        raise QsunError(f"curves {source} do not exist; give a speed.json of qsun bench speed, or {COMPUTED}MODEL")
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return measured_curves(result)
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise QsunError(f"curves {source} are not JSON ({error}); give a speed.json of qsun bench speed") from None
+    except (KeyError, TypeError) as error:
+        raise QsunError(f"curves {source} lack {error}; give a speed.json of qsun bench speed") from None
+
+
+def measured_curves(result: Mapping[str, Any]) -> Curves:
+    """Curves through the medians of a result of `bench_speed`."""
+    points: dict[str, dict[int, dict[int, float]]] = {}
+    for row in result["rows"]:
+        by_batch = points.setdefault(row["variant"], {}).setdefault(row["context"], {})
+        by_batch[row["batch"]] = row["tpot_ms"] / 1000
+    if not points:
+        raise QsunError("curves have no rows; run qsun bench speed again")
+    grids = {variant: StepGrid(by_context) for variant, by_context in points.items()}
+    prompts = {row["context"]: row["prefill_ms"] / 1000 for row in result["rows"]}
+    prompts |= {row["tokens"]: row["ms"] / 1000 for row in result.get("prefill", [])}
+    smallest = {
+        row["variant"]: Footprint(row["weight_bytes"], row["kv_bytes"] / row["batch"] / row["context"])
+        for row in sorted(result["rows"], key=lambda row: -row["batch"])
+    }
+
+    def step(variant: str, batch: int, context: float) -> float:
+        if variant not in grids:
+            raise QsunError(f"variant {variant!r} was not measured; the curves have {', '.join(grids)}")
+        return grids[variant].at(batch, context)
+
+    return Curves(
+        step,
+        prompt_line(prompts),
+        f"{result['model']}, measured on {result['machine']}",
+        {variant: grid.largest for variant, grid in grids.items()},
+        smallest,
+    )
+
+
+class StepGrid:
+    """Seconds of a step at measured batches and contexts; `largest` of either. Contexts may lack the large batches."""
+
+    def __init__(self, by_context: Mapping[int, Mapping[int, float]]):
+        self._contexts = sorted(by_context)
+        self._batches = [sorted(by_context[context]) for context in self._contexts]
+        self._seconds = [[by_context[c][b] for b in sorted(by_context[c])] for c in self._contexts]
+        self.largest = (min(batches[-1] for batches in self._batches), float(self._contexts[-1]))
+
+    def at(self, batch: int, context: float) -> float:
+        """Straight in the batch at the two neighbouring contexts, then straight in the context."""
+        if len(self._contexts) == 1:
+            return _line(self._batches[0], self._seconds[0], batch)
+        upper = min(max(bisect_right(self._contexts, context), 1), len(self._contexts) - 1)
+        pair = [_line(self._batches[i], self._seconds[i], batch) for i in (upper - 1, upper)]
+        return _line(self._contexts[upper - 1 : upper + 1], pair, context)
+
+
+def _line(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
+    """Piecewise straight; flat below the first point, and above the last at least flat."""
+    if x <= xs[0] or len(xs) == 1:
+        return ys[0]
+    upper = min(bisect_right(xs, x), len(xs) - 1)
+    slope = (ys[upper] - ys[upper - 1]) / (xs[upper] - xs[upper - 1])
+    if x > xs[-1]:
+        slope = max(0.0, slope)
+        return ys[-1] + slope * (x - xs[-1])
+    return ys[upper - 1] + slope * (x - xs[upper - 1])
+
+
+def prompt_line(points: Mapping[int, float]) -> Callable[[int], float]:
+    """Seconds of a prefill through measured ones; through one point only, in proportion to the tokens."""
+    tokens = sorted(points)
+    seconds = [points[n] for n in tokens]
+    if len(tokens) == 1:
+        return lambda n: seconds[0] * n / tokens[0]
+    slope = max(0.0, (seconds[1] - seconds[0]) / (tokens[1] - tokens[0]))
+    at_none = max(0.0, seconds[0] - slope * tokens[0])
+    xs, ys = [0, *tokens], [at_none, *seconds]
+    return lambda n: _line(xs, ys, n)
+
+
+def computed_curves(name: str) -> Curves:
+    """Floors of an H200 by bytes and operations: NOT measured; no kernel reaches them.
+
+    A step reads every weight and all keys and values once at copy bandwidth; a prefill takes the longer of that and its
+    operations at peak. Blocks in bf16 or int4 (group 128), the head in bf16.
+    """
+    shape = MODEL_SHAPES.get(name)
+    if shape is None or shape.ranks > 1:
+        known = ", ".join(name for name, shape in MODEL_SHAPES.items() if shape.ranks == 1)
+        raise QsunError(f"model {name!r} has no computed curves; use one of {known}")
+    blocks, head = _weights(shape)
+    kv_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * 2
+    weight_bytes = {SUN: 2 * (blocks + head), QSUN: _INT4_BYTES * blocks + 2 * head}
+    attention = 2 * 2 * shape.layers * shape.heads * shape.head_dim  # operations for one token on one earlier token
+
+    def step(variant: str, batch: int, context: float) -> float:
+        if variant not in weight_bytes:
+            raise QsunError(f"variant {variant!r} is not computed; use {' or '.join(weight_bytes)}")
+        return (weight_bytes[variant] + batch * context * kv_bytes) / _COPY_BYTES_PER_S
+
+    def prefill(tokens: int) -> float:
+        operations = 2.0 * blocks * tokens + attention * tokens * tokens / 2
+        return max(2 * blocks / _COPY_BYTES_PER_S, operations / _BF16_FLOPS)
+
+    footprints = {variant: Footprint(size, kv_bytes) for variant, size in weight_bytes.items()}
+    return Curves(step, prefill, f"{name} on an H200, COMPUTED floors, not measured", {}, footprints)
+
+
+def _weights(shape: ModelShape) -> tuple[int, int]:
+    """Weights of all blocks, and of the head."""
+    return shape.layers * sum(N * K for N, K in shape.linear_layers().values()), shape.vocab * shape.hidden

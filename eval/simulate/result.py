@@ -1,0 +1,134 @@
+"""What a simulation returns: the times of every request, the load of every worker, and statistics over both."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qsun.eval.load.percentiles import spread
+from qsun.eval.load.service_level import ServiceLevel
+from qsun.eval.load.workload import Request
+from qsun.eval.simulate.system import System
+
+
+@dataclass
+class Times:
+    """One request in seconds from the start of the trace. worker: index of its decode worker."""
+
+    request: Request
+    prefilled: float = 0.0
+    joined: float = 0.0
+    first: float = 0.0
+    last: float = 0.0
+    worker: int = -1
+
+    @property
+    def ttft(self) -> float:
+        return self.first - self.request.arrival
+
+    @property
+    def tpot(self) -> float | None:
+        """Seconds between tokens; None for a single one."""
+        tokens = self.request.output_tokens
+        return (self.last - self.first) / (tokens - 1) if tokens > 1 else None
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one worker did. busy: seconds; rows: of all its steps together; beyond: steps outside the curves."""
+
+    busy: float
+    steps: int = 0
+    rows: int = 0
+    beyond: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """Times of every request in the order of the trace, and the load of every worker.
+
+    Statistics leave out the first `warm_up` share of the requests, which met an empty system.
+    """
+
+    system: System
+    times: Sequence[Times]
+    decode: Sequence[Load]
+    prefill: Mapping[str, Sequence[Load]]
+    warm_up: float = 0.0
+
+    @property
+    def measured(self) -> Sequence[Times]:
+        return self.times[int(self.warm_up * len(self.times)) :]
+
+    @property
+    def seconds(self) -> float:
+        """From the first arrival to the last token."""
+        return max(times.last for times in self.times) - self.times[0].request.arrival
+
+    def tokens_per_s(self) -> float:
+        """Output tokens of all requests over `seconds`."""
+        return sum(times.request.output_tokens for times in self.times) / self.seconds
+
+    def steady_tokens_per_s(self) -> float:
+        """Output tokens between the first measured arrival and the last arrival, over that time: no ramp, no tail.
+
+        A request's tokens count as spread evenly from its first to its last. All arriving at once: tokens_per_s().
+        """
+        begin, end = self.measured[0].request.arrival, self.times[-1].request.arrival
+        if end <= begin:
+            return self.tokens_per_s()
+        return sum(_between(times, begin, end) for times in self.times) / (end - begin)
+
+    def tpots_ms(self) -> list[float]:
+        return [1000 * tpot for times in self.measured if (tpot := times.tpot) is not None]
+
+    def ttfts_ms(self) -> list[float]:
+        return [1000 * times.ttft for times in self.measured]
+
+    def goodput(self, level: ServiceLevel) -> float:
+        """Share of measured requests that kept the level."""
+        tpots = (times.tpot for times in self.measured)
+        pairs = ((1000 * t.ttft, tpot and 1000 * tpot) for t, tpot in zip(self.measured, tpots, strict=True))
+        return level.count(pairs) / len(self.measured)
+
+    def utilisation(self) -> float:
+        """Mean share of `seconds` in which a decode worker was busy."""
+        return statistics.fmean(load.busy for load in self.decode) / self.seconds
+
+    def mean_batch(self) -> float:
+        """Rows of a step, over all steps of all workers."""
+        return sum(load.rows for load in self.decode) / max(1, sum(load.steps for load in self.decode))
+
+    def beyond(self) -> float:
+        """Share of decode steps with a batch or context larger than the curves have."""
+        return sum(load.beyond for load in self.decode) / max(1, sum(load.steps for load in self.decode))
+
+    def summary(self, level: ServiceLevel) -> dict[str, Any]:
+        """For reports; rates are steady ones."""
+        tokens, served = self.steady_tokens_per_s(), self.goodput(level)
+        return {
+            "system": self.system.name,
+            "decode_workers": len(self.system.decode),
+            "workers": self.system.workers,
+            "requests": len(self.times),
+            "seconds": self.seconds,
+            "tokens_per_s": self.tokens_per_s(),
+            "steady_tokens_per_s": tokens,
+            "tokens_per_s_per_decode_worker": tokens / len(self.system.decode),
+            "tokens_per_s_per_worker": tokens / self.system.workers,
+            "ttft_ms": spread(self.ttfts_ms()),
+            "tpot_ms": spread(self.tpots_ms()),
+            "goodput": served,
+            "utilisation": self.utilisation(),
+            "utilisation_by_worker": [load.busy / self.seconds for load in self.decode],
+            "mean_batch": self.mean_batch(),
+            "steps_beyond_curves": self.beyond(),
+        }
+
+
+def _between(times: Times, begin: float, end: float) -> float:
+    """Tokens of a request from `begin` to `end`."""
+    if times.request.output_tokens == 1 or times.last == times.first:
+        return times.request.output_tokens * (begin <= times.last <= end)
+    inside = max(0.0, min(times.last, end) - max(times.first, begin))
+    return times.request.output_tokens * inside / (times.last - times.first)

@@ -1,0 +1,78 @@
+"""What a simulation is given: decode and prefill workers, and the policy that routes between them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from qsun.errors import QsunError
+from qsun.eval.simulate.curves import SUN
+
+LEAST, POWER_OF_TWO, ROUND_ROBIN = "least_outstanding_tokens", "power_of_two", "round_robin"
+POLICIES = (LEAST, POWER_OF_TWO, ROUND_ROBIN)
+
+
+@dataclass(frozen=True)
+class DecodeWorker:
+    """One decode worker: a GPU, or the thread of an in-process engine.
+
+    Attributes:
+        variant: which step curve its decode modules have.
+        models: that it serves.
+        turns: one batch for each of its models, because each has a decode module of its own; a step then runs each of
+            them once, one after the other. Otherwise one batch holds rows of all models: the shared decode module.
+        max_batch: rows at once, of all its models together; those whose prompt it is still reading count.
+        max_batch_per_model: rows of one model at once.
+        kv_tokens: prompt and output tokens of its rows at once.
+        prefill_tokens: 0 where prompts are read elsewhere. Else this worker reads them itself, as qsun's in-process
+            engine: a step is first up to so many prompt tokens, and then the decode step of all running rows, those
+            whose prompt has just been completed included. Whole prompts of one model are read side by side.
+        fair: waiting requests of the least served model are admitted first, instead of in order of arrival.
+        padded: a step attends in every row to as many tokens as the longest row has, as the in-process engine's does;
+            `curves.step` is then given the longest context instead of the mean, and each row takes as much of
+            `kv_tokens` as the longest one needs. With `turns` each batch has an equal share of them.
+    """
+
+    models: tuple[str, ...]
+    variant: str = SUN
+    turns: bool = False
+    max_batch: int = 64
+    max_batch_per_model: int | None = None
+    kv_tokens: int | None = None
+    prefill_tokens: int = 0
+    fair: bool = False
+    padded: bool = False
+
+
+@dataclass(frozen=True)
+class System:
+    """Workers and what joins them.
+
+    Attributes:
+        prefill: model -> prefill workers of its own; empty where decode workers read prompts themselves.
+        policy: of the router, among decode workers that serve the model: the least outstanding tokens (prompt and
+            output of requests sent there and not finished), the lesser of two drawn at random, or round robin by model.
+        transfer_ms: from the end of a prefill until its KV is at the decode worker; it keeps neither of them busy.
+        step_overhead_ms: added to each step of a decode worker.
+    """
+
+    name: str
+    decode: tuple[DecodeWorker, ...]
+    prefill: Mapping[str, int] = field(default_factory=dict)
+    policy: str = LEAST
+    transfer_ms: float = 0.0
+    step_overhead_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.decode:
+            raise QsunError(f"system {self.name} has no decode workers; give 1 or more")
+        if self.policy not in POLICIES:
+            raise QsunError(f"policy {self.policy!r} is not known; use one of {', '.join(POLICIES)}")
+        for worker in self.decode:
+            sizes = (worker.max_batch, worker.max_batch_per_model or 1, worker.kv_tokens or 1)
+            if min(sizes) < 1:
+                raise QsunError(f"system {self.name}: a decode worker with a limit of {min(sizes)}; use 1 or more")
+            if not self.prefill and worker.prefill_tokens < 1:
+                raise QsunError(f"system {self.name} reads prompts nowhere; give prefill workers or prefill_tokens")
+
+    @property
+    def workers(self) -> int:
+        return len(self.decode) + sum(self.prefill.values())

@@ -1,0 +1,228 @@
+"""What `qsun bench speed` lets compete: a decode module in bfloat16 and in int4, of one size and one set of weights."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from qsun.errors import QsunError
+from qsun.eval.speed.model_shapes import MODEL_SHAPES, ModelShape
+from qsun.memory import available_bytes
+from qsun.model.architectures import architecture_of
+from qsun.model.quantized import Quantized
+from qsun.model.skeleton import HEAD, empty_model
+from qsun.quantization.methods.grid import Grid
+from qsun.quantization.methods.rtn import rtn
+from qsun.runtime.decode_module import DecodeModule, load_decode
+from qsun.runtime.fused_projections import merge_block
+from qsun.runtime.quant_linear import QuantLinear
+
+DTYPE = torch.bfloat16
+GRID = Grid(bits=4, group_size=128, sym=True, scale_dtype=DTYPE)
+SUN, QSUN, QSUN_HEAD = "sun", "qsun", "qsun+head"
+HEADS = ("bf16", "int4", "both")
+_ROWS = 8192  # of a matrix that are drawn or quantized at once: the head in float32 would take gigabytes
+
+
+@dataclass(frozen=True)
+class Contenders:
+    """Decode modules that take turns, and the prefill module in front of them.
+
+    Attributes:
+        name: for titles. decode: variant -> causal LM; the variants are SUN, QSUN and QSUN_HEAD (lm_head in int4 too).
+        prefill: the causal LM, in bfloat16, that reads prompts for all of them.
+        head: variant -> "bf16" or "int4", how its lm_head is stored.
+    """
+
+    name: str
+    decode: dict[str, Any]
+    prefill: Any
+    head: dict[str, str]
+
+
+def made_contenders(shape: str, head: str, device: torch.device, seed: int = 0) -> Contenders:
+    """Random weights of a known model's sizes in bfloat16, and the same weights rounded to nearest in int4.
+
+    Raises:
+        QsunError: an unknown shape, a shape of several GPUs, or an unknown head.
+    """
+    if head not in HEADS:
+        raise QsunError(f"lm-head {head!r} is not known; use one of {', '.join(HEADS)}")
+    sizes = known_shape(shape)
+    config = shape_config(shape, sizes)
+    weights = 2 * sum(p.numel() for name, p in empty_model(config).named_parameters() if not _is_tied(name, config))
+    check_memory(int(1.4 * weights), available_bytes(device), f"shape {shape} in bf16 and int4", "take a smaller one")
+    full = random_model(config, device, seed)
+    decode = {SUN: full}
+    quantized = quantized_model(full, config)
+    if head != "int4":
+        decode[QSUN] = quantized
+    if head != "bf16":
+        decode[QSUN_HEAD] = with_int4_head(quantized)
+    return Contenders(shape, decode, full, {name: head_of(model) for name, model in decode.items()})
+
+
+def known_shape(name: str) -> ModelShape:
+    """The sizes of a known model that fits one device. Raises QsunError for another name."""
+    sizes = MODEL_SHAPES.get(name)
+    if sizes is None or sizes.ranks > 1:
+        known = ", ".join(name for name, known in MODEL_SHAPES.items() if known.ranks == 1)
+        raise QsunError(f"shape {name!r} is not known here; use one of {known}")
+    return sizes
+
+
+def loaded_contenders(directory: str, base: str | None, device: torch.device) -> Contenders:
+    """A decode module on disk against its base; without a base, against its own weights dequantized to bfloat16.
+
+    Raises:
+        QsunError: a decode module that is not quantized, or a base that is, or that has another shape.
+    """
+    quantized: Any = load_decode(directory, device, DTYPE).model
+    if not any(isinstance(module, QuantLinear) for module in quantized.modules()):
+        raise QsunError(f"{directory} is not quantized; give the int4 decode module, and its base with --base")
+    full: Any
+    if base is None:
+        full = dequantized_model(load_decode(directory, device, DTYPE, keep_dense=False, merge=False))
+    else:
+        full = load_decode(base, device, DTYPE).model
+        if any(isinstance(module, QuantLinear) for module in full.modules()):
+            raise QsunError(f"base {base} is quantized; give the full-precision model")
+        if _sizes(full.config) != _sizes(quantized.config):
+            raise QsunError(f"base {base} has {_sizes(full.config)}, {directory} has {_sizes(quantized.config)}")
+    variant = QSUN if head_of(quantized) == "bf16" else QSUN_HEAD
+    decode = {SUN: full, variant: quantized}
+    return Contenders(
+        Path(directory).name or directory, decode, full, {name: head_of(model) for name, model in decode.items()}
+    )
+
+
+def shape_config(name: str, shape: ModelShape) -> Any:
+    """transformers' config of a known shape: Qwen3 for names that begin with it, else Llama."""
+    family = "qwen3" if name.startswith("qwen3") else "llama"
+    return AutoConfig.for_model(
+        family,
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=131072,
+        tie_word_embeddings=shape.tied,
+    )
+
+
+def random_model(config: Any, device: torch.device, seed: int) -> Any:
+    """A causal LM in bfloat16 whose activations neither vanish nor overflow: norms are 1, rows of unit variance."""
+    model = empty_model(config)
+    generator = torch.Generator(device).manual_seed(seed)
+    for name, parameter in list(model.named_parameters()):
+        if _is_tied(name, config):
+            continue
+        owner, _, leaf = name.rpartition(".")
+        made = torch.ones(parameter.shape, dtype=DTYPE, device=device)
+        if made.ndim == 2:
+            for rows in made.split(_ROWS):
+                rows.normal_(0, made.shape[1] ** -0.5, generator=generator)
+        elif leaf == "bias":
+            made.zero_()
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(made, requires_grad=False))
+    model.tie_weights()
+    return model.to(device)
+
+
+def quantized_model(full: Any, config: Any) -> Any:
+    """The same model with the linear layers of its blocks rounded to int4 (group 128, symmetric), a block at a time.
+
+    Everything else, the head of tied embeddings too, is shared with the full model and takes no memory.
+    """
+    architecture = architecture_of(config.model_type)
+    keep_dense = _bytes(full) < available_bytes() / 2
+    model = empty_model(config)
+    for name, parameter in full.named_parameters(remove_duplicate=False):
+        owner, _, leaf = name.rpartition(".")
+        if owner.rpartition(".")[0].startswith("model.layers.") and parameter.ndim == 2:
+            continue
+        setattr(model.get_submodule(owner), leaf, parameter)
+    for block, source in zip(model.model.layers, full.model.layers, strict=True):
+        for name in architecture.linear_names():
+            linear: Any = source.get_submodule(name)
+            block.set_submodule(name, QuantLinear(rounded(linear.weight), linear.bias, 4, DTYPE, keep_dense))
+        merge_block(block, architecture, silu=config.hidden_act == "silu")
+    return model.to(full.device)
+
+
+def with_int4_head(model: Any) -> Any:
+    """A second view of a model whose output projection is int4 as well; blocks and embedding are shared."""
+    view = copy.copy(model)
+    view._modules = dict(model._modules)
+    head = model.lm_head
+    view.lm_head = QuantLinear(rounded(head.weight), None, 4, DTYPE, _bytes(head) < available_bytes() / 2)
+    return view
+
+
+def rounded(weight: Tensor) -> Quantized:
+    """(N, K) weights to nearest, a few rows at a time."""
+    parts = [rtn(rows, GRID, scale_search=False) for rows in weight.split(_ROWS)]
+    q, scales, zeros = (torch.cat([part[i] for part in parts], min(i, 1)) for i in range(3))  # type: ignore[misc]
+    return Quantized(q, scales, zeros)
+
+
+def dequantized_model(quantized: DecodeModule) -> Any:
+    """The same function in plain bfloat16 linear layers, in place: what a decode module without a base is held to."""
+    model: Any = quantized.model
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantLinear):
+            plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            plain.weight = nn.Parameter(module.weight_in(DTYPE), requires_grad=False)
+            if module.bias is not None:
+                plain.bias = nn.Parameter(module.bias, requires_grad=False)
+            model.set_submodule(name, plain)
+    return model
+
+
+def head_of(model: Any) -> str:
+    """How the output projection is stored."""
+    return f"int{model.lm_head.bits}" if isinstance(model.lm_head, QuantLinear) else "bf16"
+
+
+def weight_bytes(model: Any, rows: int) -> int:
+    """Bytes of weights that one decode step of `rows` rows reads: every matrix once, of the embedding `rows` rows."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            total += rows * module.embedding_dim * module.weight.element_size()
+        elif isinstance(module, QuantLinear):
+            total += module.read_bytes(rows)
+        else:
+            total += sum(p.numel() * p.element_size() for p in module.parameters(recurse=False))
+    return total
+
+
+def kv_bytes(config: Any, batch: int, context: int, itemsize: int = DTYPE.itemsize) -> int:
+    """Bytes of keys and values of `batch` rows of `context` tokens."""
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * batch * context * config.num_key_value_heads * width * itemsize
+
+
+def check_memory(needed: int, free: int, what: str, fix: str) -> None:
+    """Raises QsunError where `needed` bytes are more than are free."""
+    if needed > free:
+        raise QsunError(f"{what} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; {fix}")
+
+
+def _is_tied(name: str, config: Any) -> bool:
+    return name == HEAD and bool(config.tie_word_embeddings)
+
+
+def _bytes(model: Any) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def _sizes(config: Any) -> str:
+    return f"{config.num_hidden_layers} layers of {config.hidden_size}, vocabulary {config.vocab_size}"

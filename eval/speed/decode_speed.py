@@ -1,0 +1,223 @@
+"""`qsun bench speed`: a decode step of SUN (bf16 decode module) against QSUN (int4), and the prefill before both."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from qsun.errors import QsunError
+from qsun.eval.load.percentiles import percentile
+from qsun.eval.speed.clock import copy_bandwidth
+from qsun.eval.speed.contenders import DTYPE, SUN, Contenders, kv_bytes, weight_bytes
+from qsun.memory import available_bytes
+from qsun.runtime.decode_cache import DecodeCache
+from qsun.runtime.decode_step import DecodeStep
+from qsun.runtime.sampling import Sampler
+from qsun.runtime.seam import prefilled_rows
+
+Note = Callable[[str], None]
+_WARM_UP, _LEAST = 2, 3  # steps of each contender: not timed, and timed whatever the clock says
+_PREFILL_CHUNK = 2048  # as generation's default
+_COPY_BYTES = {"cpu": 512 << 20, "cuda": 1 << 30}  # beyond the last cache, of servers too
+
+
+@dataclass(frozen=True)
+class Row:
+    """One decode module at one batch and context.
+
+    Attributes:
+        variant, lm_head: which decode module, and how its output projection is stored.
+        context: tokens that the median step attends to, its own included.
+        prefill_ms: in which the bf16 prefill module reads one prompt of `context` tokens, the same for all variants.
+        ttft_ms: prefill_ms and one step of this batch, which gives the first token.
+        tpot_ms, tpot_p95_ms: of a step, which gives every row of the batch one token.
+        ratio_to_sun: SUN's TPOT over this one's: times as fast.
+        weight_bytes, kv_bytes: that a step must read.
+        floor_ms: those bytes at copy bandwidth. bandwidth_percent: floor over TPOT.
+        steps: timed.
+    """
+
+    variant: str
+    lm_head: str
+    batch: int
+    context: int
+    prefill_ms: float
+    ttft_ms: float
+    tpot_ms: float
+    tpot_p95_ms: float
+    tokens_per_s: float
+    ratio_to_sun: float
+    weight_bytes: int
+    kv_bytes: int
+    floor_ms: float
+    bandwidth_percent: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class Points:
+    """What to measure: every batch at every context; `steps` of each contender, fewer beyond `seconds` a point.
+
+    prompts: lengths, besides the contexts, of which the prefill is timed: its curve for `qsun simulate`.
+    """
+
+    batches: Sequence[int] = (1, 4, 16, 64)
+    contexts: Sequence[int] = (128, 1024)
+    steps: int = 32
+    seconds: float = 60.0
+    prompts: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        named = {"batches": self.batches, "contexts": self.contexts, "steps": [self.steps], "prompts": self.prompts}
+        for name, values in named.items():
+            wrong = [value for value in values if value < 1]
+            if wrong or not (values or name == "prompts"):
+                raise QsunError(f"{name} has {wrong[0] if wrong else 'nothing'}; use whole numbers from 1 up")
+        if not self.seconds > 0:
+            raise QsunError(f"seconds {self.seconds:g} is out of range; use more than 0")
+
+
+@torch.no_grad()
+def bench_speed(contenders: Contenders, points: Points, note: Note = lambda _: None) -> dict[str, Any]:
+    """Time decode steps of all contenders, in turns, at every point.
+
+    Returns:
+        {"model", "copy_gb_per_s", "rows": [Row as dict], "prefill": [{"tokens", "ms"}]}. Points that do not fit in
+        memory are left out, and `note` is told.
+    Raises:
+        QsunError: a context beyond the model's positions, or no point that fits.
+    """
+    config = contenders.prefill.config
+    limit = config.max_position_embeddings - points.steps - _WARM_UP
+    longest = max(*points.contexts, *points.prompts, 1)
+    if longest > limit:
+        raise QsunError(f"context {longest} leaves no room for the steps; use {limit} or less")
+    device = contenders.prefill.model.embed_tokens.weight.device
+    bandwidth = copy_bandwidth(device, _COPY_BYTES[device.type])
+    note(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s")
+    rows: list[Row] = []
+    prompts = {n: prefill_seconds(contenders.prefill, n, points.seconds) for n in points.prompts}
+    for context in points.contexts:
+        prefill = prompts[context] = prefill_seconds(contenders.prefill, context, points.seconds)
+        note(f"context {context}: prefill {1000 * prefill:.0f} ms")
+        for batch in points.batches:
+            needed = len(contenders.decode) * kv_bytes(config, batch, context + points.steps)
+            free = _free_with_copies(contenders.decode, batch, device)
+            if needed > 0.9 * free:
+                note(
+                    f"batch {batch}, context {context} left out: KV of {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free"
+                )
+                continue
+            taken = step_seconds(contenders.decode, batch, context, points)
+            found = _rows(contenders, taken, (batch, context), prefill, bandwidth)
+            note(f"batch {batch}, context {context}: " + ", ".join(f"{r.variant} {r.tpot_ms:.1f} ms" for r in found))
+            rows += found
+    if not rows:
+        raise QsunError("no point fits in memory; use smaller batches or contexts, or one head")
+    curve = [{"tokens": tokens, "ms": 1000 * prompts[tokens]} for tokens in sorted(prompts)]
+    result: dict[str, Any] = {"model": contenders.name, "copy_gb_per_s": bandwidth / 1e9}
+    return result | {"rows": [asdict(row) for row in rows], "prefill": curve}
+
+
+def prefill_seconds(model: Any, context: int, seconds: float) -> float:
+    """Median time in which the prefill module reads one prompt of `context` tokens; up to three, within `seconds`."""
+    device = model.model.embed_tokens.weight.device
+    prompt = torch.randint(model.config.vocab_size, (context,)).tolist()
+
+    def read() -> float:
+        started = _now(device)
+        list(prefilled_rows(model, [prompt], _PREFILL_CHUNK))
+        return _now(device) - started
+
+    first = read()
+    taken: list[float] = []
+    while len(taken) < 3 and (not taken or first + sum(taken) < seconds):
+        taken.append(read())
+    return statistics.median(taken)
+
+
+def step_seconds(models: Mapping[str, Any], batch: int, context: int, points: Points) -> dict[str, list[float]]:
+    """Seconds of single decode steps of each model; they take turns step by step.
+
+    A step is what `generate` does for a token: the decode module over its own cache and the greedy choice. The caches
+    hold random keys and values, and grow as in use; the middle step attends to `context` tokens.
+    """
+    first: Any = next(iter(models.values()))
+    device = first.model.embed_tokens.weight.device
+    filled = max(0, context - 1 - _WARM_UP - points.steps // 2)
+    steps = {name: filled_step(model, batch, filled, points.steps + _WARM_UP) for name, model in models.items()}
+    sampler = Sampler(0.0, 1.0, 0, [0] * batch)
+    tokens = dict.fromkeys(models, torch.randint(first.config.vocab_size, (batch,), device=device))
+    taken: dict[str, list[float]] = {name: [] for name in models}
+    started = time.perf_counter()
+    for turn in range(-_WARM_UP, points.steps):
+        for name, step in steps.items():
+            begun = _now(device)
+            tokens[name] = sampler(step(tokens[name]))
+            if turn >= 0:
+                taken[name].append(_now(device) - begun)
+        if turn + 1 >= _LEAST and time.perf_counter() - started > points.seconds:
+            break
+    return taken
+
+
+def filled_step(model: Any, batch: int, filled: int, steps: int) -> DecodeStep:
+    """A decode step over random keys and values of `filled` tokens a row, with room for `steps` more."""
+    weight = model.model.embed_tokens.weight
+    config, device = model.config, weight.device
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = DecodeCache(batch, filled, -(-(filled + steps) // 64) * 64, weight, device.type == "cuda")
+    shape = (2, config.num_key_value_heads, filled, width)
+    drawn = [torch.randn(shape, device=device).to(DTYPE) for _ in range(config.num_hidden_layers)]
+    for row in range(batch):
+        cache.place(row, [(layer[0], layer[1]) for layer in drawn])
+    return DecodeStep(model, cache, torch.zeros(batch, dtype=torch.int64, device=device))
+
+
+def _rows(
+    contenders: Contenders, taken: Mapping[str, list[float]], point: tuple[int, int], prefill: float, bandwidth: float
+) -> list[Row]:
+    batch, context = point
+    medians = {name: statistics.median(times) for name, times in taken.items()}
+    kv = kv_bytes(contenders.prefill.config, batch, context)
+    found = []
+    for name, median in medians.items():
+        weights = weight_bytes(contenders.decode[name], batch)
+        floor = (weights + kv) / bandwidth
+        found.append(
+            Row(
+                variant=name,
+                lm_head=contenders.head[name],
+                batch=batch,
+                context=context,
+                prefill_ms=1000 * prefill,
+                ttft_ms=1000 * (prefill + median),
+                tpot_ms=1000 * median,
+                tpot_p95_ms=1000 * percentile(taken[name], 0.95),
+                tokens_per_s=batch / median,
+                ratio_to_sun=medians[SUN] / median,
+                weight_bytes=weights,
+                kv_bytes=kv,
+                floor_ms=1000 * floor,
+                bandwidth_percent=100 * floor / median,
+                steps=len(taken[name]),
+            )
+        )
+    return found
+
+
+def _free_with_copies(models: Mapping[str, Any], batch: int, device: torch.device) -> int:
+    """Free memory once the dequantized copies, which a first step of this batch makes on a CPU, are there."""
+    if device.type == "cpu":
+        for model in models.values():
+            filled_step(model, batch, 0, 1)(torch.zeros(batch, dtype=torch.int64))
+    return available_bytes(device)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

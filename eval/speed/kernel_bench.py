@@ -1,0 +1,200 @@
+"""`qsun bench kernels`: the int4 product against the full-precision one and against its peers, at real layer shapes."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsun.errors import QsunError
+from qsun.eval.speed.clock import copy_bandwidth, interleaved
+from qsun.eval.speed.kernel_peers import CPU_CONTENDERS, CUDA_CONTENDERS, Product
+from qsun.eval.speed.model_shapes import MODEL_SHAPES
+from qsun.model.quantized import Quantized
+
+Note = Callable[[str], None]
+CPU = torch.device("cpu")
+OURS = ("bf16", "ours")
+_BEYOND_CACHES_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # of packed int4 weights, in all copies of a matrix
+_WRONG = 0.2  # relative error at which a product is no rounding any more; humming quantizes for itself
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender at one shape and M; bandwidth_percent is of the copy bandwidth measured in this run."""
+
+    model: str
+    layer: str
+    N: int
+    K: int
+    M: int
+    kernel: str
+    microseconds: float
+    ratio_to_bf16: float
+    bandwidth_percent: float
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The 4-bit grid that is timed, and the dtype and device of the activations."""
+
+    group_size: int = 128
+    sym: bool = True
+    dtype: torch.dtype = torch.bfloat16
+    device: torch.device = CPU
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Turns of each contender at a point, fewer beyond `seconds`; shapes due after `minutes` are left out."""
+
+    rounds: int = 25
+    seconds: float = 3.0
+    minutes: float = float("inf")
+
+
+@torch.inference_mode()
+def bench_kernels(
+    layers: Sequence[tuple[str, str, int, int]],
+    rows: Sequence[int],
+    kind: Weights,
+    patience: Patience,
+    note: Note = lambda _: None,
+) -> dict[str, Any]:
+    """Time every contender at every layer shape.
+
+    Args:
+        layers: (model, layer, N, K); `layers_of` makes them.
+        rows: values of M.
+        note: told what is left out and why.
+    Returns:
+        {"copy_gb_per_s", "rows": [Row as dict], "geometric_mean": {kernel: {M: ratio to bf16}}}.
+    Raises:
+        QsunError: a contender whose product is wrong.
+    """
+    device, group_size = kind.device, kind.group_size
+    bandwidth = copy_bandwidth(device, (1 << 30) if device.type == "cuda" else (128 << 20))
+    found: list[Row] = []
+    started = time.perf_counter()
+    for model, layer, N, K in layers:
+        if group_size != -1 and K % group_size:
+            raise QsunError(f"group_size {group_size} does not divide K = {K} of {N}x{K}; use a divisor, or -1")
+        if time.perf_counter() - started > 60 * patience.minutes:
+            note(f"{model} {layer} {N}x{K} left out: {patience.minutes:g} minutes are over")
+            continue
+        contenders = dict(_contenders(N, K, kind, note))
+        for M in rows:
+            x = torch.randn(M, K, device=device).to(kind.dtype)
+            medians = interleaved(_calls(contenders, x), device, patience.rounds, patience.seconds)
+            moved = _moved_bytes(M, N, K, kind)
+            found += [
+                Row(
+                    *(model, layer, N, K, M, kernel, 1e6 * taken, medians["bf16"] / taken),
+                    100 * moved["bf16" if kernel == "bf16" else "int4"] / taken / bandwidth,
+                )
+                for kernel, taken in medians.items()
+            ]
+            note(f"{model} {layer} {N}x{K} M={M}: " + _line(medians))
+    return {
+        "copy_gb_per_s": bandwidth / 1e9,
+        "rows": [asdict(row) for row in found],
+        "geometric_mean": geometric_means(found),
+    }
+
+
+def layers_of(models: Sequence[str], shapes: Sequence[str]) -> list[tuple[str, str, int, int]]:
+    """(model, layer, N, K) of known models and of shapes such as "4096x4096". Raises QsunError for an unknown one."""
+    found = []
+    for model in models:
+        if model not in MODEL_SHAPES:
+            raise QsunError(f"model {model} has no known shape; use {', '.join(MODEL_SHAPES)}, or --shape NxK")
+        found += [(model, layer, N, K) for layer, (N, K) in MODEL_SHAPES[model].linear_layers().items()]
+    for shape in shapes:
+        sides = shape.lower().split("x")
+        if len(sides) != 2 or not all(side.isdigit() and int(side) % 32 == 0 and int(side) for side in sides):
+            raise QsunError(f"shape {shape} is not NxK with multiples of 32, such as 4096x14336")
+        found.append(("", shape, int(sides[0]), int(sides[1])))
+    return found
+
+
+def random_weights(N: int, K: int, kind: Weights) -> Quantized:
+    """Integers and scales of a layer such as models have: outputs of about unit variance."""
+    device = kind.device
+    G = 1 if kind.group_size == -1 else K // kind.group_size
+    q = torch.randint(0, 16, (N, K), dtype=torch.uint8, device=device)
+    scales = (torch.rand(G, N, device=device) + 0.5) * (0.2 / math.sqrt(K))
+    drawn = torch.randint(1, 16, (G, N), dtype=torch.uint8, device=device)
+    return Quantized(q, scales.bfloat16().float(), torch.full_like(drawn, 8) if kind.sym else drawn)
+
+
+def _contenders(N: int, K: int, kind: Weights, note: Note) -> Iterator[tuple[str, list[Product]]]:
+    """Each contender's product with copies of one matrix, after a check that it is the product."""
+    weights = random_weights(N, K, kind)
+    device = kind.device
+    copies = max(2, math.ceil(_BEYOND_CACHES_BYTES[device.type] / (N * K / 2)))
+    x = torch.randn(3, K, device=device).to(kind.dtype)
+    wanted = x.float() @ weights.dequantize().t()
+    for name, builder in (CUDA_CONTENDERS if device.type == "cuda" else CPU_CONTENDERS).items():
+        try:
+            build = builder(weights, kind.group_size, kind.dtype)
+            products = [build() for _ in range(copies)]
+            error = float((products[-1](x).float() - wanted).norm() / wanted.norm())
+        except Exception as reason:
+            if name in OURS:
+                raise
+            note(f"{name} left out: {type(reason).__name__}: {reason}")  # a peer's failure is not this bench's
+            continue
+        if error > (_WRONG if name == "humming" else 0.02):
+            raise QsunError(f"{name} at {N} x {K} is wrong by {error:.3g} (relative): nothing was measured")
+        yield name, products
+
+
+def _calls(contenders: dict[str, list[Product]], x: Tensor) -> dict[str, list[Callable[[], object]]]:
+    return {name: [lambda f=product: f(x) for product in products] for name, products in contenders.items()}  # type: ignore[misc]
+
+
+def _moved_bytes(M: int, N: int, K: int, kind: Weights) -> dict[str, float]:
+    """Bytes that must move: weights, scales, inputs and outputs, each once."""
+    G = 1 if kind.group_size == -1 else K // kind.group_size
+    size = kind.dtype.itemsize
+    ends = (M * K + M * N) * size
+    return {"bf16": N * K * size + ends, "int4": N * K / 2 + (1 if kind.sym else 2) * G * N * size + ends}
+
+
+def geometric_means(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
+    """Geometric mean over layer shapes of the ratio to bf16, by kernel and M."""
+    ratios: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        ratios.setdefault(row.kernel, {}).setdefault(row.M, []).append(math.log(row.ratio_to_bf16))
+    return {
+        kernel: {M: math.exp(sum(logs) / len(logs)) for M, logs in by_rows.items()}
+        for kernel, by_rows in ratios.items()
+    }
+
+
+def plot_kernels(result: dict[str, Any], title: str, path: Path) -> None:
+    """Speed-up over bf16 against M, the geometric mean over shapes, one line a kernel."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for kernel, by_rows in result["geometric_mean"].items():
+        style: dict[str, Any] = {"color": "black", "linestyle": "--"} if kernel == "bf16" else {"marker": "o"}
+        axes.plot(list(by_rows), list(by_rows.values()), label=kernel, linewidth=1.6, **style)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(by_rows), [str(M) for M in by_rows])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("rows M (requests in the decode batch)")
+    axes.set_ylabel("times as fast as bf16")
+    axes.set_title(title)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+
+
+def _line(medians: dict[str, float]) -> str:
+    return ", ".join(f"{kernel} {1e6 * taken:.0f} us" for kernel, taken in medians.items())

@@ -1,0 +1,83 @@
+"""The int4 matrix products that a user could pick, behind one signature; those not installed are left out."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from qsun.model.quantized import Quantized
+from qsun.runtime.quant_linear import QuantLinear
+
+Product = Callable[[Tensor], Tensor]
+Builder = Callable[[Quantized, int, torch.dtype], Callable[[], Product]]
+
+
+def ours(weights: Quantized, group_size: int, dtype: torch.dtype) -> Callable[[], Product]:
+    """QuantLinear as load_decode makes it."""
+    return lambda: QuantLinear(weights, None, 4, dtype, keep_dense=weights.q.device.type == "cpu")
+
+
+def full_precision(weights: Quantized, group_size: int, dtype: torch.dtype) -> Callable[[], Product]:
+    """F.linear with the dequantized weights: the full-precision decode module."""
+    dense = weights.dequantize().to(dtype)
+
+    def build() -> Product:
+        weight = dense.clone()
+        return lambda x: linear(x, weight)
+
+    return build
+
+
+def tinygemm(weights: Quantized, group_size: int, dtype: torch.dtype) -> Callable[[], Product]:
+    """torch.ops.aten._weight_int4pack_mm: bfloat16 on CUDA only. It adds (8 - zero) * scale to (q - 8) * scale."""
+    if dtype != torch.bfloat16 or weights.q.device.type != "cuda" or group_size not in (32, 64, 128, 256):
+        raise NotImplementedError("bfloat16 on CUDA, groups of 32 to 256")
+    nibbles = (weights.q[:, ::2] << 4) | weights.q[:, 1::2]
+    pairs = torch.stack([weights.scales, (8 - weights.zeros.float()) * weights.scales], -1).to(dtype).contiguous()
+
+    def build() -> Product:
+        packed = torch.ops.aten._convert_weight_to_int4pack(nibbles, 8)
+        held = pairs.clone()
+        return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, group_size, held)
+
+    return build
+
+
+def gemlite(weights: Quantized, group_size: int, dtype: torch.dtype) -> Callable[[], Product]:
+    """gemlite's GemLiteLinear, as its helper packs HQQ weights."""
+    from gemlite.core import DType, GemLiteLinear
+
+    kind = DType.BF16 if dtype == torch.bfloat16 else DType.FP16
+    N, K = weights.q.shape
+    size = K if group_size == -1 else group_size
+    scales, zeros = (t.t().contiguous().to(dtype) for t in (weights.scales, weights.zeros))
+
+    def build() -> Product:
+        layer = GemLiteLinear(4, size, K, N, input_dtype=kind, output_dtype=kind)
+        layer.pack(weights.q.clone(), scales, zeros, None)
+        return layer.forward
+
+    return build
+
+
+def humming(weights: Quantized, group_size: int, dtype: torch.dtype) -> Callable[[], Product]:
+    """humming-kernels' HummingLayer, which quantizes the dense weights itself (symmetric)."""
+    from humming.layer import HummingLayer
+
+    N, K = weights.q.shape
+    config: dict[str, Any] = {"dtype": "int4"} | ({} if group_size == -1 else {"group_size": group_size})
+    dense = weights.dequantize().to(dtype)
+
+    def build() -> Product:
+        layer: Any = HummingLayer(shape_n=N, shape_k=K, weight_config=config, torch_dtype=dtype).cuda()
+        layer.load_from_unquantized(dense)
+        layer.transform()
+        return layer
+
+    return build
+
+
+CPU_CONTENDERS: dict[str, Builder] = {"bf16": full_precision, "ours": ours}
+CUDA_CONTENDERS: dict[str, Builder] = {**CPU_CONTENDERS, "tinygemm": tinygemm, "gemlite": gemlite, "humming": humming}

@@ -1,0 +1,144 @@
+"""`qsun bench tune-kernels`: time launches of the int4 kernel on this GPU and write the table that it then reads.
+
+All candidates would take hours to compile, so the search goes along one setting at a time from the launch that the
+table in use gives, again and again until nothing is faster.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qsun.errors import QsunError
+from qsun.eval.speed.clock import interleaved
+from qsun.eval.speed.kernel_bench import Weights, random_weights
+from qsun.kernels.layout import PackedInt4, pack_int4
+from qsun.kernels.tuning import Bucket, Launch, candidates, choose, load_table, parse_table, shape_key
+
+Timer = Callable[[Sequence[Launch]], dict[Launch, float]]  # seconds of each launch that computes the right product
+_SETTINGS = (("split_k",), ("block_n", "warps"), ("stages",), ("fold",), ("block_m",))
+_COPIES_BYTES = 256 << 20  # of packed weights, beyond any L2
+_GAIN = 0.99  # a launch must take less than this of the best one's time to replace it
+
+
+def search(start: Launch, offered: Iterable[Launch], timer: Timer) -> tuple[Launch, float, float]:
+    """The fastest launch reached from `start` by changing one setting at a time; its seconds, and those of `start`."""
+    pool = list(dict.fromkeys([start, *offered]))
+    times = timer([start])
+    if start not in times:
+        raise QsunError(f"the launch in use, {start}, does not give the right product on this GPU; please report this")
+    best, first = start, times[start]
+    improved = True
+    while improved:
+        improved = False
+        for setting in _SETTINGS:
+            same = {name: value for name, value in dataclasses.asdict(best).items() if name not in setting}
+            near = [
+                launch for launch in pool if launch not in times and same.items() <= dataclasses.asdict(launch).items()
+            ]
+            times |= timer(near) if near else {}
+            reached = min((launch for launch in [best, *near] if launch in times), key=times.__getitem__)
+            if times[reached] < _GAIN * times[best]:
+                best, improved = reached, True
+    return best, times[best], first
+
+
+def tune_kernels(
+    layers: Sequence[tuple[str, str, int, int]],
+    kind: Weights,
+    gpu: str,
+    timer_for: Callable[[int, int, int, Weights], Timer],
+    note: Callable[[str], None] = lambda _: None,
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Tune every layer shape at every bucket of M: the "shapes" of a launch table (kernels/tuning.py).
+
+    Args:
+        timer_for: makes a timer for (M, N, K, kind); `gpu_timer` on a GPU.
+    """
+    shapes: dict[str, dict[str, dict[str, Any]]] = {}
+    for _model, _layer, N, K in layers:
+        key = shape_key(N, K, kind.group_size)
+        if key in shapes:
+            continue
+        shapes[key] = {}
+        for bucket in _buckets(gpu, kind.group_size, K):
+            M = bucket.max_m
+            start = choose(M, N, K, kind.group_size, gpu)
+            timer = timer_for(M, N, K, kind)
+            best, seconds, before = search(start, candidates(M, N, K, kind.group_size), timer)
+            shapes[key][str(M)] = dataclasses.asdict(best)
+            note(f"{key} M={M}: {1e6 * before:.1f} -> {1e6 * seconds:.1f} us, {best}")
+    return shapes
+
+
+def _buckets(gpu: str, group_size: int, K: int) -> list[Bucket]:
+    """The buckets that count for a group size: the first of each max_m that takes it."""
+    size = K if group_size == -1 else group_size
+    found: dict[int, Bucket] = {}
+    for bucket in load_table(gpu).buckets:
+        if size <= bucket.max_group:
+            found.setdefault(bucket.max_m, bucket)
+    return list(found.values())
+
+
+def gpu_timer(M: int, N: int, K: int, kind: Weights) -> Timer:
+    """Time launches in CUDA graphs over copies of a matrix; those that fail or compute something else are left out."""
+    from qsun.kernels import int4_triton
+
+    weights = random_weights(N, K, kind)
+    packed = pack_int4(*weights[:3], kind.group_size, kind.dtype)
+    copies = [
+        PackedInt4(packed.words.clone(), packed.scales.clone(), None if packed.zeros is None else packed.zeros.clone())
+        for _ in range(max(2, _COPIES_BYTES // (N * K // 2)))
+    ]
+    x = torch.randn(M, K, device=kind.device).to(kind.dtype)
+    wanted = x.float() @ weights.dequantize().t()
+
+    def product(launch: Launch, held: PackedInt4) -> torch.Tensor:
+        weights = (held.words, held.scales, held.zeros)
+        return int4_triton.int4_linear(x, *weights, N, kind.group_size, launch=launch)
+
+    def right(launch: Launch) -> bool:
+        try:
+            y = product(launch, packed)
+        except (RuntimeError, ValueError):  # out of registers or shared memory
+            return False
+        return bool((y.float() - wanted).norm() < 0.02 * wanted.norm())
+
+    def timer(launches: Sequence[Launch]) -> dict[Launch, float]:
+        names = {str(launch): launch for launch in launches if right(launch)}
+        calls = {
+            name: [lambda launch=launch, held=held: product(launch, held) for held in copies]
+            for name, launch in names.items()
+        }
+        medians = interleaved(calls, kind.device, rounds=9) if calls else {}
+        return {names[name]: seconds for name, seconds in medians.items()}
+
+    return timer
+
+
+def write_table(shapes: dict[str, dict[str, dict[str, Any]]], gpu: str, path: Path) -> None:
+    """Add tuned shapes to a GPU's table: the file's own where there is one, else the one in use."""
+    table = json.loads(path.read_text()) if path.exists() else _as_json(gpu)
+    table["shapes"] = table.get("shapes", {}) | shapes
+    parse_table(table)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(table, indent=1) + "\n")
+
+
+def _as_json(gpu: str) -> dict[str, Any]:
+    table = load_table(gpu)
+    buckets = []
+    for bucket in table.buckets:
+        row = {"max_m": bucket.max_m, "max_group": bucket.max_group, **dataclasses.asdict(bucket.launch)}
+        row.pop("split_k")
+        buckets.append(row)
+    return {
+        "processors": table.processors,
+        "bytes_in_flight": table.bytes_in_flight,
+        "dequantize_above_m": table.dequantize_above_m,
+        "buckets": buckets,
+    }

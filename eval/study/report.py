@@ -1,0 +1,200 @@
+"""The tables and pictures of a study, from its scores alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from qsun.demo.tasks import HARD_TASKS, TASKS
+from qsun.eval.report.paired import Paired, compare
+from qsun.eval.study.study import ALIGNED_METHOD
+
+
+class Scores:
+    """Answers by seed, task and variant."""
+
+    def __init__(self, result: dict[str, Any]):
+        self.right: dict[str, dict[str, dict[str, str]]] = result["right"]
+        self.study: dict[str, Any] = result["study"]
+
+    def answers(self, variant: str, tasks: Sequence[str] = TASKS) -> list[bool]:
+        """Of every example of all seeds that have the variant, in one order for all variants."""
+        rows = [by_task[task] for by_task in self.right.values() for task in tasks if task in by_task]
+        return [digit == "1" for row in rows if variant in row for digit in row[variant]]
+
+    def rate(self, variant: str, tasks: Sequence[str] = TASKS) -> float:
+        return fmean(self.answers(variant, tasks))
+
+    def spread(self, variant: str, tasks: Sequence[str] = TASKS) -> float:
+        """Standard deviation over seeds of the mean over tasks; 0 for one seed."""
+        means = [
+            fmean(digit == "1" for task in tasks for digit in by_task[task][variant])
+            for by_task in self.right.values()
+            if variant in by_task.get(tasks[0], {})
+        ]
+        return stdev(means) if len(means) > 1 else 0.0
+
+    def has(self, variant: str, task: str = TASKS[0]) -> bool:
+        return variant in self.right["0"][task]
+
+    def against(self, variant: str, reference: str) -> Paired:
+        return compare(self.answers(reference), self.answers(variant))
+
+
+def markdown(scores: Scores) -> str:
+    """All tables of the study."""
+    study = scores.study
+    head = (
+        f"Exact match, %, on {study['test']} held-out examples a task and seed, {study['seeds']} seeds; "
+        f"{study['steps']} steps of {study['batch_size']} examples out of {study['train']}, peak rate {study['lr']:g} "
+        f"(full fine-tune {study['full_lr']:g}). Means; the spread is the standard deviation over seeds of the mean "
+        "over tasks; intervals are 95%, by the paired bootstrap over all examples; p by McNemar's test. "
+        "Both hold for these modules: that another training run would differ is what the spread says."
+    )
+    parts = [head, _main(scores), _by_method(scores), _differences(scores), _hard(scores), _curve(scores)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _main(scores: Scores) -> str:
+    best = [v for b in scores.study["bits"] for v in (f"int{b} refined text", f"int{b} refined decode", aligned(b))]
+    names = ["base", "full", "sun", "sun longer", *best]
+    labels = {
+        "base": "base, not tuned",
+        "full": "full fine-tune",
+        "sun": "SUN",
+        "sun longer": f"SUN, {scores.study['align_steps']} steps more",
+    }
+    rows = [
+        [
+            labels.get(v, "QSUN " + v),
+            *(_percent(scores.rate(v, [t])) for t in TASKS),
+            _percent(scores.rate(v)),
+            _percent(scores.spread(v)),
+        ]
+        for v in names
+        if scores.has(v)
+    ]
+    return _table(["", *TASKS, "mean", "spread"], rows)
+
+
+def aligned(bits: int) -> str:
+    return f"int{bits} {ALIGNED_METHOD} aligned"
+
+
+def _by_method(scores: Scores) -> str:
+    rows = []
+    for bits in scores.study["bits"]:
+        for method in scores.study["methods"]:
+            cells = (f"int{bits} {method} {kind}" for kind in ("text", "decode", "aligned"))
+            shown = (
+                f"{_percent(scores.rate(c))} +- {_percent(scores.spread(c))}" if scores.has(c) else "" for c in cells
+            )
+            rows.append([f"int{bits}", f"`{method}`", *shown])
+    return _table(["", "pass", "packaged text", "decode positions, each task's own KV", "and aligned"], rows)
+
+
+def _differences(scores: Scores) -> str:
+    pairs = [("sun", "full"), ("sun longer", "sun")]
+    for bits in scores.study["bits"]:
+        pairs += [(f"int{bits} refined {kind}", "sun") for kind in ("text", "decode", "aligned")]
+        pairs += [(f"int{bits} refined decode", f"int{bits} refined text"), (aligned(bits), "sun longer")]
+    rows = []
+    for variant, reference in pairs:
+        if scores.has(variant) and scores.has(reference):
+            found = scores.against(variant, reference)
+            interval = f"{_percent(found.low)} .. {_percent(found.high)}"
+            rows.append([f"{variant} - {reference}", _percent(found.difference), interval, f"{found.p_value:.2g}"])
+    return _table(["difference", "points", "95% interval", "p"], rows)
+
+
+def _hard(scores: Scores) -> str:
+    rows = [[task, *(_percent(scores.rate(v, [task])) for v in ("base", "full", "sun"))] for task in HARD_TASKS]
+    return "Where the frozen decoder breaks, seed 0:\n\n" + _table(["task", "base", "full fine-tune", "SUN"], rows)
+
+
+def _curve(scores: Scores) -> str:
+    budgets = [*scores.study["curve"], scores.study["steps"]]
+    if len(budgets) == 1:
+        return ""
+    rows = [
+        [label, *(_percent(_at(scores, how, steps)) for steps in budgets)]
+        for how, label in (("full", "full fine-tune"), ("sun", "SUN"))
+    ]
+    return "Mean over tasks by budget, seed 0; every budget is a run of its own:\n\n" + _table(
+        ["steps", *map(str, budgets)], rows
+    )
+
+
+def _at(scores: Scores, how: str, steps: int) -> float:
+    variant = how if steps == scores.study["steps"] else f"{how}-{steps}"
+    first = scores.right["0"]
+    return fmean(digit == "1" for task in TASKS for digit in first[task][variant])
+
+
+def plot_bits(scores: Scores, path: Path) -> None:
+    """Mean exact match against bits: packaged text, decode positions, aligned; a panel a pass."""
+    from matplotlib.figure import Figure
+
+    methods, bits = scores.study["methods"], sorted(scores.study["bits"])
+    figure = Figure(figsize=(2.6 * len(methods) + 0.6, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
+    kinds = (
+        ("text", "0.5", "packaged text"),
+        ("decode", "tab:orange", "decode positions"),
+        ("aligned", "tab:blue", "aligned"),
+    )
+    for axes, method in zip(panels, methods, strict=True):
+        for variant, style in (("full", ":"), ("sun", "--")):
+            axes.axhline(
+                100 * scores.rate(variant),
+                color="0.3",
+                linestyle=style,
+                linewidth=1,
+                label=variant.replace("sun", "SUN"),
+            )
+        for kind, colour, label in kinds:
+            shown = [b for b in bits if scores.has(f"int{b} {method} {kind}")]
+            cells = [f"int{b} {method} {kind}" for b in shown]
+            if shown:
+                axes.errorbar(
+                    shown,
+                    [100 * scores.rate(c) for c in cells],
+                    [100 * scores.spread(c) for c in cells],
+                    color=colour,
+                    marker="o",
+                    capsize=3,
+                    label=label,
+                )
+        axes.set_title(method)
+        axes.set_xticks(bits)
+        axes.set_xlabel("bits of a decode weight")
+        axes.set_ylim(0, 103)
+    panels[0].set_ylabel("exact match, %, mean of tasks")
+    panels[-1].legend(fontsize=8, loc="lower right")
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+
+
+def plot_curve(scores: Scores, path: Path) -> None:
+    """Mean exact match against the budget of SUN and of the full fine-tune."""
+    from matplotlib.figure import Figure
+
+    budgets = [*scores.study["curve"], scores.study["steps"]]
+    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for how, label, colour in (("full", "full fine-tune", "0.35"), ("sun", "SUN", "tab:orange")):
+        axes.plot(budgets, [100 * _at(scores, how, s) for s in budgets], marker="o", color=colour, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(budgets, [str(b) for b in budgets])
+    axes.set_xlabel(f"steps of {scores.study['batch_size']} examples")
+    axes.set_ylabel("exact match, %, mean of tasks")
+    axes.set_ylim(0, 103)
+    axes.legend()
+    figure.savefig(path, dpi=130, metadata={"Software": None})

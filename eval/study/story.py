@@ -1,0 +1,184 @@
+"""`qsun demo`: the whole of SUN on the embedded base, everything measured in the run.
+
+tune a prefill module for each task, quantize the base behind them -> exact match of base, full fine-tune, SUN and QSUN
+on held-out examples -> one decode batch that serves all tasks.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from qsun.config import QuantConfig
+from qsun.demo.tasks import TASKS, Example, examples, write_jsonl
+from qsun.engine.generation import generate
+from qsun.eval.harness.exact_match import Score, exact_match
+from qsun.quantization.run import quantize
+from qsun.runtime.decode_module import DecodeModule, load_decode
+from qsun.runtime.prefill_module import PrefillModule, load_prefill
+from qsun.tuning.config import TuneConfig
+from qsun.tuning.tuner import tune
+
+Progress = Callable[[str, int, int], None]
+VARIANTS = ("base", "full fine-tune", "SUN", "QSUN int4")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to tune and how much to test. The full fine-tune gets the same steps and data as SUN."""
+
+    steps: int
+    batch_size: int
+    train: int
+    test: int
+
+
+FULL = Effort(steps=700, batch_size=32, train=8192, test=500)
+QUICK = Effort(steps=200, batch_size=24, train=4800, test=200)
+
+
+def tell_story(out: Path, effort: Effort, seed: int = 0, progress: Progress = lambda *_: None) -> dict[str, Any]:
+    """Run everything under `out`, which must be new or empty; modules, data and reports stay there.
+
+    Returns:
+        {"exact_match": {task: {variant: {"rate", "stderr"}}}, "mixed_batch", "bits_per_weight", "test_examples", ...}
+    """
+    total = 2 + 6 * len(TASKS)
+    done = 0
+
+    def step(label: str) -> None:
+        nonlocal done
+        done += 1
+        progress(label, done, total)
+
+    progress("tuning and quantizing", 0, total)
+    report = _make_modules(out, effort, seed, step)
+    base = load_decode("demo", "cpu", "float32"), load_prefill("demo", dtype="float32", device="cpu")
+    int4 = load_decode(out / "decode-int4", "cpu", "float32")
+    scores: dict[str, dict[str, Score]] = {}
+    modules: dict[str, PrefillModule] = {}
+    for task in TASKS:
+        test = examples(task, "test", effort.test, seed)
+        modules[task], full = (_load(out / how / task) for how in ("prefill", "full"))
+        pairs = (
+            (base[1], base[0]),
+            (full, DecodeModule(full.model, full.directory, full.manifest)),
+            (modules[task], base[0]),
+            (modules[task], int4),
+        )
+        scores[task] = {}
+        for variant, (prefill, decode) in zip(VARIANTS, pairs, strict=True):
+            scores[task][variant] = exact_match(task, test, prefill, decode)
+            step(f"{task}: {variant} answered {scores[task][variant].rate:.1%} rightly")
+    mixed = mixed_batch(modules, int4, seed)
+    step("one decode batch served all tasks")
+    return {
+        "seed": seed,
+        "steps": effort.steps,
+        "test_examples": effort.test,
+        "exact_match": {
+            task: {variant: {"rate": s.rate, "stderr": s.stderr} for variant, s in by_variant.items()}
+            for task, by_variant in scores.items()
+        },
+        "bits_per_weight": report["bits_per_weight"],
+        "mixed_batch": mixed,
+    }
+
+
+def _make_modules(out: Path, effort: Effort, seed: int, step: Callable[[str], None]) -> dict[str, Any]:
+    """Data, tuned modules and the decode module. A small model leaves cores idle, so two modules are tuned at a time.
+
+    Returns:
+        The report of the quantization.
+    """
+    for folder in ("data", "prefill", "full"):
+        (out / folder).mkdir(parents=True)
+    for task in TASKS:
+        for split, count in (("train", effort.train), ("valid", 200)):
+            write_jsonl(out / "data" / f"{task}.{split}.jsonl", examples(task, split, count, seed))
+    with ProcessPoolExecutor(min(2, os.cpu_count() or 1), get_context("spawn")) as pool:
+        jobs = {
+            pool.submit(_tune, out, task, how, effort, seed): f"{task}: {label}"
+            for task in TASKS
+            for how, label in (("prefill", "prefill module tuned"), ("full", "full fine-tune, to compare with"))
+        }
+        for job in as_completed(jobs):
+            job.result()
+            step(jobs[job])
+    report = quantize(
+        "demo",
+        out / "decode-int4",
+        QuantConfig(seed=seed),
+        [out / "data" / f"{task}.train.jsonl" for task in TASKS],
+        device="cpu",
+        calibration_prefill=[out / "prefill" / task for task in TASKS],
+    )
+    step("decode module quantized to 4 bits, calibrated behind the prefill modules")
+    return report
+
+
+def _tune(out: Path, task: str, how: str, effort: Effort, seed: int) -> None:
+    torch.set_num_threads(1)
+    config = TuneConfig(
+        steps=effort.steps, batch_size=effort.batch_size, seed=seed, baseline="full" if how == "full" else "none"
+    )
+    data, valid = (out / "data" / f"{task}.{split}.jsonl" for split in ("train", "valid"))
+    tune("demo", out / how / task, data, config, eval_data=valid, device="cpu")
+
+
+def _load(directory: Path) -> PrefillModule:
+    return load_prefill(directory, dtype="float32", device="cpu")
+
+
+def mixed_batch(modules: dict[str, PrefillModule], decode: DecodeModule, seed: int, each: int = 8) -> dict[str, Any]:
+    """One decode batch with prompts of every task, against the same prompts one at a time.
+
+    Returns:
+        {"rows", "equal": rows whose tokens are those of the prompt alone, "shown": one (task, prompt, answer) a task}.
+    """
+    drawn = [(task, example) for task in modules for example in examples(task, "test", each, seed + 1)]
+    Random(seed).shuffle(drawn)
+    prefills, prompts = [modules[task] for task, _ in drawn], [example.prompt for _, example in drawn]
+    together = generate(prefills, decode, prompts, max_new_tokens=64, batch_size=len(prompts))
+    alone = [generate(p, decode, [text], max_new_tokens=64)[0] for p, text in zip(prefills, prompts, strict=True)]
+    shown: dict[str, tuple[Example, str]] = {}
+    for (task, example), answer in zip(drawn, together, strict=True):
+        shown.setdefault(task, (example, answer))
+    return {
+        "rows": len(drawn),
+        "equal": sum(a == b for a, b in zip(together, alone, strict=True)),
+        "shown": [
+            {"task": task, "prompt": shown[task][0].prompt, "answer": shown[task][1], "right": shown[task][0].response}
+            for task in modules
+        ],
+    }
+
+
+def plot_story(result: dict[str, Any], path: Path) -> None:
+    """Exact match of every variant, a group of bars a task, with standard errors."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(VARIANTS)
+    tasks = list(result["exact_match"])
+    for number, (variant, colour) in enumerate(zip(VARIANTS, ("0.75", "0.35", "tab:orange", "tab:blue"), strict=True)):
+        cells = [result["exact_match"][task][variant] for task in tasks]
+        places = [index + (number - (len(VARIANTS) - 1) / 2) * width for index in range(len(tasks))]
+        rates, errors = [100 * cell["rate"] for cell in cells], [100 * cell["stderr"] for cell in cells]
+        bars = axes.bar(places, rates, width * 0.92, yerr=errors, color=colour, label=variant, capsize=2)
+        axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=2)
+    axes.set_xticks(range(len(tasks)), tasks)
+    axes.set_ylim(0, 112)
+    axes.set_ylabel(f"exact match, % of {result['test_examples']} held-out examples")
+    axes.set_title(
+        f"One shared decode module, {len(tasks)} tasks ({result['steps']} tuning steps, seed {result['seed']})"
+    )
+    axes.legend(ncols=len(VARIANTS), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
+    figure.savefig(path, dpi=130, metadata={"Software": None})

@@ -1,0 +1,79 @@
+"""What a model directory is, read from its headers and its manifest."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qsun.config import LayerSpec
+from qsun.model.architectures import architecture_of
+from qsun.model.checkpoint import Checkpoint, read_json
+from qsun.model.locate import find_model
+from qsun.model.manifest import MANIFEST
+from qsun.model.quantization_config import engines_for, stored_format
+from qsun.model.skeleton import empty_model, read_model_config, weight_shape
+from qsun.model.stored_layers import bits_per_weight, layer_spec, quantized_layer_names
+
+
+def describe(directory: str | Path) -> dict[str, Any]:
+    """Kind, format, bits a weight, layers with their settings and errors, and engines.
+
+    Raises:
+        QsunError: not a model directory that qsun reads.
+    """
+    path = find_model(str(directory))
+    checkpoint, config = Checkpoint(path), read_model_config(path)
+    model = empty_model(config)
+    names = architecture_of(config.model_type).linear_names()
+    linears = [f"model.layers.{i}.{name}" for i in range(config.num_hidden_layers) for name in names]
+    stored = read_json(path / "config.json").get("quantization_config") or {}
+    fmt = stored_format(stored) if stored else "full precision"
+    integers = set(quantized_layer_names(checkpoint))
+    linears += ["lm_head"] if "lm_head" in integers else []
+    shapes = {name: weight_shape(model, name) for name in linears}
+    specs = {
+        name: _spec(checkpoint, name, fmt, shapes[name][1], stored) if name in integers else LayerSpec(16, -1, True)
+        for name in linears
+    }
+    made = read_json(path / MANIFEST) if (path / MANIFEST).exists() else None
+    quantized = made is not None and made["kind"] == "decode_module"
+    errors = {layer["name"]: layer["error"] for layer in made["layers"]} if made and quantized else {}
+    return {
+        "directory": str(directory),
+        "kind": made["kind"].replace("_", " ") if made else ("quantized model" if stored else "full-precision model"),
+        "architecture": config.model_type,
+        "format": fmt,
+        "bits_per_weight": bits_per_weight(checkpoint, shapes),
+        "engines": engines_for(fmt, stored, specs, bool(config.tie_word_embeddings))
+        if stored
+        else {"qsun": "yes", "transformers": "yes", "vllm": "yes"},
+        "manifest": {"method": made["config"]["method"], "base": made["base"], "seed": made["config"]["seed"]}
+        if made and quantized
+        else None,
+        "layers": [
+            {
+                "name": name,
+                "bits": spec.bits,
+                "group_size": spec.group_size,
+                "sym": spec.sym,
+                "error": errors.get(name),
+            }
+            for name, spec in specs.items()
+        ],
+    }
+
+
+def _spec(checkpoint: Checkpoint, name: str, fmt: str, in_features: int, stored: dict[str, Any]) -> LayerSpec:
+    """Formats that always store zero points say in their configuration whether those are all in the middle."""
+    spec = layer_spec(checkpoint, name, fmt, in_features)
+    if not fmt.startswith("gptq"):
+        return spec
+    return replace(spec, sym=bool(_own_settings(stored, name).get("sym", stored.get("sym", spec.sym))))
+
+
+def _own_settings(stored: dict[str, Any], name: str) -> dict[str, Any]:
+    """Of the first pattern under `dynamic` that the layer's name matches, as gptqmodel reads them."""
+    for pattern, settings in (stored.get("dynamic") or {}).items():
+        if pattern.startswith("+:") and re.match(pattern.removeprefix("+:"), name):
+            return settings
+    return {}

@@ -1,0 +1,218 @@
+"""LoRA prefill modules: y = W x + (alpha / r) B A x with W frozen (arXiv 2106.09685).
+
+They are stored as peft stores them, adapter_config.json and adapter_model.safetensors, and peft reads ours; tuning and
+merging need no more than what is here, so peft itself is not needed.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from qsun.errors import QsunError
+from qsun.model.architectures import architecture_of
+from qsun.model.checkpoint import Checkpoint, read_json
+from qsun.model.locate import find_model
+from qsun.model.manifest import write_json
+from qsun.model.pairing import ADAPTER, ADAPTER_WEIGHTS, read_manifest
+from qsun.model.skeleton import linear_of
+
+ADAPTER_CONFIG = ADAPTER
+_PREFIX = "base_model.model."
+_PARTS = ("lora_A", "lora_B")
+# Settings of peft that change what an adapter computes, and the values under which it is plain LoRA.
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    "modules_to_save": (None, []),
+    "trainable_token_indices": (None,),
+    "layer_replication": (None,),
+    "alora_invocation_tokens": (None,),
+    "target_parameters": (None, []),
+    **dict.fromkeys(("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out"), (False, None)),
+}
+
+
+class LoraLinear(nn.Module):
+    """A frozen linear layer with an adapter.
+
+    lora_A (rank, in) and lora_B (out, rank) are float32, whatever the layer computes in.
+    """
+
+    def __init__(self, linear: nn.Linear, a: Tensor, b: Tensor, scale: float):
+        super().__init__()
+        self.linear, self.scale = linear, scale
+        device = linear.weight.device
+        self.lora_A = nn.Parameter(a.to(device, torch.float32))
+        self.lora_B = nn.Parameter(b.to(device, torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = nn.functional.linear(x, self.lora_A.to(x.dtype))
+        return self.linear(x) + self.scale * nn.functional.linear(low, self.lora_B.to(x.dtype))
+
+    def merged(self) -> Tensor:
+        """(out, in) float32 weights of the two together."""
+        return merged_weight(self.linear.weight, self.lora_A, self.lora_B, self.scale)
+
+
+def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """(out, in) float32 sum of a layer and its adapter."""
+    return weight.detach().float() + scale * (b.float() @ a.float()).detach()
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """rank, alpha, and whether the scale is alpha / sqrt(rank) instead of alpha / rank."""
+
+    rank: int
+    alpha: float
+    rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+def adapter_base(directory: Path) -> Path:
+    """The base of an adapter, as adapter_config.json names it. Raises QsunError where it is not that base any more."""
+    name = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not isinstance(name, str):
+        raise QsunError(f"{directory / ADAPTER_CONFIG} names no base_model_name_or_path")
+    try:
+        base = find_model(name)
+    except QsunError:
+        raise QsunError(
+            f"{directory} is an adapter of {name}, which is not here; put it there, or name it in {ADAPTER_CONFIG}"
+        ) from None
+    wanted = read_manifest(directory).get("base_fingerprint")
+    if wanted and Checkpoint(base).fingerprint() != wanted:
+        raise QsunError(f"{base} is not the base that the adapter {directory} was tuned on: their fingerprints differ")
+    return base
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Settings, and lora_A (rank, in) and lora_B (out, rank) by the name of their layer."""
+
+    settings: AdapterSettings
+    weights: dict[str, tuple[Tensor, Tensor]]
+
+
+def new_adapter(model: Any, settings: AdapterSettings, seed: int) -> Adapter:
+    """Put a fresh adapter, which changes nothing yet, on every linear layer of the blocks."""
+    adapter = fresh_adapter(model, settings, seed)
+    place_adapter(model, adapter)
+    return adapter
+
+
+def fresh_adapter(model: Any, settings: AdapterSettings, seed: int) -> Adapter:
+    """A fresh adapter on the CPU; of the model, which may be on the meta device, only shapes are read."""
+    random = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name in _linear_names(model):
+        linear = linear_of(model, name)
+        a = torch.empty(settings.rank, linear.in_features)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=random)
+        weights[name] = a, torch.zeros(linear.out_features, settings.rank)
+    return Adapter(settings, weights)
+
+
+def place_adapter(model: Any, adapter: Adapter, prefix: str = "") -> None:
+    """Put an adapter on those of its layers whose names begin with the prefix."""
+    for name, (a, b) in adapter.weights.items():
+        if name.startswith(prefix):
+            model.set_submodule(name, LoraLinear(linear_of(model, name), a, b, adapter.settings.scale))
+
+
+def _linear_names(model: Any) -> list[str]:
+    names = architecture_of(model.config.model_type).linear_names()
+    return [f"model.layers.{index}.{name}" for index in range(len(model.model.layers)) for name in names]
+
+
+def read_adapter(model: Any, directory: Path) -> Adapter:
+    """Put an adapter of this directory on the model's layers. Raises QsunError for one that is not plain LoRA."""
+    adapter = stored_adapter(model, directory)
+    place_adapter(model, adapter)
+    return adapter
+
+
+def stored_adapter(model: Any, directory: Path) -> Adapter:
+    """An adapter of this model, which may be on the meta device. Raises QsunError for one that is not plain LoRA."""
+    settings = _read_settings(directory)
+    file = adapter_file(directory)
+    tensors = file.load(file.names())
+    path = directory / ADAPTER_WEIGHTS
+    known, weights = set(_linear_names(model)), {}
+    for layer in dict.fromkeys(name.rpartition(".lora_")[0].removeprefix(_PREFIX) for name in tensors):
+        names = [f"{_PREFIX}{layer}.{part}.weight" for part in _PARTS]
+        if layer not in known or not all(name in tensors for name in names):
+            raise QsunError(f"{path} has weights for {layer}, which is no linear layer of its base's blocks")
+        linear = linear_of(model, layer)
+        a, b = (tensors.pop(name) for name in names)
+        if a.shape != (settings.rank, linear.in_features) or b.shape != (linear.out_features, settings.rank):
+            raise QsunError(f"{path}: {layer} is {list(a.shape)} and {list(b.shape)}, not of rank {settings.rank}")
+        weights[layer] = a, b
+    if tensors:
+        raise QsunError(f"{path} has {next(iter(tensors))}, which is not plain LoRA")
+    return Adapter(settings, weights)
+
+
+def adapter_file(directory: Path) -> Checkpoint:
+    """The tensors of an adapter as they are stored. Raises QsunError where there are none, or only pickled ones."""
+    if not (directory / ADAPTER_WEIGHTS).is_file():
+        raise QsunError(f"{directory} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}; pickled adapters are not read")
+    return Checkpoint.of_file(directory / ADAPTER_WEIGHTS)
+
+
+def _read_settings(directory: Path) -> AdapterSettings:
+    values = read_json(directory / ADAPTER_CONFIG)
+    for key, plain in _PLAIN.items():
+        if values.get(key, plain[0]) not in plain:
+            raise QsunError(f"{directory}: {key} {values[key]!r:.60} is not plain LoRA; merge it into its base first")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if values.get(key):
+            raise QsunError(f"{directory}: {key} is not read; merge the adapter into its base first")
+    rank, alpha = values.get("r"), values.get("lora_alpha")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
+        raise QsunError(f"{directory / ADAPTER_CONFIG}: r {rank!r} and lora_alpha {alpha!r} are no rank and scale")
+    return AdapterSettings(rank, alpha, bool(values.get("use_rslora")))
+
+
+def merge_adapter(model: Any) -> None:
+    """Replace every layer that has an adapter by one linear layer, added in float32 and rounded once."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLinear):
+            linear = module.linear
+            linear.weight = nn.Parameter(module.merged().to(linear.weight.dtype), requires_grad=False)
+            model.set_submodule(name, linear)
+
+
+def write_adapter(adapter: Adapter, base: str, tuned: Mapping[str, Tensor], directory: Path) -> None:
+    """Write an adapter, with the weights of `tuned` (by parameter name) where it has them."""
+    tensors = {}
+    for layer, pair in adapter.weights.items():
+        for part, start in zip(_PARTS, pair, strict=True):
+            value = tuned.get(f"{layer}.{part}", start)
+            tensors[f"{_PREFIX}{layer}.{part}.weight"] = value.detach().float().cpu().contiguous()
+    save_file(tensors, directory / ADAPTER_WEIGHTS, {"format": "pt"})
+    write_json(directory / ADAPTER_CONFIG, _config_json(tensors, adapter.settings, base))
+
+
+def _config_json(names: Iterable[str], settings: AdapterSettings, base: str) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": settings.rslora,
+        "bias": "none",
+        "inference_mode": True,
+        "target_modules": sorted({name.split(".")[-3] for name in names}),
+    }

@@ -1,0 +1,262 @@
+"""Does this prefill module fit this decode module? Engines do not ask: a wrong pair answers nonsense, not an error.
+
+A decode module reads K and V that it has not computed. They mean something to it only where both modules agree on
+every shape, on how positions enter (RoPE, windows), on what a token id stands for, and on the weights they came from.
+
+What qsun.json says, and who writes it:
+
+* decode module (`qsun quantize`): kind "decode_module", base_fingerprint, and prefill_modules, the fingerprints of
+  those whose KV it was calibrated with;
+* prefill module (`qsun tune`): kind "prefill_module", base_fingerprint (or base: {"fingerprint": ...}), fingerprint
+  (`Checkpoint.fingerprint` of its own weights) and lineage, the fingerprints of the modules it was re-tuned from.
+
+A plain full-precision directory is a prefill module too; what it was tuned from is then unknown, and only what its
+files say is compared.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qsun.errors import QsunError
+from qsun.model.checkpoint import Checkpoint, read_json
+from qsun.model.locate import find_model
+from qsun.model.manifest import MANIFEST
+from qsun.model.skeleton import read_model_config
+
+ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+FEWEST_SAFE_BITS = 4  # below, a task that calibration left out is lost (docs/calibration.md)
+_SAME_BASE = "use a prefill module that was tuned from the decode module's base"
+_SAME_TOKENIZER = "copy the tokenizer files of the decode module"
+_NUMBERS = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+_POSITIONS = ("rope_parameters", "partial_rotary_factor", "no_rope_layers", "sliding_window", "layer_types")
+_SCORES = ("query_pre_attn_scalar", "attn_logit_softcapping")
+_TOKENS = ("bos_token_id", "eos_token_id")
+_TOKENIZER_SETTINGS = ("bos_token", "eos_token", "unk_token", "add_bos_token", "add_eos_token", "add_prefix_space")
+_VOCABULARY_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
+_FAST_TOKENIZER = "tokenizer.json"
+
+
+def check_pair(prefill: str | Path, decode: str | Path) -> None:
+    """Raise QsunError where a prefill module does not fit a decode module; see `differences`."""
+    found = differences(prefill, decode)
+    if found:
+        more = f" ({len(found) - 1} more: qsun check-pair)" if len(found) > 1 else ""
+        raise QsunError(f"prefill module {prefill} does not fit decode module {decode}: {found[0]}{more}")
+
+
+def differences(prefill: str | Path, decode: str | Path) -> list[str]:
+    """What keeps a prefill module from working with a decode module, each with both values and the fix.
+
+    Args:
+        prefill: Hugging Face directory, LoRA adapter directory with a qsun.json, hub id or "demo".
+        decode: decode module, or a full-precision base; its weights are read only where no qsun.json names the base.
+    Returns:
+        One line a difference, the most telling first; empty for a pair that fits.
+    Raises:
+        QsunError: a directory that is neither.
+    """
+    ours, theirs = find_model(str(prefill)), find_model(str(decode))
+    found = list(_role_differences(ours, theirs))
+    if found:
+        return found
+    if (ours / "config.json").exists() or not (ours / ADAPTER).exists():
+        found += _config_differences(ours, theirs)
+    found += _tokenizer_differences(ours, theirs)
+    return found + list(_base_differences(ours, theirs))
+
+
+def uncovered(prefill: str | Path, decode: str | Path) -> str | None:
+    """A warning where a decode module of few bits was calibrated with the KV of other prefill modules than this one.
+
+    A module that was re-tuned (`qsun tune --init`) from a covered one is covered.
+    """
+    ours, theirs = find_model(str(prefill)), find_model(str(decode))
+    made = read_manifest(theirs)
+    covered = {entry["fingerprint"] for entry in made.get("prefill_modules", [])}
+    bits = fewest_bits(made)
+    if not covered or bits >= FEWEST_SAFE_BITS or covered & _lineage(ours):
+        return None
+    names = ", ".join(dict.fromkeys(entry["name"] for entry in made["prefill_modules"]))
+    return (
+        f"decode module {decode} of {bits} bits was calibrated with the KV of {names}, not of {prefill}, whose answers "
+        "may be lost; quantize again with a --calib and --calib-prefill for it, or use 4 bits"
+    )
+
+
+def fewest_bits(made: Mapping[str, Any]) -> int:
+    """Of any quantized layer, from a decode module's qsun.json; 16 where none is."""
+    return min((layer["bits"] for layer in made.get("layers", [])), default=16)
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """qsun.json, empty where there is none."""
+    return read_json(directory / MANIFEST) if (directory / MANIFEST).exists() else {}
+
+
+def find_base(decode: str | Path, base: str | Path | None = None) -> tuple[Path, str]:
+    """The full-precision base of a decode module, directory and name.
+
+    The one given, the one that a quantized module names, or the decode module itself. Raises QsunError for none.
+    """
+    directory = find_model(str(decode))
+    if base is None and not read_json(directory / "config.json").get("quantization_config"):
+        return directory, str(decode)
+    name = read_manifest(directory).get("base") if base is None else str(base)
+    if not isinstance(name, str):
+        raise QsunError(f"{decode} is quantized and does not say from which base; give it with --base")
+    try:
+        return find_model(name), name
+    except QsunError:
+        raise QsunError(f"{decode} was quantized from {name}, which is not here; give the base with --base") from None
+
+
+def base_fingerprint(made: Mapping[str, Any]) -> str | None:
+    """The fingerprint of the base that qsun.json of either kind names."""
+    named = made.get("base_fingerprint")
+    if named is None and isinstance(made.get("base"), Mapping):
+        named = made["base"].get("fingerprint")
+    return named if isinstance(named, str) else None
+
+
+def _lineage(directory: Path) -> set[str]:
+    """Fingerprints of a prefill module and of the modules it was re-tuned from."""
+    return {weights_fingerprint(directory), *read_manifest(directory).get("lineage", [])}
+
+
+def weights_fingerprint(directory: Path) -> str:
+    """Of a module's own weights, a model's tensors or an adapter's: as qsun.json has it, or else computed."""
+    own = read_manifest(directory).get("fingerprint")
+    if isinstance(own, str):
+        return own
+    adapter = directory / ADAPTER_WEIGHTS
+    is_adapter = (directory / ADAPTER).exists() and adapter.is_file()
+    return (Checkpoint.of_file(adapter) if is_adapter else Checkpoint(directory)).fingerprint()
+
+
+def _role_differences(ours: Path, theirs: Path) -> Iterator[str]:
+    if read_manifest(theirs).get("kind", "").startswith("prefill"):
+        yield f"{theirs} is a prefill module itself; give the decode module second"
+    if (theirs / ADAPTER).exists() and not (theirs / "config.json").exists():
+        yield f"{theirs} is a LoRA adapter; give the decode module second"
+    stored = read_json(ours / "config.json").get("quantization_config") if (ours / "config.json").exists() else None
+    if stored:
+        method = stored.get("quant_method", "quantization_config")
+        yield f"{ours} is quantized ({method}) and a prefill module is full precision; give the prefill module first"
+
+
+def _config_differences(ours: Path, theirs: Path) -> Iterator[str]:
+    a, b = (_facts(read_model_config(directory)) for directory in (ours, theirs))
+    if a["model_type"] != b["model_type"]:  # all else would differ with it
+        yield _line("model_type", a["model_type"], b["model_type"], _SAME_BASE)
+        return
+    for key in dict.fromkeys([*a, *b]):
+        if a.get(key) != b.get(key):
+            yield _line(key, a.get(key), b.get(key), _SAME_BASE)
+
+
+def _facts(config: Any) -> dict[str, Any]:
+    """What two modules must agree on, flat."""
+    values = config.to_dict()
+    heads = values["num_attention_heads"]
+    values["head_dim"] = values.get("head_dim") or values["hidden_size"] // heads
+    values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
+    if isinstance(values.get("eos_token_id"), int):
+        values["eos_token_id"] = [values["eos_token_id"]]  # there may be several
+    wanted = ("model_type", *_NUMBERS, *_POSITIONS, *_SCORES, *_TOKENS)
+    return dict(_flat({key: values.get(key) for key in wanted}))
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, entry in value.items():
+        if isinstance(entry, Mapping):
+            yield from _flat(entry, f"{prefix}{key}.")
+        else:
+            yield prefix + key, entry
+
+
+def _tokenizer_differences(ours: Path, theirs: Path) -> Iterator[str]:
+    """Content, not bytes: other versions of transformers write the same tokenizer in other words."""
+    if (ours / ADAPTER).exists() and not any((ours / file).exists() for file in (_FAST_TOKENIZER, *_VOCABULARY_FILES)):
+        return  # an adapter is served with the base's tokenizer
+    fast = [(directory / _FAST_TOKENIZER).exists() for directory in (ours, theirs)]
+    if all(fast):
+        a, b = (read_json(directory / _FAST_TOKENIZER) for directory in (ours, theirs))
+        for key in dict.fromkeys([*a, *b]):
+            if key not in ("version", "truncation", "padding") and a.get(key) != b.get(key):
+                yield from _first_difference(f"{_FAST_TOKENIZER}: {key}", a.get(key), b.get(key))
+    else:
+        for file in (_FAST_TOKENIZER, *_VOCABULARY_FILES):
+            mine, other = (_content(directory / file) for directory in (ours, theirs))
+            if mine != other:
+                yield _line(file, _presence(mine), _presence(other), _SAME_TOKENIZER)
+    a, b = (_tokenizer_settings(directory) for directory in (ours, theirs))
+    for key in a:
+        if a[key] != b[key]:
+            yield _line(f"tokenizer_config.json: {key}", a[key], b[key], _SAME_TOKENIZER)
+
+
+def _first_difference(name: str, a: Any, b: Any) -> Iterator[str]:
+    """The entry inside two JSON values where they first differ, so that the line names a token and not a whole file."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        key = next(key for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key))
+        yield from _first_difference(f"{name}.{key}", a.get(key), b.get(key))
+    elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        place = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
+        yield from _first_difference(f"{name}[{place}]", a[place], b[place])
+    elif isinstance(a, list) and isinstance(b, list):
+        yield _line(name, f"{len(a)} entries", f"{len(b)} entries", _SAME_TOKENIZER)
+    else:
+        yield _line(name, a, b, _SAME_TOKENIZER)
+
+
+def _content(file: Path) -> bytes | None:
+    return file.read_bytes() if file.exists() else None
+
+
+def _presence(content: bytes | None) -> str:
+    return "absent" if content is None else f"{len(content)} other bytes"
+
+
+def _tokenizer_settings(directory: Path) -> dict[str, Any]:
+    file = directory / "tokenizer_config.json"
+    values = read_json(file) if file.exists() else {}
+    settings = {key: values.get(key) for key in _TOKENIZER_SETTINGS}
+    settings |= {key: v["content"] for key, v in settings.items() if isinstance(v, Mapping) and "content" in v}
+    template = _content(directory / "chat_template.jinja")
+    # Both sides render a chat; a router sends them the same messages, not the same tokens.
+    settings["chat_template"] = template.decode("utf-8", "replace") if template else values.get("chat_template")
+    return settings
+
+
+def _base_differences(ours: Path, theirs: Path) -> Iterator[str]:
+    mine = base_fingerprint(read_manifest(ours))
+    if mine is None:
+        if (ours / ADAPTER).exists():
+            yield f"{ours} is a LoRA adapter without a qsun.json that names its base; merge it into its base first"
+        return
+    made = read_manifest(theirs)
+    quantized = bool(read_json(theirs / "config.json").get("quantization_config"))
+    wanted = base_fingerprint(made) or (None if quantized else Checkpoint(theirs).fingerprint())
+    if wanted is not None and mine != wanted:
+        yield _line("base fingerprint", mine[:16], wanted[:16], _SAME_BASE)
+
+
+def _line(name: str, a: Any, b: Any, fix: str) -> str:
+    return f"{name} is {_shown(a)} in the prefill module and {_shown(b)} in the decode module; {fix}"
+
+
+def _shown(value: Any, limit: int = 60) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[:limit] + "..."

@@ -1,0 +1,37 @@
+"""A weight matrix as integers, and the digest of what it computes with."""
+
+import hashlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qsun.kernels.reference import dequantize
+
+
+class Quantized(NamedTuple):
+    """A weight matrix as integers: q (N, K) uint8; scales float32 and zeros uint8, (G, N); g_idx (K,) int32 or None."""
+
+    q: Tensor
+    scales: Tensor
+    zeros: Tensor
+    g_idx: Tensor | None = None
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(N, K) weights."""
+        return dequantize(self.q, self.scales, self.zeros, self.g_idx, dtype)
+
+    def to(self, device: torch.device) -> "Quantized":
+        """The same on a device."""
+        g_idx = None if self.g_idx is None else self.g_idx.to(device)
+        return Quantized(self.q.to(device), self.scales.to(device), self.zeros.to(device), g_idx)
+
+
+def digest(weights: Quantized) -> str:
+    """SHA-256 of what a layer computes with; the same whatever format it went through."""
+    sha = hashlib.sha256()
+    for tensor in (weights.q, weights.scales.float(), weights.zeros):
+        sha.update(tensor.contiguous().cpu().numpy().tobytes())
+    if weights.g_idx is not None:
+        sha.update(weights.g_idx.cpu().numpy().tobytes())
+    return sha.hexdigest()

@@ -1,0 +1,166 @@
+"""A model's blocks one at a time: its skeleton without weights, and what the model passes to each block.
+
+transformers' own classes compute everything: the skeleton is the real model on the meta device, and the arguments of a
+block (masks, rotary embeddings, per layer type) are what the model's own forward hands to it, recorded by stand-ins.
+"""
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qsun.errors import QsunError
+from qsun.model.architectures import Architecture, architecture_of
+from qsun.model.checkpoint import Checkpoint, read_json
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+
+class Skeleton:
+    """The model of a directory, without weights but for what is loaded on demand.
+
+    Attributes:
+        config: transformers' config. model: the causal LM on the meta device (its buffers are real).
+        architecture: the table's row. base_dtype: what the weights are stored in.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device):
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        self.config = read_model_config(checkpoint.directory)
+        self.base_dtype = (checkpoint.dtype(EMBEDDING) if EMBEDDING in checkpoint else None) or torch.float32
+        self.architecture: Architecture = architecture_of(self.config.model_type)
+        self.model: Any = empty_model(self.config)
+        self.layers: nn.ModuleList = self.model.model.layers
+        self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
+
+    @property
+    def tied(self) -> bool:
+        return bool(self.config.tie_word_embeddings)
+
+    def prefix(self, index: int) -> str:
+        return f"model.layers.{index}."
+
+    def linear_shapes(self, with_head: bool) -> dict[str, tuple[int, int]]:
+        """(out_features, in_features) of each linear layer that can be quantized, by full name."""
+        shapes = {}
+        for index, layer in enumerate(self.layers):
+            for name in self.architecture.linear_names():
+                shapes[self.prefix(index) + name] = weight_shape(layer, name)
+        return shapes | ({"lm_head": weight_shape(self.model, "lm_head")} if with_head else {})
+
+    def load_block(self, index: int) -> nn.Module:
+        """Block with the checkpoint's weights, in the computation's dtype. Raises QsunError for NaN or Inf."""
+        prefix = self.prefix(index)
+        tensors = self.checkpoint.load(self.checkpoint.names(prefix))
+        return self.fill(self.layers[index], {name.removeprefix(prefix): t for name, t in tensors.items()}, prefix)
+
+    def fill(self, module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> nn.Module:
+        """A copy of a skeleton module holding these tensors."""
+        filled = copy.deepcopy(module)
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise QsunError(
+                    f"{prefix}{name} has NaN or Inf; the model is damaged, or overflowed when it was converted"
+                )
+        cast = {n: t.to(self.device, self.dtype) if t.is_floating_point() else t for n, t in tensors.items()}
+        try:
+            filled.load_state_dict(cast, strict=True, assign=True)
+        except RuntimeError as error:
+            raise QsunError(f"{prefix}*: {' '.join(str(error).split())[:300]}") from None
+        return filled.to(self.device).eval().requires_grad_(False)
+
+    def embed(self, batches: list[Tensor]) -> list[Tensor]:
+        """What enters block 0 for each batch of token ids."""
+        inner = self.model.model
+        tensors = self.checkpoint.load([EMBEDDING])
+        meta, inner.embed_tokens = inner.embed_tokens, self.fill(inner.embed_tokens, {"weight": tensors[EMBEDDING]})
+        try:
+            return [self._record(ids=ids)[0] for ids in batches]
+        finally:
+            inner.embed_tokens = meta
+
+    def block_arguments(self, index: int, hidden: Tensor) -> dict[str, Any]:
+        """Keyword arguments that the model passes to this block for unpadded input of hidden's (batch, length)."""
+        shape = (hidden.shape[0], hidden.shape[1])
+        if shape not in self._arguments:
+            self._arguments[shape] = self._record(embeds=hidden)[1]
+        return self._arguments[shape][index]
+
+    def _record(self, ids: Tensor | None = None, embeds: Tensor | None = None) -> tuple[Tensor, list[dict[str, Any]]]:
+        inner = self.model.model
+        recorders = [_Recorder(layer) for layer in self.layers]
+        norm = inner.norm
+        inner.layers, inner.norm = nn.ModuleList(recorders), nn.Identity()
+        try:
+            inner(input_ids=ids, inputs_embeds=embeds, use_cache=False)
+        finally:
+            inner.layers, inner.norm = self.layers, norm
+        return recorders[0].hidden, [recorder.arguments for recorder in recorders]
+
+    def final_norm(self) -> nn.Module:
+        names = self.checkpoint.names("model.norm.")
+        tensors = {n.removeprefix("model.norm."): t for n, t in self.checkpoint.load(names).items()}
+        return self.fill(self.model.model.norm, tensors, "model.norm.")
+
+    def head(self) -> nn.Module:
+        """The output projection, from the embedding where they are tied."""
+        stored = EMBEDDING if self.tied and HEAD not in self.checkpoint else HEAD
+        return self.fill(self.model.lm_head, {"weight": self.checkpoint.load([stored])[stored]}, "lm_head.")
+
+
+def linear_of(module: nn.Module, name: str) -> nn.Linear:
+    """The linear layer of this name inside a module."""
+    return cast(nn.Linear, module.get_submodule(name))
+
+
+def weight_shape(module: nn.Module, name: str) -> tuple[int, int]:
+    """(out_features, in_features) of the linear layer of this name."""
+    linear = linear_of(module, name)
+    return linear.out_features, linear.in_features
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: notes what it is called with and passes the hidden states on."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.attention_type = getattr(layer, "attention_type", None)  # read by some models' forward
+
+    def forward(self, hidden_states: Tensor, *args: Any, **arguments: Any) -> Tensor:
+        self.hidden = hidden_states
+        self.arguments = arguments
+        return hidden_states
+
+
+def read_model_config(directory: Path) -> Any:
+    """transformers' config of a directory, as a plain model (a quantization_config in it is left out)."""
+    values = read_json(directory / "config.json")
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str):
+        raise QsunError(f"{directory / 'config.json'} names no model_type")
+    architecture_of(model_type)
+    values.pop("quantization_config", None)
+    try:
+        return AutoConfig.for_model(**values)
+    except Exception as error:  # each config class checks in its own way, down to those of a strict dataclass
+        raise QsunError(f"{directory / 'config.json'}: {' '.join(str(error).split())[:300]}") from None
+
+
+def empty_model(config: Any) -> Any:
+    """The causal LM with parameters on the meta device and real buffers."""
+    # transformers' fused attention ignores Gemma 2's soft cap on the logits.
+    attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
+def config_json(directory: Path) -> dict[str, Any]:
+    """config.json as it is, to be written again with a quantization_config."""
+    return json.loads((directory / "config.json").read_text(encoding="utf-8"))

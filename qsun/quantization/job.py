@@ -1,0 +1,130 @@
+"""A request to quantize, checked: everything that can be refused is refused here, before work starts."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from qsun.config import LayerSpec, QuantConfig
+from qsun.data.calibration import BUILTIN, Calibration, read_calibration
+from qsun.demo import calibration_file
+from qsun.errors import QsunError
+from qsun.model.checkpoint import Checkpoint
+from qsun.model.formats import check_format
+from qsun.model.locate import DEMO, find_model, load_tokenizer
+from qsun.model.output_dir import check_free, partial_path, written_bytes
+from qsun.model.quantization_config import check_fused, check_overrides
+from qsun.model.skeleton import EMBEDDING, HEAD, Skeleton
+from qsun.quantization.plan import Plan, check_disk, make_plan
+from qsun.quantization.prefill_streams import PrefillPlan, plan_prefills
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked request: nothing in it can be refused for the user's settings any more."""
+
+    name: str
+    out: Path
+    config: QuantConfig
+    checkpoint: Checkpoint
+    skeleton: Skeleton
+    specs: dict[str, LayerSpec]
+    calibration: Calibration | None
+    plan: Plan
+    scale_dtype: torch.dtype
+    prefill: PrefillPlan
+
+
+def prepare(
+    model: str | Path,
+    out: str | Path,
+    config: QuantConfig | None = None,
+    calibration: str | Path | Iterable[str | Path] | None = None,
+    device: str | torch.device | None = None,
+    resume: bool = False,
+    calibration_prefill: Iterable[str | Path] = (),
+) -> Job:
+    """Check everything that can be checked before work starts, and estimate what it will take. Writes nothing.
+
+    Raises:
+        QsunError: see `quantize`.
+    """
+    config = config or QuantConfig()
+    out = Path(out)
+    check_free(out, resume)
+    checkpoint = Checkpoint(find_model(str(model)))
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    base_dtype = checkpoint.dtype(EMBEDDING) if EMBEDDING in checkpoint else None
+    skeleton = Skeleton(checkpoint, _compute_dtype(config, device, base_dtype), device)
+    shapes = skeleton.linear_shapes(config.lm_head)
+    check_overrides(config, shapes)
+    check_format(config, shapes)
+    specs = {name: config.spec_for(name) for name in shapes}
+    if "lm_head" in specs and not specs["lm_head"].quantized:  # an override takes back what --lm-head asked for
+        config = replace(config, lm_head=False)
+        del shapes["lm_head"], specs["lm_head"]
+    check_fused(specs)
+    _check_weights(checkpoint, skeleton, shapes)
+    sources = _sources(str(model), calibration)
+    prefill, samples = PrefillPlan(), None
+    if config.calibrated:
+        prefill = plan_prefills(map(str, calibration_prefill), sources, str(model), skeleton)
+        for source in prefill.modules:
+            _check_weights(source.skeleton.checkpoint, source.skeleton, source.skeleton.linear_shapes(False))
+        samples = _read_samples(skeleton, config, sources, prefill)
+    elif list(calibration_prefill):
+        log.warning("%s uses no calibration, so --calib-prefill has no effect", config.method)
+    plan = make_plan(skeleton, checkpoint, config, shapes, specs, samples)
+    check_disk(plan, _existing_parent(partial_path(out).parent), written_bytes(out))
+    scale_dtype = skeleton.base_dtype if config.scale_dtype == "auto" else getattr(torch, config.scale_dtype)
+    if scale_dtype == torch.float32:
+        scale_dtype = torch.float16
+    return Job(str(model), out, config, checkpoint, skeleton, specs, samples, plan, scale_dtype, prefill)
+
+
+def _compute_dtype(config: QuantConfig, device: torch.device, base: torch.dtype | None) -> torch.dtype:
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    return torch.float32 if device.type == "cpu" or base is None else base
+
+
+def _check_weights(checkpoint: Checkpoint, skeleton: Skeleton, layers: Iterable[str]) -> None:
+    """The files must hold the tensors that config.json promises, and no others."""
+    if any(f"{name}.qweight" in checkpoint or f"{name}.weight_packed" in checkpoint for name in layers):
+        raise QsunError(f"{checkpoint.directory} is quantized already; give the full-precision base")
+    wanted = {name: tuple(tensor.shape) for name, tensor in skeleton.model.state_dict().items()}
+    for name, shape in wanted.items():
+        if name == HEAD and skeleton.tied and name not in checkpoint:
+            continue
+        if name not in checkpoint:
+            raise QsunError(f"{checkpoint.directory} has no tensor {name}; is config.json that of another model?")
+        if checkpoint.shape(name) != shape:
+            raise QsunError(f"{name} is {list(checkpoint.shape(name))}, but config.json wants {list(shape)}")
+    unknown = [name for name in checkpoint.names() if name not in wanted]
+    if unknown:
+        raise QsunError(f"{checkpoint.directory} has {unknown[0]}, which config.json knows nothing of; is it damaged?")
+
+
+def _sources(model: str, calibration: str | Path | Iterable[str | Path] | None) -> list[str]:
+    if calibration is None:
+        calibration = str(calibration_file()) if model == DEMO else BUILTIN
+    return [str(calibration)] if isinstance(calibration, (str, Path)) else list(map(str, calibration))
+
+
+def _read_samples(skeleton: Skeleton, config: QuantConfig, sources: list[str], prefill: PrefillPlan) -> Calibration:
+    seq_len = min(config.seq_len, skeleton.config.max_position_embeddings)
+    tokenizer = load_tokenizer(skeleton.checkpoint.directory)
+    return read_calibration(
+        sources, tokenizer, skeleton.config.vocab_size, config.samples, seq_len, config.seed, prefill.numbers
+    )
+
+
+def _existing_parent(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

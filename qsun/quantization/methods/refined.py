@@ -1,0 +1,50 @@
+"""Refined: quantize towards what the full-precision block would have added, given what the quantized one is fed.
+
+GPTQ makes Q x close to W x for the inputs x that reach the layer in the quantized model. But x is already wrong, and so
+is the residual stream r that the product is added to. The block's output is right when
+
+    r + Q x  =  r_full + W x_full,
+
+so the best full-precision stand-in for W is the least-squares solution
+
+    T = W + (W E[(x_full - x) x^T] + E[(r_full - r) x^T]) (E[x x^T] + lambda I)^-1,
+
+and GPTQ with coordinate descent then quantizes T instead of W. Each layer takes back what earlier layers broke, with
+two more second moments to keep and no gradient. The residual term applies to the layers that write to the residual
+stream unnormalised (o_proj, down_proj); the input term to all.
+
+Sources: the input term is the asymmetric calibration of GPTAQ (arXiv 2504.02692) and Qronos (arXiv 2505.11695), solved
+here in closed form before rounding; the residual term and the choice of lambda are ours. lambda is K / tokens of the
+mean diagonal: with few tokens for many inputs the regression would fit their noise (measured in docs/passes.md).
+"""
+
+import torch
+from torch import Tensor
+
+from qsun.model.quantized import Quantized
+from qsun.quantization.methods.gptq import GptqOptions, gptq
+from qsun.quantization.methods.grid import Grid
+from qsun.quantization.methods.moments import Moments
+
+_LEAST_RIDGE = 0.003
+
+
+def refined(weight: Tensor, moments: Moments, grid: Grid, options: GptqOptions) -> Quantized:
+    """Quantize the compensated target of a weight matrix. weight: (N, K); moments carry drift (and residual)."""
+    return gptq(compensated_target(weight, moments), moments.hessian(), grid, options)
+
+
+def compensated_target(weight: Tensor, moments: Moments) -> Tensor:
+    """T of the module's docstring, (N, K) float32; the weight itself where no drift was tracked."""
+    weight = weight.float()
+    if moments.drift is None:
+        return weight
+    wanted = weight @ moments.drift
+    if moments.residual is not None:
+        wanted += moments.residual
+    hessian = moments.hessian()
+    features = hessian.shape[0]
+    ridge = max(_LEAST_RIDGE, features / moments.tokens) * hessian.diagonal().mean()
+    hessian.diagonal().add_(ridge.clamp(min=1e-12))
+    factor = torch.linalg.cholesky(hessian)
+    return weight + torch.cholesky_solve(wanted.t() / moments.tokens, factor).t()

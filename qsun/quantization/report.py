@@ -1,0 +1,45 @@
+"""report.json and the picture of errors by layer."""
+
+from pathlib import Path
+from typing import Any
+
+from qsun.model.manifest import write_json
+
+
+def write_report(directory: Path, report: dict[str, Any]) -> None:
+    """report.json and errors.png beside the module."""
+    write_json(directory / "report.json", report)
+    if report["layers"]:
+        plot_errors(report, directory / "errors.png")
+
+
+def plot_errors(report: dict[str, Any], path: Path) -> None:
+    """Relative output error of every layer against its block, one line a kind of layer."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    kinds: dict[str, list[tuple[int, float]]] = {}
+    for layer in report["layers"]:
+        parts = layer["name"].split(".")
+        block = int(parts[2]) if parts[:2] == ["model", "layers"] else len(report["block_errors"])
+        kinds.setdefault(parts[-1], []).append((block, layer["error"]))
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for kind, points in kinds.items():
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, linewidth=1.2, label=kind)
+    whole = [(index, error) for index, error in enumerate(report["block_errors"]) if error is not None]
+    if whole:
+        axes.plot(*zip(*whole, strict=True), color="black", linestyle="--", linewidth=1.2, label="hidden states")
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("decoder block")
+    axes.set_ylabel("relative squared error of the output")
+    config = report["config"]
+    kind = "sym" if config["sym"] else "asym"
+    axes.set_title(
+        f"{report['base']}: {config['method']}, {config['bits']} bits {kind}, group {config['group_size']}"
+        f" ({report['bits_per_weight']:.2f} bits a weight)"
+    )
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    figure.savefig(path, dpi=130, metadata={"Software": None})

@@ -1,0 +1,138 @@
+"""Decode modules: a directory on disk becomes a transformers model whose linear layers are QuantLinear."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from qsun.errors import QsunError
+from qsun.memory import available_bytes
+from qsun.model.checkpoint import Checkpoint, read_json
+from qsun.model.locate import find_model
+from qsun.model.manifest import MANIFEST
+from qsun.model.quantization_config import stored_format
+from qsun.model.skeleton import EMBEDDING, HEAD, empty_model, linear_of, read_model_config
+from qsun.model.stored_layers import quantized_layer_names, read_quantized_layer
+from qsun.runtime.fused_projections import merge_projections
+from qsun.runtime.quant_linear import QuantLinear
+
+
+@dataclass(frozen=True)
+class DecodeModule:
+    """The shared decoder.
+
+    Attributes:
+        model: transformers' causal LM; call it as any other.
+        directory: where it was loaded from.
+        manifest: qsun.json, empty for a module that qsun did not make.
+    """
+
+    model: nn.Module
+    directory: Path
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+
+def load_decode(
+    directory: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    keep_dense: bool | None = None,
+    merge: bool | None = None,
+) -> DecodeModule:
+    """Load a decode module: GPTQ v1 or v2, AWQ gemm, compressed-tensors, or a plain full-precision base.
+
+    Args:
+        directory: a Hugging Face directory, or "demo" for the packaged base.
+        device: default: a GPU where there is one.
+        dtype: of activations and unquantized weights; default: that of the stored embedding.
+        keep_dense: on a CPU, whether layers may keep dequantized copies for the inputs that are faster with them
+            (batches beyond 8 rows on most servers, float32); default: where all copies take less than half of the
+            free memory.
+        merge: one product for q, k and v and one for gate and up (merged.py); default: on a GPU.
+    Raises:
+        QsunError: a damaged or unsupported directory.
+    """
+    path = find_model(str(directory))
+    checkpoint = Checkpoint(path)
+    config = read_model_config(path)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = wanted or checkpoint.dtype(EMBEDDING) or torch.float32
+    model = empty_model(config)
+    if keep_dense is None:
+        keep_dense = sum(p.numel() for p in model.parameters()) * dtype.itemsize < available_bytes() / 2
+    place_weights(model, checkpoint, dtype, device, keep_dense)
+    if merge or (merge is None and device.type == "cuda"):
+        merge_projections(model, config)
+    if (path / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    manifest = read_json(path / MANIFEST) if (path / MANIFEST).exists() else {}
+    return DecodeModule(model.to(device).eval().requires_grad_(False), path, manifest)
+
+
+def place_weights(
+    model: Any,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    keep_dense: bool = False,
+    prefixes: tuple[str, ...] = ("",),
+) -> None:
+    """Fill an empty model, or what is under these prefixes of it; layers stored as integers become QuantLinear.
+
+    Raises:
+        QsunError: a tensor that is missing, or that the model has no place for.
+    """
+    stored = read_json(checkpoint.directory / "config.json").get("quantization_config")
+    fmt = stored_format(stored) if stored else ""
+    taken: set[str] = set()
+    for name in quantized_layer_names(checkpoint) if stored else []:
+        if name.startswith(prefixes):
+            taken |= _place_quantized(model, checkpoint, name, fmt, dtype, device, keep_dense)
+    rest = [name for name in checkpoint.names() if name.startswith(prefixes) and name not in taken]
+    _place_rest(model, checkpoint.load(rest), dtype, device, prefixes)
+
+
+def _place_quantized(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    name: str,
+    fmt: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    keep_dense: bool,
+) -> set[str]:
+    """Put a QuantLinear layer in place. Returns the tensor names it took."""
+    linear = linear_of(model, name)
+    weights, spec = read_quantized_layer(checkpoint, name, fmt, linear.in_features, device)
+    bias_name = f"{name}.bias"
+    bias = None
+    if linear.bias is not None and bias_name in checkpoint:
+        bias = checkpoint.load([bias_name])[bias_name].to(device, dtype)
+    model.set_submodule(name, QuantLinear(weights, bias, spec.bits, dtype, keep_dense))
+    return set(checkpoint.names(name + "."))
+
+
+def _place_rest(
+    model: Any, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device, prefixes: tuple[str, ...]
+) -> None:
+    cast = {name: t.to(device, dtype) if t.is_floating_point() else t.to(device) for name, t in tensors.items()}
+    tied = bool(model.config.tie_word_embeddings) and EMBEDDING in cast
+    if tied:
+        cast[HEAD] = cast[EMBEDDING]
+    expected = {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
+    unknown = sorted(set(cast) - expected - set(model.state_dict()))
+    if tied and unknown == [HEAD]:
+        unknown = []
+    missing = sorted(expected - set(cast) - ({HEAD} if tied else set()))
+    if unknown or missing:
+        raise QsunError(
+            "the checkpoint does not fit its config.json: "
+            f"missing {missing[:1] or 'nothing'}, unknown {unknown[:1] or 'nothing'}"
+        )
+    model.load_state_dict(cast, strict=False, assign=True)
+    if tied:
+        model.tie_weights()

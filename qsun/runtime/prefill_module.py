@@ -1,0 +1,71 @@
+"""Prefill modules: a task's fine-tuned model, of which only the KV cache of a prompt is ever used."""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qsun.errors import QsunError
+from qsun.model.checkpoint import read_json
+from qsun.model.locate import find_model
+from qsun.model.lora import ADAPTER_CONFIG, adapter_base, merge_adapter, read_adapter
+from qsun.model.pairing import check_pair, read_manifest, uncovered
+from qsun.runtime.decode_module import DecodeModule, load_decode
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PrefillModule:
+    """A task's half of a SUN pair.
+
+    Attributes:
+        model: transformers' causal LM, full precision; its last layer's output, final norm and lm_head are never used.
+        directory: where it was loaded from.
+        manifest: qsun.json, empty for a model that qsun did not make.
+    """
+
+    model: nn.Module
+    directory: Path
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+
+def load_prefill(
+    directory: str | Path,
+    decode: DecodeModule | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+) -> PrefillModule:
+    """Load a prefill module: a full-precision Hugging Face directory, "demo", or a LoRA adapter of one.
+
+    An adapter is merged into its base in float32 and then rounded: prefill then runs at the plain model's speed, and
+    what it writes is one model's KV, at the price of one set of weights for each task.
+
+    Args:
+        decode: the module that it will be paired with; the pair is checked, and its device is the default. Logs a
+            warning where calibration of a decode module of few bits did not cover this prefill module.
+        dtype: default: what the directory (for an adapter, its base) is stored in.
+        device: default: decode's, or else a GPU where there is one.
+    Raises:
+        QsunError: a damaged or quantized directory, or one that does not fit the decode module.
+    """
+    path = find_model(str(directory))
+    if decode is not None:
+        check_pair(path, decode.directory)
+        warning = uncovered(path, decode.directory)
+        if warning:
+            log.warning("%s", warning)
+        model: Any = decode.model
+        device = device or model.model.embed_tokens.weight.device
+    if (path / ADAPTER_CONFIG).exists():
+        loaded = load_decode(adapter_base(path), device, dtype)
+        read_adapter(loaded.model, path)
+        merge_adapter(loaded.model)
+        return PrefillModule(loaded.model, path, read_manifest(path))
+    if (path / "config.json").exists() and read_json(path / "config.json").get("quantization_config"):
+        raise QsunError(f"{path} is quantized; a prefill module is full precision: give its base or a tuned module")
+    loaded = load_decode(path, device, dtype)
+    return PrefillModule(loaded.model, path, loaded.manifest)

@@ -1,0 +1,273 @@
+"""QuantLinear: a linear layer whose weights are integers, differentiable with respect to its input."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from qsun.errors import QsunError
+from qsun.kernels import int4_cpu, int4_cuda, int4pack_cpu
+from qsun.kernels.layout import PackedInt4, interleave_gate_up, pack_int4, separate_gate_up, unpack_int4
+from qsun.kernels.reference import dequantize
+from qsun.model.quantized import Quantized
+from qsun.runtime import ops  # noqa: F401  (registers torch.ops.qsun)
+
+logger = logging.getLogger(__name__)
+_CHUNK_ROWS = 256
+
+
+class QuantLinear(nn.Module):
+    """``y = x W^T + bias`` with W = (q - zeros) * scales.
+
+    The integers are constants: gradients flow to x only. They lie in one of these storages, chosen once:
+
+    * "bytes": q (out, in) uint8, scales (groups, out) float32, zeros (groups, out) uint8. Any bits and shape.
+    * "cpu_int4": two weights a byte as torch's int4 op wants them; at most 4 bits, bfloat16 activations, on a CPU.
+    * "triton_int4": two weights a byte as the Triton kernels want them; at most 4 bits, 16-bit activations, on a GPU.
+
+    Attributes:
+        storage: which.
+        bits: 2, 3, 4 or 8.
+        dtype: of the activations that the storage was chosen for; others work too.
+        keep_dense: on a CPU, keep a dequantized copy from the first input on that is faster with one: a batch beyond
+            the int4 op's reach, or another dtype than bfloat16. It takes 4 times the memory of the integers.
+        gated: the rows are a gate projection's and then an up projection's, for `silu_mul`.
+    """
+
+    q: Tensor
+    words: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    g_idx: Tensor | None
+    order: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        weights: Quantized,
+        bias: Tensor | None = None,
+        bits: int = 4,
+        dtype: torch.dtype = torch.float32,
+        keep_dense: bool = False,
+        gated: bool = False,
+    ):
+        super().__init__()
+        self.out_features, self.in_features = weights.q.shape
+        self.dtype, self.gated = dtype, gated
+        self.groups, self.bits, self.keep_dense = weights.scales.shape[0], bits, keep_dense
+        self.storage = ""
+        self._dense: Tensor | None = None
+        self._store(weights)
+        self.register_buffer("bias", None if bias is None else bias.to(dtype))
+
+    @classmethod
+    def from_parts(
+        cls,
+        q: Tensor,
+        scales: Tensor,
+        zeros: Tensor,
+        group_size: int,
+        bias: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> "QuantLinear":
+        """Build a layer from its integers.
+
+        Args:
+            q: (out, in) uint8.
+            scales, zeros: (groups, out); zeros are integers.
+            group_size: of the input columns; -1 for one group.
+            bias: (out,), kept in dtype.
+            dtype: of the activations; scales are rounded to it: an engine that computes in bfloat16 holds bfloat16
+                scales.
+        Raises:
+            QsunError: shapes that do not fit each other.
+        """
+        out_features, in_features = q.shape
+        size = in_features if group_size == -1 else group_size
+        wanted = (in_features // size if size and in_features % size == 0 else 0, out_features)
+        if q.dtype != torch.uint8 or tuple(scales.shape) != wanted or tuple(zeros.shape) != wanted or 0 in wanted:
+            raise QsunError(
+                f"q {tuple(q.shape)} {q.dtype}, scales {tuple(scales.shape)}, zeros {tuple(zeros.shape)} do not fit "
+                f"group_size {group_size}; want uint8 (out, in) and (in / group_size, out)"
+            )
+        bits = 8 if int(q.max()) > 15 or int(zeros.max()) > 15 else 4
+        weights = Quantized(q, scales.to(dtype).float(), zeros.to(torch.uint8))
+        return cls(weights, bias, bits, dtype)
+
+    @property
+    def group_size(self) -> int:
+        return -1 if self.groups == 1 else self.in_features // self.groups
+
+    @property
+    def column_order(self) -> Tensor | None:
+        """What activation-ordered groups did to the columns; None for contiguous groups."""
+        return self.g_idx if self.storage == "bytes" else self.order
+
+    def quantized(self) -> Quantized:
+        """The integers, columns in their own order."""
+        if self.storage == "bytes":
+            assert self.zeros is not None
+            return Quantized(self.q, self.scales, self.zeros, self.g_idx)
+        return _in_order(self._unpacked(), self.order)
+
+    def weight_in(self, dtype: torch.dtype) -> Tensor:
+        """(out, in) weights; the product is taken in float32, or the wider dtype asked for, and rounded once."""
+        return _dense(self.quantized(), dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """Dequantized weights, for code that looks at a linear layer's dtype or device."""
+        return self.weight_in(self.bias.dtype if self.bias is not None else torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._product(x, silu_mul=False)
+
+    def silu_mul(self, x: Tensor) -> Tensor:
+        """SiLU(gate) * up, where the rows are those of a gate projection and then of an up projection."""
+        grad = torch.is_grad_enabled() and x.requires_grad
+        if self.storage != "bytes" and not grad:
+            return self._product(x, silu_mul=True)
+        gate, up = self(x).chunk(2, -1)
+        return silu(gate) * up
+
+    def _product(self, x: Tensor, silu_mul: bool) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        dense = self._dense_for(x)
+        if self.storage == "bytes":
+            return torch.ops.qsun.bytes_linear.default(x, self.q, self.scales, self.zeros, self.g_idx, dense, bias)
+        weights = (self.words, self.scales, self.zeros, self.order, dense, bias, None)
+        product: Any = torch.ops.qsun.int4_linear.default
+        if self.storage == "cpu_int4" and not _needs_op(x):
+            product = int4_cpu.int4_linear
+        y = product(x, *weights, self.out_features, self.group_size, silu_mul)
+        return y if silu_mul or not self._interleaved else torch.cat(separate_gate_up(y.movedim(-1, 0))).movedim(0, -1)
+
+    @property
+    def _interleaved(self) -> bool:
+        """The Triton kernels want a gated layer's rows in turns."""
+        return self.gated and self.storage == "triton_int4"
+
+    def _store(self, weights: Quantized) -> None:
+        weights, order = _by_group(weights)
+        self.storage = self._choose_storage(weights)
+        buffers: dict[str, Tensor | None]
+        if self.storage == "bytes":
+            buffers = _in_order(weights, order)._asdict()
+        elif self.storage == "cpu_int4":
+            words, scales = int4pack_cpu.pack(weights.q, weights.scales, weights.zeros)
+            buffers = {"words": words, "scales": scales, "zeros": None, "order": order}
+        else:
+            rows = [t.t() for t in (weights.q.t(), weights.scales, weights.zeros)]
+            if self.gated:
+                rows = [interleave_gate_up(*t.chunk(2)) for t in rows]
+            packed = pack_int4(rows[0], rows[1].t(), rows[2].t(), self.group_size, self.dtype)
+            buffers = {**packed._asdict(), "order": order}
+            int4_cuda.reserve_workspace(self.out_features, self.in_features, self.group_size, weights.q.device)
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def _choose_storage(self, weights: Quantized) -> str:
+        N, K, device = self.out_features, self.in_features, weights.q.device.type
+        if self.bits > 4 or weights.g_idx is not None or device not in ("cpu", "cuda"):
+            return "bytes"
+        if device == "cpu":
+            fits = self.dtype == torch.bfloat16 and int4pack_cpu.usable(N, K, self.group_size)
+            return "cpu_int4" if fits else "bytes"
+        fits = self.dtype in (torch.bfloat16, torch.float16) and N % 16 == 0 and K % 32 == 0
+        if fits and not int4_cuda.available():
+            logger.warning("triton is not installed: int4 products on the GPU dequantize first; pip install triton")
+            return "bytes"
+        return "triton_int4" if fits else "bytes"
+
+    def _unpacked(self) -> Quantized:
+        """Integers in stored column order, rows in their own."""
+        if self.storage == "cpu_int4":
+            return Quantized(*int4pack_cpu.unpack(self.words, self.scales, self.in_features, self.groups))
+        packed = PackedInt4(self.words, self.scales, self.zeros)
+        q, scales, zeros = unpack_int4(packed, self.out_features, self.in_features, self.group_size)
+        if self._interleaved:
+            q, scales, zeros = (torch.cat(separate_gate_up(t)) for t in (q, scales.t(), zeros.t()))
+            scales, zeros = scales.t(), zeros.t()
+        return Quantized(q, scales.float(), zeros)
+
+    def read_bytes(self, rows: int) -> int:
+        """Bytes of weights that a product with this many rows, in the layer's dtype and without gradients, reads."""
+        x = torch.empty(rows, self.in_features, dtype=self.dtype, device="meta")
+        if self.scales.device.type == "cpu" and self._wants_dense(x):
+            return self.out_features * self.in_features * self.dtype.itemsize
+        return sum(t.numel() * t.element_size() for t in self._buffers.values() if t is not None)
+
+    def _wants_dense(self, x: Tensor) -> bool:
+        """Whether a kept dequantized matrix is the faster way for this input, on a CPU."""
+        if not self.keep_dense or self.storage != "cpu_int4" or x.dtype != torch.bfloat16:
+            return self.keep_dense
+        grad = torch.is_grad_enabled() and x.requires_grad
+        return grad or not int4pack_cpu.int4_wins(x.numel() // self.in_features)
+
+    def _dense_for(self, x: Tensor) -> Tensor | None:
+        """The kept dequantized matrix where it is the faster way for this input; columns as they are stored."""
+        if x.device.type != "cpu" or not self._wants_dense(x):
+            return None
+        if (self._dense is None or self._dense.dtype != x.dtype) and not torch.compiler.is_compiling():
+            weights = self.quantized() if self.storage == "bytes" else self._unpacked()
+            self._dense = _dense(weights, x.dtype)
+        return self._dense if self._dense is not None and self._dense.dtype == x.dtype else None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
+        """Scales keep their values when a model is cast, and the storage is chosen anew on another kind of device."""
+        device = fn(torch.empty(0, device=self.scales.device)).device
+        self._dense = None
+        if self.bias is not None:
+            self.bias = fn(self.bias)
+        if device.type != self.scales.device.type:
+            self._store(self.quantized().to(device))
+        elif device != self.scales.device:
+            for name, tensor in list(self._buffers.items()):
+                self._buffers[name] = None if tensor is None else tensor.to(device)
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"group_size={self.group_size}, storage={self.storage}"
+        )
+
+
+def _needs_op(x: Tensor) -> bool:
+    """Whether a product must pass torch's dispatcher: without it, a decode step on a CPU takes about 1% less."""
+    return torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+
+
+def _dense(weights: Quantized, dtype: torch.dtype) -> Tensor:
+    """(out, in) weights, a block of rows at a time."""
+    out = torch.empty(weights.q.shape, dtype=dtype, device=weights.q.device)
+    precise = torch.promote_types(dtype, torch.float32)
+    for start in range(0, out.shape[0], _CHUNK_ROWS):
+        rows = slice(start, start + _CHUNK_ROWS)
+        q, scales, zeros = weights.q[rows], weights.scales[:, rows], weights.zeros[:, rows]
+        out[rows] = dequantize(q, scales, zeros, weights.g_idx, precise)
+    return out
+
+
+def _by_group(weights: Quantized) -> tuple[Quantized, Tensor | None]:
+    """Columns sorted into contiguous groups and their order, where activation-ordered groups are all of one size."""
+    if weights.g_idx is None:
+        return weights, None
+    G, K = weights.scales.shape[0], weights.q.shape[1]
+    if K % G or not bool((torch.bincount(weights.g_idx.long(), minlength=G) == K // G).all()):
+        return weights, None
+    order = torch.argsort(weights.g_idx.long(), stable=True)
+    return Quantized(weights.q[:, order], weights.scales, weights.zeros), order
+
+
+def _in_order(weights: Quantized, order: Tensor | None) -> Quantized:
+    """The inverse of `_by_group`."""
+    if order is None:
+        return weights
+    K, G = weights.q.shape[1], weights.scales.shape[0]
+    q, g_idx = torch.empty_like(weights.q), torch.empty(K, dtype=torch.int32, device=order.device)
+    q[:, order] = weights.q
+    g_idx[order] = torch.arange(K, device=order.device, dtype=torch.int32) // (K // G)
+    return Quantized(q, weights.scales, weights.zeros, g_idx)

@@ -1,0 +1,193 @@
+"""The seam in tensors: which positions a row holds, what each may see, and the forward passes on either side.
+
+A row's cache is aligned to the right: its prefilled tokens end in the last prefilled column, so that all rows of a
+batch decode at the same column, whatever their lengths and whichever prefill module wrote them. Masks are made here,
+not by transformers: they then need no padding mask to be looked at (a CUDA graph cannot), and hold for every version.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DynamicCache
+from transformers.integrations import sdpa_attention
+
+from qsun.model.architectures import architecture_of
+from qsun.runtime.decode_cache import CACHE_ARGUMENT
+
+IGNORED = -100  # label of a position that is no response token
+
+
+@dataclass(frozen=True)
+class SeamBatch:
+    """Examples side by side; prefill reads `prefix`, decode reads `rest`.
+
+    Attributes:
+        prefix: (B, P) int64, prompts without their last token, aligned to the right; P may be 0.
+        rest: (B, R) int64, the last prompt token and the response without its last token, aligned to the left.
+        labels: (B, R) int64, the token that follows each of `rest`; IGNORED on padding.
+        starts: (B,) int64, the first column of each prefix that is no padding.
+    """
+
+    prefix: Tensor
+    rest: Tensor
+    labels: Tensor
+    starts: Tensor
+
+    def to(self, device: torch.device) -> "SeamBatch":
+        return SeamBatch(*(t.to(device) for t in (self.prefix, self.rest, self.labels, self.starts)))
+
+
+def seam_masks(model: Any, starts: Tensor, columns: Tensor, length: int) -> Any:
+    """What queries at these columns see of `length` columns of cache, as the model's forward takes it.
+
+    Args:
+        starts: (B,) first column of each row that is no padding.
+        columns: columns of the queries, (Q,) for all rows or (B, Q). A query in padding sees itself, so that no
+            softmax is empty.
+    Returns:
+        A mask (B, 1, Q, length), or one for each attention type: bool, or additive where attention is eager.
+    """
+    kinds = _mask_kinds(model.config)
+    key = torch.arange(length, device=columns.device)
+    query = columns[..., None]
+    causal = (key <= query) & (key >= starts[:, None, None]) | (key == query)
+    masks = {}
+    for kind in kinds:
+        window = _window(model.config, kind)
+        seen = causal if window is None else causal & (key > query - window)
+        masks[kind] = _as_attention_takes_it(seen[:, None], model)
+    return masks.get("all", masks)
+
+
+def goes_unmasked(model: Any, length: int) -> bool:
+    """Whether a decode step over `length` columns, none of them padding, is better off without a mask.
+
+    The step's token must see all of them in every layer, and eager attention would be given a mask by transformers all
+    the same.
+    """
+    windows = [_window(model.config, kind) for kind in _mask_kinds(model.config)]
+    sees_all = all(w is None or length < w for w in windows)
+    return sees_all and model.config._attn_implementation != "eager" and not _faster_masked(model)
+
+
+def _faster_masked(model: Any) -> bool:
+    """Grouped-query attention of one token in bfloat16 or float16 on a CPU without AMX.
+
+    Given a mask, transformers packs the query heads of a group into one product; given none, it leaves groups to torch,
+    which takes every head alone: up to 8 times as long in attention, 4 in the step (docs/speed.md).
+    """
+    weight, config = model.model.embed_tokens.weight, model.config
+    grouped = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) < config.num_attention_heads
+    if weight.device.type != "cpu" or weight.dtype.itemsize != 2 or not grouped:
+        return False
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return hasattr(sdpa_attention, "pack_gqa") and not capabilities.get("amx_bf16")
+
+
+def unmasked(model: Any) -> dict[str, None] | None:
+    """`seam_masks` where there is nothing to hide."""
+    kinds = _mask_kinds(model.config)
+    return None if kinds == {"all"} else dict.fromkeys(kinds)
+
+
+def _mask_kinds(config: Any) -> set[str]:
+    return set(config.layer_types) if architecture_of(config.model_type).masks_by_type else {"all"}
+
+
+def _window(config: Any, kind: str) -> int | None:
+    return None if kind == "full_attention" else getattr(config, "sliding_window", None)
+
+
+def _as_attention_takes_it(seen: Tensor, model: Any) -> Tensor:
+    if model.config._attn_implementation != "eager":
+        return seen
+    dtype = model.model.embed_tokens.weight.dtype
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+def _positions(starts: Tensor, columns: Tensor) -> Tensor:
+    """(B, Q) position_ids; padding is at 0."""
+    return (columns - starts[:, None]).clamp(min=0)
+
+
+def prefill_batch(model: Any, batch: SeamBatch) -> Any:
+    """The KV cache of the prefixes, with gradients where they are enabled."""
+    cache = DynamicCache()
+    P = batch.prefix.shape[1]
+    if P:
+        columns = torch.arange(P, device=batch.prefix.device)
+        model.model(
+            input_ids=batch.prefix,
+            attention_mask=seam_masks(model, batch.starts, columns, P),
+            position_ids=_positions(batch.starts, columns),
+            **{CACHE_ARGUMENT: cache},
+            use_cache=True,
+        )
+    return cache
+
+
+def seam_logits(prefill: Any, decode: Any, batch: SeamBatch) -> Tensor:
+    """(B, R, vocabulary) logits of the decode model over `rest`, attending to what the prefill model wrote."""
+    return decode_logits(decode, batch, prefill_batch(prefill, batch))
+
+
+def decode_logits(decode: Any, batch: SeamBatch, cache: Any) -> Tensor:
+    """`seam_logits` for prefixes that were read before; cache: of B rows and P columns, `rest` is added to it."""
+    P, R = batch.prefix.shape[1], batch.rest.shape[1]
+    columns = torch.arange(P, P + R, device=batch.rest.device)
+    return decode(
+        input_ids=batch.rest,
+        attention_mask=seam_masks(decode, batch.starts, columns, P + R),
+        position_ids=_positions(batch.starts, columns),
+        **{CACHE_ARGUMENT: cache},
+        use_cache=True,
+    ).logits
+
+
+def monolithic_logits(model: Any, batch: SeamBatch) -> Tensor:
+    """The same from one model in one forward pass without a cache, as fine-tuning is usually done."""
+    P, R = batch.prefix.shape[1], batch.rest.shape[1]
+    columns = torch.arange(P + R, device=batch.rest.device)
+    return model(
+        input_ids=torch.cat([batch.prefix, batch.rest], 1),
+        attention_mask=seam_masks(model, batch.starts, columns, P + R),
+        position_ids=_positions(batch.starts, columns),
+        use_cache=False,
+        logits_to_keep=R,
+    ).logits
+
+
+def response_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of the cross-entropy over response tokens, in float32 at least."""
+    precise = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(precise, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def prefilled_rows(model: Any, rows: list[list[int]], chunk: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Keys and values of each row by layer, (heads, tokens, head_dim) each.
+
+    Rows are padded on the right: causal attention never looks there, so no mask is needed and the fastest attention
+    is used. Long rows are read `chunk` tokens at a time, which bounds the memory of activations.
+    """
+    if not any(rows):
+        yield from ([] for _ in rows)
+        return
+    device = model.model.embed_tokens.weight.device
+    longest = max(map(len, rows))
+    tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
+    cache = DynamicCache()
+    for start in range(0, longest, chunk):
+        extend_prefill(model, tokens[:, start : start + chunk], start, cache)
+    layers: Any = cache.layers
+    for number, row in enumerate(rows):
+        yield [(layer.keys[number, :, : len(row)], layer.values[number, :, : len(row)]) for layer in layers]
+
+
+def extend_prefill(model: Any, tokens: Tensor, start: int, cache: Any) -> None:
+    """Add the KV of tokens (B, T) to a cache that holds the `start` tokens before them."""
+    positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
+    model.model(input_ids=tokens, position_ids=positions, use_cache=True, **{CACHE_ARGUMENT: cache})

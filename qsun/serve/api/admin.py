@@ -1,0 +1,62 @@
+"""Prefill modules that come and go while the server runs. Off unless asked for: it reads directories by name."""
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from qsun.engine.engine import Engine
+from qsun.engine.requests import Refused
+from qsun.engine.thread import EngineThread
+from qsun.errors import QsunError
+from qsun.model.locate import DEMO
+from qsun.runtime.prefill_module import load_prefill
+from qsun.serve.http.errors import HttpError
+
+MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}"
+_LEAVE_SECONDS = 60.0
+
+
+class ModuleBody(BaseModel):
+    """POST /admin/models: a directory on the server, and the name under which it is to be served."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: Annotated[str, Field(pattern=f"^{MODEL_NAME}$")]
+    directory: Annotated[str, Field(min_length=1, max_length=4096)]
+
+
+def add_admin_routes(app: FastAPI, engine: Engine, thread: EngineThread) -> None:
+    loading = asyncio.Lock()  # one at a time: weights are large
+
+    @app.post("/admin/models", status_code=201, responses={400: {"description": "It cannot be served; why."}})
+    async def add(body: ModuleBody) -> dict[str, Any]:
+        """Load a prefill module and serve it; its pair with the decode module is checked."""
+        if body.directory != DEMO and not Path(body.directory).is_dir():
+            raise HttpError(400, f"{body.directory} is not a directory on the server", "directory")
+        if body.name in engine.modules:
+            raise HttpError(400, f"model {body.name!r} is served already; remove it first", "name")
+        async with loading:
+            try:
+                module = await asyncio.to_thread(load_prefill, body.directory, engine.decode, engine.dtype)
+                await thread.call(engine.add_module, body.name, module)
+            except Refused as refused:
+                raise HttpError(503, str(refused)) from None
+            except QsunError as error:
+                raise HttpError(400, str(error), "directory") from None
+        return {"id": body.name, "object": "model"}
+
+    @app.delete("/admin/models/{name:path}", responses={404: {"description": "No such model."}})
+    async def remove(name: str) -> JSONResponse:
+        """Take no more requests for a model, and let it go once it has none; 202 where that takes long."""
+        try:
+            await thread.call(engine.remove_module, name)
+        except Refused as refused:
+            raise HttpError(404, str(refused)) from None
+        for _ in range(int(_LEAVE_SECONDS / 0.05)):
+            if name not in thread.state.models:
+                return JSONResponse({"id": name, "deleted": True})
+            await asyncio.sleep(0.05)
+        return JSONResponse({"id": name, "deleted": False}, 202)

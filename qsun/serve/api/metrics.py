@@ -1,0 +1,111 @@
+"""Prometheus metrics of the server, in a registry of its own."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from qsun.engine.requests import Request
+from qsun.engine.state import EngineState, EngineWatch
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Metrics(EngineWatch):
+    """Counts what the engine reports; labels are names of prefill modules, so there are few."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self._requests = Counter(
+            "qsun_requests", "Requests that ended, by how.", ["model", "outcome"], registry=registry
+        )
+        self._refused = Counter(
+            "qsun_requests_refused", "Requests that found the queue full.", ["model"], registry=registry
+        )
+        self._prompt = Counter(
+            "qsun_prompt_tokens", "Prompt tokens of admitted requests.", ["model"], registry=registry
+        )
+        self._generated = Counter("qsun_generated_tokens", "Output tokens.", ["model"], registry=registry)
+        self._queued = Histogram(
+            "qsun_queue_seconds", "Arrival to admission.", ["model"], registry=registry, buckets=_SECONDS
+        )
+        self._ttft = Histogram(
+            "qsun_ttft_seconds", "Arrival to first token.", ["model"], registry=registry, buckets=_SECONDS
+        )
+        self._tpot = Histogram(
+            "qsun_tpot_seconds",
+            "Mean time of an output token after the first, of each finished request.",
+            ["model"],
+            registry=registry,
+            buckets=_SECONDS,
+        )
+        self._rows = Histogram("qsun_decode_batch_rows", "Rows of a decode step.", registry=registry, buckets=_ROWS)
+        self._step = Histogram(
+            "qsun_decode_step_seconds", "Time of a decode step.", registry=registry, buckets=_SECONDS
+        )
+        self._prefill = Counter("qsun_prefill_seconds", "Time in prefill.", registry=registry)
+        self._first: dict[str, float] = {}
+
+    def watch_state(self, state: Callable[[], EngineState]) -> None:
+        """Report the engine's snapshot whenever metrics are asked for."""
+        self.registry.register(_StateCollector(state))
+
+    def refused(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self._refused.labels(request.model).inc()
+
+    def admitted(self, request: Request, seconds: float) -> None:
+        self._prompt.labels(request.model).inc(len(request.tokens))
+        self._queued.labels(request.model).observe(seconds)
+
+    def prefilled(self, tokens: int, seconds: float) -> None:
+        self._prefill.inc(seconds)
+
+    def step(self, rows: int, seconds: float) -> None:
+        self._rows.observe(rows)
+        self._step.observe(seconds)
+
+    def token(self, request: Request, count: int, seconds: float) -> None:
+        self._generated.labels(request.model).inc()
+        if count == 1:
+            self._first[request.id] = seconds
+            self._ttft.labels(request.model).observe(seconds)
+
+    def finished(self, request: Request, outcome: str, tokens: int, seconds: float) -> None:
+        self._requests.labels(request.model, outcome).inc()
+        first = self._first.pop(request.id, None)
+        if first is not None and tokens > 1:
+            self._tpot.labels(request.model).observe((seconds - first) / (tokens - 1))
+
+    def text(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class _StateCollector(Collector):
+    def __init__(self, state: Callable[[], EngineState]):
+        self._state = state
+
+    def collect(self) -> Iterator[Metric]:
+        state = self._state()
+        gauges = {
+            field: GaugeMetricFamily(f"qsun_{name}", text, labels=["model"])
+            for field, name, text in (
+                ("waiting", "requests_waiting", "Requests in the queue."),
+                ("prefilling", "requests_prefilling", "Requests whose prompt is being read."),
+                ("decoding", "requests_decoding", "Rows of the decode batch."),
+                ("kv_tokens", "kv_tokens", "Tokens of KV in use."),
+            )
+        }
+        for name, model in state.models.items():
+            for field, gauge in gauges.items():
+                gauge.add_metric([name], getattr(model, field))
+        yield from gauges.values()
+        yield GaugeMetricFamily("qsun_kv_budget_tokens", "Most tokens of KV.", value=state.kv_budget_tokens)
+        yield GaugeMetricFamily("qsun_prefix_cache_bytes", "Held by the prefix cache.", value=state.prefix_bytes)
+        yield CounterMetricFamily("qsun_prefix_cache_hit_tokens", "Prompt tokens found.", value=state.prefix_hits)
+        yield CounterMetricFamily(
+            "qsun_prefix_cache_lookup_tokens", "Prompt tokens looked up.", value=state.prefix_lookups
+        )

@@ -1,0 +1,88 @@
+"""The modules of a cluster on disk: do the pairs fit, and under which name must a worker serve each of them."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from qsun.errors import QsunError
+from qsun.model.checkpoint import Checkpoint
+from qsun.model.locate import DEMO, find_model
+from qsun.model.pairing import check_pair, uncovered
+from qsun.serve.cluster.schema import Cluster
+
+logger = logging.getLogger(__name__)
+
+_NAME_DIGITS = 16
+_State = tuple[tuple[str, int, int], ...]
+
+
+@dataclass(frozen=True)
+class ServedNames:
+    """Model names that vLLM workers serve.
+
+    Attributes:
+        decode: that of every decode worker.
+        prefill: of each model's prefill workers. Two models may share a module.
+    """
+
+    decode: str
+    prefill: dict[str, str]
+
+
+def served_name(fingerprint: str) -> str:
+    """`--served-model-name` of a worker: a worker with other weights does not know it, and answers 404."""
+    return f"qsun-{fingerprint[:_NAME_DIGITS]}"
+
+
+class ModuleChecks:
+    """Fingerprints and pair checks, kept until a file of the module changes, so that a reload is quick."""
+
+    def __init__(self) -> None:
+        self._fingerprints: dict[Path, tuple[_State, str]] = {}
+        self._pairs: set[tuple[Path, _State, Path, _State]] = set()
+
+    def names(self, cluster: Cluster) -> ServedNames:
+        """Check every pair and name every module.
+
+        Raises:
+            QsunError: a directory that is no module, a LoRA adapter, or a pair that does not fit.
+        """
+        decode = _directory("decode", cluster.decode.module)
+        prefill = {model: _directory(f"models.{model}", pool.module) for model, pool in cluster.models.items()}
+        for directory in dict.fromkeys(prefill.values()):
+            self._check(directory, decode)
+        return ServedNames(
+            served_name(self.fingerprint(decode)),
+            {model: served_name(self.fingerprint(directory)) for model, directory in prefill.items()},
+        )
+
+    def fingerprint(self, directory: Path) -> str:
+        state = _state(directory)
+        known = self._fingerprints.get(directory)
+        if known is None or known[0] != state:
+            known = self._fingerprints[directory] = (state, Checkpoint(directory).fingerprint())
+        return known[1]
+
+    def _check(self, prefill: Path, decode: Path) -> None:
+        if not (prefill / "config.json").exists() and (prefill / "adapter_config.json").exists():
+            raise QsunError(f"{prefill} is a LoRA adapter, which a worker cannot serve as a module; merge it first")
+        key = (prefill, _state(prefill), decode, _state(decode))
+        if key in self._pairs:
+            return
+        check_pair(prefill, decode)
+        self._pairs.add(key)
+        warning = uncovered(prefill, decode)
+        if warning:
+            logger.warning("%s", warning)
+
+
+def _directory(where: str, module: str) -> Path:
+    if module != DEMO and not Path(module).is_dir():
+        raise QsunError(f"{where}.module {module} is not a directory; give one relative to the cluster file, or 'demo'")
+    return find_model(module).resolve()
+
+
+def _state(directory: Path) -> _State:
+    """Of every file: name, size and time of the last change."""
+    files = sorted(path for path in directory.iterdir() if path.is_file())
+    return tuple((path.name, stat.st_size, stat.st_mtime_ns) for path in files for stat in [path.stat()])

@@ -1,0 +1,209 @@
+"""The sections of cluster.yaml: which workers serve which modules, how requests are shared out, and every limit.
+
+    listen: {host: 127.0.0.1, port: 8000}
+    decode: {module: out/demo-int4, workers: [http://127.0.0.1:8201, http://127.0.0.1:8202]}
+    models:
+      math: {module: out/math, workers: [http://127.0.0.1:8101]}
+
+A number in place of the list of workers is for `qsun up`, which starts that many.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from qsun.errors import QsunError
+from qsun.serve.http.guard import GuardConfig
+
+PolicyName = Literal["least_outstanding_tokens", "power_of_two", "round_robin", "partitioned"]
+Count = Annotated[int, Field(strict=True, ge=1, le=1 << 40)]
+Seconds = Annotated[float, Field(strict=True, gt=0, le=86400, allow_inf_nan=False)]
+_MOST_WORKERS = 1024
+
+
+class Section(BaseModel):
+    """A mapping of cluster.yaml: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def _worker_url(value: object) -> str:
+    text = str(value).rstrip("/")
+    try:
+        parts = urlsplit(text)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        sound = False
+    if not sound or parts.path or parts.query or parts.fragment or parts.username or len(text) > 300:
+        raise ValueError("use http://host:port or https://host:port, without path, query or user")
+    return text.lower()
+
+
+def _worker_entries(value: object) -> object:
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST_WORKERS:
+        return value
+    if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= _MOST_WORKERS:
+        raise ValueError("use a list of URLs, or for `qsun up` how many workers to start")
+    return [{"url": entry} if isinstance(entry, str) else entry for entry in value]
+
+
+class WorkerEntry(Section):
+    """A running vLLM worker. `models` assigns a decode worker under the policy `partitioned`."""
+
+    url: Annotated[str, BeforeValidator(_worker_url)]
+    models: tuple[str, ...] | None = None
+
+
+Workers = Annotated[tuple[WorkerEntry, ...] | int, BeforeValidator(_worker_entries)]
+
+
+class Pool(Section):
+    """A module, and the workers that serve it.
+
+    Attributes:
+        module: its directory, absolute after `read_cluster`, or "demo".
+        workers: running ones, or how many `qsun up` is to start.
+    """
+
+    module: str
+    workers: Workers
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Of the running workers; empty for a number."""
+        return () if isinstance(self.workers, int) else tuple(worker.url for worker in self.workers)
+
+
+class Listen(Section):
+    """Attributes:
+    api_keys: file of keys, one a line; any of them opens the API.
+    without_keys: serve without keys on an address that others can reach.
+    """
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(strict=True, ge=0, le=65535)] = 8000
+    api_keys: Path | None = None
+    without_keys: bool = False
+
+
+class Limits(Section):
+    """Bounds of every request, and of what waits.
+
+    Attributes:
+        body_bytes, prompt_tokens, max_tokens: of one request; text is taken for a token every 4 characters.
+        concurrent_requests: at work at once; queued_requests wait for at most queue_seconds, the rest gets 429.
+        deadline_seconds: of a request from its arrival to its last byte.
+        prefill_seconds: of one attempt at a prefill worker.
+        stall_seconds: between two pieces of a stream.
+        attempts: how often a request starts at prefill.
+        no_worker_seconds: how long a request waits for a pair of workers to become usable.
+        drain_seconds: after SIGTERM, for requests at work.
+    """
+
+    body_bytes: Count = 1 << 20
+    prompt_tokens: Count = 1 << 17
+    max_tokens: Count = 1 << 14
+    concurrent_requests: Count = 256
+    queued_requests: Annotated[int, Field(strict=True, ge=0)] = 256
+    queue_seconds: Seconds = 30.0
+    deadline_seconds: Seconds = 600.0
+    prefill_seconds: Seconds = 120.0
+    stall_seconds: Seconds = 60.0
+    attempts: Annotated[int, Field(strict=True, ge=1, le=20)] = 4
+    no_worker_seconds: Seconds = 10.0
+    drain_seconds: Seconds = 30.0
+
+
+class Health(Section):
+    """Checks in the background, circuit breaker, warm-up.
+
+    Attributes:
+        failures: in a row, after which a worker's circuit opens; after cool_down_seconds it is probed.
+        warm_up_attempts: of a pair before it waits for the next check. warm_up_seconds: for each of its two workers.
+        warm_up_at_once: attempts at a time.
+    """
+
+    interval_seconds: Seconds = 5.0
+    timeout_seconds: Seconds = 5.0
+    failures: Annotated[int, Field(strict=True, ge=1, le=1000)] = 3
+    cool_down_seconds: Seconds = 10.0
+    warm_up_attempts: Annotated[int, Field(strict=True, ge=1, le=100)] = 5
+    warm_up_seconds: Seconds = 60.0
+    warm_up_at_once: Annotated[int, Field(strict=True, ge=1, le=256)] = 4
+
+
+def _variable(name: object) -> object:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError("use letters, digits and _, and no digit first, in the name of a variable")
+    return name
+
+
+class Launch(Section):
+    """How `qsun up` starts workers on this machine; nothing else reads it.
+
+    Attributes:
+        python: of the environment that has vLLM, and qsun for its plugin; None: the one that runs `qsun up`.
+        device: where workers compute and hand KV cache over.
+        kernels: of a quantized decode module, in vLLM: ours (its plugin) or vLLM's own.
+        dtype, max_model_len, max_num_seqs, kv_cache_memory_bytes, gpu_memory_utilization, tensor_parallel_size: as
+            vLLM's options of these names; None: vLLM's default.
+        eager: neither torch.compile nor CUDA graphs; None: on a CPU.
+        threads: OpenMP threads of a worker on a CPU.
+        gpus: that workers take one after another, tensor_parallel_size each, and from the start again where they are
+            too few; None: 0, 1, 2 ..., or those of CUDA_VISIBLE_DEVICES where `qsun up` has it.
+        first_port: each worker takes two ports from here on; None: free ones.
+        start_seconds: until all workers must answer.
+        prefill_arguments, decode_arguments: further options of such workers.
+        environment: set for every worker, over what qsun sets.
+    """
+
+    python: str | None = None
+    device: Literal["cpu", "cuda"] = "cuda"
+    kernels: Literal["qsun", "vllm"] = "qsun"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: Count | None = None
+    max_num_seqs: Count | None = None
+    kv_cache_memory_bytes: Count | None = None
+    gpu_memory_utilization: Annotated[float, Field(strict=True, gt=0, le=1)] | None = None
+    tensor_parallel_size: Annotated[int, Field(strict=True, ge=1, le=64)] = 1
+    eager: bool | None = None
+    threads: Count = 1
+    gpus: Annotated[tuple[Annotated[int, Field(strict=True, ge=0)], ...], Field(min_length=1)] | None = None
+    first_port: Annotated[int, Field(strict=True, ge=1024, le=65535)] | None = None
+    start_seconds: Seconds = 900.0
+    prefill_arguments: tuple[str, ...] = ()
+    decode_arguments: tuple[str, ...] = ()
+    environment: dict[Annotated[str, BeforeValidator(_variable)], str] = Field(default_factory=dict)
+
+    @property
+    def runs_eager(self) -> bool:
+        return self.device == "cpu" if self.eager is None else self.eager
+
+
+class Cluster(Section):
+    """The whole file."""
+
+    listen: Listen = Listen()
+    policy: PolicyName = "least_outstanding_tokens"
+    decode: Pool
+    models: Annotated[dict[str, Pool], Field(min_length=1, max_length=1000)]
+    limits: Limits = Limits()
+    health: Health = Health()
+    launch: Launch = Launch()
+
+    def need_running_workers(self) -> None:
+        """Raise QsunError where a pool has a number in place of URLs."""
+        for name, pool in (("decode", self.decode), *((f"models.{name}", pool) for name, pool in self.models.items())):
+            if isinstance(pool.workers, int):
+                raise QsunError(
+                    f"{name}.workers is the number {pool.workers}; list the URLs of running workers, or let `qsun up` "
+                    "start that many"
+                )
+
+    def guard_config(self, api_keys: tuple[str, ...]) -> GuardConfig:
+        """Limits of the HTTP side. What is over the queue's bound is refused there, and not here."""
+        at_once = self.limits.concurrent_requests + self.limits.queued_requests
+        return GuardConfig(api_keys=api_keys, max_body_bytes=self.limits.body_bytes, max_requests=at_once + 64)

@@ -1,0 +1,194 @@
+"""What stands before every HTTP handler: API keys, bounded bodies and waits, a request id, a bound on requests at once.
+
+A plain ASGI middleware, so that streams pass through it untouched and unbuffered.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import re
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from qsun.errors import QsunError
+from qsun.serve.http.errors import HttpError, busy
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
+
+_GUARDED = ("/v1/", "/admin/")
+_SOUND_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_FEWEST_KEY_CHARACTERS = 8
+_STATUS_BODY_BYTES = 1 << 12  # of requests that need no key and have no use for a body
+ABORT = "qsun.abort"  # in the scope, where the server puts it: drops the connection and what is buffered for it
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """Limits of the HTTP side.
+
+    Attributes:
+        api_keys: any of them opens /v1 and /admin; empty: no key is asked for.
+        max_body_bytes: of a request.
+        body_seconds: within which a request's body must have come.
+        send_seconds: a client that takes nothing for this long is let go.
+        max_requests: under /v1 and /admin at a time; more are answered 429.
+    """
+
+    api_keys: tuple[str, ...] = ()
+    max_body_bytes: int = 1 << 20
+    body_seconds: float = 30.0
+    send_seconds: float = 60.0
+    max_requests: int = 1024
+
+    def __post_init__(self) -> None:
+        for key in self.api_keys:
+            if len(key) < _FEWEST_KEY_CHARACTERS or not key.isascii() or not key.isprintable() or " " in key:
+                raise QsunError(
+                    f"an API key of {len(key)} characters is not taken; use {_FEWEST_KEY_CHARACTERS} or more "
+                    "printable ASCII characters without spaces"
+                )
+        for name in ("max_body_bytes", "body_seconds", "send_seconds", "max_requests"):
+            if not getattr(self, name) > 0:
+                raise QsunError(f"{name} {getattr(self, name)} is out of range; use more than 0")
+
+
+class Guard:
+    """ASGI middleware. The request's id is in scope["state"]["request_id"] and in the answer's X-Request-Id.
+
+    Attributes:
+        running: requests under /v1 and /admin that are being answered.
+    """
+
+    def __init__(self, app: App, config: GuardConfig):
+        self.app, self.config = app, config
+        self.running = 0
+        self._keys = [_digest(key) for key in config.api_keys]
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        answer = _Answer(send, _request_id(headers), self.config.send_seconds)
+        scope.setdefault("state", {})["request_id"] = answer.request_id
+        try:
+            await self._pass_on(scope, headers, receive, answer)
+        except HttpError as error:
+            await answer.error(error)
+        except ClientGone:
+            return  # nobody is left to be told
+        except ClientStalled:
+            # closing would wait until the client has taken what is buffered
+            scope.get(ABORT, lambda: None)()
+
+    async def _pass_on(
+        self, scope: MutableMapping[str, Any], headers: dict[bytes, bytes], receive: Receive, answer: "_Answer"
+    ) -> None:
+        guarded = scope["path"].startswith(_GUARDED)
+        if guarded:
+            self._check(headers)
+        self.running += guarded  # from here on, as bodies take their time
+        try:
+            limit = self.config.max_body_bytes if guarded else min(_STATUS_BODY_BYTES, self.config.max_body_bytes)
+            body = await self._body(headers, receive, limit)
+            await self.app(scope, _replayed(body, receive), answer.send)
+        finally:
+            self.running -= guarded
+
+    def _check(self, headers: dict[bytes, bytes]) -> None:
+        if self._keys:
+            kind, _, key = headers.get(b"authorization", b"").partition(b" ")
+            given = hashlib.sha256(key.strip()).digest()
+            # every key is compared, so that the time says nothing about which begins alike
+            known = [hmac.compare_digest(given, wanted) for wanted in self._keys]
+            if kind.lower() != b"bearer" or not any(known):
+                raise HttpError(
+                    401, "no valid API key; send Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"}
+                )
+        if self.running >= self.config.max_requests:
+            raise busy(f"{self.running} requests are being answered, which is the limit; try again later", 1)
+
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive, limit: int) -> bytes:
+        too_long = HttpError(413, f"the body is longer than {limit} bytes, which is the limit", headers=_CLOSE)
+        declared = headers.get(b"content-length", b"0")
+        if not declared.isdigit() or int(declared) > limit:
+            raise too_long
+        try:
+            return await asyncio.wait_for(_read(receive, limit, too_long), self.config.body_seconds)
+        except (asyncio.TimeoutError, TimeoutError):
+            seconds = self.config.body_seconds
+            raise HttpError(408, f"the body did not come within {seconds:g} seconds", headers=_CLOSE) from None
+
+
+class ClientGone(Exception):
+    """The client closed the connection before its request was whole."""
+
+
+class ClientStalled(Exception):
+    """The client takes no bytes of its answer."""
+
+
+_CLOSE = {"Connection": "close"}  # the rest of a body that was not read must not be taken for another request
+
+
+async def _read(receive: Receive, limit: int, too_long: HttpError) -> bytes:
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        body += message.get("body", b"")
+        if len(body) > limit:
+            raise too_long
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """Hand over the body that was read, then whatever comes: a disconnect."""
+    pending = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def next_message() -> Message:
+        return pending.pop() if pending else await receive()
+
+    return next_message
+
+
+class _Answer:
+    """The way back to the client: puts the request id on it, and gives up on one that takes nothing."""
+
+    def __init__(self, send: Send, request_id: str, seconds: float):
+        self._send, self.request_id, self._seconds = send, request_id, seconds
+        self._started = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._started = True
+            message["headers"] = [*message.get("headers", []), (b"x-request-id", self.request_id.encode())]
+        try:
+            await asyncio.wait_for(self._send(message), self._seconds)
+        except (asyncio.TimeoutError, TimeoutError):
+            raise ClientStalled from None
+
+    async def error(self, error: HttpError) -> None:
+        if self._started:  # the status is out; a stream reports its errors itself
+            return
+        headers = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
+        headers += [(b"content-type", b"application/json")]
+        await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": error.encoded()})
+
+
+def _request_id(headers: dict[bytes, bytes]) -> str:
+    """The client's own where it is sound (it goes into logs and headers), or a new one."""
+    given = headers.get(b"x-request-id", b"").decode("latin-1")
+    return given if _SOUND_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()

@@ -1,0 +1,154 @@
+"""`qsun up`: vLLM workers of this machine and the router before them, from cold to warm, and down again together."""
+
+import asyncio
+import json
+import logging
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from qsun.errors import QsunError
+from qsun.serve.cluster.file import Cluster, Pool, with_workers
+from qsun.serve.cluster.modules import ModuleChecks, ServedNames
+from qsun.serve.launch import signals as launch_signals
+from qsun.serve.launch.plan import WorkerCommand, started_urls
+from qsun.serve.launch.processes import WorkerDied, WorkerProcesses, last_lines
+from qsun.serve.router.process import RouterProcess
+
+logger = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 0.5
+_TELL_SECONDS = 5.0
+_PROBE_SECONDS = 120.0
+_PROBE = (
+    "import json, importlib.metadata as m, importlib.util as u; "
+    "names = [p.name for p in m.entry_points(group='vllm.general_plugins')]; "
+    "print(json.dumps({'vllm': u.find_spec('vllm') is not None, 'nixl': u.find_spec('nixl') is not None, "
+    "'qsun': 'qsun' in names}))"
+)
+
+
+def check_environment(python: str, kernels: str, environment: Mapping[str, str]) -> None:
+    """Raise QsunError where the workers' Python has no vLLM, no NIXL or, for our kernels, no plugin of ours."""
+    probe = [python, "-c", _PROBE]
+    try:
+        done = subprocess.run(  # noqa: S603 - an argument list, no shell
+            probe, env=dict(environment), capture_output=True, text=True, timeout=_PROBE_SECONDS, check=False
+        )
+        found = json.loads(done.stdout)
+    except OSError as error:
+        raise QsunError(f"launch.python {python} cannot be run: {error.strerror}") from None
+    except (subprocess.TimeoutExpired, ValueError):
+        raise QsunError(f"launch.python {python} does not work as a Python interpreter") from None
+    fixes = {"vllm": "install vLLM there", "nixl": "pip install nixl there"}
+    if kernels == "qsun":
+        fixes["qsun"] = "pip install qsun there, or set launch.kernels: vllm"
+    for name, fix in fixes.items():
+        if not found[name]:
+            what = "plugin of qsun for vLLM" if name == "qsun" else name
+            raise QsunError(f"launch.python {python} has no {what}; {fix}, or name another environment")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A cluster whose workers have been started.
+
+    Args:
+        path: of the cluster file. cluster: what it holds, with numbers of workers. names, checks: of its modules.
+        workers: that run. tell: shows a line of progress.
+    """
+
+    path: Path
+    cluster: Cluster
+    names: ServedNames
+    checks: ModuleChecks
+    workers: WorkerProcesses
+    tell: Callable[[str], None]
+
+    async def serve(self, on_warm: Callable[[str], None]) -> None:
+        """Run the router until SIGTERM or SIGINT; signals are ignored from there on. Workers must answer already.
+
+        Args:
+            on_warm: gets the URL once every pair of workers has answered together.
+        Raises:
+            QsunError: the address cannot be had, a model has no warm pair within launch.start_seconds, or a worker died
+                before (WorkerDied).
+        """
+        commands = [worker.command for worker in self.workers.workers]
+        filled = fill_in(self.cluster, self.cluster, commands)
+        process = RouterProcess(
+            self.path, filled, self.names, self.checks, lambda new: fill_in(new, self.cluster, commands)
+        )
+        found: list[str] = []
+        serving = asyncio.ensure_future(_route(process, found.append))
+        watching = asyncio.ensure_future(self._watch(process, lambda: on_warm(found[0])))
+        try:
+            await asyncio.wait({serving, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if watching.done() and watching.exception() is not None:
+                serving.cancel()
+        finally:
+            watching.cancel()
+            results = await asyncio.gather(watching, serving, return_exceptions=True)
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+
+    async def _watch(self, process: RouterProcess, on_warm: Callable[[], None]) -> None:
+        await self._warm(process)
+        on_warm()
+        while True:
+            self._tell_of_deaths()
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    async def _warm(self, process: RouterProcess) -> None:
+        fleet = process.router.fleet
+        started = told = time.monotonic()
+        while len(fleet.warm) < sum(len(pool) for pool in fleet.prefill.values()) * len(fleet.decode):
+            for worker in self.workers.newly_dead():
+                raise WorkerDied(worker)
+            now = time.monotonic()
+            if now - started > self.cluster.launch.start_seconds:
+                missing = fleet.without_a_pair()
+                if missing:
+                    raise QsunError(f"no pair of workers is warm for {', '.join(missing)}; look into the workers' logs")
+                logger.warning("only %d pairs of workers are warm; starting with them", len(fleet.warm))
+                return
+            if now - told >= _TELL_SECONDS:
+                told = now
+                self.tell(f"{now - started:.0f} s: waiting for first transfers, {len(fleet.warm)} pairs are warm")
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    def _tell_of_deaths(self) -> None:
+        """A dead worker is not started again: why it died must be seen first. The router goes on with the others."""
+        for worker in self.workers.newly_dead():
+            logger.error("%s; it is not started again. Its last lines:", worker.death())
+            for line in last_lines(worker.log):
+                logger.error("    %s", line)
+
+
+async def _route(process: RouterProcess, on_listening: Callable[[str], None]) -> None:
+    """Serve. The router takes its handlers off at the end, and a signal then would end us before the workers."""
+    try:
+        await process.serve(on_listening)
+    finally:
+        launch_signals.ignore()
+
+
+def fill_in(cluster: Cluster, first: Cluster, commands: list[WorkerCommand]) -> Cluster:
+    """URLs of started workers in place of numbers.
+
+    Args:
+        cluster: as it was read, at start or upon SIGHUP. first: as it was at start.
+    Raises:
+        QsunError: the file asks for other workers of this machine than were started.
+    """
+    decode, models = started_urls(commands)
+    pools: dict[str, tuple[Pool, Pool | None]] = {"decode": (cluster.decode, first.decode)}
+    pools |= {f"models.{name}": (pool, first.models.get(name)) for name, pool in cluster.models.items()}
+    for where, (pool, before) in pools.items():
+        if isinstance(pool.workers, int) and pool != before:
+            raise QsunError(f"{where}: qsun up starts workers only when it starts; list running ones, or start again")
+    numbers = {name: models[name] for name, pool in cluster.models.items() if isinstance(pool.workers, int)}
+    return with_workers(cluster, decode if isinstance(cluster.decode.workers, int) else None, numbers)

@@ -1,0 +1,38 @@
+"""`qsun route --check`: is every worker of a cluster there, with the module that it should have?"""
+
+import asyncio
+from typing import Any
+
+import httpx
+
+from qsun.serve.cluster.modules import ServedNames
+from qsun.serve.cluster.schema import Cluster
+from qsun.serve.router.exchange.health import identity_fault
+from qsun.serve.router.workers.fleet import Fleet
+from qsun.serve.router.workers.worker import Worker
+
+
+async def check_workers(cluster: Cluster, names: ServedNames) -> dict[str, Any]:
+    """Ask each worker once. Returns {"ok", "workers": [{url, role, model, served_name, fault}]}."""
+    fleet = Fleet()
+    fleet.update(cluster, names)
+    seconds = cluster.health.timeout_seconds
+    async with httpx.AsyncClient(trust_env=False) as client:
+        workers = await asyncio.gather(*(_checked(client, worker, seconds) for worker in fleet))
+    return {"ok": all(worker["fault"] is None for worker in workers), "workers": workers}
+
+
+async def _checked(client: httpx.AsyncClient, worker: Worker, seconds: float) -> dict[str, Any]:
+    try:
+        fault = await asyncio.wait_for(identity_fault(client, worker), seconds)
+    except (TimeoutError, asyncio.TimeoutError):
+        fault = f"does not answer: nothing within {seconds:g} seconds"
+    except httpx.HTTPError as error:
+        fault = f"does not answer: {error or type(error).__name__}"
+    return {
+        "url": worker.url,
+        "role": worker.role,
+        "model": worker.model,
+        "served_name": worker.served_name,
+        "fault": fault,
+    }

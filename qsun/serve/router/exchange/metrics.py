@@ -1,0 +1,62 @@
+"""Prometheus metrics of the router, in a registry of its own. Labels come from the cluster file, never from clients."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from qsun.serve.router.workers.fleet import Fleet
+
+_TTFT_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
+_TPOT_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
+_STATES = ("unchecked", "ready", "refused", "down")
+
+
+class RouterMetrics:
+    """Counters that are raised where things happen, and gauges that are read off the fleet when scraped."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        model, ttft, tpot = ["model"], _TTFT_SECONDS, _TPOT_SECONDS
+        self.requests = Counter(
+            "qsun_router_requests", "Requests by model and how they ended", ["model", "outcome"], registry=registry
+        )
+        self.retries = Counter("qsun_router_retries", "Attempts that failed, by cause", ["cause"], registry=registry)
+        self.missing_transfers = Counter(
+            "qsun_router_missing_transfer_params",
+            "Prefills without transfer parameters",
+            model,
+            registry=registry,
+        )
+        self.prompt_tokens = Counter("qsun_router_prompt_tokens", "Prompt tokens", model, registry=registry)
+        self.tokens = Counter("qsun_router_generated_tokens", "Tokens passed to clients", model, registry=registry)
+        self.ttft = Histogram(
+            "qsun_router_ttft_seconds",
+            "Until the first event of a stream",
+            model,
+            buckets=ttft,
+            registry=registry,
+        )
+        self.tpot = Histogram(
+            "qsun_router_tpot_seconds", "Between tokens of a stream", model, buckets=tpot, registry=registry
+        )
+        self.in_flight = Gauge("qsun_router_in_flight", "Requests at work", registry=registry)
+        self.queued = Gauge("qsun_router_queued", "Requests that wait", registry=registry)
+        self.reloads = Counter("qsun_router_reloads", "Reloads of the file", ["outcome"], registry=registry)
+        worker = ["url", "role"]
+        self._state = Gauge("qsun_router_worker_state", "1 for the state", [*worker, "state"], registry=registry)
+        self._circuit = Gauge("qsun_router_circuit_open", "1 where requests are kept away", worker, registry=registry)
+        self._outstanding = Gauge("qsun_router_outstanding_tokens", "Tokens left to do", worker, registry=registry)
+        self._at_worker = Gauge("qsun_router_worker_in_flight", "Requests at a worker", worker, registry=registry)
+        self._warm = Gauge("qsun_router_warm_pairs", "Pairs whose handshake is done", registry=registry)
+
+    def render(self, fleet: Fleet) -> bytes:
+        """The text that Prometheus scrapes."""
+        for gauge in (self._state, self._circuit, self._outstanding, self._at_worker):
+            gauge.clear()  # of workers that left
+        for worker in fleet:
+            labels = (worker.url, worker.role)
+            for state in _STATES:
+                self._state.labels(*labels, state).set(worker.state == state)
+            self._circuit.labels(*labels).set(worker.breaker.state != "closed")
+            self._outstanding.labels(*labels).set(worker.outstanding_tokens)
+            self._at_worker.labels(*labels).set(worker.in_flight)
+        self._warm.set(len(fleet.warm))
+        return generate_latest(self.registry)

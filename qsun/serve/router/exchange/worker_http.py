@@ -1,0 +1,137 @@
+"""HTTP to a worker: the prefill of a prompt, the opening of an answer, and what each failure means."""
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from qsun.serve.router.exchange.request import RoutedRequest
+from qsun.serve.router.exchange.transfer import NoTransfer, prefill_body, prompt_tokens_of, transfer_of
+from qsun.serve.router.workers.worker import Worker
+
+# not the user's mistake: it serves other weights or wants a key; or it is only full or slow
+_WRONG_WORKER = (401, 403, 404)
+_TRY_ANOTHER = (408, 409, 425, 429)
+_LARGEST_ANSWER_BYTES = 1 << 26
+
+
+class WorkerFailed(Exception):
+    """An attempt failed before the client got a byte; another one may succeed.
+
+    Args:
+        cause: one word for metrics. detail: for the log.
+    """
+
+    def __init__(self, worker: Worker, cause: str, detail: str):
+        super().__init__(f"{worker.role} worker {worker.url}: {detail}")
+        self.worker, self.cause = worker, cause
+
+
+class RequestRefused(Exception):
+    """A worker found the request wrong: the client gets its status and reason, and no other worker is asked."""
+
+    def __init__(self, status: int, body: bytes):
+        super().__init__(f"status {status}")
+        self.status, self.body = status, body
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """A prompt's KV cache at a prefill worker.
+
+    Attributes:
+        params: name its blocks, for one use; None for a prompt of one token without any.
+        prompt_tokens: as the worker counted them.
+        engine_id: of the worker's process.
+    """
+
+    params: dict[str, Any] | None
+    prompt_tokens: int | None
+    engine_id: str | None
+
+
+async def prefill(
+    client: httpx.AsyncClient, worker: Worker, request: RoutedRequest, request_id: str, seconds: float
+) -> Prefilled:
+    """Have a prompt computed.
+
+    Raises:
+        WorkerFailed, RequestRefused
+    """
+    body = prefill_body(request, worker.served_name)
+    async with opened(client, worker, request.path, body, request_id, httpx.Timeout(seconds)) as response:
+        answer = await read_json(worker, response)
+    try:
+        params = transfer_of(answer)
+    except NoTransfer as missing:
+        raise WorkerFailed(worker, "no_transfer", str(missing)) from None
+    engine_id = None if params is None else str(params["remote_engine_id"])
+    return Prefilled(params, prompt_tokens_of(answer), engine_id)
+
+
+@asynccontextmanager
+async def opened(
+    client: httpx.AsyncClient,
+    worker: Worker,
+    path: str,
+    body: Mapping[str, Any],
+    request_id: str,
+    timeout: httpx.Timeout,
+) -> AsyncIterator[httpx.Response]:
+    """POST to a worker; the block sees a response of status 200 whose body has not been read.
+
+    Leaving the block closes the connection of an unfinished answer, upon which vLLM ends the request.
+    """
+    headers = {"X-Request-Id": request_id, "Accept-Encoding": "identity"}
+    try:
+        async with client.stream("POST", worker.url + path, json=body, headers=headers, timeout=timeout) as response:
+            if response.status_code != 200:
+                await _refuse(worker, response)
+            yield response
+    except httpx.HTTPError as error:
+        raise WorkerFailed(worker, cause_of(error), type(error).__name__) from error
+
+
+async def _refuse(worker: Worker, response: httpx.Response) -> None:
+    status, text = response.status_code, await _read(worker, response)
+    shown = " ".join(text[:200].decode("utf-8", "replace").split())
+    if status in _WRONG_WORKER:
+        raise WorkerFailed(worker, "wrong_worker", f"status {status} for {worker.served_name}: {shown}")
+    if 400 <= status < 500 and status not in _TRY_ANOTHER:
+        raise RequestRefused(status, text)
+    raise WorkerFailed(worker, "busy" if status in _TRY_ANOTHER else "status_5xx", f"status {status}: {shown}")
+
+
+async def read_json(worker: Worker, response: httpx.Response) -> dict[str, Any]:
+    """The JSON object of a whole answer. Raises WorkerFailed where it is none."""
+    try:
+        answer = json.loads(await _read(worker, response))
+    except (ValueError, RecursionError):
+        answer = None
+    if not isinstance(answer, dict):
+        raise WorkerFailed(worker, "broken", "its answer is no JSON object")
+    return answer
+
+
+async def _read(worker: Worker, response: httpx.Response) -> bytes:
+    body = bytearray()
+    try:
+        async for piece in response.aiter_bytes():
+            body += piece
+            if len(body) > _LARGEST_ANSWER_BYTES:
+                raise WorkerFailed(worker, "broken", f"its answer is longer than {_LARGEST_ANSWER_BYTES} bytes")
+    except httpx.HTTPError as error:
+        raise WorkerFailed(worker, cause_of(error), type(error).__name__) from error
+    return bytes(body)
+
+
+def cause_of(error: httpx.HTTPError) -> str:
+    """One word for metrics."""
+    if isinstance(error, httpx.PoolTimeout):
+        return "busy"  # our own connections are all taken: no worker's fault
+    if isinstance(error, httpx.TimeoutException):
+        return "timeout"
+    return "connect" if isinstance(error, httpx.ConnectError) else "broken"

@@ -1,0 +1,67 @@
+"""Gradient checkpointing that keeps the KV cache.
+
+transformers' own drops the cache in training, which would cut the prefill module off from the loss. Here each block is
+recomputed in the backward pass with its K and V as results, and the cache is filled outside of what is recomputed.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from qsun.runtime.decode_cache import CACHE_ARGUMENT
+
+
+@contextmanager
+def recomputed(*models: Any) -> Iterator[None]:
+    """Within, forward passes of these models keep only what enters and leaves each block, and its K and V."""
+    layers = [(index, layer) for model in models for index, layer in enumerate(model.model.layers)]
+    for index, layer in layers:
+        layer.forward = partial(_block, layer.forward, index)
+    try:
+        yield
+    finally:
+        for _, layer in layers:
+            layer.__dict__.pop("forward", None)  # the class's own again
+
+
+def _block(forward: Any, index: int, hidden: Tensor, *args: Any, **arguments: Any) -> Any:
+    cache = arguments.pop(CACHE_ARGUMENT, None)
+    if cache is None:
+        return checkpoint(partial(forward, **arguments), hidden, *args, use_reentrant=False)
+    run = partial(with_kv, forward, args=args, arguments=arguments)
+    output, keys, values = checkpoint(run, hidden, *kv_of(cache, index), use_reentrant=False)
+    cache.update(keys, values, index)
+    return output
+
+
+def kv_of(cache: Any, index: int) -> tuple[Tensor | None, Tensor | None]:
+    """K and V of a layer of transformers' cache, where there are some."""
+    written = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+    return (None, None) if written is None else (written.keys, written.values)
+
+
+def with_kv(
+    block: Any, hidden: Tensor, keys: Tensor | None, values: Tensor | None, args: Any = (), arguments: Any = None
+) -> tuple[Any, Tensor, Tensor]:
+    """Run a block with its K and V as results: (output, new keys, new values); keys, values: what was cached before."""
+    one = _OneBlock(keys, values)
+    output = block(hidden, *args, **{CACHE_ARGUMENT: one}, **(arguments or {}))
+    return output, *one.new
+
+
+class _OneBlock:
+    """What a block's attention writes to: what was there before, and what is new."""
+
+    def __init__(self, keys: Tensor | None, values: Tensor | None):
+        self.before = None if keys is None or values is None else (keys, values)
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.new = keys, values
+        if self.before is None:
+            return self.new
+        return torch.cat([self.before[0], keys], -2), torch.cat([self.before[1], values], -2)

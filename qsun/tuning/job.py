@@ -1,0 +1,174 @@
+"""A request to tune, checked: everything that can be refused is refused here, before weights are loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qsun.errors import QsunError
+from qsun.model.checkpoint import Checkpoint, read_json
+from qsun.model.locate import find_model, load_tokenizer
+from qsun.model.lora import ADAPTER_CONFIG, adapter_base
+from qsun.model.output_dir import check_free
+from qsun.model.pairing import base_fingerprint, check_pair, differences, find_base, read_manifest, weights_fingerprint
+from qsun.model.skeleton import EMBEDDING, empty_model, read_model_config
+from qsun.tuning.config import TuneConfig
+from qsun.tuning.examples import Example, fingerprint, hold_out, read_examples
+
+
+@dataclass(frozen=True)
+class TuneJob:
+    """A checked request.
+
+    Attributes:
+        decode, base: directories; start: where the tuned weights begin: base, or the module given as `init`.
+        names: what the user called decode and base.
+        fingerprints: of base, decode and start.
+        too_long: examples left out for max_len.
+    """
+
+    out: Path
+    config: TuneConfig
+    decode: Path
+    base: Path
+    start: Path
+    names: dict[str, str]
+    fingerprints: dict[str, str]
+    train: list[Example]
+    valid: list[Example]
+    too_long: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def steps(self) -> int:
+        per_epoch = -(-len(self.train) // self.config.batch_size)
+        return self.config.steps or self.config.epochs * per_epoch
+
+    @property
+    def peak_lr(self) -> float:
+        return self.config.peak_lr(read_model_config(self.base).hidden_size)
+
+    @property
+    def adapter(self) -> bool:
+        return bool(self.config.lora_rank) or (self.start / ADAPTER_CONFIG).exists()
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides the weights, for a resumed run to be held to: not how they are held."""
+        data = {"train": fingerprint(self.train), "valid": fingerprint(self.valid)}
+        return {
+            **{key: value for key, value in self.config.to_dict().items() if key != "shard"},
+            **self.fingerprints,
+            **data,
+            "compute_dtype": str(self.dtype),
+            "device": self.device.type,
+        }
+
+    def plan(self, processes: int = 1) -> dict[str, Any]:
+        """What the run is going to be; bytes are estimates for one of the processes, without activations.
+
+        With `shard`, shared_bytes is what all processes hold together, and of which each has its part.
+        """
+        model = empty_model(read_model_config(self.base))
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        memory, shared = self._memory_bytes(model, weights, processes)
+        return {
+            "training_examples": len(self.train),
+            "validation_examples": len(self.valid),
+            "too_long": self.too_long,
+            "steps": self.steps,
+            "examples_per_step": self.config.batch_size,
+            "tokens_per_epoch": sum(len(e.prompt) + len(e.response) - 1 for e in self.train),
+            "peak_lr": self.peak_lr,
+            "weights": weights,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "processes": processes,
+            "memory_bytes": memory,
+            "shared_bytes": shared,
+        }
+
+    def _memory_bytes(self, model: Any, weights: int, processes: int) -> tuple[int, int]:
+        """In one process, and shared out over all of them."""
+        rank, full = self.config.lora_rank, self.config.baseline == "full"
+        tuned = sum(rank * sum(p.shape) for p in model.parameters() if p.ndim == 2) if rank else weights
+        item = torch.finfo(self.dtype).bits // 8
+        if not self.config.shard:
+            gradient = 4 + item if item < 4 else 4
+            return (1 if full else 2) * weights * item + tuned * (12 + gradient), 0
+        stored = Checkpoint(self.decode)
+        quantized = bool(read_json(self.decode / "config.json").get("quantization_config"))
+        frozen = stored.size_bytes(stored.names()) if quantized else weights * item
+        shared = (0 if full else frozen) + (weights * item if rank else 0) + tuned * 16
+        block = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+        embedding = model.model.embed_tokens.weight.numel()
+        # gathered: a block, the next one, and the gradient of one; or an embedding, with its gradient
+        gathered = max(block * (3 * item + 4), embedding * (2 * item + 4))
+        return shared // processes + gathered, shared
+
+
+def prepare_tuning(
+    decode: str | Path,
+    out: str | Path,
+    data: str | Path | Sequence[str | Path],
+    config: TuneConfig | None = None,
+    base: str | Path | None = None,
+    eval_data: str | Path | Sequence[str | Path] | None = None,
+    init: str | Path | None = None,
+    device: str | torch.device | None = None,
+    resume: bool = False,
+) -> TuneJob:
+    """Check everything that can be checked before work starts. Writes nothing. Raises QsunError; see `tune`."""
+    config, out = config or TuneConfig(), Path(out)
+    check_free(out, resume)
+    decode_dir = find_model(str(decode))
+    base_dir, base_name = find_base(decode, base)
+    start = base_dir if init is None else _find_start(str(init), decode_dir, config)
+    fingerprints = {"base": Checkpoint(base_dir).fingerprint(), "decode": Checkpoint(decode_dir).fingerprint()}
+    fingerprints["start"] = fingerprints["base"] if init is None else weights_fingerprint(start)
+    wanted = base_fingerprint(read_manifest(decode_dir))
+    if wanted and wanted != fingerprints["base"]:
+        raise QsunError(
+            f"{base_dir} is not the base that {decode} was made from: their fingerprints differ "
+            f"({fingerprints['base'][:12]} and {wanted[:12]}); give that one with --base"
+        )
+    found = differences(base_dir, decode_dir)
+    if found:
+        raise QsunError(f"base {base_name} does not fit decode module {decode}: {found[0]}")
+    tokenizer = load_tokenizer(decode_dir)
+    if tokenizer is None:
+        raise QsunError(f"{decode_dir} has no tokenizer, and training data is text")
+    limit = min(config.max_len, read_model_config(base_dir).max_position_embeddings)
+    train, too_long = read_examples(_names(data), tokenizer, limit)
+    if eval_data is None:
+        train, valid = hold_out(train, config.valid_fraction, config.seed)
+    else:
+        valid, _ = read_examples(_names(eval_data), tokenizer, limit, "validation")
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    names = {"decode": str(decode), "base": base_name, "data": ", ".join(_names(data))}
+    dtype = _compute_dtype(config, where, base_dir)
+    return TuneJob(out, config, decode_dir, base_dir, start, names, fingerprints, train, valid, too_long, dtype, where)
+
+
+def _names(sources: str | Path | Sequence[str | Path]) -> list[str]:
+    return [str(sources)] if isinstance(sources, (str, Path)) else [str(source) for source in sources]
+
+
+def _find_start(init: str, decode_dir: Path, config: TuneConfig) -> Path:
+    start = find_model(init)
+    check_pair(start, decode_dir)
+    if config.lora_rank:
+        raise QsunError(f"lora_rank {config.lora_rank} with an init: what is tuned follows {init}; leave one out")
+    if (start / ADAPTER_CONFIG).exists():
+        adapter_base(start)
+        if config.baseline == "full":
+            raise QsunError(f"baseline full tunes all weights, but {init} is an adapter; leave one of them out")
+    return start
+
+
+def _compute_dtype(config: TuneConfig, device: torch.device, base: Path) -> torch.dtype:
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    return torch.float32 if device.type == "cpu" else Checkpoint(base).dtype(EMBEDDING) or torch.float32

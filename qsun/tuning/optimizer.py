@@ -1,0 +1,165 @@
+"""The weights that are tuned: which of them matter, their float32 masters, and the optimizer."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsun.runtime.seam import SeamBatch, prefill_batch
+from qsun.tuning.processes import Processes
+from qsun.tuning.split_tensors import SplitTensors
+
+
+def used_parameters(model: Any) -> set[str]:
+    """Names of the parameters that a prefill module's KV cache depends on.
+
+    Not among them are lm_head, the final norm, and the last layer's q, o and MLP: nothing reads what they compute.
+    Found by walking the graph of a forward pass over two tokens, so it holds for every family and for adapters.
+    """
+    device = model.model.embed_tokens.weight.device
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    with torch.enable_grad():
+        cache = prefill_batch(
+            model, SeamBatch(tokens, tokens, tokens, torch.zeros(1, dtype=torch.int64, device=device))
+        )
+    waiting = [tensor.grad_fn for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    seen, reached = set(), set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            reached.add(id(node.variable))
+        waiting += [after for after, _ in node.next_functions]
+    return {name for name, parameter in model.named_parameters() if id(parameter) in reached}
+
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
+
+
+class Weights:
+    """Trainable parameters with float32 masters and AdamW.
+
+    Every process holds all parameters; of the masters and AdamW's moments, 12 bytes a weight, each holds a share.
+
+    Args:
+        model: parameters that require gradients are tuned, in place.
+
+    Attributes:
+        parameters: by name. masters: this process's share; in one process a float32 parameter is its own master.
+    """
+
+    def __init__(self, model: Any, weight_decay: float, processes: Processes):
+        self.processes = processes
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.owners = shared_out({name: p.numel() for name, p in self.parameters.items()}, processes.count)
+        mine = {name: p for name, p in self.parameters.items() if self.owners[name] == processes.rank}
+        self._optimize({name: _master(p, alone=processes.count == 1) for name, p in mine.items()}, weight_decay)
+
+    def _optimize(self, masters: dict[str, Tensor], weight_decay: float) -> None:
+        self.masters = masters
+        # weight decay pulls norms and biases to 0, where they mean something else than "small"
+        groups = [
+            {"params": [m for m in self.masters.values() if m.ndim > 1], "weight_decay": weight_decay},
+            {"params": [m for m in self.masters.values() if m.ndim <= 1], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98)) if groups else None
+
+    def take_gradients(self) -> None:
+        """Add the parameters' gradients, summed over all processes, to the masters', and clear them."""
+        for name, parameter in self.parameters.items():
+            master = self.masters.get(name)
+            if master is parameter:
+                continue
+            new = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = None
+            new = new.to(torch.promote_types(new.dtype, torch.float32))
+            self.processes.sum_at(self.owners[name], new)
+            if master is not None:
+                master.grad = new if master.grad is None else master.grad + new
+
+    @torch.no_grad()
+    def step(self, lr: float, clip: float) -> float:
+        """One step of AdamW. Returns the norm of the gradient before clipping."""
+        gradients = [master.grad for master in self.masters.values() if master.grad is not None]
+        square = torch.zeros((), dtype=torch.float64, device=self.processes.device)
+        for gradient in gradients:
+            square += gradient.double().square().sum()
+        self.processes.sum_([square])
+        norm = float(square.sqrt())
+        for gradient in gradients:
+            gradient.mul_(min(1.0, clip / (norm + 1e-6)))
+        if self.optimizer is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self._publish()
+        return norm
+
+    def _publish(self) -> None:
+        for name, parameter in self.parameters.items():
+            master = self.masters.get(name)
+            if master is not None and master is not parameter:
+                parameter.data.copy_(master)
+            self.processes.send_from(self.owners[name], parameter.data)
+
+    def first_row(self, name: str) -> int:
+        """Of the parameter, where this process's master begins."""
+        return 0
+
+    def tuned(self) -> dict[str, Tensor]:
+        """This process's share of the current weights, in the computation's dtype."""
+        return {name: self.parameters[name].detach() for name in self.masters}
+
+    def state(self) -> dict[str, Tensor]:
+        """This process's share of what a resumed run needs."""
+        kept: dict[str, Tensor] = {}
+        for name, master in self.masters.items():
+            kept[f"master.{name}"] = master.detach()
+            moments = {} if self.optimizer is None else self.optimizer.state[master]
+            kept |= {f"{key}.{name}": value.detach() for key, value in moments.items()}
+        return kept
+
+    @torch.no_grad()
+    def restore(self, kept: SplitTensors) -> None:
+        """Continue from the `state` of all processes, however many there were and however they shared."""
+        for name, master in self.masters.items():
+            first = self.first_row(name)
+            last = first + master.shape[0]
+            master.copy_(kept.rows(f"master.{name}", first, last))
+            moments = [key for key in _MOMENTS if f"{key}.{name}" in kept]  # there are none before the first step
+            if moments and self.optimizer is not None:
+                loaded = {key: kept.rows(f"{key}.{name}", first, last) for key in moments}
+                self.optimizer.state[master] = {
+                    key: value.to("cpu" if key == "step" else master.device) for key, value in loaded.items()
+                }
+        self._publish()
+
+
+def shared_out(sizes: dict[str, int], count: int) -> dict[str, int]:
+    """Which of `count` processes owns each name: the largest first, each to who has least."""
+    loads, owners = [0] * count, {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        owners[name] = loads.index(min(loads))
+        loads[owners[name]] += sizes[name]
+    return owners
+
+
+def _master(parameter: Tensor, alone: bool) -> Tensor:
+    precise = torch.promote_types(parameter.dtype, torch.float32)
+    if alone and parameter.dtype == precise:
+        return parameter
+    return torch.nn.Parameter(parameter.detach().to(precise, copy=True))
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float, lowest: float) -> float:
+    """Of a step counted from 0: a linear rise over `warmup` of the steps, then a cosine to `lowest` * peak."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return peak * (step + 1) / rise
+    done = (step - rise) / max(1, steps - rise)
+    return peak * (lowest + (1 - lowest) * (1 + math.cos(math.pi * done)) / 2)

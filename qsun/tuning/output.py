@@ -1,0 +1,120 @@
+"""A tuned module on disk: a plain Hugging Face directory or a LoRA adapter, its qsun.json, report and picture."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qsun.model.checkpoint import Checkpoint, file_sha256, merge_shards
+from qsun.model.lora import Adapter, write_adapter
+from qsun.model.manifest import MANIFEST, MANIFEST_VERSION, copy_base_files, versions, write_json
+from qsun.model.output_dir import Workdir
+from qsun.model.pairing import ADAPTER_WEIGHTS, read_manifest
+from qsun.model.skeleton import EMBEDDING, HEAD, config_json
+from qsun.tuning.job import TuneJob
+
+MAX_SHARD_BYTES = 4 << 30
+
+
+def write_module(job: TuneJob, work: Workdir, tuned: Mapping[str, Tensor], adapter: Adapter | None) -> Path:
+    """All files but the report. Weights that were not tuned are those of the start, byte for byte.
+
+    Args:
+        tuned: the best weights by parameter name; each is asked for once, and let go.
+        adapter: as it was at the start, where there is one.
+    """
+    directory = work.fresh_module()
+    if adapter is not None:
+        write_adapter(adapter, job.names["base"], tuned, directory)
+        weights = Checkpoint.of_file(directory / ADAPTER_WEIGHTS)
+    else:
+        _write_weights(job, work, tuned, directory)
+        shutil.copyfile(job.base / "config.json", directory / "config.json")
+        weights = Checkpoint(directory)
+    copy_base_files(job.base, directory)
+    fingerprint = weights.fingerprint()
+    (directory / "README.md").write_text(_card(job), encoding="utf-8")
+    write_json(directory / MANIFEST, _manifest(job, fingerprint, directory))
+    return directory
+
+
+def _write_weights(job: TuneJob, work: Workdir, tuned: Mapping[str, Tensor], directory: Path) -> None:
+    """In the start's own dtypes and names, one part at a time."""
+    source = Checkpoint(job.start)
+    tied = bool(config_json(job.base).get("tie_word_embeddings"))
+    names = [name for name in source.names() if not (tied and name == HEAD and EMBEDDING in source)]
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(".".join(name.split(".")[:3]), []).append(name)
+    parts = []
+    for number, group in enumerate(groups.values()):
+        stored = source.load(group)
+        tensors = {name: tuned[name].to(old.dtype) if name in tuned else old for name, old in stored.items()}
+        work.write(f"out-{number:05d}", tensors, {})
+        parts.append(work.part(f"out-{number:05d}"))
+    merge_shards(parts, directory, MAX_SHARD_BYTES)
+
+
+def _manifest(job: TuneJob, fingerprint: str, directory: Path) -> dict[str, Any]:
+    """qsun.json of a prefill module (or of a conventional fine-tune); pairing.py reads it."""
+    full = job.config.baseline == "full"
+    before = read_manifest(job.start) if job.start != job.base else {}
+    lineage = [job.fingerprints["start"], *before.get("lineage", [])] if job.start != job.base else []
+    files = sorted(p for p in directory.iterdir() if p.is_file() and p.name != MANIFEST)
+    return {
+        "qsun_manifest": MANIFEST_VERSION,
+        "kind": "fine_tune" if full else "prefill_module",
+        "base": job.names["base"],
+        "base_fingerprint": job.fingerprints["base"],
+        "fingerprint": fingerprint,
+        "lineage": lineage,
+        "decode": None if full else job.names["decode"],
+        "decode_fingerprint": None if full else job.fingerprints["decode"],
+        "data": job.names["data"],
+        "config": job.config.to_dict(),
+        "versions": versions(),
+        "sha256": {path.name: file_sha256(path) for path in files},
+    }
+
+
+def _card(job: TuneJob) -> str:
+    base, decode = job.names["base"], job.names["decode"]
+    library = "peft" if job.adapter else "transformers"
+    head = f"---\nbase_model: {base}\nlibrary_name: {library}\ntags: [qsun, sun]\n---\n"
+    if job.config.baseline == "full":
+        return f"{head}# {base}: conventional fine-tune\n\nMade by `qsun tune --baseline full` to compare with.\n"
+    return f"""{head}# {base}: prefill module
+
+A prefill module of SUN (arXiv 2603.02599), tuned by [qsun](https://pypi.org/project/qsun/) against the frozen decode
+module `{decode}`. It writes the KV cache of a prompt; the decode module produces every token of the answer. By itself
+it is no useful model.
+
+```python
+import qsun
+
+decode = qsun.load_decode("{decode}")
+prefill = qsun.load_prefill("PATH", decode)
+print(qsun.generate(prefill, decode, ["..."]))
+```
+"""
+
+
+def plot_losses(report: dict[str, Any], path: Path) -> None:
+    """Training and validation loss by step, and the best checkpoint."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(*zip(*report["train_loss"], strict=True), linewidth=0.8, alpha=0.6, label="training, by batch")
+    axes.plot(*zip(*report["valid_loss"], strict=True), marker="o", markersize=3.5, linewidth=1.4, label="validation")
+    best = report["best_step"]
+    axes.axvline(best, color="black", linestyle="--", linewidth=1, label=f"kept: step {best}")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("cross-entropy of a response token, nats")
+    axes.set_yscale("log")
+    axes.set_title(f"{report['kind']} on {report['base']}: validation {report['best_valid_loss']:.4f}")
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130, metadata={"Software": None})

@@ -1,0 +1,237 @@
+"""The two modules of a tuning run, each process holding a share of every block's weights (torch's FSDP2).
+
+A block's weights are gathered when it runs, in the forward and again in the backward pass, and let go after it. FSDP
+knows that a backward pass is about to enter a block from the gradients of the block's *results*. K and V reach the loss
+through the cache as well, and in the last layer of a prefill module in no other way; so here a block returns them, and
+they are put into the cache outside of what FSDP watches.
+
+A quantized decode module is shared out too: its integers become parameters that need no gradient.
+"""
+
+import gc
+from collections.abc import Collection, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from qsun.model.adapter_checkpoint import open_prefill
+from qsun.model.checkpoint import Checkpoint
+from qsun.model.lora import ADAPTER_CONFIG, Adapter, adapter_base, fresh_adapter, place_adapter, stored_adapter
+from qsun.model.skeleton import empty_model, read_model_config
+from qsun.runtime.decode_cache import CACHE_ARGUMENT
+from qsun.runtime.decode_module import place_weights
+from qsun.runtime.quant_linear import QuantLinear
+from qsun.runtime.seam import IGNORED, SeamBatch, monolithic_logits, seam_logits
+from qsun.tuning.checkpointing import kv_of, with_kv
+from qsun.tuning.examples import Example, collate
+from qsun.tuning.job import TuneJob
+from qsun.tuning.models import adapter_settings
+from qsun.tuning.optimizer import Weights, used_parameters
+from qsun.tuning.processes import Processes
+
+_IDLE = Example((0, 0), (0,))  # read by a process that has no example left, for the others' sake
+
+
+class ShardedModels:
+    """Each process holds a share of all weights of both modules. See `TuneModels`."""
+
+    in_step = True
+
+    def __init__(self, job: TuneJob, processes: Processes):
+        self.job, self.processes = job, processes
+        self.full = job.config.baseline == "full"
+        self.mesh = init_device_mesh(processes.device.type, (processes.count,))
+        self.adapter, tuned = self._what_is_tuned()
+        start = adapter_base(job.start) if (job.start / ADAPTER_CONFIG).exists() else job.start
+        model, dtypes = self._load(Checkpoint(start), tuned, self.adapter, head=self.full)
+        self._seam = self._joined(model)
+        self.weights: Weights = ShardedWeights(model, dtypes, job.config.weight_decay, processes)
+
+    def _what_is_tuned(self) -> tuple[Adapter | None, set[str]]:
+        """The adapter, if one is tuned, and the names of the parameters that are; found without any weights."""
+        job = self.job
+        model = empty_model(read_model_config(job.base)).to("meta").requires_grad_(True)
+        adapter = None
+        if (job.start / ADAPTER_CONFIG).exists():
+            adapter = stored_adapter(model, job.start)
+        elif job.config.lora_rank:
+            adapter = fresh_adapter(model, adapter_settings(job), job.config.seed)
+        if adapter is not None:
+            place_adapter(model.requires_grad_(False), adapter)
+        names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        return adapter, names if self.full else names & used_parameters(model)
+
+    def _joined(self, model: Any) -> nn.Module:
+        decode = None if self.full else self._load(Checkpoint(self.job.decode), (), None, head=True)[0]
+        seam = _Seam(model, decode)
+        fully_shard(seam, mesh=self.mesh)
+        return seam
+
+    def _load(
+        self, checkpoint: Checkpoint, tuned: Collection[str], adapter: Adapter | None, head: bool
+    ) -> tuple[Any, dict[str, torch.dtype]]:
+        """A model of which this process keeps its share; at most one block of it is ever whole in memory.
+
+        Args:
+            tuned: names of the parameters to train; they get float32 masters, which are their shares.
+            head: whether anything reads what comes after the last block.
+        Returns:
+            The model, and the dtype in which each tuned parameter is computed and saved.
+        """
+        model = empty_model(read_model_config(checkpoint.directory)).requires_grad_(False)
+        place = partial(place_weights, model, checkpoint, self.job.dtype, self.processes.device)
+        dtypes: dict[str, torch.dtype] = {}
+        shard = partial(self._shard, trained=bool(tuned))
+        for index, layer in enumerate(model.model.layers):
+            prefix = f"model.layers.{index}."
+            place(prefixes=(prefix,))
+            if adapter is not None:
+                place_adapter(model, adapter, prefix)
+            dtypes |= _prepare(layer, prefix, tuned)
+            inner = _BlockWithKV(layer, self.job.config.grad_checkpoint)
+            model.model.layers[index] = _ShardedBlock(shard(inner), index)
+        if not head:
+            model.lm_head, model.config.tie_word_embeddings = nn.Identity(), False
+        place(prefixes=("model.embed_tokens.", "model.norm.", *(["lm_head"] if head else [])))
+        dtypes |= _prepare(model.model.embed_tokens, "model.embed_tokens.", tuned)
+        dtypes |= _prepare(model.model.norm, "model.norm.", tuned)
+        dtypes |= _prepare(model.lm_head, "lm_head.", tuned)
+        if not (head and model.config.tie_word_embeddings):
+            shard(model.model.embed_tokens)
+        if head:
+            shard(model)
+        else:
+            shard(model.model.norm)  # transformers runs the inner model by itself
+        return model.to(self.processes.device).eval(), dtypes
+
+    def _shard(self, module: nn.Module, trained: bool) -> nn.Module:
+        """trained: shares are float32, weights are gathered in the computation's dtype, gradients summed in float32."""
+        policy = MixedPrecisionPolicy(self.job.dtype, torch.float32, cast_forward_inputs=False)
+        policy = policy if trained else MixedPrecisionPolicy(cast_forward_inputs=False)
+        sharded: FSDPModule = fully_shard(module, mesh=self.mesh, reshard_after_forward=True, mp_policy=policy)
+        sharded.set_gradient_divide_factor(1.0)  # the loss is divided by all tokens already
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
+        return module
+
+    def batch(self, examples: Sequence[Example]) -> SeamBatch | None:
+        """Never nothing: a process without examples computes a loss of 0, and an empty prefix is one hidden column."""
+        batch = collate(examples or [_IDLE], least_prefix=1)
+        if not examples:
+            batch.labels.fill_(IGNORED)
+        return batch.to(self.processes.device)
+
+    def logits(self, batch: SeamBatch) -> Tensor:
+        return self._seam(batch)
+
+    def read_back(self, directory: Path) -> None:
+        del self.weights, self._seam
+        gc.collect()  # modules and what shards them refer to each other
+        self.processes.wait()
+        self._seam = self._joined(self._load(open_prefill(directory), (), None, head=self.full)[0])
+
+
+class _Seam(nn.Module):
+    """Both models as one, so that FSDP sees where a pass begins and ends."""
+
+    def __init__(self, model: Any, decode: Any | None):
+        super().__init__()
+        self.model, self.decode = model, decode
+
+    def forward(self, batch: SeamBatch) -> Tensor:
+        if self.decode is None:
+            return monolithic_logits(self.model, batch)
+        return seam_logits(self.model, self.decode, batch)
+
+
+class _BlockWithKV(nn.Module):
+    """A block that returns its K and V beside its output."""
+
+    def __init__(self, block: nn.Module, recompute: bool):
+        super().__init__()
+        self.block, self.recompute = block, recompute
+
+    def forward(self, hidden: Tensor, keys: Tensor | None, values: Tensor | None, args: Any, arguments: Any) -> Any:
+        run: Any = partial(with_kv, self.block, args=args, arguments=arguments)
+        if self.recompute and torch.is_grad_enabled():
+            run = partial(checkpoint, run, use_reentrant=False)
+        output, keys, values = run(hidden, keys, values)
+        return output, keys.clone(), values.clone()  # of views FSDP fears that they are written to
+
+
+class _ShardedBlock(nn.Module):
+    """Stands where a block stood, and puts the K and V that it returns into the cache."""
+
+    def __init__(self, inner: nn.Module, index: int):
+        super().__init__()
+        self.inner, self.index = inner, index
+        self.attention_type = getattr(inner.block, "attention_type", None)  # read by some models' forward
+
+    def forward(self, hidden: Tensor, *args: Any, **arguments: Any) -> Any:
+        cache = arguments.pop(CACHE_ARGUMENT, None)
+        output, keys, values = self.inner(hidden, *kv_of(cache, self.index), args, arguments)
+        if cache is not None:
+            cache.update(keys, values, self.index)
+        return output
+
+
+def _plain(name: str) -> str:
+    """A parameter's name in a model whose blocks are not wrapped."""
+    return name.replace(".inner.block.", ".")
+
+
+def _prepare(module: nn.Module, prefix: str, tuned: Collection[str]) -> dict[str, torch.dtype]:
+    """Make everything that holds weights a parameter, and float32 where it is tuned. Returns the tuned ones' dtypes."""
+    for layer in [layer for layer in module.modules() if isinstance(layer, QuantLinear)]:
+        for name, tensor in list(layer._buffers.items()):
+            if tensor is not None:
+                del layer._buffers[name]
+                layer.register_parameter(name, nn.Parameter(tensor.contiguous(), requires_grad=False))
+    dtypes = {}
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(prefix + name in tuned)
+        if parameter.requires_grad:
+            dtypes[prefix + name] = parameter.dtype
+            parameter.data = parameter.data.float()
+    return dtypes
+
+
+class ShardedWeights(Weights):
+    """Trainable parameters of which each process holds some rows, in float32: those are the masters.
+
+    Args:
+        model: sharded. dtypes: in which each tuned parameter is saved.
+    """
+
+    def __init__(self, model: Any, dtypes: dict[str, torch.dtype], weight_decay: float, processes: Processes):
+        self.processes, self.dtypes = processes, dtypes
+        self.parameters = {_plain(name): p for name, p in model.named_parameters() if p.requires_grad}
+        shares = {name: nn.Parameter(_local(p)) for name, p in self.parameters.items()}
+        self._optimize({name: share for name, share in shares.items() if share.numel()}, weight_decay)
+
+    def first_row(self, name: str) -> int:
+        return self.processes.rank * -(-self.parameters[name].shape[0] // self.processes.count)
+
+    def take_gradients(self) -> None:
+        for name, parameter in self.parameters.items():
+            new, parameter.grad = parameter.grad, None
+            if new is not None and name in self.masters:
+                master, share = self.masters[name], _local(new)
+                master.grad = share if master.grad is None else master.grad + share
+
+    def _publish(self) -> None:
+        """Nothing to do: the next pass gathers the masters themselves."""
+
+    def tuned(self) -> dict[str, Tensor]:
+        return {name: master.detach().to(self.dtypes[name]) for name, master in self.masters.items()}
+
+
+def _local(tensor: Any) -> Tensor:
+    """This process's rows of a sharded tensor, sharing its memory."""
+    rows: Tensor = tensor.detach().to_local()
+    return rows

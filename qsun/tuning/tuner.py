@@ -1,0 +1,279 @@
+"""Tuning a prefill module: the frozen decode module reads its KV cache, and the loss of what it answers flows back.
+
+prompt -> prefill module (trained) -> KV -> decode module (frozen, may be int4) -> cross-entropy of the response
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsun.errors import QsunError
+from qsun.memory import peak_rss_bytes
+from qsun.model.checkpoint import Checkpoint
+from qsun.model.manifest import write_json
+from qsun.model.output_dir import Workdir
+from qsun.progress import Progress
+from qsun.runtime.seam import response_loss
+from qsun.tuning.config import TuneConfig
+from qsun.tuning.examples import Example, epoch_order
+from qsun.tuning.job import TuneJob, prepare_tuning
+from qsun.tuning.models import TuneModels, WholeModels
+from qsun.tuning.optimizer import learning_rate
+from qsun.tuning.output import plot_losses, write_module
+from qsun.tuning.processes import Processes
+from qsun.tuning.split_tensors import SplitTensors
+
+
+def tune(  # noqa: PLR0913, PLR0917
+    decode: str | Path,
+    out: str | Path,
+    data: str | Path | Sequence[str | Path],
+    config: TuneConfig | None = None,
+    base: str | Path | None = None,
+    eval_data: str | Path | Sequence[str | Path] | None = None,
+    init: str | Path | None = None,
+    device: str | torch.device | None = None,
+    resume: bool = False,
+    progress: Progress = lambda *_: None,
+) -> dict[str, Any]:
+    """Tune a prefill module against a frozen decode module; what `qsun tune` does.
+
+    Args:
+        decode: decode module, quantized or not: directory, hub id or "demo".
+        out: directory to make; it appears whole or not at all.
+        data: one or more .jsonl files of prompt/response or chat messages.
+        config: default TuneConfig().
+        base: full-precision base; default: what the decode module names, or the decode module itself.
+        eval_data: validation data; default: a part of `data` is held out.
+        init: a prefill module to start from instead of the base.
+        resume: continue an interrupted run with the same settings.
+        progress: called with a label, steps done and steps in all.
+    Returns:
+        The report, as in report.json: train_loss and valid_loss as [step, loss], best_step, seconds_per_step and more.
+    Raises:
+        QsunError: bad input, a base that is not the decode module's; one line that names the value and the fix.
+    """
+    return run_tuning(
+        prepare_tuning(decode, out, data, config, base, eval_data, init, device, resume), resume, progress
+    )
+
+
+def run_tuning(job: TuneJob, resume: bool = False, progress: Progress = lambda *_: None) -> dict[str, Any]:
+    """Carry out a prepared job; see `tune`."""
+    started, processes = time.perf_counter(), Processes(job.device)
+    work = _workdir(job, resume, processes)
+    tuner = Tuner(job, work, processes)
+    tuner.run(progress if processes.first else lambda *_: None)
+    report = tuner.report() | {"seconds": round(time.perf_counter() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
+    directory = work.module
+    if processes.first:
+        write_module(job, work, tuner.best_weights(), tuner.models.adapter)
+    processes.wait()
+    if processes.first or tuner.models.in_step:
+        report["saved_valid_loss"] = tuner.loss_of_saved(directory)
+        _check_saved(report)
+    if processes.first:
+        write_json(directory / "report.json", report)
+        plot_losses(report, directory / "loss.png")
+        work.publish()
+    processes.wait()
+    return report
+
+
+def _models(job: TuneJob, processes: Processes) -> TuneModels:
+    if not job.config.shard or processes.count == 1:
+        return WholeModels(job, processes)
+    from qsun.tuning.sharded import ShardedModels  # a slow import
+
+    return ShardedModels(job, processes)
+
+
+def _check_saved(report: dict[str, Any]) -> None:
+    """What was read back may differ by the rounding to the base's own dtype, and by no more."""
+    best, saved = report["best_valid_loss"], report["saved_valid_loss"]
+    if not abs(saved - best) <= 0.02 + 0.05 * best:
+        raise QsunError(f"reading back {report['out']}: validation loss {saved:.4f}, tuned to {best:.4f}; report this")
+
+
+def _workdir(job: TuneJob, resume: bool, processes: Processes) -> Workdir:
+    """The first process makes it, once all have found the place free."""
+    processes.wait()
+    work = Workdir(job.out, job.settings(), resume) if processes.first else None
+    processes.wait()
+    return work or Workdir(job.out, job.settings(), resume=True)
+
+
+class Tuner:
+    """The models, the weights being tuned, and the curve so far."""
+
+    def __init__(self, job: TuneJob, work: Workdir, processes: Processes):
+        self.job, self.work, self.processes = job, work, processes
+        self.config = job.config
+        self.full = job.config.baseline == "full"
+        self.models: TuneModels = _models(job, processes)
+        self.weights = self.models.weights
+        self.step, self.seconds = 0, 0.0
+        self.train_loss: list[tuple[int, float]] = []
+        self.valid_loss: list[tuple[int, float]] = []
+        self.best_parts: list[str] = []
+        self._restore()
+
+    def run(self, progress: Progress) -> None:
+        """All steps that are left, with validations between them; the state is kept at each."""
+        job = self.job
+        every = self.config.eval_every or max(1, job.steps // 10)
+        if not self.valid_loss:
+            self._validate()
+            progress(self._label(), 0, job.steps)
+        while self.step < job.steps:
+            self.train_step()
+            if self.step % every == 0 or self.step == job.steps:
+                self._validate()
+            progress(self._label(), self.step, job.steps)
+
+    def train_step(self) -> None:
+        """One optimizer step on the batch whose turn it is."""
+        started = time.perf_counter()
+        loss = self.gradients(self._batch(self.step))
+        self._check_finite(loss, "training")
+        rate = learning_rate(self.step, self.job.steps, self.job.peak_lr, self.config.warmup, self.config.min_lr)
+        self.weights.step(rate, self.config.clip)
+        self.step += 1
+        self.seconds += time.perf_counter() - started
+        self.train_loss.append((self.step, loss))
+
+    def _batch(self, step: int) -> list[Example]:
+        train, size = self.job.train, self.config.batch_size
+        epoch, place = divmod(step, -(-len(train) // size))
+        order = epoch_order(len(train), self.config.seed, epoch)
+        return [train[i] for i in order[place * size : (place + 1) * size]]
+
+    def gradients(self, examples: Sequence[Example]) -> float:
+        """Gradients of the mean loss over all response tokens, the same however they are shared out. Returns it."""
+        tokens = sum(len(example.response) for example in examples)
+        total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
+        for piece in self._pieces(examples):
+            loss = self._loss(piece)
+            if loss is not None:
+                loss = loss / tokens
+                if loss.requires_grad:  # prompts of one token have no prefill
+                    loss.backward()
+                total += loss.detach()
+            self.weights.take_gradients()
+        self.processes.sum_([total])
+        return float(total)
+
+    def _pieces(self, examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
+        """This process's share in pieces of like lengths, as many in every process; the last may be empty."""
+        share = sorted(examples[self.processes.rank :: self.processes.count], key=lambda e: len(e.prompt))
+        largest = -(-len(examples) // self.processes.count)
+        size = -(-largest // self.config.grad_accum)
+        for first in range(0, largest, size):
+            yield share[first : first + size]
+
+    def _loss(self, examples: Sequence[Example]) -> Tensor | None:
+        """Summed over response tokens; None where there is nothing to compute."""
+        batch = self.models.batch(examples)
+        return None if batch is None else response_loss(self.models.logits(batch), batch.labels)
+
+    @torch.no_grad()
+    def mean_loss(self, examples: Sequence[Example]) -> float:
+        """Mean loss of a response token, over all processes."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.processes.device)
+        size = max(1, self.config.batch_size // self.config.grad_accum)
+        mine = sorted(examples, key=lambda e: len(e.prompt))[self.processes.rank :: self.processes.count]
+        for first in range(0, -(-len(examples) // self.processes.count), size):  # as many in every process
+            piece = mine[first : first + size]
+            loss = self._loss(piece)
+            if loss is not None:
+                tokens = sum(len(example.response) for example in piece)
+                total += torch.stack([loss.double(), total.new_tensor(tokens)])
+        self.processes.sum_([total])
+        return float(total[0] / total[1])
+
+    def _check_finite(self, loss: float, kind: str) -> None:
+        if not math.isfinite(loss):
+            raise QsunError(
+                f"the {kind} loss is {loss} after step {self.step} of {self.job.steps}; use a lower --lr than "
+                f"{self.job.peak_lr:.2g}, or --dtype float32"
+            )
+
+    def _validate(self) -> None:
+        loss = self.mean_loss(self.job.valid)
+        self._check_finite(loss, "validation")
+        best = min((loss for _, loss in self.valid_loss), default=float("inf"))
+        self.valid_loss.append((self.step, loss))
+        if loss < best:
+            self.best_parts = self._write_shares("best", self.weights.tuned())
+        self._keep()
+
+    def _write_shares(self, kind: str, tensors: dict[str, Tensor]) -> list[str]:
+        """Keep a part from each process. Returns the names of all."""
+        parts = [f"{kind}-{self.step:09d}-{rank}" for rank in range(self.processes.count)]
+        self.work.write(parts[self.processes.rank], tensors, {})
+        return parts
+
+    def _label(self) -> str:
+        trained = f"loss {self.train_loss[-1][1]:.4f}, " if self.train_loss else ""
+        return f"{trained}validation {self.valid_loss[-1][1]:.4f}"
+
+    def _keep(self) -> None:
+        """The state of this step, a part from each process, then away with the one before."""
+        parts = self._write_shares("share", self.weights.state())
+        self.processes.wait()
+        if self.processes.first:  # its record vouches for all parts
+            curve = {"step": self.step, "seconds": self.seconds, "train": self.train_loss, "valid": self.valid_loss}
+            self.work.write(f"state-{self.step:09d}", {}, curve | {"parts": parts, "best_parts": self.best_parts})
+            old = [*self.work.names("state-")[:-1], *self.work.names("share-"), *self.work.names("best-")]
+            for name in old:
+                if name not in parts + self.best_parts:
+                    self.work.drop(name)
+        self.processes.wait()
+
+    def _restore(self) -> None:
+        kept = self.work.names("state-")
+        if not kept:
+            return
+        curve = self.work.record(kept[-1])
+        self.weights.restore(self._read_shares(curve["parts"]))
+        self.step, self.seconds, self.best_parts = curve["step"], curve["seconds"], curve["best_parts"]
+        self.train_loss = [(step, loss) for step, loss in curve["train"]]
+        self.valid_loss = [(step, loss) for step, loss in curve["valid"]]
+
+    def _read_shares(self, parts: list[str]) -> SplitTensors:
+        return SplitTensors([Checkpoint.of_file(self.work.part(name)) for name in parts])
+
+    def best_weights(self) -> SplitTensors:
+        return self._read_shares(self.best_parts)
+
+    def loss_of_saved(self, directory: Path) -> float:
+        """Validation loss of the finished directory, read back as a user would load it. What was tuned is let go."""
+        del self.weights
+        self.models.read_back(directory)
+        if not self.models.in_step:
+            self.processes = Processes.alone(self.processes.device)
+        return self.mean_loss(self.job.valid)
+
+    def report(self) -> dict[str, Any]:
+        best_step, best = min(self.valid_loss, key=lambda point: point[1])
+        job = self.job
+        return {
+            "out": str(job.out),
+            "kind": "full fine-tune" if self.full else "prefill module",
+            "base": job.names["base"],
+            "decode": job.names["decode"],
+            "config": job.config.to_dict(),
+            "plan": job.plan(self.processes.count),
+            "processes": self.processes.count,
+            "tuned_weights": sum(p.numel() for p in self.weights.parameters.values()),
+            "best_step": best_step,
+            "best_valid_loss": best,
+            "seconds_per_step": self.seconds / max(1, self.step),
+            "train_loss": self.train_loss,
+            "valid_loss": self.valid_loss,
+        }

@@ -1,0 +1,309 @@
+"""Calibration data: every kind of source, which positions a decode module sees, and what is refused."""
+
+import json
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from qsun.data.calibration import BUILTIN, Sample, builtin_text, read_calibration
+from qsun.errors import QsunError
+from tests.tiny_models import VOCAB, random_tokens, write_jsonl
+
+BOS, EOS = 1, 2
+CPU = torch.device("cpu")
+EXACT = {"rtol": 1e-5, "atol": 2e-5}
+
+
+@pytest.fixture
+def read(demo_tokenizer):
+    def read(*sources, samples=1000, seq_len=64, seed=0, tokenizer=demo_tokenizer):
+        return read_calibration([str(s) for s in sources], tokenizer, VOCAB, samples, seq_len, seed)
+
+    return read
+
+
+def ids(text: str) -> tuple[int, ...]:
+    """The demo tokenizer's tokens are characters."""
+    return tuple(map(ord, text))
+
+
+# --- kinds of sources
+
+
+def test_text_becomes_windows_that_all_count(read, tmp_path):
+    path = tmp_path / "some.txt"
+    path.write_text("0123456789abcdef")
+    found = read(path, seq_len=5)
+    assert found.samples == tuple(Sample(s) for s in ((BOS, *ids("0123")), ids("45678"), ids("9abcd")))
+    assert found.decode_tokens == 15
+    assert found.source == str(path) and found.preview == "<s>0123"
+
+
+def test_text_that_spells_its_first_special_token_gets_no_second_one(read, tmp_path):
+    path = tmp_path / "some.txt"
+    path.write_text("<s>abc")
+    assert read(path, seq_len=4).samples == (Sample((BOS, *ids("abc"))),)
+
+
+def test_jsonl_texts_are_joined_into_windows(read, tmp_path):
+    path = write_jsonl(tmp_path / "some.jsonl", [{"text": "abc"}, {"text": "defgh"}])
+    assert read(path, seq_len=5).samples == (Sample((BOS, *ids("abc"), BOS)), Sample(ids("defgh")))
+
+
+def test_prompt_and_response_are_split_at_the_seam(read, tmp_path):
+    """Decode's first input is the last prompt token; the last response token (end of sequence) is never an input."""
+    path = write_jsonl(tmp_path / "some.jsonl", [{"prompt": "abc", "response": "xyz"}])
+    found = read(path)
+    assert found.samples == (Sample((BOS, *ids("abc"), *ids("xyz")), prefill_tokens=3),)
+    (sample,) = found.samples
+    assert sample.tokens[sample.prefill_tokens] == ord("c"), "decode is fed the last token of the prompt"
+    assert sample.tokens[-1] == ord("z"), "the end of sequence is produced, never fed"
+    assert found.decode_tokens == 4
+
+
+def test_chat_messages_are_rendered_by_the_models_template(read, tmp_path):
+    messages = [
+        {"role": "user", "content": "ab"},
+        {"role": "assistant", "content": "cd"},
+        {"role": "user", "content": "ef"},
+        {"role": "assistant", "content": "gh"},
+    ]
+    path = write_jsonl(tmp_path / "some.jsonl", [{"messages": messages}, {"messages": messages[:2]}])
+    prompt = (BOS, *ids("ab>cd"), EOS, BOS, *ids("ef>"))
+    assert read(path).samples == (
+        Sample((*prompt, *ids("gh")), prefill_tokens=len(prompt) - 1),
+        Sample((BOS, *ids("ab>cd")), prefill_tokens=3),
+    )
+
+
+def test_what_follows_the_last_assistant_turn_is_left_out(read, tmp_path):
+    messages = [{"role": r, "content": c} for r, c in (("user", "ab"), ("assistant", "cd"), ("user", "ef"))]
+    path = write_jsonl(tmp_path / "some.jsonl", [{"messages": messages}])
+    assert read(path).samples == (Sample((BOS, *ids("ab>cd")), prefill_tokens=3),)
+
+
+def test_a_prompt_of_one_token_leaves_prefill_nothing(read, tmp_path):
+    path = write_jsonl(tmp_path / "some.jsonl", [{"prompt": "", "response": "xy"}])
+    assert read(path).samples == (Sample((BOS, *ids("xy")), prefill_tokens=0),)
+
+
+def test_responses_are_cut_at_seq_len(read, tmp_path):
+    path = write_jsonl(tmp_path / "some.jsonl", [{"prompt": "abc", "response": "uvwxyz"}])
+    assert read(path, seq_len=5).samples == (Sample((BOS, *ids("abcu")), prefill_tokens=3),)
+    with pytest.raises(QsunError, match=r"line 1: the prompt of 4 tokens leaves no response within --seq-len 3"):
+        read(path, seq_len=3)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "int32", "uint16"])
+def test_npy_rows_are_token_ids_as_they_are(dtype, read, tmp_path):
+    rows = random_tokens(3, 9)
+    np.save(tmp_path / "some.npy", rows.astype(dtype))
+    found = read(tmp_path / "some.npy", seq_len=7, tokenizer=None)
+    assert found.samples == tuple(Sample(tuple(row[:7])) for row in rows.tolist())
+    assert all(type(token) is int for token in found.samples[0].tokens)
+
+
+def test_a_data_set_folder(read, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", [{"prompt": "abc", "response": "xyz"}, {"prompt": "de", "response": "f"}])
+    expected = (Sample((BOS, *ids("abcxyz")), prefill_tokens=3), Sample((BOS, *ids("def")), prefill_tokens=2))
+    assert read(folder).samples == expected
+    assert read(f"{folder}:train").samples == expected
+
+
+def test_the_packaged_text(read):
+    found = read(BUILTIN, samples=4, seq_len=32)
+    assert len(found.samples) == 4
+    assert all(len(s.tokens) == 32 and s.prefill_tokens == 0 for s in found.samples)
+    assert found.preview in "<s>" + builtin_text().read_bytes().decode().encode("ascii", "replace").decode()
+
+
+def test_several_sources_get_equal_shares(read, tmp_path):
+    names = []
+    for letter in "abc":
+        names.append(
+            write_jsonl(tmp_path / f"{letter}.jsonl", [{"prompt": letter, "response": "xyz"[:i]} for i in (1, 2, 3)])
+        )
+    drawn = read(*names, samples=5)
+    assert [chr(s.tokens[1]) for s in drawn.samples] == [*"aabbc"]
+    assert drawn.source == ", ".join(map(str, names))
+
+
+# --- the draw
+
+
+def test_the_same_seed_draws_the_same_samples(read, tmp_path):
+    np.save(tmp_path / "some.npy", random_tokens(50, 6))
+    first, second, other = (read(tmp_path / "some.npy", samples=10, seed=seed) for seed in (3, 3, 4))
+    assert first == second and first.fingerprint == second.fingerprint
+    assert first.samples != other.samples and first.fingerprint != other.fingerprint
+    assert len(set(first.samples)) == 10
+
+
+def test_the_fingerprint_knows_where_decode_begins(read, tmp_path):
+    paths = [
+        write_jsonl(tmp_path / f"{i}.jsonl", [{"prompt": p, "response": r}])
+        for i, (p, r) in enumerate([("abc", "d"), ("ab", "cd")])
+    ]
+    first, second = (read(path) for path in paths)
+    assert first.samples[0].tokens == second.samples[0].tokens
+    assert first.fingerprint != second.fingerprint
+
+
+def test_fewer_samples_than_asked_for_are_all_taken_with_a_warning(read, tmp_path, caplog):
+    np.save(tmp_path / "some.npy", random_tokens(3, 6))
+    assert len(read(tmp_path / "some.npy", samples=10).samples) == 3
+    assert "3 samples, fewer than the 10" in caplog.text
+
+
+# --- what is refused
+
+
+def refused(read, source: Path, says: str, **settings) -> None:
+    with pytest.raises(QsunError, match=says) as error:
+        read(source, **settings)
+    assert str(source) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.txt", b"", "is empty"),
+        ("a.txt", b" \n\n", "is empty"),
+        ("a.txt", b"too short", r"too short: 10 tokens, and one sample is 64; use --seq-len 10"),
+        ("a.txt", b"one\ntwo\nthr\xffee\n", r"line 3: not valid UTF-8"),
+        ("a.jsonl", b"", "is empty"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": "\xff"}\n', r"line 3: not valid UTF-8"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', r"line 3: not valid JSON"),
+        ("a.jsonl", b'{"text": "a"}\n[1, 2]\n', r"line 2: not a JSON object"),
+        ("a.jsonl", b'{"text": "a"}\n{"prompt": "b"}\n', r"line 2: needs 'text', .* it has prompt"),
+        ("a.jsonl", b'{"text": "a"}\n{"response": "b"}\n', r"line 2: needs .* it has response"),
+        ("a.jsonl", b"{}\n", r"line 1: needs 'text'"),
+        ("a.jsonl", b'{"text": "too short"}\n', "too short: 10 tokens"),
+        ("a.jsonl", b'{"text": null}\n', r"line 1: .*text"),
+        ("a.jsonl", b'{"prompt": "a", "response": null}\n', r"line 1: .*response"),
+        ("a.jsonl", b'{"prompt": ["a"], "response": "b"}\n', r"line 1: .*prompt"),
+        ("a.jsonl", b'{"messages": "hello"}\n', r"line 1: .*messages"),
+        ("a.jsonl", b'{"messages": [1, 2]}\n', r"line 1: .*messages"),
+        ("a.jsonl", b'{"messages": []}\n', r"line 1: messages need an assistant turn after a prompt"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": "a"}]}\n', r"line 1: messages need an assistant turn"),
+        ("a.jsonl", b'{"messages": [{"role": "assistant", "content": "a"}]}\n', r"line 1: messages need an assistant"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "system", "content": "a"}, {"role": "assistant", "content": "b"}]}\n',
+            r"line 1: .*roles user and assistant only",  # the template's own words
+        ),
+        ("a.npy", b"", "not a sound .npy file"),
+        ("a.npy", b"\x93NUMPY\x01\x00", "not a sound .npy file"),
+    ],
+)
+def test_bad_files_are_refused_by_name_and_line(name, content, says, read, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    refused(read, tmp_path / name, says)
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085"], ids=ascii)
+def test_a_line_of_jsonl_ends_at_a_newline_and_nowhere_else(separator, read, tmp_path):
+    """JSON strings may hold Unicode's other line separators as they are; web text does."""
+    path = tmp_path / "some.jsonl"
+    row = json.dumps({"prompt": f"a{separator}b", "response": "xyz"}, ensure_ascii=False)
+    path.write_text(row + "\n", encoding="utf-8")
+    assert len(read(path).samples) == 1
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((2, 3), dtype=np.float32),
+        np.zeros(3, dtype=np.int64),
+        np.zeros((2, 3, 4), dtype=np.int64),
+        np.zeros((2, 3), dtype=bool),
+        np.zeros((0, 3), dtype=np.int64),
+        np.zeros((3, 0), dtype=np.int64),
+    ],
+    ids=lambda array: f"{array.dtype}{list(array.shape)}",
+)
+def test_npy_must_hold_integers_by_sample_and_position(array, read, tmp_path):
+    np.save(tmp_path / "some.npy", array)
+    refused(read, tmp_path / "some.npy", r"must be integers \[samples, length\]")
+
+
+class _Bomb:
+    def __reduce__(self):
+        return (sys.exit, ("a pickle was run",))
+
+
+def test_pickles_are_never_run(read, tmp_path):
+    np.save(tmp_path / "array.npy", np.array([[_Bomb()]], dtype=object), allow_pickle=True)
+    (tmp_path / "plain.npy").write_bytes(pickle.dumps(_Bomb()))
+    for name in ("array.npy", "plain.npy"):
+        refused(read, tmp_path / name, "not a sound .npy file")
+
+
+def test_an_npz_archive_is_no_npy_file(read, tmp_path):
+    with open(tmp_path / "some.npy", "wb") as file:
+        np.savez(file, tokens=random_tokens(2, 4))
+    refused(read, tmp_path / "some.npy", "npy")
+
+
+@pytest.mark.parametrize("token", [VOCAB, -1])
+def test_tokens_outside_the_vocabulary_are_refused(token, read, tmp_path):
+    rows = random_tokens(3, 4)
+    rows[2, 1] = token
+    np.save(tmp_path / "some.npy", rows)
+    refused(read, tmp_path / "some.npy", f"token {token}, outside the model's vocabulary of {VOCAB}")
+
+
+def test_text_of_a_larger_tokenizer_is_refused(demo_tokenizer, tmp_path):
+    (tmp_path / "some.txt").write_text("abcdefgh")
+    with pytest.raises(QsunError, match=r"token 103, outside the model's vocabulary of 100"):
+        read_calibration([str(tmp_path / "some.txt")], demo_tokenizer, 100, 1, 4, 0)
+
+
+def test_messages_without_a_template_are_refused(demo_tokenizer, read, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_tokenizer, "chat_template", None)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = write_jsonl(tmp_path / "some.jsonl", [{"messages": messages}])
+    refused(read, path, "line 1: has chat messages, but the model's tokenizer has no chat template")
+
+
+@pytest.mark.parametrize("name", ["some.txt", "some.jsonl"])
+def test_text_without_a_tokenizer_is_refused(name, read, tmp_path):
+    (tmp_path / name).write_text('{"text": "abc"}\n')
+    refused(read, tmp_path / name, "no tokenizer; give .npy token ids", tokenizer=None)
+
+
+def test_the_packaged_text_without_a_tokenizer_is_refused(read):
+    with pytest.raises(QsunError, match=r"needs a tokenizer.* give \.npy"):
+        read(BUILTIN, tokenizer=None)
+
+
+@pytest.mark.parametrize("name", ["some.txt", "some.jsonl", "some.npy"])
+def test_a_file_that_is_not_there_is_refused(name, read, tmp_path):
+    refused(read, tmp_path / name, "does not exist")
+
+
+def test_what_is_no_data_set_is_refused(read, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    refused(read, tmp_path / "nothing", "cannot be loaded as a data set")
+
+
+def test_a_data_set_row_with_missing_fields_is_named(read, tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"question": "a"}])
+    refused(read, tmp_path, r"row 0: needs 'text', .* it has question")
+
+
+def test_data_sets_without_the_package_say_what_to_install(read, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    refused(read, tmp_path, r"qsun\[data\]")
+
+
+def test_no_source_at_all_is_refused(read):
+    with pytest.raises(QsunError, match="calibration"):
+        read()

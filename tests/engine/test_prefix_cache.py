@@ -1,0 +1,65 @@
+"""The prefix cache: the longest known beginning of the same module, within its budget."""
+
+import torch
+
+from qsun.engine.prefix_cache import BLOCK_TOKENS, PrefixCache
+
+BLOCK_BYTES = 2 * 2 * BLOCK_TOKENS * 4 * 4  # K and V, heads, tokens, width, float32
+
+
+def kv(tokens, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    return [(torch.randn(2, tokens, 4, generator=random), torch.randn(2, tokens, 4, generator=random))]
+
+
+def test_whole_blocks_come_back_bit_by_bit():
+    cache = PrefixCache(1 << 20)
+    tokens, layers = list(range(100)), kv(100)
+    assert cache.find(1, tokens) == (0, [])
+    cache.keep(1, tokens, layers)
+    found, known = cache.find(1, [*tokens[:70], 5, 6])
+    assert found == 64
+    assert torch.equal(known[0][0], layers[0][0][:, :64])
+    assert torch.equal(known[0][1], layers[0][1][:, :64])
+    assert cache.find(1, tokens[:31])[0] == 0
+    assert cache.find(1, [9, *tokens[1:]])[0] == 0
+    assert (cache.hits, cache.lookups) == (64, 100 + 72 + 31 + 100)
+
+
+def test_another_module_finds_nothing_and_forgetting_drops_only_its_own():
+    cache = PrefixCache(1 << 20)
+    cache.keep(1, list(range(64)), kv(64, 1))
+    cache.keep(2, list(range(64)), kv(64, 2))
+    assert cache.find(3, list(range(64)))[0] == 0
+    assert not torch.equal(cache.find(1, list(range(64)))[1][0][0], cache.find(2, list(range(64)))[1][0][0])
+    cache.forget(1)
+    assert cache.find(1, list(range(64)))[0] == 0
+    assert cache.find(2, list(range(64)))[0] == 64
+    cache.forget(2)
+    assert cache.bytes == 0
+
+
+def test_what_was_used_least_recently_goes_first_and_ends_before_beginnings():
+    cache = PrefixCache(4 * BLOCK_BYTES)
+    old, new = list(range(96)), list(range(200, 264))
+    cache.keep(1, old, kv(96))
+    cache.keep(1, new, kv(64))  # five blocks: the last of the old prompt goes
+    assert cache.bytes == 4 * BLOCK_BYTES
+    assert cache.find(1, old)[0] == 64
+    cache.keep(1, list(range(300, 364)), kv(64))  # the old one was just used
+    assert cache.find(1, old)[0] == 64
+    assert cache.find(1, new)[0] == 0
+
+
+def test_kept_blocks_do_not_hold_the_prompts_buffers():
+    cache = PrefixCache(1 << 20)
+    layers = kv(64)
+    cache.keep(1, list(range(64)), layers)
+    layers[0][0].zero_()
+    assert cache.find(1, list(range(64)))[1][0][0].abs().sum() > 0
+
+
+def test_no_budget_keeps_nothing():
+    cache = PrefixCache(0)
+    cache.keep(1, list(range(64)), kv(64))
+    assert cache.find(1, list(range(64)))[0] == 0

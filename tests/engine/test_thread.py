@@ -1,0 +1,71 @@
+"""Whoever waits for the engine hears of its end."""
+
+import asyncio
+
+import pytest
+
+from qsun.engine.requests import Refused, Request, Sampling
+from qsun.engine.thread import EngineThread
+from qsun.serve.http.server import check_exposed
+
+
+def long_request(name="a"):
+    return Request(name, "math", (5, 6), Sampling(500, ignore_eos=True))
+
+
+def test_stopping_ends_what_runs_with_an_error_and_refuses_what_comes(make_engine):
+    async def scenario():
+        thread = EngineThread(make_engine())
+        thread.start()
+        updates = await thread.submit([long_request()])
+        first = await anext(updates)
+        await asyncio.to_thread(thread.stop)
+        last = [update async for update in updates][-1]
+        with pytest.raises(Refused, match="shutting down"):
+            await thread.submit([long_request("b")])
+        return first, last
+
+    first, last = asyncio.run(scenario())
+    assert first.tokens
+    assert last.finish == "error"
+
+
+def test_a_call_that_comes_as_the_thread_ends_is_answered(make_engine):
+    async def scenario():
+        thread = EngineThread(make_engine())
+        thread.start()
+        calls = [asyncio.ensure_future(thread.call(lambda: 1)) for _ in range(50)]
+        await asyncio.to_thread(thread.stop)
+        calls += [asyncio.ensure_future(thread.call(lambda: 1)) for _ in range(50)]
+        return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 10)
+
+    answers = asyncio.run(scenario())
+    assert all(answer == 1 or isinstance(answer, Refused) for answer in answers)
+    assert isinstance(answers[-1], Refused)
+
+
+def test_a_batch_of_requests_is_queued_whole_or_not_at_all(make_engine):
+    async def scenario():
+        engine = make_engine(max_waiting=2)
+        thread = EngineThread(engine)
+        thread.start()
+        try:
+            with pytest.raises(Refused):
+                await thread.submit([long_request("a"), Request("b", "nobody", (5,))])
+            await thread.call(lambda: None)
+            return engine.idle
+        finally:
+            thread.stop()
+
+    assert asyncio.run(scenario())
+
+
+def test_only_loopback_needs_no_key():
+    from qsun.errors import QsunError
+
+    for host in ("127.0.0.1", "::1", "localhost", "127.9.9.9"):
+        check_exposed(host, ())
+    check_exposed("0.0.0.0", ("a-long-key",))  # noqa: S104
+    for host in ("0.0.0.0", "::", "example.org"):  # noqa: S104
+        with pytest.raises(QsunError, match="no API key"):
+            check_exposed(host, ())

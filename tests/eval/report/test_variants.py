@@ -1,0 +1,82 @@
+"""Which pairs an evaluation compares, from options and from a file."""
+
+import pytest
+
+from qsun.config import QuantConfig
+from qsun.errors import QsunError
+from qsun.eval.report.variants import from_file, from_options, stored_bits
+from qsun.quantization.run import quantize
+
+
+@pytest.fixture(scope="module")
+def int3(tmp_path_factory):
+    out = tmp_path_factory.mktemp("variants") / "int3"
+    quantize("demo", out, QuantConfig(method="rtn", bits=3, format="compressed-tensors"), device="cpu")
+    return out
+
+
+def test_options_name_the_usual_variants(int3):
+    pairs = {e.name: (e.prefill, e.decode) for e in from_options(str(int3), "P", "F", ["t"]).entries}
+    assert pairs == {
+        "base": ("demo", "demo"),
+        "full fine-tune": ("F", "F"),
+        "SUN": ("P", "demo"),
+        "QSUN int3": ("P", str(int3)),
+    }
+    assert from_options(str(int3), "P", None, ["t"]).reference == "SUN"
+    alone = from_options(str(int3), "", None, ["t"])
+    assert [(e.name, e.prefill) for e in alone.entries] == [("base", "demo"), ("base int3", "demo")]
+    assert alone.reference == "base"
+    assert [e.name for e in from_options("demo", "P", None, []).entries] == ["base", "SUN"]
+    assert stored_bits(str(int3)) == 3 and stored_bits("demo") == 0
+
+
+def test_a_file_names_directories_beside_it(tmp_path):
+    (tmp_path / "sun").mkdir()
+    (tmp_path / "valid.jsonl").write_text("{}\n")
+    file = tmp_path / "matrix.yaml"
+    file.write_text(
+        "variants:\n- {name: base, model: demo}\n"
+        "- {name: SUN, prefill: sun, decode: demo, tasks: [b], responses: valid.jsonl}\n"
+        "- {name: SUN, prefill: elsewhere, decode: demo, tasks: [a]}\ntasks: [a, b]\n"
+    )
+    matrix = from_file(file)
+    assert matrix.names() == ["base", "SUN"] and matrix.reference == "SUN" and matrix.tasks == ("a", "b")
+    base, first, second = matrix.entries
+    assert (base.prefill, base.decode, base.alone) == ("demo", "demo", True)
+    assert base.answers(matrix.tasks) == ["a", "b"] and first.answers(matrix.tasks) == ["b"]
+    assert first.prefill == str(tmp_path / "sun") and second.prefill == "elsewhere"
+    assert first.responses == str(tmp_path / "valid.jsonl") and not second.responses
+    assert from_file(file, ["b"]).tasks == ("b",)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: [", "matrix.yaml: while parsing"),
+        ("[]", "has no list of variants"),
+        ("variants: []", "has no list of variants"),
+        ("variants: [1]", "1 is no variant"),
+        ("variants: [{name: x, modell: demo}]", "variant 'x' has 'modell'; known are base, decode, model, name"),
+        ("variants: [{name: x, prefill: demo}]", "'x' needs a model, or a prefill and a decode module"),
+        ("variants: [{name: x, model: 5}]", "model is 5; write a string"),
+        ("variants: [{name: x, model: demo, base: 5}]", "base is 5; write a string"),
+        ("variants: [{name: x, model: demo, tasks: qsun_math}]", "tasks is 'qsun_math'; write a list"),
+        (
+            "{variants: [{name: x, model: demo, tasks: [u]}], tasks: [t]}",
+            "has the task 'u', which `tasks` does not list",
+        ),
+        ("{variants: [{name: x, model: demo}, {name: x, model: P}], tasks: [t]}", "two entries named 'x' answer t"),
+        ("variants: [{name: x, model: demo, responses: no.jsonl}]", "responses no.jsonl is no file"),
+        (
+            "{variants: [{name: x, model: demo}], tasks: [t], reference: y}",
+            "the reference 'y' is no variant; use one of x",
+        ),
+    ],
+)
+def test_a_wrong_file_is_one_clear_line(tmp_path, text, says):
+    file = tmp_path / "matrix.yaml"
+    file.write_text(text)
+    with pytest.raises(QsunError, match=says) as error:
+        from_file(file)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,72 @@
+"""Tuning of launches with a timer made up here: what is searched, what is written, what is read back."""
+
+import json
+
+import pytest
+import torch
+
+from qsun.errors import QsunError
+from qsun.eval.speed.kernel_bench import Weights
+from qsun.eval.speed.kernel_tuning import search, tune_kernels, write_table
+from qsun.kernels import tuning
+from qsun.kernels.tuning import Launch, candidates, choose, parse_table
+
+LAYERS = [("", "a", 512, 1024), ("", "again", 512, 1024), ("", "b", 64, 256)]
+
+
+def seconds(launch):
+    """A valley whose floor is split 4, 5 stages, 128 rows, folded."""
+    distance = abs(launch.split_k - 4) + abs(launch.stages - 5) + abs(launch.block_n - 128) / 64 + (not launch.fold)
+    return 1e-6 * (10 + distance)
+
+
+def timer(launches):
+    return {launch: seconds(launch) for launch in launches if launch.warps != 8}
+
+
+def test_the_floor_of_a_valley_is_found():
+    start = choose(8, 512, 1024, 128, "default")
+    best, taken, before = search(start, candidates(8, 512, 1024, 128), timer)
+    assert (best.split_k, best.stages, best.block_n, best.fold) == (4, 5, 128, True)
+    assert taken == seconds(best) < before == seconds(start)
+
+
+def test_launches_that_are_wrong_are_never_chosen():
+    start = choose(8, 512, 1024, 128, "default")
+
+    def only_slow(launches):
+        return {launch: 1.0 if launch == start else 0.5 for launch in launches if launch.stages in (start.stages, 6)}
+
+    best, _, _ = search(start, candidates(8, 512, 1024, 128), only_slow)
+    assert best.stages in (start.stages, 6)
+    with pytest.raises(QsunError, match="does not give the right product"):
+        search(start, [], lambda launches: {})
+
+
+def test_a_table_is_written_added_to_and_read(tmp_path, monkeypatch):
+    kind = Weights(128, True, torch.bfloat16)
+    shapes = tune_kernels(LAYERS, kind, "Some GPU", lambda *_: timer)
+    assert list(shapes) == ["512x1024g128", "64x256g128"]
+    path = tmp_path / "Some-GPU.json"
+    write_table(dict([shapes.popitem()]), "Some GPU", path)
+    write_table(shapes, "Some GPU", path)
+    table = parse_table(json.loads(path.read_text()))
+    assert set(table.shapes) == {"512x1024g128", "64x256g128"}
+    assert table.buckets == tuning.load_table("default").buckets
+    monkeypatch.setattr(tuning, "_CONFIGS", tmp_path)
+    tuning.load_table.cache_clear()
+    choose.cache_clear()
+    try:
+        chosen = choose(8, 512, 1024, 128, "Some GPU")
+        assert chosen == table.shapes["512x1024g128"][8]
+        assert isinstance(chosen, Launch)
+    finally:
+        tuning.load_table.cache_clear()
+        choose.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_no_gpu_is_one_line(cli):
+    answer = cli("bench", "tune-kernels")
+    assert answer.code == 2
+    assert "torch sees no CUDA device" in answer.err

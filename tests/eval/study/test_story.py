@@ -1,0 +1,36 @@
+"""`qsun demo`, with hardly any tuning: every part runs, every number is in its place."""
+
+import json
+
+import pytest
+
+from qsun.demo.tasks import TASKS
+from qsun.eval.harness.exact_match import Score
+from qsun.eval.study import story
+from qsun.eval.study.story import VARIANTS, Effort
+
+
+def test_rate_and_standard_error():
+    score = Score((True, False, True, True))
+    assert score.rate == 0.75
+    assert score.stderr == pytest.approx((0.75 * 0.25 / 4) ** 0.5)
+
+
+@pytest.mark.slow
+def test_the_whole_story(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(story, "QUICK", Effort(steps=12, batch_size=16, train=200, test=20))
+    answer = cli("demo", "--quick", "-o", tmp_path / "story", "--json")
+    assert answer.code == 0, answer.err
+    result = json.loads(answer.out)
+    assert list(result["exact_match"]) == list(TASKS)
+    for cells in result["exact_match"].values():
+        assert list(cells) == list(VARIANTS)
+        assert cells["base"]["rate"] == 0  # it does not know the tasks
+    mixed = result["mixed_batch"]
+    assert mixed["equal"] == mixed["rows"] == 24
+    assert {row["task"] for row in mixed["shown"]} == set(TASKS)
+    assert json.loads((tmp_path / "story/story.json").read_text()) == result
+    assert (tmp_path / "story/story.png").read_bytes().startswith(b"\x89PNG")
+    again = cli("demo", "--quick", "-o", tmp_path / "story")
+    assert again.code == 2
+    assert "exists" in again.err

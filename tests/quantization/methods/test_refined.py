@@ -1,0 +1,96 @@
+"""The compensated target against a float64 least-squares solution with explicit inputs."""
+
+import torch
+
+from qsun.quantization.block import output_error
+from qsun.quantization.methods.gptq import GptqOptions, gptq
+from qsun.quantization.methods.grid import Grid
+from qsun.quantization.methods.moments import Moments, add_gram
+from qsun.quantization.methods.refined import compensated_target, refined
+
+
+def inputs(tokens=4000, K=48, hidden=24, seed=0):
+    """Full-precision inputs, the same with a linear and a random error, and a residual gap that depends on them."""
+    g = torch.Generator().manual_seed(seed)
+    x_full = torch.randn(tokens, K, generator=g) @ torch.randn(K, K, generator=g) / K**0.5
+    x = x_full + 0.1 * x_full @ torch.randn(K, K, generator=g) / K**0.5 + 0.02 * torch.randn(tokens, K, generator=g)
+    gap = 0.1 * x @ torch.randn(K, hidden, generator=g) / K**0.5 + 0.02 * torch.randn(tokens, hidden, generator=g)
+    return x_full, x, gap, torch.randn(hidden, K, generator=g)
+
+
+def moments_of(x, x_full=None, gap=None):
+    moments = Moments.zeros(x.shape[1], x.device)
+    for start in range(0, len(x), 700):
+        rows = slice(start, start + 700)
+        moments.add(x[rows], None if x_full is None else x_full[rows], None if gap is None else gap[rows])
+    return moments
+
+
+def test_moments_are_the_sums_they_say():
+    x_full, x, gap, _ = inputs(K=600)  # more than one tile of the Hessian
+    moments = moments_of(x, x_full, gap)
+    x, x_full, gap = x.double(), x_full.double(), gap.double()
+    assert moments.tokens == len(x)
+    for ours, exact in (
+        (moments.hessian(), x.t() @ x / len(x)),
+        (moments.mean_absolute(), x.abs().mean(0)),
+        (moments.drift, (x_full - x).t() @ x),
+        (moments.residual, gap.t() @ x),
+    ):
+        assert torch.allclose(ours.double(), exact, rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
+
+
+def test_gram_leaves_the_upper_tiles_alone():
+    gram = torch.full((1100, 1100), float("nan"))
+    gram.tril_()
+    gram[torch.triu(torch.ones(1100, 1100), 1).bool()] = 7.0
+    gram.tril_().add_(torch.triu(torch.full((1100, 1100), 7.0), 1))
+    gram = torch.where(torch.isnan(gram), torch.zeros(()), gram)
+    add_gram(gram, torch.ones(3, 1100))
+    assert gram[0, 1099] == 7.0
+    assert gram[1099, 0] == 3.0
+
+
+def test_target_is_the_least_squares_solution():
+    x_full, x, gap, weight = inputs(tokens=60_000)
+    target = compensated_target(weight, moments_of(x, x_full, gap)).double()
+    wanted = x_full.double() @ weight.double().t() + gap.double()
+    exact = torch.linalg.solve(x.double().t() @ x.double(), x.double().t() @ wanted).t()
+    ours, theirs, before = ((x.double() @ w.t() - wanted).square().mean() for w in (target, exact, weight.double()))
+    assert ours < 1.03 * theirs
+    assert ours < 0.2 * before
+
+
+def test_without_drift_the_target_is_the_weight():
+    _, x, _, weight = inputs()
+    assert torch.equal(compensated_target(weight, moments_of(x)), weight)
+
+
+def test_few_tokens_do_not_fit_noise():
+    """With as many tokens as inputs and no real drift, the target must stay near the weight."""
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(64, 48, generator=g)
+    noise = 0.3 * torch.randn(64, 48, generator=g)
+    weight = torch.randn(24, 48, generator=g)
+    target = compensated_target(weight, moments_of(x, x + noise))
+    fresh, fresh_noise = torch.randn(4000, 48, generator=g), 0.3 * torch.randn(4000, 48, generator=g)
+    wanted = (fresh + fresh_noise) @ weight.t()
+    assert (fresh @ target.t() - wanted).square().mean() < 1.3 * (fresh @ weight.t() - wanted).square().mean()
+
+
+def test_refined_gives_outputs_closer_to_full_precision_than_gptq():
+    x_full, x, gap, weight = inputs()
+    moments, grid = moments_of(x, x_full, gap), Grid(4, 48, True)
+    wanted = x_full @ weight.t() + gap
+
+    def wrong(quantized):
+        return float((x @ quantized.dequantize().t() - wanted).square().mean())
+
+    assert wrong(refined(weight, moments, grid, GptqOptions())) < 0.5 * wrong(gptq(weight, moments.hessian(), grid))
+
+
+def test_output_error_is_relative_to_the_output():
+    _, x, _, weight = inputs()
+    moved = weight + 0.01 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(3))
+    exact = (x @ (weight - moved).t()).square().sum() / (x @ weight.t()).square().sum()
+    assert abs(output_error(weight, moved, moments_of(x).hessian()) - float(exact)) < 1e-3 * float(exact)

@@ -1,0 +1,93 @@
+"""load_decode against transformers with the same weights."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import qsun
+from qsun.demo import base_directory, calibration_file
+from qsun.model.checkpoint import Checkpoint
+from qsun.model.stored_layers import quantized_layer_names, read_quantized_layer
+
+IDS = torch.tensor([[1, 99, 97, 108, 99, 32, 49, 50, 43, 55, 62]])
+
+
+@pytest.fixture(scope="module", params=["gptq", "awq", "compressed-tensors"])
+def module(request, tmp_path_factory):
+    out = tmp_path_factory.mktemp("decode") / request.param
+    config = qsun.QuantConfig(method="rtn", format=request.param, group_size=64, sym=request.param != "awq")
+    qsun.quantize("demo", out, config)
+    return out, request.param
+
+
+def dense_twin(directory, fmt):
+    """transformers' own model, its linear layers holding the dequantized weights."""
+    model = AutoModelForCausalLM.from_pretrained(base_directory(), dtype=torch.float32).eval()
+    checkpoint = Checkpoint(directory)
+    for name in quantized_layer_names(checkpoint):
+        linear = model.get_submodule(name)
+        linear.weight.data = read_quantized_layer(checkpoint, name, fmt, linear.in_features)[0].dequantize()
+    return model
+
+
+@torch.no_grad()
+def test_logits_and_generation_equal_the_dense_twin(module):
+    directory, fmt = module
+    decode = qsun.load_decode(directory, dtype="float32")
+    twin = dense_twin(directory, fmt)
+    assert torch.equal(decode.model(IDS).logits, twin(IDS).logits)
+    ours, theirs = (m.generate(IDS, max_new_tokens=8, do_sample=False) for m in (decode.model, twin))
+    assert torch.equal(ours, theirs)
+    assert decode.manifest["config"]["method"] == "rtn"
+    assert sum(isinstance(m, qsun.QuantLinear) for m in decode.model.modules()) == 28
+
+
+@torch.no_grad()
+def test_dtypes(module):
+    directory, _ = module
+    exact = qsun.load_decode(directory, dtype="float32").model(IDS).logits
+    default = qsun.load_decode(directory)
+    assert default.model.model.embed_tokens.weight.dtype == torch.bfloat16  # what the base is stored in
+    assert (default.model(IDS).logits.float() - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_a_base_loads_as_a_decode_module():
+    decode = qsun.load_decode("demo", dtype="float32")
+    base = AutoModelForCausalLM.from_pretrained(base_directory(), dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(decode.model(IDS).logits, base(IDS).logits)
+    assert decode.manifest == {}
+    assert decode.model.lm_head.weight is decode.model.model.embed_tokens.weight
+
+
+def test_gradients_reach_the_input_through_every_layer(module):
+    directory, _ = module
+    model = qsun.load_decode(directory, dtype="float32").model
+    embeds = model.model.embed_tokens(IDS).detach().requires_grad_()
+    model(inputs_embeds=embeds).logits.logsumexp(-1).sum().backward()
+    assert torch.isfinite(embeds.grad).all()
+    assert embeds.grad.abs().sum() > 0
+
+
+def test_a_missing_tensor_is_named(module, tmp_path):
+    directory, _ = module
+    for file in directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(qsun.QsunError, match=r"model\.norm\.weight"):
+        qsun.load_decode(tmp_path)
+
+
+def test_quantized_head_unties(tmp_path):
+    config = qsun.QuantConfig(method="gptq", lm_head=True, group_size=64, samples=8, seq_len=128)
+    report = qsun.quantize("demo", tmp_path / "out", config, calibration_file())
+    assert report["layers"][-1]["name"] == "lm_head"
+    decode = qsun.load_decode(tmp_path / "out", dtype="float32")
+    assert isinstance(decode.model.lm_head, qsun.QuantLinear)
+    with torch.no_grad():
+        logits = decode.model(IDS).logits
+        base = qsun.load_decode("demo", dtype="float32").model(IDS).logits
+    assert (logits - base).abs().max() < 0.5 * base.abs().max()

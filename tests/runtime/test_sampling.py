@@ -1,0 +1,50 @@
+"""Draws follow the distribution that transformers' own logits processors leave."""
+
+import pytest
+import torch
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from qsun.runtime.sampling import Sampler, draw, row_seed
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.7, 0.8, 0), (1.3, 1.0, 5), (2.0, 0.6, 7)]
+)
+def test_the_share_of_each_token_is_its_probability(temperature, top_p, top_k):
+    torch.manual_seed(top_k)
+    logits = torch.randn(1, 23) * 2
+    warp = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k:
+        warp.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warp.append(TopPLogitsWarper(top_p))
+    expected = warp(None, logits.double()).softmax(-1)[0]
+    grid = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000  # every number once: shares, not luck
+    tokens = draw(logits.expand(20_000, -1), grid, temperature, top_p, top_k)
+    shares = torch.bincount(tokens, minlength=23) / 20_000
+    torch.testing.assert_close(shares.double(), expected, atol=2e-4, rtol=0)
+
+
+def test_greedy_is_argmax():
+    logits = torch.randn(5, 11)
+    assert torch.equal(Sampler(0.0, 1.0, 0, range(5))(logits), logits.argmax(-1))
+
+
+def test_rows_draw_from_their_own_numbers():
+    logits = torch.zeros(3, 1000)
+    first, again = Sampler(1.0, 1.0, 0, [1, 2, 1]), Sampler(1.0, 1.0, 0, [1])
+    a, b = first(logits), first(logits)
+    assert a[0] == a[2] and a[0] != a[1] and a[0] != b[0]
+    assert again(logits[:1]) == a[:1] and again(logits[:1]) == b[:1]
+
+
+def test_the_ends_of_the_unit_interval():
+    logits = torch.tensor([[0.0, 5.0, -1000.0]]).expand(2, -1)
+    tokens = draw(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0, 1.0, 0)
+    assert tokens.tolist() == [1, 0]
+
+
+def test_rows_of_one_call_draw_numbers_of_their_own():
+    drawn = {float(torch.rand(1, generator=torch.Generator().manual_seed(row_seed(5, n)))) for n in range(64)}
+    assert len(drawn) == 64  # a CPU's generator reads the low 32 bits of a seed only
+    assert row_seed(5, 0) == 5

@@ -1,0 +1,123 @@
+"""`qsun serve` as a process: it starts, says where, answers, drains at SIGTERM, and refuses what cannot work."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager, suppress
+
+import httpx
+import pytest
+
+from tests.serve.api.test_api import until
+
+
+@contextmanager
+def serving(*options):
+    command = [sys.executable, "-m", "qsun.cli.main", "serve", "--decode", "demo", "--port", "0", "--json", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        line = process.stdout.readline()
+        assert line, process.stderr.read()
+        with httpx.Client(base_url=json.loads(line)["url"], timeout=60) as client:
+            yield process, client
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+
+
+@pytest.mark.slow
+def test_it_serves_the_base_and_drains_at_sigterm():
+    with serving("--threads", "1") as (process, client):
+        body = {"model": "base", "prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}
+        with client.stream("POST", "/v1/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            received = [line for line in lines if line]
+        assert received[-1] == "data: [DONE]"  # what ran is finished
+        assert json.loads(received[-2][6:])["choices"][0]["finish_reason"] == "length"
+        assert process.wait(30) == 0
+        with pytest.raises(httpx.ConnectError):
+            client.get("/health")
+
+
+def listens(url):
+    try:
+        httpx.get(f"{url}/health")
+    except httpx.TransportError:  # refused, or cut off as it closed
+        return False
+    return True
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_does_not_wait():
+    with serving("--threads", "1", "--drain", "60") as (process, client):
+        first, received = threading.Event(), []
+        body = {"model": "base", "prompt": "x", "max_tokens": 500, "ignore_eos": True, "stream": True, "n": 16}
+
+        def read():
+            with suppress(httpx.HTTPError), client.stream("POST", "/v1/completions", json=body) as stream:
+                for line in stream.iter_lines():
+                    received.append(line)
+                    first.set()
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        assert first.wait(30)
+        process.send_signal(signal.SIGINT)
+        until(lambda: not listens(client.base_url))
+        assert process.poll() is None  # it waits for what runs
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        reader.join(30)
+        assert "data: [DONE]" not in received  # it was cut off, and the client can tell
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prefill", "math"], "--prefill 'math' is not NAME=DIR"),
+        (["--prefill", "a b=demo"], "not NAME=DIR"),
+        (["--prefill", "a=demo", "--prefill", "a=demo"], "names 'a' twice"),
+        (["--prefill", "a=nowhere"], "nowhere is not a directory"),
+        (["--host", "0.0.0.0"], "no API key is set"),  # noqa: S104
+        (["--kv-memory", "much"], "--kv-memory 'much' is not a size"),
+        (["--kv-memory", "1KB"], "kv_bytes 1000 holds no request"),
+        (["--api-keys", "/nonexistent"], "cannot be read"),
+        (["--timeout", "0"], "seconds 0"),
+        (["--dtype", "float31"], "dtype 'float31' is not known"),
+        (["--host", "203.0.113.7", "--api-keys", "KEYS"], "cannot listen on 203.0.113.7"),
+    ],
+)
+def test_what_cannot_work_is_one_line(cli, tmp_path, options, message):
+    keys = tmp_path / "keys"
+    keys.write_text("a-key-of-some-length\n")
+    options = [str(keys) if option == "KEYS" else option for option in options]
+    answer = cli("serve", "--decode", "demo", "--port", "0", *options)
+    assert answer.code == 2
+    assert message in answer.err.splitlines()[-1]
+
+
+def test_a_port_that_is_taken_is_known_before_weights_are_loaded(cli, tmp_path):
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        answer = cli("serve", "--decode", "demo", "--port", taken.getsockname()[1])
+    assert answer.code == 2
+    assert "cannot listen on 127.0.0.1" in answer.err
+
+
+def test_keys_and_sizes(tmp_path):
+    from qsun.cli.serve import byte_count, read_keys
+    from qsun.errors import QsunError
+
+    assert [byte_count("x", t) for t in ("512MiB", "2GB", "0", "1.5KiB", "7")] == [512 << 20, 2 * 10**9, 0, 1536, 7]
+    (tmp_path / "keys").write_text("\n first-key \n\nsecond-key\n")
+    assert read_keys(tmp_path / "keys") == ("first-key", "second-key")
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(QsunError, match="has no API key"):
+        read_keys(tmp_path / "empty")

@@ -1,0 +1,133 @@
+"""cluster.yaml: what it may say, and the one line that says what is wrong."""
+
+import copy
+import re
+import shutil
+
+import pytest
+
+from qsun.errors import QsunError
+from qsun.serve.cluster.file import parse_cluster, read_cluster, read_keys, with_workers
+from qsun.serve.cluster.modules import ModuleChecks, served_name
+from tests.tiny_models import build_model
+
+EVERYWHERE = "0.0.0.0"  # noqa: S104 - it is what must be refused
+
+GOOD = {
+    "decode": {"module": "int4", "workers": ["http://127.0.0.1:8201", "http://127.0.0.1:8202/"]},
+    "models": {"math": {"module": "math", "workers": ["HTTP://127.0.0.1:8101"]}, "code": {"module": "c", "workers": 2}},
+}
+
+
+def test_defaults_are_safe_and_urls_are_normal():
+    cluster = parse_cluster(GOOD)
+    assert (cluster.listen.host, cluster.policy) == ("127.0.0.1", "least_outstanding_tokens")
+    assert cluster.decode.urls == ("http://127.0.0.1:8201", "http://127.0.0.1:8202")
+    assert cluster.models["math"].urls == ("http://127.0.0.1:8101",)
+
+
+def test_a_number_of_workers_is_for_qsun_up_which_puts_urls_in():
+    cluster = parse_cluster(GOOD)
+    with pytest.raises(QsunError, match=r"models.code.workers is the number 2; list the URLs .* `qsun up`"):
+        cluster.need_running_workers()
+    started = with_workers(cluster, models={"code": ["http://127.0.0.1:1", "http://127.0.0.1:2"]})
+    started.need_running_workers()
+    assert started.models["code"].urls == ("http://127.0.0.1:1", "http://127.0.0.1:2")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"polcy": 1}, "unknown setting 'polcy'; did you mean policy? known are: decode, health,"),
+        ({"policy": "x"}, "policy 'x' is not taken: input should be 'least_outstanding_tokens', 'power_of_two'"),
+        ({"limits": {"deadline": 1}}, "unknown setting 'limits.deadline'; did you mean deadline_seconds?"),
+        ({"limits": {"attempts": 0}}, "limits.attempts 0 is not taken: input should be greater than or equal to 1"),
+        ({"limits": {"max_tokens": True}}, "limits.max_tokens True is not taken"),
+        ({"health": {"interval_seconds": float("nan")}}, "health.interval_seconds nan is not taken"),
+        ({"listen": {"host": EVERYWHERE}}, "listen.host 0.0.0.0 can be reached by others and no API key is asked for"),
+        ({"models": {}}, "models {} is not taken"),
+        ({"models": {"a b": {"module": "x", "workers": 1}}}, "model name 'a b' is not taken"),
+        ({"decode": {"module": "x"}}, "decode.workers is missing; add it"),
+        ({"decode": {"module": "x", "workers": []}}, "decode.workers [] is not taken: use a list of URLs"),
+        ({"decode": {"module": "x", "workers": ["file:///etc"]}}, "use http://host:port or https://host:port"),
+        ({"decode": {"module": "x", "workers": ["http://h:8000/v1"]}}, "without path, query or user"),
+        ({"decode": {"module": "x", "workers": ["http://u:p@h"]}}, "without path, query or user"),
+        ({"decode": {"module": "x", "workers": ["http://127.0.0.1:8101"]}}, "is in decode and in models.math"),
+        ({"decode": {"module": "x", "workers": [{"url": "http://h", "models": ["math"]}]}}, "only decode workers of"),
+        ({"policy": "partitioned", "decode": {"module": "x", "workers": 1}}, "there are 1 for 2; add workers"),
+    ],
+)
+def test_errors_are_one_line_with_value_and_fix(change, message):
+    with pytest.raises(QsunError, match=re.escape(message)) as caught:
+        parse_cluster(copy.deepcopy(GOOD) | change, "cluster.yaml")
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("cluster.yaml: ")
+
+
+def test_partitioned_by_the_file_covers_every_model():
+    workers = [{"url": "http://h:1", "models": ["math"]}, {"url": "http://h:2"}]
+    values = copy.deepcopy(GOOD) | {"policy": "partitioned", "decode": {"module": "x", "workers": workers}}
+    with pytest.raises(QsunError, match="some decode workers have `models` and some have none"):
+        parse_cluster(values)
+    workers[1]["models"] = ["math"]
+    with pytest.raises(QsunError, match="no decode worker is for model 'code'"):
+        parse_cluster(values)
+    workers[1]["models"] = ["code", "math"]
+    assert parse_cluster(values).decode.workers[1].models == ("code", "math")
+
+
+def test_a_key_that_is_there_twice_is_no_model_lost(tmp_path):
+    file = tmp_path / "cluster.yaml"
+    file.write_text(
+        "decode: {module: a, workers: 1}\nmodels:\n  m: {module: b, workers: 1}\n  m: {module: c, workers: 1}\n"
+    )
+    with pytest.raises(QsunError, match="key 'm' is there twice"):
+        read_cluster(file)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "a: [", "!!python/object/apply:os.system [true]", "\xff"])
+def test_files_that_are_no_cluster(tmp_path, text):
+    file = tmp_path / "cluster.yaml"
+    file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(QsunError, match=r"cluster\.yaml"):
+        read_cluster(file)
+
+
+def test_keys_come_from_a_file_beside_the_cluster(tmp_path):
+    (tmp_path / "keys").write_text("# ours\n\nfirst-key\nsecond-key\n")
+    file = tmp_path / "cluster.yaml"
+    file.write_text(
+        "listen: {host: 0.0.0.0, api_keys: keys}\ndecode: {module: demo, workers: 1}\n"
+        "models: {m: {module: sub, workers: 1}}\n"
+    )
+    cluster = read_cluster(file)
+    assert read_keys(cluster.listen.api_keys) == ("first-key", "second-key")
+    assert cluster.decode.module == "demo"
+    assert cluster.models["m"].module == str(tmp_path / "sub")
+    (tmp_path / "keys").write_text("# none\n")
+    with pytest.raises(QsunError, match="holds no key"):
+        read_keys(cluster.listen.api_keys)
+
+
+def test_pairs_are_checked_and_names_are_fingerprints(talking_model, tmp_path, monkeypatch):
+    other = build_model(tmp_path / "other", "llama", vocab_size=64)
+    for pattern in ("tokenizer*", "chat_template*"):
+        for file in talking_model.glob(pattern):
+            shutil.copyfile(file, other / file.name)
+    pool = {"module": str(talking_model), "workers": ["http://h:1"]}
+    values = {"decode": pool, "models": {"m": {"module": str(talking_model), "workers": ["http://h:2"]}}}
+    checks = ModuleChecks()
+    names = checks.names(parse_cluster(values))
+    assert re.fullmatch("qsun-[0-9a-f]{16}", names.decode)
+    assert names.decode == names.prefill["m"] == served_name(checks.fingerprint(talking_model.resolve()))
+    monkeypatch.setattr(
+        "qsun.model.checkpoint.Checkpoint.fingerprint", None
+    )  # a reload must not read the weights again
+    assert checks.names(parse_cluster(values)) == names
+    monkeypatch.undo()
+    values["models"]["m"]["module"] = str(other)
+    with pytest.raises(QsunError, match="does not fit decode module"):
+        checks.names(parse_cluster(values))
+    values["models"]["m"]["module"] = str(tmp_path / "none")
+    with pytest.raises(QsunError, match=r"models.m.module .*none is not a directory; give one relative to"):
+        checks.names(parse_cluster(values))

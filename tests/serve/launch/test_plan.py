@@ -1,0 +1,205 @@
+"""Commands of workers: the flags that keep models apart are there, no shell is involved, ports and GPUs are shared."""
+
+import json
+import shlex
+
+import pytest
+import yaml
+
+from qsun.demo import base_directory
+from qsun.errors import QsunError
+from qsun.model.checkpoint import read_json
+from qsun.serve.cluster.file import parse_cluster
+from qsun.serve.cluster.modules import ServedNames
+from qsun.serve.cluster.schema import Health, Limits
+from qsun.serve.launch.kubernetes import kubernetes_sketch
+from qsun.serve.launch.launcher import fill_in
+from qsun.serve.launch.plan import free_ports, plan_workers, started_urls
+
+NAMES = ServedNames("qsun-decode", {"math": "qsun-math", "a/b": "qsun-ab"})
+
+
+def cluster(decode="demo", **launch):
+    return parse_cluster(
+        {
+            "decode": {"module": decode, "workers": 2},
+            "models": {"math": {"module": "demo", "workers": 1}, "a/b": {"module": "demo", "workers": 1}},
+            "launch": {"first_port": 9000, **launch},
+        }
+    )
+
+
+def value(command, flag):
+    return command.argv[command.argv.index(flag) + 1]
+
+
+@pytest.fixture
+def quantized(tmp_path):
+    """A directory whose config.json says that it is quantized."""
+    config = read_json(base_directory() / "config.json") | {"quantization_config": {"quant_method": "gptq"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_roles():
+    decode, _, math, other = plan_workers(cluster(device="cpu"), NAMES)
+    assert [decode.name, math.name, other.name] == ["decode-0", "prefill-0-math", "prefill-1-a_b"]
+    assert (value(decode, "--served-model-name"), value(math, "--served-model-name")) == ("qsun-decode", "qsun-math")
+    transfer = json.loads(value(decode, "--kv-transfer-config"))
+    assert transfer["kv_role"] == "kv_consumer"
+    assert transfer["kv_load_failure_policy"] == "fail"
+    assert transfer["kv_buffer_device"] == "cpu"
+    assert transfer["kv_connector_extra_config"]["enforce_handshake_compat"] is False
+    assert json.loads(value(math, "--kv-transfer-config"))["kv_role"] == "kv_producer"
+    assert "--no-enable-prefix-caching" in decode.argv
+    assert "--enforce-eager" in decode.argv
+    assert transfer["kv_connector_extra_config"]["num_threads"] == 0
+    assert decode.environment["OMP_NUM_THREADS"] == "1"
+    assert all(command.argv[command.argv.index("--host") + 1] == "127.0.0.1" for command in (decode, math))
+
+
+def test_a_quantized_decode_module_runs_on_our_kernels_unless_the_file_says_otherwise(quantized):
+    ours, theirs = (plan_workers(cluster(str(quantized), kernels=kernels), NAMES) for kernels in ("qsun", "vllm"))
+    assert value(ours[0], "--quantization") == "qsun"
+    assert all("--quantization" not in command.argv for command in (*theirs, *ours[2:]))
+
+
+def test_ports_and_gpus_go_one_after_another():
+    commands = plan_workers(cluster(tensor_parallel_size=2), NAMES)
+    assert [command.url.rpartition(":")[2] for command in commands] == ["9000", "9002", "9004", "9006"]
+    assert [command.environment["VLLM_NIXL_SIDE_CHANNEL_PORT"] for command in commands] == [
+        "9001",
+        "9003",
+        "9005",
+        "9007",
+    ]
+    assert [command.environment["CUDA_VISIBLE_DEVICES"] for command in commands] == ["0,1", "2,3", "4,5", "6,7"]
+    shared = plan_workers(cluster(gpus=[3]), NAMES)
+    assert [command.environment["CUDA_VISIBLE_DEVICES"] for command in shared] == ["3"] * 4
+
+
+@pytest.mark.parametrize(
+    ("visible", "size", "expected"),
+    [
+        (None, 1, ["0", "1", "2", "3"]),
+        ("4,5, 6,7", 1, ["4", "5", "6", "7"]),
+        ("7,6,5,4,3,2,1,0", 2, ["7,6", "5,4", "3,2", "1,0"]),
+        ("MIG-a,MIG-b,MIG-c,MIG-d,MIG-e", 1, ["MIG-a", "MIG-b", "MIG-c", "MIG-d"]),
+    ],
+)
+def test_gpus_are_those_that_the_launcher_sees(visible, size, expected):
+    commands = plan_workers(cluster(tensor_parallel_size=size), NAMES, visible)
+    assert [command.environment["CUDA_VISIBLE_DEVICES"] for command in commands] == expected
+
+
+@pytest.mark.parametrize(("visible", "has"), [("4,5,6", 3), ("", 0), ("4,-1,5,6", 1)])
+def test_too_few_gpus_are_visible(visible, has):
+    one_line = rf"^the workers take 4 GPUs, and CUDA_VISIBLE_DEVICES={visible} has {has}; start fewer, .*share them$"
+    with pytest.raises(QsunError, match=one_line):
+        plan_workers(cluster(), NAMES, visible)
+    listed = plan_workers(cluster(gpus=[4, 5]), NAMES, visible)
+    assert [command.environment["CUDA_VISIBLE_DEVICES"] for command in listed] == ["4", "5", "4", "5"]
+    own = plan_workers(cluster(environment={"CUDA_VISIBLE_DEVICES": "9"}), NAMES, visible)
+    assert {command.environment["CUDA_VISIBLE_DEVICES"] for command in own} == {"9"}
+    assert "CUDA_VISIBLE_DEVICES" not in plan_workers(cluster(device="cpu"), NAMES, visible)[0].environment
+
+
+NETWORKS = ("UCX_NET_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+def test_what_hands_data_over_keeps_to_the_loopback_device():
+    for command in plan_workers(cluster(), NAMES):
+        assert [command.environment[name] for name in NETWORKS] == ["lo"] * 3
+    chosen = plan_workers(cluster(environment={"UCX_NET_DEVICES": "mlx5_0:1"}), NAMES)[0].environment
+    assert (chosen["UCX_NET_DEVICES"], chosen["GLOO_SOCKET_IFNAME"]) == ("mlx5_0:1", "lo")
+    assert not any(name in kubernetes_sketch(cluster(), NAMES) for name in NETWORKS)
+
+
+@pytest.mark.parametrize("name", ["A B", "A;touch x;B", "1A", "A=B", "", "A\n"])
+def test_a_name_that_no_variable_has_is_refused(name):
+    """--print shows names as they are, before an equals sign: quotes would make another command of them."""
+    with pytest.raises(
+        QsunError, match=r"(?s)^cluster: launch.environment\..* is not taken: use letters, digits and _"
+    ):
+        cluster(environment={name: "x"})
+
+
+def test_options_and_environment_of_the_file_come_last():
+    launch = {"decode_arguments": ["--seed", "1; rm -rf /"], "environment": {"HF_HUB_OFFLINE": "0"}, "max_num_seqs": 4}
+    decode, _, math, _ = plan_workers(cluster(**launch), NAMES)
+    assert decode.argv[-2:] == ("--seed", "1; rm -rf /")
+    assert "--seed" not in math.argv
+    assert value(math, "--max-num-seqs") == "4"
+    assert decode.environment["HF_HUB_OFFLINE"] == "0"
+    assert "1; rm -rf /" in shlex.split(decode.shell())
+
+
+def test_free_ports_are_distinct():
+    assert len(set(free_ports(32))) == 32
+
+
+def test_too_few_ports_are_left():
+    with pytest.raises(QsunError, match=r"^launch.first_port 65530 leaves no 8 ports"):
+        plan_workers(cluster(first_port=65530), NAMES)
+
+
+def test_urls_of_started_workers_take_the_place_of_numbers():
+    first = cluster()
+    commands = plan_workers(first, NAMES)
+    decode, models = started_urls(commands)
+    filled = fill_in(first, first, commands)
+    assert list(filled.decode.urls) == decode
+    assert list(filled.models["a/b"].urls) == models["a/b"]
+
+
+def test_a_file_that_asks_for_more_workers_later_is_refused():
+    first = cluster()
+    commands = plan_workers(first, NAMES)
+    more = first.model_copy(update={"decode": first.decode.model_copy(update={"workers": 3})})
+    with pytest.raises(QsunError, match=r"^decode: qsun up starts workers only when it starts"):
+        fill_in(more, first, commands)
+
+
+def test_the_sketch_names_every_pool_and_gives_the_router_every_worker():
+    documents = list(yaml.safe_load_all(kubernetes_sketch(cluster(), NAMES)))
+    sets = {d["metadata"]["name"]: d["spec"] for d in documents if d["kind"] == "StatefulSet"}
+    assert {name: spec["replicas"] for name, spec in sets.items()} == {"decode": 2, "prefill-0": 1, "prefill-1": 1}
+    argv = sets["prefill-1"]["template"]["spec"]["containers"][0]["command"]
+    assert argv[argv.index("--model") + 1] == "/modules/prefill-1"
+    assert argv[argv.index("--host") + 1] == "$(POD_IP)"
+    (file,) = (yaml.safe_load(d["data"]["cluster.yaml"]) for d in documents if d["kind"] == "ConfigMap")
+    routed = parse_cluster(file)
+    assert routed.decode.urls == ("http://decode-0.decode:8000", "http://decode-1.decode:8000")
+    assert routed.models["a/b"].urls == ("http://prefill-1-0.prefill-1:8000",)
+
+
+def sketched(**changes):
+    """The router's cluster file in the sketch of a cluster with these changes."""
+    values = {
+        "decode": {"module": "demo", "workers": 2},
+        "models": {"math": {"module": "demo", "workers": 1}, "a/b": {"module": "demo", "workers": 1}},
+    }
+    documents = yaml.safe_load_all(kubernetes_sketch(parse_cluster(values | changes), NAMES))
+    (text,) = (d["data"]["cluster.yaml"] for d in documents if d["kind"] == "ConfigMap")
+    return parse_cluster(yaml.safe_load(text))
+
+
+def test_the_sketch_keeps_limits_and_health():
+    limits, health = {"deadline_seconds": 77.0, "max_tokens": 33}, {"failures": 9}
+    routed = sketched(limits=limits, health=health)
+    assert routed.limits == Limits(**limits)
+    assert routed.health == Health(**health)
+    assert sketched().limits == Limits()
+
+
+def test_the_sketch_keeps_the_models_of_partitioned_decode_workers():
+    """One worker for both models is one too few where each does not say whose it is."""
+    one = {"module": "demo", "workers": [{"url": "http://10.0.0.1:80", "models": ["math", "a/b"]}]}
+    (worker,) = sketched(policy="partitioned", decode=one).decode.workers
+    assert (worker.url, worker.models) == ("http://decode-0.decode:8000", ("math", "a/b"))
+    two = {
+        "module": "demo",
+        "workers": [{"url": f"http://10.0.0.{n}:80", "models": [m]} for n, m in ((1, "a/b"), (2, "math"))],
+    }
+    assert [w.models for w in sketched(policy="partitioned", decode=two).decode.workers] == [("a/b",), ("math",)]
+    assert sketched(policy="partitioned").policy == "partitioned"

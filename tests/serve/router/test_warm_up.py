@@ -1,0 +1,150 @@
+"""Handshakes of pairs while workers die, hang and leave, and whose fault a failed one is."""
+
+import asyncio
+
+import httpx
+import pytest
+
+from qsun.serve.router.check import check_workers
+from qsun.serve.router.exchange.health import identity_fault
+from tests.serve.routing import rig, run, until
+
+
+def state_of(r, fake):
+    return next(worker for worker in r.router.fleet if worker.url == fake.url)
+
+
+async def shaking_hands(r, prefill, decode):
+    """A handshake of this pair that has come as far as the decode worker, which holds it at its gate."""
+    decode.gate = asyncio.Event()
+    r.forget()
+    r.router.health.doubt(state_of(r, prefill), state_of(r, decode))
+    await until(lambda: decode.started == 1)
+
+
+@pytest.mark.parametrize("failures", [1, 100])
+def test_a_prefill_worker_that_restarts_in_the_middle_of_a_handshake_shakes_hands_again(failures):
+    """With 1 failure its circuit is open meanwhile, and only another handshake can close it."""
+
+    async def scenario():
+        async with rig(models=("math",), decode=1, health={"failures": failures}) as r:
+            (prefill,), (decode,) = r.prefill["math"], r.decode
+            await shaking_hands(r, prefill, decode)
+            await prefill.kill()
+            await until(lambda: state_of(r, prefill).state == "down")
+            await prefill.restart()
+            await until(lambda: state_of(r, prefill).state == "ready")
+            decode.gate.set()
+            await r.ready()
+            assert decode.handshakes[prefill.engine_id] == 1
+            assert state_of(r, decode).breaker.failures == 0
+            assert (await r.complete()).status_code == 200
+
+    run(scenario)
+
+
+def test_a_worker_that_leaves_in_the_middle_of_a_handshake_leaves_no_warm_pair():
+    async def scenario():
+        async with rig(models=("math",), decode=2) as r:
+            (prefill,), (leaving, _) = r.prefill["math"], r.decode
+            await shaking_hands(r, prefill, leaving)
+            del r.decode[0]
+            r.apply()
+            leaving.gate.set()
+            await until(lambda: leaving.finished == 1 and not r.router.health._warm_ups)
+            assert not any(leaving.url in pair for pair in r.router.fleet.warm)
+            await leaving.stop()
+
+    run(scenario)
+
+
+def test_a_warm_pair_is_probed_where_a_circuit_is_not_closed():
+    async def scenario():
+        async with rig(models=("math",), decode=1) as r:
+            worker = state_of(r, r.decode[0])
+            while worker.breaker.state == "closed":
+                worker.breaker.fail()
+            await until(lambda: worker.usable)
+            assert len(r.router.fleet.warm) == 1
+
+    run(scenario)
+
+
+def hanging(worker):
+    worker.first_seconds = 60.0 if worker.module == "weights of math" else 0.0
+
+
+def test_a_prefill_worker_that_hangs_is_blamed_and_the_shared_decode_workers_are_not():
+    async def scenario():
+        health = {"warm_up_seconds": 0.2, "warm_up_attempts": 1, "failures": 2, "cool_down_seconds": 60.0}
+        async with rig(ready=False, prepare=hanging, health=health) as r:
+            hung = state_of(r, r.prefill["math"][0])
+            await until(lambda: hung.breaker.state == "open")
+            assert hung.reason.endswith("warm-up: no answer in 0.2 seconds")
+            assert all(state_of(r, worker).breaker.failures == 0 for worker in r.decode)
+            await until(lambda: r.router.fleet.without_a_pair() == ["math"])
+            assert (await r.complete("code")).status_code == 200
+
+    run(scenario)
+
+
+def test_a_prefill_worker_that_refuses_the_warm_up_is_blamed():
+    async def scenario():
+        health = {"warm_up_attempts": 1, "failures": 1, "cool_down_seconds": 60.0}
+        prepare = lambda w: setattr(w, "statuses", [400] if w.role == "prefill" else [])  # noqa: E731
+        async with rig(models=("math",), decode=1, ready=False, prepare=prepare, health=health) as r:
+            await until(lambda: any(worker.breaker.state == "open" for worker in r.router.fleet))
+            assert state_of(r, r.decode[0]).breaker.state == "closed"
+
+    run(scenario)
+
+
+def test_a_pair_that_hangs_lets_the_others_have_a_turn():
+    async def scenario():
+        health = {"warm_up_seconds": 0.5, "warm_up_attempts": 50, "warm_up_at_once": 1}
+        async with rig(decode=1, ready=False, prepare=hanging, health=health) as r:
+            await until(lambda: "code" not in r.router.fleet.without_a_pair(), seconds=8)
+
+    run(scenario)
+
+
+def test_a_pair_that_left_while_it_waited_for_its_turn_is_not_asked():
+    async def scenario():
+        health = {"warm_up_seconds": 1.0, "warm_up_attempts": 1, "warm_up_at_once": 1}
+        async with rig(decode=1, health=health) as r:
+            (math,), (code,) = r.prefill["math"], r.prefill["code"]
+            source, target = state_of(r, code), state_of(r, r.decode[0])
+            math.first_seconds = 60.0
+            r.router.health.doubt(state_of(r, math), target)
+            await until(lambda: math.started == 1)
+            r.router.health.doubt(source, target)
+            await until(lambda: (source, target) in r.router.health._warm_ups)
+            del r.prefill["code"]
+            r.apply()
+            await until(lambda: (source, target) not in r.router.health._warm_ups)
+            assert code.started == 0
+            await code.stop()
+
+    run(scenario)
+
+
+def test_a_health_check_has_the_time_that_the_file_says_whatever_the_clients_own_is():
+    async def scenario():
+        async with rig(models=("math",), decode=1) as r, httpx.AsyncClient(trust_env=False, timeout=0.1) as impatient:
+            r.decode[0].check_seconds = 0.3
+            assert await identity_fault(impatient, state_of(r, r.decode[0])) is None
+
+    run(scenario)
+
+
+def test_check_gives_up_on_a_worker_that_hangs():
+    async def scenario():
+        async with rig(models=("math",), decode=1) as r:
+            r.decode[0].check_seconds = 60.0
+            found = await asyncio.wait_for(check_workers(r.cluster(health={"timeout_seconds": 0.5}), r.names), 10)
+            faults = {worker["url"]: worker["fault"] for worker in found["workers"]}
+            assert faults[r.prefill["math"][0].url] is None
+            assert faults[r.decode[0].url] == "does not answer: nothing within 0.5 seconds"
+            r.decode[0].check_seconds = 0.0
+
+    run(scenario)

@@ -1,0 +1,149 @@
+"""Training examples, and how they are laid out on both sides of the seam."""
+
+import random
+
+import pytest
+import torch
+
+from qsun.errors import QsunError
+from qsun.runtime.seam import IGNORED
+from qsun.tuning.examples import Example, collate, epoch_order, fingerprint, hold_out, read_examples
+from tests.tiny_models import write_jsonl
+
+
+@pytest.fixture
+def read(tmp_path, demo_tokenizer):
+    def run(*rows, max_len=100, tokenizer=demo_tokenizer):
+        return read_examples([str(write_jsonl(tmp_path / "rows.jsonl", list(rows)))], tokenizer, max_len)
+
+    return run
+
+
+def test_prompt_and_response(read, demo_tokenizer):
+    (example,), _ = read({"prompt": "calc 1+2>", "response": "3"})
+    assert demo_tokenizer.decode(example.prompt) == "<s>calc 1+2>"
+    assert demo_tokenizer.decode(example.response) == "3</s>"
+
+
+def test_a_prompt_that_spells_its_first_token_gets_no_second(read):
+    (spelt,), _ = read({"prompt": "<s>ab>", "response": "c"})
+    (plain,), _ = read({"prompt": "ab>", "response": "c"})
+    assert spelt == plain
+
+
+def test_every_assistant_turn_of_a_chat_is_an_example(read, demo_tokenizer):
+    turns = [("user", "rev ab"), ("assistant", "ba"), ("user", "up x"), ("assistant", "X")]
+    (first, second), _ = read({"messages": [{"role": role, "content": text} for role, text in turns]})
+    assert demo_tokenizer.decode(first.prompt) == "<s>rev ab>"
+    assert demo_tokenizer.decode(first.response) == "ba</s>"
+    assert demo_tokenizer.decode(second.prompt) == "<s>rev ab>ba</s><s>up x>"
+    assert demo_tokenizer.decode(second.response) == "X</s>"
+
+
+def with_template(tokenizer, template):
+    import copy
+
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    return other
+
+
+def test_what_a_template_puts_behind_the_end_is_no_answer(read, demo_tokenizer):
+    template = (
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}"
+        "{% if m['role'] == 'assistant' %}{{ eos_token }}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (example,), _ = read(chat, tokenizer=with_template(demo_tokenizer, template))
+    assert demo_tokenizer.decode(example.prompt) == "[user]a[assistant]"
+    assert demo_tokenizer.decode(example.response) == "b</s>"
+
+
+def test_long_examples_are_left_out_and_counted(read):
+    rows = [{"prompt": "a" * n, "response": "b"} for n in (3, 7, 8, 20)]
+    examples, too_long = read(*rows, max_len=10)  # with <s>, the response and </s>
+    assert [len(example.prompt) for example in examples] == [4, 8]
+    assert too_long == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({}, "line 1: needs 'messages', or 'prompt' and 'response'; it has nothing"),
+        ({"text": "a"}, "it has text"),
+        ({"prompt": 3, "response": "a"}, "'prompt' is 3, not text"),
+        (
+            {"prompt": "a\ud83d", "response": "a"},
+            r"rows.jsonl, line 1: half of a surrogate pair, '\ud83d', is no char",
+        ),
+        ({"prompt": "a", "response": "\ude00"}, "line 1: half of a surrogate pair"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\ud83db"}]},
+            "line 1: half of a surrogate pair",
+        ),
+        ({"messages": "hello"}, "'messages' is no list"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "need an assistant turn after a prompt"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "need an assistant turn after a prompt"),
+        (
+            {"messages": [{"role": "system", "content": "a"}, {"role": "assistant", "content": "b"}]},
+            "chat template refuses these messages",
+        ),
+        ({"prompt": "a" * 200, "response": "b"}, "has no examples: all 1 are longer than max_len 100"),
+    ],
+)
+def test_rows_that_cannot_be_used(row, says, read):
+    with pytest.raises(QsunError) as caught:
+        read(row)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_that_rewrites_the_prompt(read, demo_tokenizer):
+    template = "{% if add_generation_prompt %}x{% else %}y{% endif %}"
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    with pytest.raises(QsunError, match="give 'prompt' and 'response' instead"):
+        read(chat, tokenizer=with_template(demo_tokenizer, template))
+
+
+def test_both_sides_of_the_seam():
+    batch = collate([Example((5, 6, 7), (8, 9)), Example((4,), (3, 2, 1)), Example((1, 2), (9,))])
+    assert batch.prefix.tolist() == [[5, 6], [0, 0], [0, 1]]
+    assert batch.starts.tolist() == [0, 2, 1]
+    assert batch.rest.tolist() == [[7, 8, 0], [4, 3, 2], [2, 0, 0]]
+    assert batch.labels.tolist() == [[8, 9, IGNORED], [3, 2, 1], [9, IGNORED, IGNORED]]
+
+
+def test_only_one_token_prompts_have_an_empty_prefix():
+    batch = collate([Example((5,), (6,)), Example((7,), (8, 9))])
+    assert batch.prefix.shape == (2, 0)
+    assert torch.equal(batch.starts, torch.zeros(2, dtype=torch.int64))
+
+
+def test_held_out_prompts_are_not_trained_on():
+    r = random.Random(0)
+    examples = [Example((r.randrange(40),), (n,)) for n in range(300)]
+    train, valid = hold_out(examples, 0.1, seed=4)
+    assert not {e.prompt for e in train} & {e.prompt for e in valid}
+    assert sorted([*train, *valid], key=lambda e: e.response) == examples
+    assert len({e.prompt for e in valid}) == 4
+    assert hold_out(examples, 0.1, seed=4) == (train, valid)
+    assert hold_out(examples, 0.1, seed=5) != (train, valid)
+
+
+def test_too_few_to_hold_out():
+    with pytest.raises(QsunError, match="1 different prompts are too few to hold 5% of them out; give validation data"):
+        hold_out([Example((1,), (2,))] * 9, 0.05, seed=0)
+
+
+def test_the_order_of_an_epoch_needs_no_state():
+    first, second = epoch_order(50, 3, 0), epoch_order(50, 3, 1)
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
+    assert epoch_order(50, 3, 0) == first
+    assert epoch_order(50, 4, 0) != first
+
+
+def test_the_fingerprint_sees_order_and_the_seam():
+    a, b = Example((1, 2), (3,)), Example((1,), (2, 3))
+    assert len({fingerprint(rows) for rows in ([a], [b], [a, b], [b, a])}) == 4

@@ -1,0 +1,137 @@
+"""Tuning with weights that are shared out over two processes: it gives what one process gives, and each holds half."""
+
+import dataclasses
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import qsun
+from qsun.demo import base_directory
+from qsun.model.checkpoint import Checkpoint
+from qsun.model.output_dir import Workdir
+from qsun.tuning.split_tensors import SplitTensors
+from tests.tiny_models import write_jsonl
+from tests.tuning.test_tuner import FAST, in_two_processes, same_curve, sums
+from tests.tuning.tune_in_parallel import first_gradients, held_bytes
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Also prompts of one token, which one process may have in a piece while the other has none."""
+    rows = sums(40) + [{"prompt": "", "response": "a"}] * 3
+    return write_jsonl(tmp_path_factory.mktemp("data") / "few.jsonl", rows)
+
+
+@pytest.fixture(scope="module")
+def decoders(tmp_path_factory):
+    """Tied full precision; int4; int4 with a quantized head."""
+    made = {"plain": "demo"}
+    for name, head in (("int4", False), ("int4-head", True)):
+        made[name] = tmp_path_factory.mktemp(name) / "decode"
+        qsun.quantize("demo", made[name], qsun.QuantConfig(method="rtn", group_size=32, lm_head=head))
+    return made
+
+
+def gathered(files):
+    """Rows of both processes, one after the other."""
+    shares = [load_file(file) for file in files]
+    names = dict.fromkeys(name for share in shares for name in share)
+    return {name: torch.cat([share[name] for share in shares if name in share]) for name in names}
+
+
+CASES = {
+    "plain": {},
+    "int4": {},
+    "int4-head": {"grad_checkpoint": True, "grad_accum": 2},
+    "plain-recomputed": {"grad_checkpoint": True},
+    "plain-lora": {"lora_rank": 2},
+    "int4-lora": {"lora_rank": 2, "grad_checkpoint": True},
+    "plain-full": {"baseline": "full"},
+    "plain-pieces": {"grad_accum": 9, "batch_size": 3},  # more pieces than examples: one process has none left
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_give_the_gradients_the_curve_and_the_weights_of_one(case, decoders, few, tmp_path):
+    decode = decoders[case if case in decoders else case.rpartition("-")[0]]
+    settings, gradients = CASES[case], tmp_path / "g"
+    done = in_two_processes(decode, tmp_path / "out", few, gradients, -1, json.dumps({"shard": True} | settings))
+    assert done.returncode == 0, done.stderr
+    config = dataclasses.replace(FAST, **settings)
+    expected = first_gradients(decode, tmp_path / "again", few, config)
+    ours = gathered([f"{gradients}.{rank}" for rank in range(2)])
+    assert ours.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item(), msg=name)
+    one = qsun.tune(decode, tmp_path / "one", few, config, device="cpu")
+    two = json.loads((tmp_path / "out" / "report.json").read_text())
+    same_curve(two, one)
+    assert (two["processes"], two["tuned_weights"]) == (2, one["tuned_weights"])
+    file = "adapter_model.safetensors" if config.lora_rank else "model.safetensors"
+    tuned, alone = (load_file(tmp_path / name / file) for name in ("out", "one"))
+    base = {} if config.lora_rank else load_file(base_directory() / file)
+    assert tuned.keys() == alone.keys()
+    for name, tensor in alone.items():
+        # AdamW's first steps follow the sign of a gradient, rounding too where it is near 0
+        assert (tuned[name] - tensor).abs().mean() < 2e-5, name
+        assert name not in base or torch.equal(tensor, base[name]) == torch.equal(tuned[name], base[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("then", ["sharded", "whole", "alone"])
+def test_a_stopped_run_goes_on(then, few, tmp_path):
+    sharded = json.dumps({"shard": True})
+    done = in_two_processes("demo", tmp_path / "out", few, tmp_path / "g", 5, sharded)
+    assert done.returncode != 0
+    kept = [path for path in (tmp_path / "out.partial").rglob("*") if path.is_file()]
+    assert {path.suffix for path in kept} == {".safetensors", ".json"}
+    if then == "alone":
+        qsun.tune("demo", tmp_path / "out", few, FAST, device="cpu", resume=True)
+    else:
+        settings = sharded if then == "sharded" else "{}"
+        done = in_two_processes("demo", tmp_path / "out", few, tmp_path / "h", -1, settings)
+        assert done.returncode == 0, done.stderr
+    whole = qsun.tune("demo", tmp_path / "whole", few, FAST, device="cpu")
+    same_curve(json.loads((tmp_path / "out" / "report.json").read_text()), whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["plain", "int4"])
+def test_each_process_holds_half_of_the_weights(name, decoders, few, tmp_path):
+    done = in_two_processes(decoders[name], tmp_path / "out", few, tmp_path / "g", -1, json.dumps({"shard": True}))
+    assert done.returncode == 0, done.stderr
+    # One process alone may keep dequantized copies; what is counted is parameters and buffers.
+    whole = held_bytes(decoders[name], tmp_path / "one", few)
+    for rank in range(2):
+        assert json.loads((tmp_path / f"g.{rank}.json").read_text()) < 0.55 * whole
+
+
+def test_the_plan_says_what_is_shared_out(cli, few, tmp_path):
+    plans = []
+    for option in ([], ["--shard"]):
+        answer = cli("tune", "demo", "-o", tmp_path / "out", "--data", few, *option, "--dry-run", "--json")
+        plans.append(json.loads(answer.out))
+    assert plans[0]["shared_bytes"] == 0 < plans[1]["shared_bytes"] < plans[1]["memory_bytes"]
+    assert (
+        "shared out over 1 processes"
+        in cli("tune", "demo", "-o", tmp_path / "out", "--data", few, "--shard", "--dry-run").out
+    )
+
+
+@pytest.mark.parametrize("cuts", [[0, 7], [0, 4, 7], [0, 3, 6, 7], [0, 7, 7]])
+def test_rows_that_processes_wrote_are_read_by_any_number_of_others(cuts, tmp_path):
+    work, whole = Workdir(tmp_path / "out", {}, resume=False), torch.arange(21.0).reshape(7, 3)
+    for rank, (first, last) in enumerate(pairwise(cuts)):
+        held = {"w": whole[first:last].clone()} if last > first else {}
+        work.write(f"part-{rank}", held | {"step": torch.tensor(4.0)}, {})
+    files = [Checkpoint.of_file(work.part(f"part-{rank}")) for rank in range(len(cuts) - 1)]
+    kept = SplitTensors(files)
+    assert set(kept) == {"w", "step"} and torch.equal(kept["w"], whole)
+    for first in range(7):
+        for last in range(first + 1, 8):
+            assert torch.equal(kept.rows("w", first, last), whole[first:last])
+    assert kept.rows("step", 0, 3).item() == 4

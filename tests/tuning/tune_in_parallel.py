@@ -1,0 +1,58 @@
+"""What each process of `accelerate launch` runs in test_tuning.py: BASE OUT DATA GRADIENTS STOP [SETTINGS as JSON]."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+import qsun
+from qsun.model.output_dir import Workdir
+from qsun.tuning.job import prepare_tuning
+from qsun.tuning.processes import Processes
+from qsun.tuning.tuner import Tuner
+
+CONFIG = qsun.TuneConfig(steps=6, batch_size=4, lr=3e-3, eval_every=2)
+
+
+def first_gradients(base, out, data, config=CONFIG):
+    """Of the first step, summed over all processes: this one's share."""
+    job = prepare_tuning(base, out, data, config, device="cpu")
+    processes = Processes(job.device)
+    tuner = Tuner(job, Workdir(Path(f"{out}-{processes.rank}"), job.settings(), resume=False), processes)
+    tuner.gradients(tuner._batch(0))
+    return {name: master.grad.clone() for name, master in tuner.weights.masters.items()}
+
+
+def held_bytes(base, out, data, config=CONFIG):
+    """Of weights between two steps, each storage counted once."""
+    job = prepare_tuning(base, out, data, config, device="cpu")
+    processes = Processes(job.device)
+    tuner = Tuner(job, Workdir(Path(f"{out}-{processes.rank}"), job.settings(), resume=False), processes)
+    tuner.train_step()
+    modules = vars(tuner.models).values()
+    found = [t for m in modules if isinstance(m, torch.nn.Module) for t in (*m.parameters(), *m.buffers())]
+    local = [t.to_local() if hasattr(t, "to_local") else t for t in (tensor.detach() for tensor in found)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}.values())
+
+
+def stop_after(step):
+    def progress(_, done, __):
+        if done == step:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    base, out, data, gradients, stop, *settings = sys.argv[1:]
+    config = qsun.TuneConfig.from_dict(CONFIG.to_dict() | json.loads(settings[0] if settings else "{}"))
+    rank = Processes(torch.device("cpu")).rank
+    share = first_gradients(base, gradients, data, config)
+    save_file(share, f"{gradients}.{rank}")
+    held = held_bytes(base, f"{gradients}-weights", data, config)
+    Path(f"{gradients}.{rank}.json").write_text(json.dumps(held))
+    resume = Path(f"{out}.partial").exists()
+    qsun.tune(base, out, data, config, device="cpu", progress=stop_after(int(stop)), resume=resume)
