@@ -8,7 +8,8 @@ import typer
 
 from qsun.cli.terminal import screen
 from qsun.cli.terminal.device import check_device
-from qsun.config import FORMATS, METHODS, QuantConfig, read_config_file
+from qsun.cli.terminal.options import settings_from
+from qsun.config import FORMATS, METHODS, QuantConfig
 
 EXAMPLES = """Quantize the decode module of a model: a Hugging Face directory, a hub id, or [bold]demo[/].
 
@@ -51,9 +52,9 @@ def quantize(
     ),
     samples: int | None = typer.Option(None, help="Calibration sequences. Default: 128."),
     seq_len: int | None = typer.Option(None, help="Tokens in each. Default: 2048."),
-    fmt: str | None = typer.Option(None, "--format", help=f"{', '.join(FORMATS)}. Default: gptq."),
-    override: list[str] | None = typer.Option(
-        None, help="Per-layer settings, 'REGEX=bits:8,group_size:32' or 'REGEX=skip'; may be repeated."
+    format: str | None = typer.Option(None, help=f"{', '.join(FORMATS)}. Default: gptq."),
+    overrides: list[str] | None = typer.Option(
+        None, "--override", help="Per-layer settings, 'REGEX=bits:8,group_size:32' or 'REGEX=skip'; may be repeated."
     ),
     seed: int | None = typer.Option(None, help="Of the draw from calibration data. Default: 0."),
     dtype: str | None = typer.Option(None, help="Of the computation: auto, float32, bfloat16, float16."),
@@ -63,22 +64,7 @@ def quantize(
     dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, print the plan, write nothing."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
 ) -> None:
-    values = read_config_file(config) if config else {}
-    given = {
-        "method": method,
-        "bits": bits,
-        "group_size": group_size,
-        "sym": sym,
-        "desc_act": desc_act,
-        "lm_head": lm_head,
-        "samples": samples,
-        "seq_len": seq_len,
-        "format": fmt,
-        "overrides": override or None,
-        "seed": seed,
-        "dtype": dtype,
-    }
-    settings = QuantConfig.from_dict(values | {key: value for key, value in given.items() if value is not None})
+    settings = settings_from(QuantConfig, locals())
     check_device(device)
     screen.show_warnings()
     from qsun.quantization.job import prepare

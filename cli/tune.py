@@ -8,7 +8,7 @@ import typer
 
 from qsun.cli.terminal import screen
 from qsun.cli.terminal.device import check_device
-from qsun.config import read_config_file
+from qsun.cli.terminal.options import settings_from
 from qsun.tuning.config import TuneConfig
 
 _EXAMPLES = """Tune a prefill module for a task against the frozen decode module that all tasks share.
@@ -57,23 +57,7 @@ def tune(
     dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, print the plan, write nothing."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
 ) -> None:
-    given = {
-        "baseline": baseline,
-        "lora_rank": lora_rank,
-        "epochs": epochs,
-        "steps": steps,
-        "lr": lr,
-        "batch_size": batch_size,
-        "grad_accum": grad_accum,
-        "grad_checkpoint": grad_checkpoint,
-        "shard": shard,
-        "max_len": max_len,
-        "eval_every": eval_every,
-        "seed": seed,
-        "dtype": dtype,
-    }
-    values = read_config_file(config) if config else {}
-    settings = TuneConfig.from_dict(values | {key: value for key, value in given.items() if value is not None})
+    settings = settings_from(TuneConfig, locals())
     check_device(device)
     screen.show_warnings()
     from qsun.tuning.job import prepare_tuning
