@@ -49,6 +49,10 @@ class Rig:
     settings: dict = field(default_factory=dict)
 
     @property
+    def state(self):
+        return self.router.state
+
+    @property
     def workers(self):
         return [worker for pool in (*self.prefill.values(), self.decode) for worker in pool]
 
@@ -68,11 +72,11 @@ class Rig:
 
     async def ready(self):
         """Until every pair of workers that are up is warm."""
-        await until(lambda: len(self.router.fleet.warm) >= self.pairs and not self.router.fleet.without_a_pair())
+        await until(lambda: len(self.state.fleet.warm) >= self.pairs and not self.state.fleet.without_a_pair())
 
     @property
     def pairs(self):
-        return sum(len(self.router.fleet.partners(worker)) for worker in self.router.fleet.decode)
+        return sum(len(self.state.fleet.partners(worker)) for worker in self.state.fleet.decode)
 
     def forget(self):
         """The workers' records of the warm-up."""
@@ -93,7 +97,7 @@ class Rig:
 
     async def metric(self, name, busy=False, **labels):
         """One sample, 0 where there is none, once requests are over (a client sees its last byte before that)."""
-        await until(lambda: busy or not self.router.busy)
+        await until(lambda: busy or not self.state.busy)
         text = (await self.client.get("/metrics")).text
         for line in text.splitlines():
             if line.startswith((name + " ", name + "{")) and all(f'{k}="{v}"' in line for k, v in labels.items()):

@@ -103,7 +103,7 @@ class Launch:
             await asyncio.sleep(_LOOK_SECONDS)
 
     async def _warm(self, process: RouterProcess) -> None:
-        fleet = process.router.fleet
+        fleet = process.router.state.fleet
         started = told = time.monotonic()
         while len(fleet.warm) < sum(len(pool) for pool in fleet.prefill.values()) * len(fleet.decode):
             for worker in self.workers.newly_dead():

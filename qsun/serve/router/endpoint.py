@@ -5,7 +5,6 @@ import json
 import logging
 import time
 from contextlib import AsyncExitStack, aclosing
-from typing import TYPE_CHECKING
 
 from qsun.serve.cluster.schema import Limits
 from qsun.serve.http.cancellation import end
@@ -15,9 +14,7 @@ from qsun.serve.http.sse import encode_event
 from qsun.serve.router.exchange.exchange import Answer, Exchange
 from qsun.serve.router.exchange.request import RoutedRequest, read_request
 from qsun.serve.router.exchange.worker_http import WorkerFailed
-
-if TYPE_CHECKING:
-    from qsun.serve.router.app import Router
+from qsun.serve.router.state import RouterState
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +25,15 @@ _UNKNOWN_MODEL = "-"
 class GenerationEndpoint:
     """An ASGI application behind the guard: a client that leaves ends the request at the worker, too."""
 
-    def __init__(self, router: "Router"):
-        self._router = router
+    def __init__(self, state: RouterState):
+        self._state = state
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         first = await receive()  # the guard hands the body over in one message
         way = _Way(send)
         work = asyncio.create_task(self._serve(scope, bytes(first.get("body", b"")), way.send))
         gone = asyncio.create_task(_disconnected(receive))
-        cut_off = asyncio.create_task(self._router.cut_off.wait())
+        cut_off = asyncio.create_task(self._state.cut_off.wait())
         try:
             await asyncio.wait([work, gone, cut_off], return_when=asyncio.FIRST_COMPLETED)
             if way.said_all:  # a server reports a disconnect after the last byte, too: what is left is to count
@@ -51,20 +48,20 @@ class GenerationEndpoint:
 
     async def _serve(self, scope: Message, body: bytes, send: Send) -> None:
         """Answer one request, and count how it ended."""
-        router, limits, arrived = self._router, self._router.cluster.limits, time.monotonic()
+        state, limits, arrived = self._state, self._state.cluster.limits, time.monotonic()
         model, outcome = _UNKNOWN_MODEL, "client_gone"
         try:
-            if router.draining:
+            if state.draining:
                 raise HttpError(503, "the router is going down; try another one", headers={"Retry-After": "1"})
-            request = read_request(scope["path"], body, router.cluster.models, limits)
+            request = read_request(scope["path"], body, state.cluster.models, limits)
             model = request.model
-            async with router.admission.place(limits.deadline_seconds):
+            async with state.admission.place(limits.deadline_seconds):
                 outcome = await self._exchange(request, limits, scope["state"]["request_id"], arrived, send)
         except HttpError as error:
             outcome = str(error.status)
             raise
         except asyncio.CancelledError:
-            outcome = "503" if router.cut_off.is_set() else outcome
+            outcome = "503" if state.cut_off.is_set() else outcome
             raise
         except ClientStalled:
             raise
@@ -72,35 +69,35 @@ class GenerationEndpoint:
             outcome = "500"  # a fault of ours, and not of a client that left
             raise
         finally:
-            router.metrics.requests.labels(model, outcome).inc()
+            state.metrics.requests.labels(model, outcome).inc()
 
     async def _exchange(
         self, request: RoutedRequest, limits: Limits, request_id: str, arrived: float, send: Send
     ) -> str:
-        router = self._router
+        state = self._state
         deadline = arrived + limits.deadline_seconds
         exchange = Exchange(
-            router.client, router.fleet, router.health, router.metrics, limits, request, request_id, deadline
+            state.client, state.fleet, state.health, state.metrics, limits, request, request_id, deadline
         )
         async with AsyncExitStack() as stack:
             try:
                 answer = await asyncio.wait_for(exchange.start(stack), max(deadline - time.monotonic(), 0.001))
             except (TimeoutError, asyncio.TimeoutError):
                 raise exchange.overdue() from None
-            router.metrics.prompt_tokens.labels(request.model).inc(exchange.prompt_tokens)
+            state.metrics.prompt_tokens.labels(request.model).inc(exchange.prompt_tokens)
             try:
                 if answer.events is not None:
                     return await self._stream(answer, exchange, request, request_id, arrived, send)
                 return await _send_whole(answer, send)
             finally:
-                router.metrics.tokens.labels(request.model).inc(exchange.tokens)
+                state.metrics.tokens.labels(request.model).inc(exchange.tokens)
 
     async def _stream(
         self, answer: Answer, exchange: Exchange, request: RoutedRequest, request_id: str, arrived: float, send: Send
     ) -> str:
         """Pass events on as they come. One that breaks ends with an error event and without [DONE]."""
         assert answer.events is not None
-        metrics, first = self._router.metrics, time.monotonic()
+        metrics, first = self._state.metrics, time.monotonic()
         metrics.ttft.labels(request.model).observe(first - arrived)
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -111,7 +108,7 @@ class GenerationEndpoint:
                     await send({"type": "http.response.body", "body": encode_event(event), "more_body": True})
         except WorkerFailed as failed:
             logger.warning("request %s broke off after %d tokens: %s", request_id, exchange.tokens, failed)
-            self._router.health.blame(failed)
+            self._state.health.blame(failed)
             outcome = "broken_stream"
             last = _error_event(HttpError(502, "the worker failed after the answer had begun; what came is not whole"))
         except HttpError as error:

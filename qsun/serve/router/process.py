@@ -56,7 +56,7 @@ class RouterProcess:
         Raises:
             QsunError: the address cannot be had.
         """
-        listen = self.router.cluster.listen
+        listen = self.router.state.cluster.listen
         sockets = [_bound(listen.host, listen.port)]
         config = uvicorn.Config(
             self.router,
@@ -94,16 +94,16 @@ class RouterProcess:
         async with self._reloading:
             try:
                 cluster, names, keys = await asyncio.to_thread(self._read)
-                old = self.router.cluster.listen
+                old = self.router.state.cluster.listen
                 self.router.apply(cluster, names, keys)
             except (QsunError, OSError) as error:
-                self.router.metrics.reloads.labels("refused").inc()
+                self.router.state.metrics.reloads.labels("refused").inc()
                 logger.error("%s was not taken, the old one stays: %s", self.path, error)
                 return
             if (old.host, old.port) != (cluster.listen.host, cluster.listen.port):
                 logger.warning("listen.host and listen.port stay %s:%d until a restart", old.host, old.port)
-            self.router.metrics.reloads.labels("ok").inc()
-            logger.info("%s was taken: %d workers", self.path, len(list(self.router.fleet)))
+            self.router.state.metrics.reloads.labels("ok").inc()
+            logger.info("%s was taken: %d workers", self.path, len(list(self.router.state.fleet)))
 
     def _read(self) -> tuple[Cluster, ServedNames, tuple[str, ...]]:
         cluster = self._prepare(read_cluster(self.path))
@@ -117,17 +117,17 @@ class RouterProcess:
         self._leaving = asyncio.ensure_future(self._drain(server))
 
     async def _drain(self, server: uvicorn.Server) -> None:
-        self.router.draining = True
-        seconds = self.router.cluster.limits.drain_seconds
-        logger.info("draining: %d requests have %g seconds", self.router.admission.running, seconds)
+        self.router.state.draining = True
+        seconds = self.router.state.cluster.limits.drain_seconds
+        logger.info("draining: %d requests have %g seconds", self.router.state.admission.running, seconds)
         loop = asyncio.get_running_loop()
         until = loop.time() + seconds
         await asyncio.sleep(min(_FIRST_NOTICE_SECONDS, seconds))
-        while self.router.busy and loop.time() < until:
+        while self.router.state.busy and loop.time() < until:
             await asyncio.sleep(_DRAIN_POLL_SECONDS)
-        if self.router.busy:
-            logger.warning("%d requests are cut off after %g seconds", self.router.admission.running, seconds)
-            self.router.cut_off.set()
+        if self.router.state.busy:
+            logger.warning("%d requests are cut off after %g seconds", self.router.state.admission.running, seconds)
+            self.router.state.cut_off.set()
         server.should_exit = True
 
 

@@ -7,7 +7,7 @@ from tests.serve.routing import expected, rig, run, until
 
 
 def state_of(r, fake):
-    return next(worker for worker in r.router.fleet if worker.url == fake.url)
+    return next(worker for worker in r.state.fleet if worker.url == fake.url)
 
 
 def test_a_pair_is_used_only_after_its_handshake():
@@ -50,7 +50,7 @@ def test_a_worker_with_another_module_is_refused_until_it_has_the_right_one():
             worker.served_name = "qsun-ffff" if worker.role == "decode" else worker.served_name
 
         async with rig(models=("math",), ready=False, prepare=wrong) as r:
-            await until(lambda: all(w.state == "refused" for w in r.router.fleet.decode))
+            await until(lambda: all(w.state == "refused" for w in r.state.fleet.decode))
             assert "it serves qsun-ffff and not qsun-decode" in state_of(r, r.decode[0]).reason
             for worker in r.decode:
                 worker.served_name = "qsun-decode"
@@ -84,7 +84,7 @@ def test_a_worker_that_comes_back_shakes_hands_again_before_it_is_used():
             back = r.decode[0]
             await back.kill()
             await until(lambda: state_of(r, back).state == "down")
-            assert not any(back.url in pair for pair in r.router.fleet.warm)
+            assert not any(back.url in pair for pair in r.state.fleet.warm)
             back.handshakes_to_fail = 1
             r.forget()
             await back.restart()

@@ -27,7 +27,7 @@ def test_a_reload_with_a_faulty_key_changes_nothing_and_says_so(tmp_path, caplog
             process = RouterProcess(tmp_path / "cluster.yaml", r.cluster(), r.names, NoModules(r.names))
             process.router = r.router
             r.router.apply(r.cluster(), r.names, ("the-old-key",))
-            workers, old = list(r.router.fleet), r.router.cluster
+            workers, old = list(r.state.fleet), r.state.cluster
             (tmp_path / "keys").write_text(key)
             values = {
                 "listen": {"api_keys": "keys"},
@@ -40,9 +40,9 @@ def test_a_reload_with_a_faulty_key_changes_nothing_and_says_so(tmp_path, caplog
                 await process.reload()
             assert "was not taken, the old one stays: an API key of" in caplog.text
             assert await r.metric("qsun_router_reloads_total", outcome="refused") == 1
-            assert list(r.router.fleet) == workers
-            assert r.router.cluster is old
-            assert r.router.admission.most_running == 256
+            assert list(r.state.fleet) == workers
+            assert r.state.cluster is old
+            assert r.state.admission.most_running == 256
             headers = {"Authorization": "Bearer the-old-key"}
             assert (await r.client.get("/v1/models", headers=headers)).status_code == 200
 
@@ -55,8 +55,8 @@ def test_a_model_that_is_removed_while_its_request_waits_for_a_worker_is_not_ser
             gone = r.prefill.pop("math")[0]
             await gone.kill()
             task = asyncio.create_task(r.complete("math"))
-            await until(lambda: r.router.admission.running == 1 and not task.done())
-            await until(lambda: r.router.fleet.without_a_pair() == ["math"])
+            await until(lambda: r.state.admission.running == 1 and not task.done())
+            await until(lambda: r.state.fleet.without_a_pair() == ["math"])
             r.apply()
             answer = await asyncio.wait_for(task, 5)
             assert answer.status_code == 404
@@ -69,12 +69,12 @@ def test_a_model_that_is_removed_while_its_request_waits_for_a_worker_is_not_ser
 def test_more_places_let_in_whoever_waits_for_one():
     async def scenario():
         limits = {"concurrent_requests": 1, "queue_seconds": 20}
-        async with rig(models=("math",), limits=limits) as r, r.router.admission.place():
+        async with rig(models=("math",), limits=limits) as r, r.state.admission.place():
             task = asyncio.create_task(r.complete())
-            await until(lambda: r.router.admission.waiting == 1)
+            await until(lambda: r.state.admission.waiting == 1)
             r.apply(limits={"concurrent_requests": 2})
             assert (await asyncio.wait_for(task, 5)).status_code == 200
-            await until(lambda: r.router.admission.running == 1)
+            await until(lambda: r.state.admission.running == 1)
             r.apply(limits={"concurrent_requests": 1, "queued_requests": 0})
             assert (await r.complete()).status_code == 429
 
@@ -92,7 +92,7 @@ def test_more_handshakes_at_once_let_in_the_pairs_that_wait():
             def asked():
                 return sum(pool[0].started for pool in r.prefill.values())
 
-            await until(lambda: asked() == 1 and len(r.router.health._warm_ups) == 4)
+            await until(lambda: asked() == 1 and len(r.state.health._warm_ups) == 4)
             await asyncio.sleep(0.3)
             assert asked() == 1
             r.apply(health=r.settings["health"] | {"warm_up_at_once": 3})

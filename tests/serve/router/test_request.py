@@ -68,7 +68,7 @@ def test_a_fault_of_the_router_counts_as_500_and_not_as_a_client_that_left():
             def broken(*_):
                 raise RuntimeError("a fault of ours")
 
-            r.router.fleet.choose_prefill = broken
+            r.state.fleet.choose_prefill = broken
             assert (await r.complete()).status_code == 500
             assert await r.metric("qsun_router_requests_total", outcome="500") == 1
             assert await r.metric("qsun_router_requests_total", outcome="client_gone") == 0

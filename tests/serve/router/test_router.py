@@ -141,7 +141,7 @@ def test_a_users_mistake_passes_through_and_is_not_tried_again():
             assert answer.status_code == 422
             assert sum(worker.started for worker in r.decode) == 1
             assert await r.metric("qsun_router_requests_total", model="math", outcome="422") == 1
-            assert all(worker.breaker.state == "closed" for worker in r.router.fleet)
+            assert all(worker.breaker.state == "closed" for worker in r.state.fleet)
 
     run(scenario)
 
@@ -206,9 +206,9 @@ def test_too_many_requests_wait_and_then_get_429():
             for worker in r.decode:
                 worker.gate = asyncio.Event()
             first = asyncio.create_task(r.complete())
-            await until(lambda: r.router.admission.running == 1)
+            await until(lambda: r.state.admission.running == 1)
             second = asyncio.create_task(r.complete())
-            await until(lambda: r.router.admission.waiting == 1)
+            await until(lambda: r.state.admission.waiting == 1)
             third = await r.complete()
             assert third.status_code == 429
             assert int(third.headers["Retry-After"]) >= 1
@@ -227,7 +227,7 @@ def test_a_queue_that_does_not_move_is_left_with_429():
             for worker in r.decode:
                 worker.gate = asyncio.Event()
             first = asyncio.create_task(r.complete())
-            await until(lambda: r.router.admission.running == 1)
+            await until(lambda: r.state.admission.running == 1)
             assert (await r.complete()).status_code == 429
             for worker in r.decode:
                 worker.gate.set()
@@ -266,8 +266,8 @@ def test_a_client_that_leaves_ends_its_request_at_the_worker(stream):
             await until(lambda: worker.started == 1)
             task.cancel()
             await until(lambda: worker.cancelled == 1)
-            await until(lambda: not r.router.busy)
-            assert all(w.in_flight == w.outstanding_tokens == 0 for w in r.router.fleet)
+            await until(lambda: not r.state.busy)
+            assert all(w.in_flight == w.outstanding_tokens == 0 for w in r.state.fleet)
             assert await r.metric("qsun_router_requests_total", model="math", outcome="client_gone") == 1
 
     run(scenario)
@@ -276,7 +276,7 @@ def test_a_client_that_leaves_ends_its_request_at_the_worker(stream):
 def test_ready_names_what_is_missing_and_metrics_add_up():
     async def scenario():
         async with rig(ready=False, prepare=lambda w: setattr(w, "healthy", w.module != "weights of code")) as r:
-            await until(lambda: r.router.fleet.without_a_pair() == ["code"])
+            await until(lambda: r.state.fleet.without_a_pair() == ["code"])
             answer = await r.client.get("/ready")
             assert answer.status_code == 503
             assert answer.json()["models_without_workers"] == ["code"]

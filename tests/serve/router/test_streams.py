@@ -12,7 +12,7 @@ MESSAGES = [{"role": "user", "content": "a b c d"}]
 
 
 def state_of(r, fake):
-    return next(worker for worker in r.router.fleet if worker.url == fake.url)
+    return next(worker for worker in r.state.fleet if worker.url == fake.url)
 
 
 async def chat(r, max_tokens=4):
@@ -87,7 +87,7 @@ def test_a_stream_that_hangs_ends_at_the_deadline():
 def test_a_request_waits_for_a_place_no_longer_than_its_deadline():
     async def scenario():
         limits = {"concurrent_requests": 1, "queue_seconds": 20, "deadline_seconds": 0.3}
-        async with rig(models=("math",), limits=limits) as r, r.router.admission.place():
+        async with rig(models=("math",), limits=limits) as r, r.state.admission.place():
             started = time.monotonic()
             answer = await r.complete()
             assert answer.status_code == 429
@@ -106,7 +106,7 @@ def test_a_worker_that_hangs_until_the_deadline_counts_against_its_circuit(role)
             codes = [(await r.complete()).status_code for _ in range(8)]
             assert sorted(codes) == [200] * 6 + [504] * 2
             assert state_of(r, hung).breaker.state == "open"
-            assert [w.url for w in r.router.fleet if w.breaker.failures] == [hung.url]
+            assert [w.url for w in r.state.fleet if w.breaker.failures] == [hung.url]
 
     run(scenario)
 
@@ -117,6 +117,6 @@ def test_a_worker_that_was_asked_when_the_time_was_nearly_over_is_not_blamed():
             r.prefill["math"][0].first_seconds = 0.7
             r.decode[0].first_seconds = 60.0
             assert (await r.complete()).status_code == 504
-            assert not any(worker.breaker.failures for worker in r.router.fleet)
+            assert not any(worker.breaker.failures for worker in r.state.fleet)
 
     run(scenario)

@@ -11,14 +11,14 @@ from tests.serve.routing import rig, run, until
 
 
 def state_of(r, fake):
-    return next(worker for worker in r.router.fleet if worker.url == fake.url)
+    return next(worker for worker in r.state.fleet if worker.url == fake.url)
 
 
 async def shaking_hands(r, prefill, decode):
     """A handshake of this pair that has come as far as the decode worker, which holds it at its gate."""
     decode.gate = asyncio.Event()
     r.forget()
-    r.router.health.doubt(state_of(r, prefill), state_of(r, decode))
+    r.state.health.doubt(state_of(r, prefill), state_of(r, decode))
     await until(lambda: decode.started == 1)
 
 
@@ -51,8 +51,8 @@ def test_a_worker_that_leaves_in_the_middle_of_a_handshake_leaves_no_warm_pair()
             del r.decode[0]
             r.apply()
             leaving.gate.set()
-            await until(lambda: leaving.finished == 1 and not r.router.health._warm_ups)
-            assert not any(leaving.url in pair for pair in r.router.fleet.warm)
+            await until(lambda: leaving.finished == 1 and not r.state.health._warm_ups)
+            assert not any(leaving.url in pair for pair in r.state.fleet.warm)
             await leaving.stop()
 
     run(scenario)
@@ -65,7 +65,7 @@ def test_a_warm_pair_is_probed_where_a_circuit_is_not_closed():
             while worker.breaker.state == "closed":
                 worker.breaker.fail()
             await until(lambda: worker.usable)
-            assert len(r.router.fleet.warm) == 1
+            assert len(r.state.fleet.warm) == 1
 
     run(scenario)
 
@@ -82,7 +82,7 @@ def test_a_prefill_worker_that_hangs_is_blamed_and_the_shared_decode_workers_are
             await until(lambda: hung.breaker.state == "open")
             assert hung.reason.endswith("warm-up: no answer in 0.2 seconds")
             assert all(state_of(r, worker).breaker.failures == 0 for worker in r.decode)
-            await until(lambda: r.router.fleet.without_a_pair() == ["math"])
+            await until(lambda: r.state.fleet.without_a_pair() == ["math"])
             assert (await r.complete("code")).status_code == 200
 
     run(scenario)
@@ -93,7 +93,7 @@ def test_a_prefill_worker_that_refuses_the_warm_up_is_blamed():
         health = {"warm_up_attempts": 1, "failures": 1, "cool_down_seconds": 60.0}
         prepare = lambda w: setattr(w, "statuses", [400] if w.role == "prefill" else [])  # noqa: E731
         async with rig(models=("math",), decode=1, ready=False, prepare=prepare, health=health) as r:
-            await until(lambda: any(worker.breaker.state == "open" for worker in r.router.fleet))
+            await until(lambda: any(worker.breaker.state == "open" for worker in r.state.fleet))
             assert state_of(r, r.decode[0]).breaker.state == "closed"
 
     run(scenario)
@@ -103,7 +103,7 @@ def test_a_pair_that_hangs_lets_the_others_have_a_turn():
     async def scenario():
         health = {"warm_up_seconds": 0.5, "warm_up_attempts": 50, "warm_up_at_once": 1}
         async with rig(decode=1, ready=False, prepare=hanging, health=health) as r:
-            await until(lambda: "code" not in r.router.fleet.without_a_pair(), seconds=8)
+            await until(lambda: "code" not in r.state.fleet.without_a_pair(), seconds=8)
 
     run(scenario)
 
@@ -115,13 +115,13 @@ def test_a_pair_that_left_while_it_waited_for_its_turn_is_not_asked():
             (math,), (code,) = r.prefill["math"], r.prefill["code"]
             source, target = state_of(r, code), state_of(r, r.decode[0])
             math.first_seconds = 60.0
-            r.router.health.doubt(state_of(r, math), target)
+            r.state.health.doubt(state_of(r, math), target)
             await until(lambda: math.started == 1)
-            r.router.health.doubt(source, target)
-            await until(lambda: (source, target) in r.router.health._warm_ups)
+            r.state.health.doubt(source, target)
+            await until(lambda: (source, target) in r.state.health._warm_ups)
             del r.prefill["code"]
             r.apply()
-            await until(lambda: (source, target) not in r.router.health._warm_ups)
+            await until(lambda: (source, target) not in r.state.health._warm_ups)
             assert code.started == 0
             await code.stop()
 
