@@ -54,14 +54,17 @@ def serve(
     partitioned: bool = typer.Option(False, "--partitioned", help="Decode each model apart, to compare with."),
     as_json: bool = typer.Option(False, "--json", help="When ready, print one JSON object on stdout."),
 ) -> None:
+    import asyncio
+
     check_device(device)
     named = _named(prefill)
-    keys = read_keys(api_keys)
     from qsun.engine.engine import EngineConfig
     from qsun.serve.api.completions import ServeLimits
-    from qsun.serve.http.guard import GuardConfig
-    from qsun.serve.http.server import check_exposed, listen, run_server
+    from qsun.serve.http.guard import Guard, GuardConfig
+    from qsun.serve.http.keys import check_exposed, read_keys
+    from qsun.serve.http.server import Draining, HttpProcess, listen
 
+    keys = read_keys(api_keys)
     check_exposed(host, keys)
     guard = GuardConfig(api_keys=keys, max_body_bytes=byte_count("max-body", max_body))
     limits = ServeLimits(max_tokens, timeout, default_tokens)
@@ -72,11 +75,12 @@ def serve(
     logging.getLogger("uvicorn").addHandler(logging.StreamHandler(sys.stderr))
     with listen(host, port) as bound:  # before weights are loaded: a taken port is known at once
         serving, app = _load(decode, named, config, limits, (dtype, device, threads), admin)
-        _announce(bound.getsockname(), serving, as_json)
+        guarded = Guard(app, guard)
+        draining = Draining(serving.drain, lambda: guarded.running, lambda: drain, lambda: serving.thread.stop(0))
         try:
-            run_server(app, guard, bound, drain, serving.drain, serving.thread.stop)
+            asyncio.run(HttpProcess(guarded, bound, draining).serve(lambda url: _announce(url, serving, as_json)))
         finally:
-            serving.thread.stop()  # an exit in a hurry leaves it running, and a thread inside torch aborts the process
+            serving.thread.stop()  # a second signal leaves it running, and a thread inside torch aborts the process
 
 
 serve.__doc__ = _EXAMPLES
@@ -118,9 +122,7 @@ def _load(
     return serving, build_app(serving, admin)
 
 
-def _announce(address: tuple[Any, ...], serving: Any, as_json: bool) -> None:
-    host, port = address[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def _announce(url: str, serving: Any, as_json: bool) -> None:
     models = list(serving.engine.modules)
     if as_json:
         typer.echo(json.dumps({"url": url, "models": models, "kv_budget_tokens": serving.engine.budget_tokens}))
@@ -140,19 +142,6 @@ def _named(pairs: list[str]) -> dict[str, str]:
             raise QsunError(f"--prefill names {name!r} twice; give each model a name of its own")
         named[name] = directory
     return named
-
-
-def read_keys(file: Path | None) -> tuple[str, ...]:
-    """API keys, one a line. Raises QsunError for a file without any."""
-    if file is None:
-        return ()
-    try:
-        keys = tuple(line.strip() for line in file.read_text().splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise QsunError(f"{file} cannot be read: {error}") from None
-    if not keys:
-        raise QsunError(f"{file} has no API key; write one on a line")
-    return keys
 
 
 def byte_count(name: str, text: str) -> int:

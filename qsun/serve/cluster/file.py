@@ -1,6 +1,5 @@
 """cluster.yaml, read and checked: which workers serve which modules (qsun/serve/cluster/schema.py has every key)."""
 
-import ipaddress
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,8 +11,9 @@ from pydantic import ValidationError
 from qsun.errors import QsunError
 from qsun.serve.cluster.errors import one_line
 from qsun.serve.cluster.schema import Cluster, Listen, Pool
+from qsun.serve.http.keys import is_loopback
 
-__all__ = ["Cluster", "Pool", "parse_cluster", "read_cluster", "read_keys", "with_workers"]
+__all__ = ["Cluster", "Pool", "parse_cluster", "read_cluster", "with_workers"]
 
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}")  # it is a metrics label and part of a URL
 _LARGEST_FILE_BYTES = 1 << 20
@@ -116,13 +116,6 @@ def _check_listen(listen: Listen, name: str) -> None:
         )
 
 
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _with_absolute_paths(cluster: Cluster, directory: Path) -> Cluster:
     def placed(pool: Pool) -> Pool:
         inside = directory / pool.module
@@ -132,18 +125,6 @@ def _with_absolute_paths(cluster: Cluster, directory: Path) -> Cluster:
     listen = cluster.listen.model_copy(update={"api_keys": None if keys is None else directory / keys})
     models = {model: placed(pool) for model, pool in cluster.models.items()}
     return cluster.model_copy(update={"listen": listen, "decode": placed(cluster.decode), "models": models})
-
-
-def read_keys(path: Path) -> tuple[str, ...]:
-    """API keys of a file: one a line; blank lines and lines that begin with # do not count."""
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise QsunError(f"API keys {path} cannot be read: {error}") from None
-    keys = tuple(line for line in lines if line and not line.startswith("#"))
-    if not keys:
-        raise QsunError(f"API keys {path} holds no key; write one a line")
-    return keys
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -1,62 +1,119 @@
-"""HTTP connections that end, also those whose client sends half a request, or takes nothing and never leaves."""
+"""HTTP connections that end, also those of clients that send half a request or take nothing of their answer.
+
+uvicorn documents a limit on connections and on the time between requests, but none on the time that a request's head
+takes, and it waits without limit for a client that takes nothing. It documents as well that `http` may be any
+asyncio.Protocol. Ours stands between the socket and uvicorn's own protocol, and uses asyncio's and ASGI's interfaces
+only. (hypercorn and granian bound no stalled reader either, and granian runs applications in processes of its own.)
+"""
 
 import asyncio
+import copy
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from qsun.serve.http.guard import ABORT
+from qsun.serve.http.guard import ClientStalled, Message, Receive, Send
 
 HEADER_SECONDS = 30.0
+SEND_SECONDS = 60.0
 CONNECTIONS = 4096  # at a time; uvicorn answers 503 to more
+_PROBE_SECONDS = 1.0
+_PROBE = b"HTTP/1.1 100 Continue\r\n\r\n"  # clients skip it (RFC 9110, 15.2)
 
 
-class Connection(H11Protocol):
-    """uvicorn's own, which waits for a request's headers without an end, with a deadline for them.
+class Connection(asyncio.Protocol):
+    """One connection. A request's body is bounded by the guard, and the time between requests by uvicorn.
 
-    A request's body is bounded by the guard, and the time between requests by uvicorn's keep-alive.
+    Attributes:
+        header_seconds: from a connection's or a request's first byte until its head must be whole.
+        send_seconds: after which a client that takes nothing is dropped.
     """
 
     header_seconds = HEADER_SECONDS
-    _deadline: asyncio.TimerHandle | None = None
+    send_seconds = SEND_SECONDS
+
+    def __init__(self, config: Any, server_state: Any, app_state: Any, _loop: Any = None):
+        config = copy.copy(config)
+        self._app, config.loaded_app = config.loaded_app, self._answer
+        self._inner = H11Protocol(config, server_state, app_state, _loop)
+        self._loop = asyncio.get_running_loop()
+        self._deadline: asyncio.TimerHandle | None = None
+        self._answering = 0  # the next of pipelined requests may begin before the last one's handler returns
+        self._silent = self._half_closed = False
 
     def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._watch()
+        self._transport = transport
+        self._inner.connection_made(transport)
+        self._start_deadline()
+
+    def data_received(self, data: bytes) -> None:
+        self._start_deadline()
+        self._inner.data_received(data)
+
+    def eof_received(self) -> bool:
+        """Keep the connection open for the answer: the client has closed its own direction, or all of it."""
+        self._half_closed = True
+        self._probe()
+        return bool(self._answering)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._forget_deadline()
-        super().connection_lost(exc)
+        self._stop_deadline()
+        self._inner.connection_lost(exc)
 
-    def handle_events(self) -> None:
-        super().handle_events()
-        if self.scope is not None:  # a request's task does not run before this returns
-            scope: Any = self.scope
-            scope[ABORT] = self.transport.abort
-        self._watch()
+    def pause_writing(self) -> None:
+        self._inner.pause_writing()
 
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self._watch()
+    def resume_writing(self) -> None:
+        self._inner.resume_writing()
 
-    def timeout_keep_alive_handler(self) -> None:
-        super().timeout_keep_alive_handler()
-        self._watch()
+    def _start_deadline(self) -> None:
+        if not self._answering and self._deadline is None:
+            self._deadline = self._loop.call_later(self.header_seconds, self._transport.abort)
 
-    def shutdown(self) -> None:
-        super().shutdown()
-        self._watch()
-
-    def _watch(self) -> None:
-        """A deadline for headers, from the first byte after the last answer on, and for what a closing has to flush."""
-        answering = self.cycle is not None and not self.cycle.response_complete
-        between = self.cycle is not None and self.timeout_keep_alive_task is not None
-        if not self.transport.is_closing() and (answering or between):
-            self._forget_deadline()
-        elif self._deadline is None:
-            self._deadline = self.loop.call_later(self.header_seconds, self.transport.abort)
-
-    def _forget_deadline(self) -> None:
+    def _stop_deadline(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+    def _probe(self) -> None:
+        """Find out whether a half-closed client is still there: one that has left resets the connection.
+
+        Once an answer has begun, its own pieces show that.
+        """
+        if self._silent and not self._transport.is_closing():
+            self._transport.write(_PROBE)
+            self._loop.call_later(_PROBE_SECONDS, self._probe)
+
+    async def _answer(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Pass a request whose head is whole to the application."""
+        self._answering += 1
+        self._silent = scope["http_version"] != "1.0"  # which knows no interim responses
+        self._stop_deadline()
+        stalled = False
+
+        async def send_within(message: Message) -> None:
+            nonlocal stalled
+            self._silent = False
+            try:
+                async with asyncio.timeout(self.send_seconds):
+                    await send(message)
+            except TimeoutError:
+                stalled = True
+                raise ClientStalled from None
+
+        try:
+            await self._app(scope, receive, send_within)
+        except Exception:
+            if not stalled:
+                raise
+            self._transport.abort()  # closing would wait until the client has taken what is buffered
+        finally:
+            self._answering -= 1
+            self._silent = False
+            self._loop.call_soon(self._answered)
+
+    def _answered(self) -> None:
+        if self._half_closed and not self._answering:
+            self._transport.close()
+        if self._transport.is_closing():
+            self._start_deadline()  # for the client to take what is buffered

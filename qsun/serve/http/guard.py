@@ -1,6 +1,6 @@
-"""What stands before every HTTP handler: API keys, bounded bodies and waits, a request id, a bound on requests at once.
+"""The checks before every HTTP handler: API keys, bounded bodies, a request id, and a limit on concurrent requests.
 
-A plain ASGI middleware, so that streams pass through it untouched and unbuffered.
+It is plain ASGI middleware, so streams pass through it untouched and unbuffered.
 """
 
 import asyncio
@@ -20,11 +20,10 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-_GUARDED = ("/v1/", "/admin/")
+_OPEN = ("/health", "/ready", "/metrics", "/version", "/openapi.json")  # for probes and scrapers: without a key
 _SOUND_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _FEWEST_KEY_CHARACTERS = 8
-_STATUS_BODY_BYTES = 1 << 12  # of requests that need no key and have no use for a body
-ABORT = "qsun.abort"  # in the scope, where the server puts it: drops the connection and what is buffered for it
+_OPEN_BODY_BYTES = 1 << 12  # requests to open paths have no use for a body
 
 
 @dataclass(frozen=True)
@@ -32,27 +31,25 @@ class GuardConfig:
     """Limits of the HTTP side.
 
     Attributes:
-        api_keys: any of them opens /v1 and /admin; empty: no key is asked for.
+        api_keys: any of them gives access; empty: no key is needed. Health and metrics never need one.
         max_body_bytes: of a request.
-        body_seconds: within which a request's body must have come.
-        send_seconds: a client that takes nothing for this long is let go.
-        max_requests: under /v1 and /admin at a time; more are answered 429.
+        body_seconds: within which a request's body must arrive.
+        max_requests: answered at a time; more get 429. Health and metrics do not count.
     """
 
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = 1 << 20
     body_seconds: float = 30.0
-    send_seconds: float = 60.0
     max_requests: int = 1024
 
     def __post_init__(self) -> None:
         for key in self.api_keys:
             if len(key) < _FEWEST_KEY_CHARACTERS or not key.isascii() or not key.isprintable() or " " in key:
                 raise QsunError(
-                    f"an API key of {len(key)} characters is not taken; use {_FEWEST_KEY_CHARACTERS} or more "
+                    f"an API key of {len(key)} characters is invalid; use {_FEWEST_KEY_CHARACTERS} or more "
                     "printable ASCII characters without spaces"
                 )
-        for name in ("max_body_bytes", "body_seconds", "send_seconds", "max_requests"):
+        for name in ("max_body_bytes", "body_seconds", "max_requests"):
             if not getattr(self, name) > 0:
                 raise QsunError(f"{name} {getattr(self, name)} is out of range; use more than 0")
 
@@ -61,7 +58,7 @@ class Guard:
     """ASGI middleware. The request's id is in scope["state"]["request_id"] and in the answer's X-Request-Id.
 
     Attributes:
-        running: requests under /v1 and /admin that are being answered.
+        running: requests being answered, but for health and metrics.
     """
 
     def __init__(self, app: App, config: GuardConfig):
@@ -74,27 +71,24 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
-        answer = _Answer(send, _request_id(headers), self.config.send_seconds)
+        answer = _Answer(send, _request_id(headers))
         scope.setdefault("state", {})["request_id"] = answer.request_id
         try:
             await self._pass_on(scope, headers, receive, answer)
         except HttpError as error:
             await answer.error(error)
         except ClientGone:
-            return  # nobody is left to be told
-        except ClientStalled:
-            # closing would wait until the client has taken what is buffered
-            scope.get(ABORT, lambda: None)()
+            return
 
     async def _pass_on(
         self, scope: MutableMapping[str, Any], headers: dict[bytes, bytes], receive: Receive, answer: "_Answer"
     ) -> None:
-        guarded = scope["path"].startswith(_GUARDED)
+        guarded = scope["path"] not in _OPEN
         if guarded:
             self._check(headers)
         self.running += guarded  # from here on, as bodies take their time
         try:
-            limit = self.config.max_body_bytes if guarded else min(_STATUS_BODY_BYTES, self.config.max_body_bytes)
+            limit = self.config.max_body_bytes if guarded else min(_OPEN_BODY_BYTES, self.config.max_body_bytes)
             body = await self._body(headers, receive, limit)
             await self.app(scope, _replayed(body, receive), answer.send)
         finally:
@@ -104,36 +98,39 @@ class Guard:
         if self._keys:
             kind, _, key = headers.get(b"authorization", b"").partition(b" ")
             given = hashlib.sha256(key.strip()).digest()
-            # every key is compared, so that the time says nothing about which begins alike
+            # every key is compared, so that the time does not depend on which of them is close
             known = [hmac.compare_digest(given, wanted) for wanted in self._keys]
             if kind.lower() != b"bearer" or not any(known):
                 raise HttpError(
                     401, "no valid API key; send Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"}
                 )
         if self.running >= self.config.max_requests:
-            raise busy(f"{self.running} requests are being answered, which is the limit; try again later", 1)
+            raise busy(f"{self.running} requests are running, which is the limit; try again later", 1)
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive, limit: int) -> bytes:
+        if b"content-length" in headers and b"transfer-encoding" in headers:  # request smuggling: RFC 9112, 6.1
+            raise HttpError(400, "Content-Length and Transfer-Encoding exclude each other; send one", headers=_CLOSE)
         too_long = HttpError(413, f"the body is longer than {limit} bytes, which is the limit", headers=_CLOSE)
         declared = headers.get(b"content-length", b"0")
         if not declared.isdigit() or int(declared) > limit:
             raise too_long
         try:
-            return await asyncio.wait_for(_read(receive, limit, too_long), self.config.body_seconds)
-        except (asyncio.TimeoutError, TimeoutError):
+            async with asyncio.timeout(self.config.body_seconds):
+                return await _read(receive, limit, too_long)
+        except TimeoutError:
             seconds = self.config.body_seconds
-            raise HttpError(408, f"the body did not come within {seconds:g} seconds", headers=_CLOSE) from None
+            raise HttpError(408, f"the body did not arrive within {seconds:g} seconds", headers=_CLOSE) from None
 
 
 class ClientGone(Exception):
-    """The client closed the connection before its request was whole."""
+    """The client closed the connection before its request was complete."""
 
 
 class ClientStalled(Exception):
-    """The client takes no bytes of its answer."""
+    """The client takes no bytes of its answer; the connection is dropped."""
 
 
-_CLOSE = {"Connection": "close"}  # the rest of a body that was not read must not be taken for another request
+_CLOSE = {"Connection": "close"}  # the unread rest of a body must not be taken for another request
 
 
 async def _read(receive: Receive, limit: int, too_long: HttpError) -> bytes:
@@ -150,7 +147,7 @@ async def _read(receive: Receive, limit: int, too_long: HttpError) -> bytes:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Hand over the body that was read, then whatever comes: a disconnect."""
+    """Return a `receive` that gives the body that was read, and then what comes: a disconnect."""
     pending = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def next_message() -> Message:
@@ -160,23 +157,20 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 
 
 class _Answer:
-    """The way back to the client: puts the request id on it, and gives up on one that takes nothing."""
+    """Sends an answer with the request's id."""
 
-    def __init__(self, send: Send, request_id: str, seconds: float):
-        self._send, self.request_id, self._seconds = send, request_id, seconds
+    def __init__(self, send: Send, request_id: str):
+        self._send, self.request_id = send, request_id
         self._started = False
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._started = True
             message["headers"] = [*message.get("headers", []), (b"x-request-id", self.request_id.encode())]
-        try:
-            await asyncio.wait_for(self._send(message), self._seconds)
-        except (asyncio.TimeoutError, TimeoutError):
-            raise ClientStalled from None
+        await self._send(message)
 
     async def error(self, error: HttpError) -> None:
-        if self._started:  # the status is out; a stream reports its errors itself
+        if self._started:  # the status has been sent; a stream reports its errors itself
             return
         headers = [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
         headers += [(b"content-type", b"application/json")]
@@ -185,7 +179,7 @@ class _Answer:
 
 
 def _request_id(headers: dict[bytes, bytes]) -> str:
-    """The client's own where it is sound (it goes into logs and headers), or a new one."""
+    """Return the client's own id where it is valid (it goes into logs and headers), or a new one."""
     given = headers.get(b"x-request-id", b"").decode("latin-1")
     return given if _SOUND_ID.fullmatch(given) else uuid.uuid4().hex
 

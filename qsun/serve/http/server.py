@@ -1,94 +1,155 @@
-"""Run an application on a socket until SIGTERM or Ctrl-C, then let running requests finish."""
+"""The HTTP process of `qsun serve` and `qsun route`: listen, serve, finish running requests at SIGTERM."""
 
 import asyncio
-import ipaddress
+import logging
 import signal
 import socket
-from collections.abc import Callable
-from types import FrameType
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
 
 from qsun.errors import QsunError
 from qsun.serve.http.connections import CONNECTIONS, Connection
-from qsun.serve.http.guard import Guard, GuardConfig
 
+logger = logging.getLogger(__name__)
+
+_BACKLOG = 2048
 _KEEP_ALIVE_SECONDS = 30
-_LAST_WORDS_SECONDS = 5  # from the end of the drain until what still runs is cut
+_DRAIN_POLL_SECONDS = 0.05
+_LAST_BYTES_SECONDS = 5  # for requests that were cut off to say so
+_NOTICE_SECONDS = 0.5  # in which health probes can see that /ready answers 503, also where nothing runs
 
 
-def check_exposed(host: str, keys: tuple[str, ...]) -> None:
-    """Raise QsunError for an address that others can reach, without an API key."""
-    if not keys and not is_loopback(host):
-        raise QsunError(f"host {host} can be reached from other machines, and no API key is set; give a file of keys")
-
-
-def is_loopback(host: str) -> bool:
+def listen(host: str, port: int, fix: str = "choose another --port") -> socket.socket:
+    """Return a listening socket; port 0 takes a free one. Raises QsunError with the fix where it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio turns Nagle's algorithm off for sockets that say that they are TCP, and accepted ones inherit it
+    bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A bound socket; port 0 takes a free one. Raises QsunError where the address is taken or not here."""
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        bound.bind((host, port))
+        bound.listen(_BACKLOG)
     except OSError as error:
-        raise QsunError(f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port") from None
+        bound.close()
+        raise QsunError(f"cannot listen on {host}:{port}: {error.strerror or error}; {fix}") from None
+    return bound
 
 
-def run_server(
-    app: Any,
-    guard: GuardConfig,
-    bound: socket.socket,
-    drain_seconds: float,
-    on_stop: Callable[[], None],
-    on_late: Callable[[], None],
-) -> None:
-    """Serve until told to stop; requests then have drain_seconds to finish.
+def url_of(bound: socket.socket) -> str:
+    """Return the URL of a listening socket."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+@dataclass(frozen=True)
+class Draining:
+    """What the end of the process means to its application.
+
+    Attributes:
+        refuse: take no new requests from now on, and say so at /ready.
+        running: number of requests that run or wait.
+        seconds: that running requests have, asked for when the drain begins.
+        cut_off: end what still runs, with an error to its client; must not block.
+    """
+
+    refuse: Callable[[], None]
+    running: Callable[[], int]
+    seconds: Callable[[], float]
+    cut_off: Callable[[], None]
+
+
+class HttpProcess:
+    """Serves an ASGI application until it is told to stop.
 
     Args:
-        on_stop: called when the signal comes, before anything else.
-        on_late: called in a thread once drain_seconds are over; running requests end in its words before they are cut.
+        bound: from `listen`; closed at the end.
+        on_hangup: run upon SIGHUP; without it SIGHUP keeps its meaning.
     """
-    config = uvicorn.Config(
-        Guard(app, guard),
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        limit_concurrency=CONNECTIONS,
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=max(1, round(drain_seconds)) + _LAST_WORDS_SECONDS,
-        lifespan="on",
-        http=Connection,
-        ws="none",
-    )
-    _Server(config, drain_seconds, on_stop, on_late).run(sockets=[bound])
+
+    def __init__(
+        self, app: Any, bound: socket.socket, draining: Draining, on_hangup: Callable[[], Awaitable[None]] | None = None
+    ):
+        self._bound, self._draining, self._on_hangup = bound, draining, on_hangup
+        config = uvicorn.Config(
+            app,
+            http=Connection,
+            ws="none",
+            lifespan="on",
+            loop="asyncio",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=CONNECTIONS,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
+        )
+        self._server = _Server(config)
+        self._tasks: set[asyncio.Future[None]] = set()
+        self._stopping = False
+
+    async def serve(self, on_listening: Callable[[str], None] | None = None) -> None:
+        """Serve until `stop`, SIGTERM or SIGINT. `on_listening` gets the URL once signals are handled."""
+        with self._bound, self._signals():
+            if on_listening:
+                on_listening(url_of(self._bound))
+            await self._server.serve(sockets=[self._bound])
+
+    def stop(self) -> None:
+        """Let running requests finish; a second call ends them at once."""
+        if self._stopping:
+            self._server.force_exit = self._server.should_exit = True
+            return
+        self._stopping = True
+        self._start(self._drain())
+
+    async def _drain(self) -> None:
+        self._draining.refuse()
+        seconds = self._draining.seconds()
+        logger.info("draining: %d requests have %g seconds", self._draining.running(), seconds)
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        await asyncio.sleep(min(_NOTICE_SECONDS, seconds))
+        while self._draining.running() and loop.time() < until:
+            await asyncio.sleep(_DRAIN_POLL_SECONDS)
+        if self._draining.running():
+            logger.warning("%d requests are cut off after %g seconds", self._draining.running(), seconds)
+            self._draining.cut_off()
+        self._server.should_exit = True
+
+    def _start(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        handlers: dict[int, Callable[[], None]] = {signal.SIGTERM: self.stop, signal.SIGINT: self.stop}
+        hangup = self._on_hangup
+        if hangup is not None:
+            handlers[signal.SIGHUP] = lambda: self._start(hangup())
+        for number, handler in handlers.items():
+            loop.add_signal_handler(number, handler)
+        try:
+            yield
+        finally:
+            for number in handlers:
+                loop.remove_signal_handler(number)
 
 
 class _Server(uvicorn.Server):
-    """Ends with exit code 0 after a signal: uvicorn would raise it again, once everything is done."""
+    """uvicorn without signal handlers of its own, which stop listening at once."""
 
-    def __init__(
-        self, config: uvicorn.Config, drain_seconds: float, on_stop: Callable[[], None], on_late: Callable[[], None]
-    ):
-        super().__init__(config)
-        self._drain_seconds, self._on_stop, self._on_late = drain_seconds, on_stop, on_late
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._on_stop()
-        self.force_exit = self.should_exit and sig == signal.SIGINT  # a second Ctrl-C does not wait
-        self.should_exit = True
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        late = asyncio.ensure_future(self._give_up())
-        try:
-            await super().shutdown(sockets)
-        finally:
-            late.cancel()
-
-    async def _give_up(self) -> None:
-        await asyncio.sleep(self._drain_seconds)
-        await asyncio.to_thread(self._on_late)
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield

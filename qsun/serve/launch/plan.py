@@ -15,9 +15,9 @@ from typing import Any
 from qsun.errors import QsunError
 from qsun.model.checkpoint import read_json
 from qsun.model.locate import find_model
-from qsun.serve.cluster.file import is_loopback
 from qsun.serve.cluster.modules import ServedNames
 from qsun.serve.cluster.schema import Cluster, Launch, Pool
+from qsun.serve.http.keys import is_loopback
 
 LOOPBACK = "127.0.0.1"
 API_SERVER = "vllm.entrypoints.openai.api_server"

@@ -10,7 +10,7 @@ from qsun.serve.cluster.schema import Limits
 from qsun.serve.http.cancellation import end
 from qsun.serve.http.errors import HttpError
 from qsun.serve.http.guard import ClientStalled, Message, Receive, Send
-from qsun.serve.http.sse import encode_event
+from qsun.serve.http.wire import encode_event
 from qsun.serve.router.exchange.exchange import Answer, Exchange
 from qsun.serve.router.exchange.request import RoutedRequest, read_request
 from qsun.serve.router.exchange.worker_http import WorkerFailed

@@ -11,9 +11,10 @@ from pathlib import Path
 import uvicorn
 
 from qsun.errors import QsunError
-from qsun.serve.cluster.file import Cluster, read_cluster, read_keys
+from qsun.serve.cluster.file import Cluster, read_cluster
 from qsun.serve.cluster.modules import ModuleChecks, ServedNames
 from qsun.serve.http.connections import CONNECTIONS, Connection
+from qsun.serve.http.keys import read_keys
 from qsun.serve.router.app import Router
 
 logger = logging.getLogger(__name__)
@@ -147,7 +148,7 @@ def with_running_workers(cluster: Cluster) -> Cluster:
 
 def keys_of(cluster: Cluster) -> tuple[str, ...]:
     """API keys of the file that the cluster names; none where it names none."""
-    return () if cluster.listen.api_keys is None else read_keys(cluster.listen.api_keys)
+    return read_keys(cluster.listen.api_keys)
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -7,8 +7,9 @@ import shutil
 import pytest
 
 from qsun.errors import QsunError
-from qsun.serve.cluster.file import parse_cluster, read_cluster, read_keys, with_workers
+from qsun.serve.cluster.file import parse_cluster, read_cluster, with_workers
 from qsun.serve.cluster.modules import ModuleChecks, served_name
+from qsun.serve.http.keys import read_keys
 from tests.tiny_models import build_model
 
 EVERYWHERE = "0.0.0.0"  # noqa: S104 - it is what must be refused
@@ -105,7 +106,7 @@ def test_keys_come_from_a_file_beside_the_cluster(tmp_path):
     assert cluster.decode.module == "demo"
     assert cluster.models["m"].module == str(tmp_path / "sub")
     (tmp_path / "keys").write_text("# none\n")
-    with pytest.raises(QsunError, match="holds no key"):
+    with pytest.raises(QsunError, match="has no API key"):
         read_keys(cluster.listen.api_keys)
 
 

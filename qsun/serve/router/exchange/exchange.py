@@ -18,7 +18,7 @@ import httpx
 
 from qsun.serve.cluster.schema import Limits
 from qsun.serve.http.errors import HttpError
-from qsun.serve.http.sse import DONE, BrokenStream, data_events, parse_event
+from qsun.serve.http.wire import DONE, BrokenStream, data_events, parse_event
 from qsun.serve.router.exchange.health import HealthChecks
 from qsun.serve.router.exchange.metrics import RouterMetrics
 from qsun.serve.router.exchange.request import RoutedRequest

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qsun.serve.http.sse import BrokenStream, data_events, encode_event, parse_event
+from qsun.serve.http.wire import BrokenStream, data_events, encode_event, parse_event
 
 STREAM = b': comment\n\ndata: {"a": 1}\n\ndata: {"b":\r\ndata: 2}\r\n\r\nevent: x\n\ndata: [DONE]\n\n'
 
