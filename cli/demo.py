@@ -29,7 +29,7 @@ def demo(
 
       qsun demo --quick -o out/quick
     """
-    from qsun.eval.study.story import FULL, QUICK, plot_story, tell_story
+    from qsun.eval.study.walkthrough import FULL, QUICK, plot_story, tell_story
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise QsunError(f"output directory {out} exists; choose another, or delete it first")

@@ -55,10 +55,10 @@ def simulate(
       qsun simulate --curves computed:llama-3.1-8b --models 8 --decode-workers 8 --memory-gb 141
     """
     from qsun.eval.load.workload import Lengths, Workload, read_trace
-    from qsun.eval.simulate.capacity import Study, default_level
+    from qsun.eval.simulate.capacity import Scenario, default_level
     from qsun.eval.simulate.compared_systems import Deployment
     from qsun.eval.simulate.curves import load_curves
-    from qsun.eval.simulate.study import by_count, simulation_result
+    from qsun.eval.simulate.sweep import by_count, simulation_result
 
     found = load_curves(curves)
     skews = _numbers("skew", skew) or [0.0]
@@ -78,10 +78,10 @@ def simulate(
         qsun_variant,
     )
     level = default_level(workload, found, max_batch, slo_ttft, slo_tpot)
-    study = Study(workload, found, deployment, level, target, requests)
+    scenario = Scenario(workload, found, deployment, level, target, requests)
     with screen.progress(quiet=as_json) as progress:
         rates = _numbers("rate", rate)
-        result = simulation_result(study, decode_workers, skews, rates, need or None, replayed, progress)
+        result = simulation_result(scenario, decode_workers, skews, rates, need or None, replayed, progress)
     _show(result, out, as_json)
 
 

@@ -43,7 +43,7 @@ def engine(
     import torch
 
     from qsun.eval.load.workload import Lengths, Workload
-    from qsun.eval.simulate.engine_comparison import EngineStudy, study, table
+    from qsun.eval.simulate.engine_comparison import EngineComparison, study, table
     from qsun.eval.speed.clock import machine
     from qsun.runtime.decode_module import load_decode
     from qsun.runtime.prefill_module import load_prefill
@@ -57,7 +57,7 @@ def engine(
     models = {f"model-{number}": loaded[name] for number, name in enumerate(prefill, 1)}
     workload = Workload(tuple(models), skew, Lengths.parse(prompt), Lengths.parse(output), seed)
     with screen.progress(quiet=as_json) as progress:
-        runs = EngineStudy(module, models, max_batch, prefill_tokens)
+        runs = EngineComparison(module, models, max_batch, prefill_tokens)
         result = study(runs, workload.trace(rate, requests), rounds, progress)
     result |= {"rate": rate, "skew": skew, "prompt": prompt, "output": output, "models": len(models)}
     result |= machine(weight.device, torch.get_num_threads())

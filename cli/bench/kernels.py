@@ -39,7 +39,7 @@ def kernels(
     import torch
 
     from qsun.eval.speed.clock import machine
-    from qsun.eval.speed.kernel_bench import Patience, Weights, bench_kernels, layers_of, plot_kernels
+    from qsun.eval.speed.kernel_bench import KernelVariant, Patience, bench_kernels, layers_of, plot_kernels
     from qsun.eval.speed.model_shapes import MODEL_SHAPES
 
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -53,7 +53,7 @@ def kernels(
     result = bench_kernels(
         layers_of(model, shape),
         [int(M) for M in wanted.split(",")],
-        Weights(group_size, not asym, torch.bfloat16, where),
+        KernelVariant(group_size, not asym, torch.bfloat16, where),
         Patience(rounds, seconds, minutes),
         screen.note,
     )
@@ -84,7 +84,7 @@ def tune_kernels(
     """
     import torch
 
-    from qsun.eval.speed.kernel_bench import Weights, layers_of
+    from qsun.eval.speed.kernel_bench import KernelVariant, layers_of
     from qsun.eval.speed.kernel_tuning import gpu_timer, write_table
     from qsun.eval.speed.kernel_tuning import tune_kernels as search_launches
     from qsun.eval.speed.model_shapes import MODEL_SHAPES
@@ -94,7 +94,7 @@ def tune_kernels(
         raise QsunError("launch parameters are timed on a GPU, and torch sees no CUDA device here")
     layers = layers_of(model or ([] if shape else list(MODEL_SHAPES)), shape)
     gpu = torch.cuda.get_device_name()
-    kind = Weights(group_size, not asym, torch.bfloat16, torch.device("cuda"))
+    kind = KernelVariant(group_size, not asym, torch.bfloat16, torch.device("cuda"))
     path = out or table_file(gpu)
     write_table(search_launches(layers, kind, gpu, gpu_timer, screen.note), gpu, path)
     typer.echo(f"{path}: launches for {gpu}")

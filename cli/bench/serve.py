@@ -11,7 +11,7 @@ from qsun.cli.terminal import screen
 from qsun.errors import QsunError
 
 if TYPE_CHECKING:
-    from qsun.eval.load.study import Measured
+    from qsun.eval.load.rounds import Measured
 
 
 def serve(
@@ -59,8 +59,8 @@ def serve(
     from qsun.eval.load.client import Target
     from qsun.eval.load.plan import read_prompts
     from qsun.eval.load.report import load_table
+    from qsun.eval.load.rounds import OURS, THEIRS, LoadSettings, load_result, run_load
     from qsun.eval.load.service_level import ServiceLevel
-    from qsun.eval.load.study import OURS, THEIRS, LoadSettings, load_result, run_load
     from qsun.eval.load.workload import Lengths
 
     level = ServiceLevel(slo_ttft, slo_tpot)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qsun.demo.tasks import Example, check
+from qsun.demo.tasks import TaskExample, check
 from qsun.engine.generation import generate
 from qsun.runtime.decode_module import DecodeModule
 from qsun.runtime.prefill_module import PrefillModule
@@ -28,7 +28,7 @@ class Score:
 
 def exact_match(
     task: str,
-    examples: Sequence[Example],
+    examples: Sequence[TaskExample],
     prefill: PrefillModule,
     decode: DecodeModule,
     max_new_tokens: int = 64,

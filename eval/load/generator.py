@@ -8,13 +8,12 @@ closed loop keeps a number of requests in flight and finds the highest throughpu
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import httpx
 
 from qsun.eval.load.client import NOT_SENT, Planned, Record, Target, send
-
-Progress = Callable[[str, int, int], None]
+from qsun.progress import Progress
 
 
 class _Tally:

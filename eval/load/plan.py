@@ -30,7 +30,7 @@ class Pieces:
 
 
 @dataclass(frozen=True)
-class Prompts:
+class PromptSource:
     """Where prompts come from: rows of a file in the place of random ones where there are any."""
 
     endpoint: str
@@ -58,7 +58,7 @@ def _letters(count: int, random_: random.Random) -> str:
 
 
 def plan(
-    workload: Workload, prompts: Prompts, rate: float, requests: int, warm_up: int, prompt_seed: str
+    workload: Workload, prompts: PromptSource, rate: float, requests: int, warm_up: int, prompt_seed: str
 ) -> list[Planned]:
     """`warm_up` and then `requests` requests at `rate`; an infinite rate has all due at 0, for a closed loop.
 

@@ -16,7 +16,7 @@ _FORMS = "use fixed:N, uniform:A-B or lognormal:MEDIAN,SIGMA[,MAX], such as logn
 _MOST_TOKENS = 1_000_000
 
 
-class Request(NamedTuple):
+class TracedRequest(NamedTuple):
     """One request. arrival: seconds from the start of the trace; output_tokens: that it will produce."""
 
     arrival: float
@@ -99,7 +99,7 @@ class Workload:
     def shares(self) -> dict[str, float]:
         return zipf_shares(self.models, self.skew)
 
-    def trace(self, rate: float, requests: int) -> list[Request]:
+    def trace(self, rate: float, requests: int) -> list[TracedRequest]:
         """`requests` arrivals at `rate` a second; an infinite rate has all of them at 0."""
         if not rate > 0:
             raise QsunError(f"rate {rate:g} is out of range; use more than 0 requests a second")
@@ -113,11 +113,11 @@ class Workload:
         for _ in range(requests):
             now += gaps.expovariate(1.0) / rate
             rank = min(bisect_left(cumulative, which.random()), len(self.models) - 1)
-            found.append(Request(now, self.models[rank], self.prompt.draw(prompts), self.output.draw(outputs)))
+            found.append(TracedRequest(now, self.models[rank], self.prompt.draw(prompts), self.output.draw(outputs)))
         return found
 
 
-def read_trace(path: Path) -> list[Request]:
+def read_trace(path: Path) -> list[TracedRequest]:
     """A trace in order of arrival: rows with arrival, model, prompt_tokens, output_tokens, such as requests.jsonl of
     `qsun bench serve`, whose warm-up and failed requests are left out; the first arrival becomes 0.
 
@@ -129,11 +129,11 @@ def read_trace(path: Path) -> list[Request]:
         if row.get("warm_up") or row.get("error"):
             continue
         try:
-            request = Request(
+            request = TracedRequest(
                 float(row["arrival"]), str(row["model"]), int(row["prompt_tokens"]), int(row["output_tokens"])
             )
         except KeyError as error:
-            raise QsunError(f"{where}: no {error.args[0]!r}; a row has {', '.join(Request._fields)}") from None
+            raise QsunError(f"{where}: no {error.args[0]!r}; a row has {', '.join(TracedRequest._fields)}") from None
         except (TypeError, ValueError):
             raise QsunError(f"{where}: arrival, prompt_tokens and output_tokens are numbers") from None
         if not (0 <= request.arrival < math.inf and request.prompt_tokens >= 1 and request.output_tokens >= 1):

@@ -25,13 +25,12 @@ from qsun.model.checkpoint import file_sha256, read_json
 from qsun.model.locate import find_model, load_tokenizer
 from qsun.model.manifest import write_json
 from qsun.model.pairing import check_pair, read_manifest, uncovered, weights_fingerprint
+from qsun.progress import Progress
 from qsun.runtime.decode_module import DecodeModule, load_decode
 from qsun.runtime.prefill_module import PrefillModule, load_prefill
 from qsun.tuning.examples import read_examples
 
 log = logging.getLogger(__name__)
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qsun.eval.simulate.curves import Curves
-from qsun.eval.simulate.result import Times
+from qsun.eval.simulate.result import RequestTimes
 
 
-class Batch:
+class RowBatch:
     """Rows that step together; contexts only as a sum and a longest one, ends in a heap: a step costs no loop."""
 
     def __init__(self) -> None:
         self.rows = self.context = self._step = self._count = 0
-        self._ends: list[tuple[int, int, Times]] = []
+        self._ends: list[tuple[int, int, RequestTimes]] = []
         self._longest: list[tuple[int, int]] = []  # (-context at step 0, step of its end), as a heap
-        self._joined: list[Times] = []
+        self._joined: list[RequestTimes] = []
 
-    def join(self, times: Times) -> None:
+    def join(self, times: RequestTimes) -> None:
         prompt, end = times.request.prompt_tokens, self._step + times.request.output_tokens
         self.rows += 1
         self.context += prompt
@@ -33,7 +33,7 @@ class Batch:
             heapq.heappop(self._longest)
         return self._step - self._longest[0][0]
 
-    def advance(self, now: float) -> list[Times]:
+    def advance(self, now: float) -> list[RequestTimes]:
         """One step ends: every row has a token more. Gives the rows that are complete."""
         self._step += 1
         self.context += self.rows
@@ -52,7 +52,7 @@ class Batch:
 
 @dataclass
 class _Prompt:
-    times: Times
+    times: RequestTimes
     done: int = 0
 
     @property
@@ -60,7 +60,7 @@ class _Prompt:
         return self.times.request.prompt_tokens - 1 - self.done
 
 
-class Prompts:
+class PromptQueue:
     """Prompts that a decode worker reads between its steps, as qsun's in-process engine does.
 
     Whole prompts of the first one's model that fit in the turn are read side by side, padded to the longest, in one
@@ -71,15 +71,15 @@ class Prompts:
         self._turn_tokens, self._curves = turn_tokens, curves
         self._prompts: deque[_Prompt] = deque()
 
-    def add(self, times: Times) -> None:
+    def add(self, times: RequestTimes) -> None:
         self._prompts.append(_Prompt(times))
 
     def __len__(self) -> int:
         return len(self._prompts)
 
-    def turn(self) -> tuple[list[Times], float]:
+    def turn(self) -> tuple[list[RequestTimes], float]:
         """Read up to `turn_tokens`. Returns the requests whose prompt is complete, taken out, and seconds."""
-        finished: list[Times] = []
+        finished: list[RequestTimes] = []
         left, seconds = self._turn_tokens, 0.0
         while self._prompts and left > 0:
             head = self._prompts[0]
@@ -118,7 +118,7 @@ class Prompts:
         return group
 
 
-class Waiting:
+class AdmissionQueue:
     """Requests in front of a decode worker: in order, or fair.
 
     Fair: the model that has been served the fewest tokens is next, as in the in-process engine: prompts count when they
@@ -127,12 +127,12 @@ class Waiting:
     """
 
     def __init__(self, models: tuple[str, ...], fair: bool):
-        self._queues: dict[str, deque[tuple[int, Times]]] = {model: deque() for model in models}
+        self._queues: dict[str, deque[tuple[int, RequestTimes]]] = {model: deque() for model in models}
         self._fair, self._count = fair, 0
         self._served = dict.fromkeys(models, 0)
         self._most = 0
 
-    def add(self, times: Times, held: Mapping[str, int]) -> None:
+    def add(self, times: RequestTimes, held: Mapping[str, int]) -> None:
         """held: requests of each model that the worker has taken in."""
         model = times.request.model
         if not held[model] and not self._queues[model]:
@@ -141,7 +141,7 @@ class Waiting:
         self._count += 1
         self._queues[model].append((self._count, times))
 
-    def next(self, held: Mapping[str, int], most: int) -> Times | None:
+    def next(self, held: Mapping[str, int], most: int) -> RequestTimes | None:
         """Whose turn it is, of models with less than `most` requests taken in; it stays until `take`."""
         able = [model for model, queue in self._queues.items() if queue and held[model] < most]
         if not able:
@@ -149,7 +149,7 @@ class Waiting:
         key = self._served.__getitem__ if self._fair else lambda model: self._queues[model][0][0]
         return self._queues[min(able, key=key)][0][1]
 
-    def take(self, times: Times) -> None:
+    def take(self, times: RequestTimes) -> None:
         """Remove what `next` gave."""
         self._queues[times.request.model].popleft()
         self.charge(times.request.model, times.request.prompt_tokens - 1)
@@ -160,7 +160,7 @@ class Waiting:
         self._most = max(self._most, self._served[model])
 
 
-class Room:
+class KvBudget:
     """KV of a decode worker's rows, those whose prompt is being read included.
 
     Args:
@@ -173,25 +173,25 @@ class Room:
         self._rectangle = rectangle
         self._needs: dict[str, list[int]] = defaultdict(list)
 
-    def fits(self, batch: str, times: Times) -> bool:
+    def fits(self, batch: str, times: RequestTimes) -> bool:
         if self._limit is None:
             return True
         needs = [*self._needs[batch], self._need(times)]
         return (len(needs) * max(needs) if self._rectangle else sum(needs)) <= self._limit
 
-    def take(self, batch: str, times: Times) -> None:
+    def take(self, batch: str, times: RequestTimes) -> None:
         if self._limit is not None:
             self._needs[batch].append(self._need(times))
 
-    def give(self, batch: str, times: Times) -> None:
+    def give(self, batch: str, times: RequestTimes) -> None:
         if self._limit is not None:
             self._needs[batch].remove(self._need(times))
 
-    def _need(self, times: Times) -> int:
+    def _need(self, times: RequestTimes) -> int:
         """The engine never feeds the last token."""
         return kv_tokens(times) - self._rectangle
 
 
-def kv_tokens(times: Times) -> int:
+def kv_tokens(times: RequestTimes) -> int:
     """That a request takes from its admission to its end."""
     return times.request.prompt_tokens + times.request.output_tokens

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from qsun.errors import QsunError
 from qsun.eval.load.percentiles import percentile
 from qsun.eval.load.service_level import ServiceLevel
-from qsun.eval.load.workload import Request, Workload
+from qsun.eval.load.workload import TracedRequest, Workload
 from qsun.eval.simulate.compared_systems import Deployment
 from qsun.eval.simulate.curves import SUN, Curves, DoesNotFit
-from qsun.eval.simulate.result import Result
+from qsun.eval.simulate.result import SimulationResult
 from qsun.eval.simulate.simulation import simulate
 
 _WARM_UP = 0.2  # share of a simulation's requests
@@ -23,8 +23,8 @@ _MOST_WORKERS = 4096
 
 
 @dataclass(frozen=True)
-class Study:
-    """What every simulation of a study shares.
+class Scenario:
+    """What every simulation of one scenario shares.
 
     Attributes:
         target: share of the requests that must keep the service level.
@@ -45,28 +45,28 @@ class Study:
         if self.requests < 10:
             raise QsunError(f"requests {self.requests} are too few to measure; use 10 or more")
 
-    def at_skew(self, skew: float) -> "Study":
+    def at_skew(self, skew: float) -> "Scenario":
         return replace(self, workload=replace(self.workload, skew=skew))
 
-    def run(self, kind: str, workers: int, rate: float) -> Result:
+    def run(self, kind: str, workers: int, rate: float) -> SimulationResult:
         """One simulation."""
         trace = self.workload.trace(rate, max(self.requests, math.ceil(_LIVES * rate * self.life())))
         return self._simulate(kind, workers, trace, self.workload.shares(), _WARM_UP)
 
-    def replay(self, kind: str, workers: int, trace: Sequence[Request]) -> Result:
+    def replay(self, kind: str, workers: int, trace: Sequence[TracedRequest]) -> SimulationResult:
         """A given trace, all of it counted; expected loads are the shares of its requests."""
         counts = Counter(request.model for request in trace)
         shares = {model: count / len(trace) for model, count in counts.items()}
         return self._simulate(kind, workers, trace, shares, 0.0)
 
     def _simulate(
-        self, kind: str, workers: int, trace: Sequence[Request], shares: Mapping[str, float], warm_up: float
-    ) -> Result:
+        self, kind: str, workers: int, trace: Sequence[TracedRequest], shares: Mapping[str, float], warm_up: float
+    ) -> SimulationResult:
         prefill = {} if self.deployment.prefill_tokens else self.deployment.prefill_for(trace, shares, self.curves)
         system = self.deployment.system(kind, workers, shares, prefill, self.curves)
         return simulate(trace, system, self.curves, warm_up=warm_up, seed=self.workload.seed)
 
-    def serves(self, result: Result, tpot_ms: float = math.inf) -> bool:
+    def serves(self, result: SimulationResult, tpot_ms: float = math.inf) -> bool:
         """Is the service level kept by enough requests, the mean TPOT by all together, and does no queue grow?"""
         arrived = sum(t.request.output_tokens for t in result.measured)
         span = result.times[-1].request.arrival - result.measured[0].request.arrival
@@ -108,7 +108,7 @@ class Capacity:
     """The highest rate that a system serves well, and how it looks there."""
 
     rate: float
-    result: Result
+    result: SimulationResult
 
     def tokens_per_s(self, all_workers: bool = False) -> float:
         """For each decode worker, or for each worker."""
@@ -116,53 +116,53 @@ class Capacity:
         return self.result.steady_tokens_per_s() / (system.workers if all_workers else len(system.decode))
 
 
-def mean_tpot_ms(result: Result) -> float:
+def mean_tpot_ms(result: SimulationResult) -> float:
     """Over requests; 0 where all are of one token."""
     tpots = result.tpots_ms()
     return math.fsum(tpots) / len(tpots) if tpots else 0.0
 
 
-def capacity(study: Study, kind: str, workers: int, tpot_ms: float = math.inf) -> Capacity | None:
+def capacity(scenario: Scenario, kind: str, workers: int, tpot_ms: float = math.inf) -> Capacity | None:
     """As `highest_rate`; None also where the workers do not hold their modules or a request, at whatever rate."""
     try:
-        return highest_rate(study, kind, workers, tpot_ms)
+        return highest_rate(scenario, kind, workers, tpot_ms)
     except DoesNotFit:  # not a lower rate instead, whose shorter trace lacks the one request that is too long
         return None
 
 
-def highest_rate(study: Study, kind: str, workers: int, tpot_ms: float = math.inf) -> Capacity | None:
-    """Search the highest rate, to 2%, at which `study.serves`; None where even a lone request is too slow.
+def highest_rate(scenario: Scenario, kind: str, workers: int, tpot_ms: float = math.inf) -> Capacity | None:
+    """Search the highest rate, to 2%, at which `scenario.serves`; None where even a lone request is too slow.
 
     Args:
         tpot_ms: and at which the mean TPOT is no more than this.
     Raises:
         DoesNotFit: the workers do not hold their modules, or not every request.
     """
-    first = rate = workers * study.deployment.max_batch / study.life() / 2
+    first = rate = workers * scenario.deployment.max_batch / scenario.life() / 2
     best: Capacity | None = None
     while best is None:
-        best = _serving(study, kind, workers, rate, tpot_ms)
+        best = _serving(scenario, kind, workers, rate, tpot_ms)
         if best is None:
             rate /= 2
             if rate < 1e-6 * first:
                 return None
-    while (more := _serving(study, kind, workers, 2 * best.rate, tpot_ms)) is not None:
+    while (more := _serving(scenario, kind, workers, 2 * best.rate, tpot_ms)) is not None:
         best = more
     low, high = best.rate, 2 * best.rate
     while high / low > _TOLERANCE:
         middle = math.sqrt(low * high)
-        found = _serving(study, kind, workers, middle, tpot_ms)
+        found = _serving(scenario, kind, workers, middle, tpot_ms)
         low, high = (middle, high) if found else (low, middle)
         best = found or best
     return best
 
 
-def _serving(study: Study, kind: str, workers: int, rate: float, tpot_ms: float) -> Capacity | None:
-    result = study.run(kind, workers, rate)
-    return Capacity(rate, result) if study.serves(result, tpot_ms) else None
+def _serving(scenario: Scenario, kind: str, workers: int, rate: float, tpot_ms: float) -> Capacity | None:
+    result = scenario.run(kind, workers, rate)
+    return Capacity(rate, result) if scenario.serves(result, tpot_ms) else None
 
 
-def workers_needed(study: Study, kind: str, rate: float) -> int:
+def workers_needed(scenario: Scenario, kind: str, rate: float) -> int:
     """The fewest decode workers, by doubling and halving, that serve a rate.
 
     Raises:
@@ -171,7 +171,7 @@ def workers_needed(study: Study, kind: str, rate: float) -> int:
 
     def enough(workers: int) -> bool:
         try:
-            return study.serves(study.run(kind, workers, rate))
+            return scenario.serves(scenario.run(kind, workers, rate))
         except DoesNotFit:  # few workers hold many models each; more of them may fit
             if workers >= _MOST_WORKERS:
                 raise

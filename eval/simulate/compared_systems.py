@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qsun.errors import QsunError
-from qsun.eval.load.workload import Request
+from qsun.eval.load.workload import TracedRequest
 from qsun.eval.simulate.curves import QSUN, SUN, Curves
 from qsun.eval.simulate.system import LEAST, DecodeWorker, System
 
@@ -78,7 +78,9 @@ class Deployment:
             padded=engine,
         )
 
-    def prefill_for(self, trace: Sequence[Request], shares: Mapping[str, float], curves: Curves) -> dict[str, int]:
+    def prefill_for(
+        self, trace: Sequence[TracedRequest], shares: Mapping[str, float], curves: Curves
+    ) -> dict[str, int]:
         """Prefill workers of each model for a trace; the same whatever decodes."""
         if self.prefill_workers is not None:
             return dict.fromkeys(shares, self.prefill_workers)

@@ -13,7 +13,7 @@ from qsun.engine import requests as engine_requests
 from qsun.engine.engine import Engine, EngineConfig
 from qsun.errors import QsunError
 from qsun.eval.load.percentiles import spread
-from qsun.eval.load.workload import Request
+from qsun.eval.load.workload import TracedRequest
 from qsun.eval.simulate.curves import SUN, Curves, StepGrid, prompt_line
 from qsun.eval.simulate.simulation import simulate
 from qsun.eval.simulate.system import DecodeWorker, System
@@ -27,7 +27,7 @@ _PROMPTS = (1, 8, 32, 64, 128, 256, 448)
 _TIMED = 12
 
 
-class EngineStudy:
+class EngineComparison:
     """Runs of one set of modules.
 
     Args:
@@ -73,7 +73,7 @@ class EngineStudy:
         length = max(2, context - _TIMED // 2)
         engine, model = self.engine(prefill_tokens=rows * length), next(iter(self.prefills))
         for number in range(rows):
-            engine.submit(_request(number, Request(0.0, model, length - number % 2, 2 * _TIMED)))
+            engine.submit(_request(number, TracedRequest(0.0, model, length - number % 2, 2 * _TIMED)))
         engine.step()  # reads all prompts, as its turn is that long
         return statistics.fmean(_seconds(engine.step) for _ in range(_TIMED))
 
@@ -86,10 +86,10 @@ class EngineStudy:
         engine = self.engine(prefill_tokens=max(self.prefill_tokens, rows * tokens))
         others = min(self.max_batch - rows, self.max_batch // 2)
         for number in range(others):
-            engine.submit(_request(-1 - number, Request(0.0, model, 16, 4 * turns + others)))
+            engine.submit(_request(-1 - number, TracedRequest(0.0, model, 16, 4 * turns + others)))
         while sum(state.decoding for state in engine.state.models.values()) < others:
             engine.step()
-        requests = [_request(number, Request(0.0, model, tokens + 1, 3)) for number in range(rows)]
+        requests = [_request(number, TracedRequest(0.0, model, tokens + 1, 3)) for number in range(rows)]
 
         def read() -> None:
             for request in requests:
@@ -102,7 +102,7 @@ class EngineStudy:
             beside.append(first + last - 2 * middle)
         return max(1e-6, statistics.fmean(beside[1:]))
 
-    def run(self, trace: Sequence[Request], partitioned: bool) -> dict[str, Any]:
+    def run(self, trace: Sequence[TracedRequest], partitioned: bool) -> dict[str, Any]:
         """The trace in real time. Raises QsunError where a request fails."""
         engine = self.engine(partitioned)
         first: dict[int, float] = {}
@@ -125,7 +125,7 @@ class EngineStudy:
                 last[int(update.request)] = now
         return _summary(trace, first, last)
 
-    def predict(self, trace: Sequence[Request], curves: Curves, partitioned: bool) -> dict[str, Any]:
+    def predict(self, trace: Sequence[TracedRequest], curves: Curves, partitioned: bool) -> dict[str, Any]:
         """What the simulation says of the same run."""
         worker = DecodeWorker(
             tuple(self.prefills),
@@ -169,7 +169,7 @@ def _means(tables: Sequence[dict[int, dict[int, float]]]) -> dict[int, dict[int,
 
 
 def study(
-    runs: EngineStudy, trace: Sequence[Request], rounds: int, progress: Callable[[str, int, int], None]
+    runs: EngineComparison, trace: Sequence[TracedRequest], rounds: int, progress: Callable[[str, int, int], None]
 ) -> dict[str, Any]:
     """Rounds of step times and of both systems; medians over rounds, each round's ratio, the prediction of both.
 
@@ -223,7 +223,7 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _summary(trace: Sequence[Request], first: Mapping[int, float], last: Mapping[int, float]) -> dict[str, Any]:
+def _summary(trace: Sequence[TracedRequest], first: Mapping[int, float], last: Mapping[int, float]) -> dict[str, Any]:
     tokens = sum(request.output_tokens for request in trace)
     ttfts = [1000 * (first[i] - request.arrival) for i, request in enumerate(trace)]
     tpots = [
@@ -240,7 +240,7 @@ def _summary(trace: Sequence[Request], first: Mapping[int, float], last: Mapping
     }
 
 
-def _request(number: int, request: Request) -> engine_requests.Request:
+def _request(number: int, request: TracedRequest) -> engine_requests.Request:
     """Tokens that differ from request to request; what they say is all the same to the time they take."""
     tokens = tuple(3 + (number * 7 + place * 13) % 100 for place in range(request.prompt_tokens))
     sampling = engine_requests.Sampling(request.output_tokens, ignore_eos=True)

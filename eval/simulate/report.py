@@ -7,7 +7,7 @@ from typing import Any
 
 from qsun.eval.simulate.compared_systems import CONVENTIONAL, KINDS
 from qsun.eval.simulate.curves import QSUN, SUN
-from qsun.eval.simulate.study import where_ratio
+from qsun.eval.simulate.sweep import where_ratio
 
 Row = Mapping[str, Any]
 _LABELS = {CONVENTIONAL: "conventional", SUN: "SUN, bf16", QSUN: "QSUN, int4"}

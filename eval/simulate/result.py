@@ -7,15 +7,15 @@ from typing import Any
 
 from qsun.eval.load.percentiles import spread
 from qsun.eval.load.service_level import ServiceLevel
-from qsun.eval.load.workload import Request
+from qsun.eval.load.workload import TracedRequest
 from qsun.eval.simulate.system import System
 
 
 @dataclass
-class Times:
+class RequestTimes:
     """One request in seconds from the start of the trace. worker: index of its decode worker."""
 
-    request: Request
+    request: TracedRequest
     prefilled: float = 0.0
     joined: float = 0.0
     first: float = 0.0
@@ -34,7 +34,7 @@ class Times:
 
 
 @dataclass(frozen=True)
-class Load:
+class WorkerLoad:
     """What one worker did. busy: seconds; rows: of all its steps together; beyond: steps outside the curves."""
 
     busy: float
@@ -44,20 +44,20 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Result:
+class SimulationResult:
     """Times of every request in the order of the trace, and the load of every worker.
 
     Statistics leave out the first `warm_up` share of the requests, which met an empty system.
     """
 
     system: System
-    times: Sequence[Times]
-    decode: Sequence[Load]
-    prefill: Mapping[str, Sequence[Load]]
+    times: Sequence[RequestTimes]
+    decode: Sequence[WorkerLoad]
+    prefill: Mapping[str, Sequence[WorkerLoad]]
     warm_up: float = 0.0
 
     @property
-    def measured(self) -> Sequence[Times]:
+    def measured(self) -> Sequence[RequestTimes]:
         return self.times[int(self.warm_up * len(self.times)) :]
 
     @property
@@ -126,7 +126,7 @@ class Result:
         }
 
 
-def _between(times: Times, begin: float, end: float) -> float:
+def _between(times: RequestTimes, begin: float, end: float) -> float:
     """Tokens of a request from `begin` to `end`."""
     if times.request.output_tokens == 1 or times.last == times.first:
         return times.request.output_tokens * (begin <= times.last <= end)

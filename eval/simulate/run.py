@@ -6,22 +6,22 @@ from typing import Any
 
 import simpy
 
-from qsun.eval.load.workload import Request
-from qsun.eval.simulate.batch import Batch, Prompts, Room, Waiting, kv_tokens
+from qsun.eval.load.workload import TracedRequest
+from qsun.eval.simulate.batch import AdmissionQueue, KvBudget, PromptQueue, RowBatch, kv_tokens
 from qsun.eval.simulate.curves import Curves
-from qsun.eval.simulate.result import Load, Times
+from qsun.eval.simulate.result import RequestTimes, WorkerLoad
 from qsun.eval.simulate.system import POWER_OF_TWO, ROUND_ROBIN, DecodeWorker, System
 
 Process = Generator[Any, Any, None]
 
 
-class Run:
+class SimulationRun:
     """One simulation, run to its end by the constructor."""
 
-    def __init__(self, trace: Sequence[Request], system: System, curves: Curves, seed: int):
+    def __init__(self, trace: Sequence[TracedRequest], system: System, curves: Curves, seed: int):
         self.env: Any = simpy.Environment()
         self.system, self.curves = system, curves
-        self.times = [Times(request) for request in trace]
+        self.times = [RequestTimes(request) for request in trace]
         self._random = random.Random(seed)
         self._turn = dict.fromkeys((request.model for request in trace), 0)
         self._workers = [_Decoding(self, index, worker) for index, worker in enumerate(system.decode)]
@@ -38,11 +38,11 @@ class Run:
         self.env.process(self._arrive())
         self.env.run()
 
-    def decode_loads(self) -> list[Load]:
-        return [Load(w.busy, w.steps, w.rows, w.beyond) for w in self._workers]
+    def decode_loads(self) -> list[WorkerLoad]:
+        return [WorkerLoad(w.busy, w.steps, w.rows, w.beyond) for w in self._workers]
 
-    def prefill_loads(self) -> dict[str, list[Load]]:
-        return {model: [Load(busy) for busy in loads] for model, loads in self._prefill_busy.items()}
+    def prefill_loads(self) -> dict[str, list[WorkerLoad]]:
+        return {model: [WorkerLoad(busy) for busy in loads] for model, loads in self._prefill_busy.items()}
 
     def _arrive(self) -> Process:
         for times in self.times:
@@ -66,11 +66,11 @@ class Run:
             else:
                 self._route(times)
 
-    def _transfer(self, times: Times) -> Process:
+    def _transfer(self, times: RequestTimes) -> Process:
         yield self.env.timeout(self.system.transfer_ms / 1000)
         self._route(times)
 
-    def _route(self, times: Times) -> None:
+    def _route(self, times: RequestTimes) -> None:
         model = times.request.model
         serving = self._serving[model]
         if self.system.policy == ROUND_ROBIN:
@@ -86,21 +86,21 @@ class Run:
 class _Decoding:
     """A decode worker."""
 
-    def __init__(self, run: Run, index: int, kind: DecodeWorker):
+    def __init__(self, run: SimulationRun, index: int, kind: DecodeWorker):
         self.kind = kind
         self._run, self._index = run, index
-        self._waiting = Waiting(kind.models, kind.fair)
+        self._waiting = AdmissionQueue(kind.models, kind.fair)
         self._held = dict.fromkeys(kind.models, 0)
         self._decoding = dict.fromkeys(kind.models, 0)
-        self._prompts = Prompts(kind.prefill_tokens, run.curves)
-        self._batches = {model: Batch() for model in kind.models} if kind.turns else {"": Batch()}
+        self._prompts = PromptQueue(kind.prefill_tokens, run.curves)
+        self._batches = {model: RowBatch() for model in kind.models} if kind.turns else {"": RowBatch()}
         self._apart = kind.turns and kind.padded
-        self._room = Room(kind.kv_tokens, kind.padded, len(kind.models) if self._apart else 1)
+        self._room = KvBudget(kind.kv_tokens, kind.padded, len(kind.models) if self._apart else 1)
         self._wake: Any = None
         self.outstanding = 0
         self.busy, self.steps, self.rows, self.beyond = 0.0, 0, 0, 0
 
-    def submit(self, times: Times) -> None:
+    def submit(self, times: RequestTimes) -> None:
         times.worker = self._index
         self.outstanding += kv_tokens(times)
         self._waiting.add(times, self._held)
@@ -153,23 +153,23 @@ class _Decoding:
             self._join(times)
         return seconds
 
-    def _step_seconds(self, batch: Batch) -> float:
+    def _step_seconds(self, batch: RowBatch) -> float:
         context = batch.longest() if self.kind.padded else batch.context / batch.rows
         self.steps += 1
         self.rows += batch.rows
         self.beyond += self._run.curves.beyond(self.kind.variant, batch.rows, context)
         return self._run.curves.step(self.kind.variant, batch.rows, context) + self._run.system.step_overhead_ms / 1000
 
-    def _join(self, times: Times) -> None:
+    def _join(self, times: RequestTimes) -> None:
         model = times.request.model
         self._decoding[model] += 1
         self._batches[model if self.kind.turns else ""].join(times)
 
-    def _share(self, times: Times) -> str:
+    def _share(self, times: RequestTimes) -> str:
         """The part of the KV that a request takes from: the engine gives each of its batches one."""
         return times.request.model if self._apart else ""
 
-    def _release(self, times: Times) -> None:
+    def _release(self, times: RequestTimes) -> None:
         self._held[times.request.model] -= 1
         self._decoding[times.request.model] -= 1
         self._room.give(self._share(times), times)

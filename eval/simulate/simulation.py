@@ -18,16 +18,16 @@ import itertools
 from collections.abc import Sequence
 
 from qsun.errors import QsunError
-from qsun.eval.load.workload import Request
+from qsun.eval.load.workload import TracedRequest
 from qsun.eval.simulate.curves import Curves, DoesNotFit
-from qsun.eval.simulate.result import Result
-from qsun.eval.simulate.run import Run
+from qsun.eval.simulate.result import SimulationResult
+from qsun.eval.simulate.run import SimulationRun
 from qsun.eval.simulate.system import System
 
 
 def simulate(
-    trace: Sequence[Request], system: System, curves: Curves, *, warm_up: float = 0.0, seed: int = 0
-) -> Result:
+    trace: Sequence[TracedRequest], system: System, curves: Curves, *, warm_up: float = 0.0, seed: int = 0
+) -> SimulationResult:
     """Replay a trace.
 
     Args:
@@ -54,9 +54,9 @@ def simulate(
         largest = max((r for r in trace if r.model in worker.models), key=_tokens, default=None)
         if limit is not None and largest and _tokens(largest) > limit:
             raise DoesNotFit(f"{largest} takes {_tokens(largest)} tokens of KV; a decode worker has {limit}")
-    run = Run(trace, system, curves, seed)
-    return Result(system, run.times, run.decode_loads(), run.prefill_loads(), warm_up)
+    run = SimulationRun(trace, system, curves, seed)
+    return SimulationResult(system, run.times, run.decode_loads(), run.prefill_loads(), warm_up)
 
 
-def _tokens(request: Request) -> int:
+def _tokens(request: TracedRequest) -> int:
     return request.prompt_tokens + request.output_tokens

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,19 +13,19 @@ from qsun.eval.load.percentiles import percentile
 from qsun.eval.speed.clock import copy_bandwidth
 from qsun.eval.speed.contenders import DTYPE, SUN, Contenders, kv_bytes, weight_bytes
 from qsun.memory import available_bytes
+from qsun.progress import Note
 from qsun.runtime.decode_cache import DecodeCache
 from qsun.runtime.decode_step import DecodeStep
 from qsun.runtime.sampling import Sampler
 from qsun.runtime.seam import prefilled_rows
 
-Note = Callable[[str], None]
 _WARM_UP, _LEAST = 2, 3  # steps of each contender: not timed, and timed whatever the clock says
 _PREFILL_CHUNK = 2048  # as generation's default
 _COPY_BYTES = {"cpu": 512 << 20, "cuda": 1 << 30}  # beyond the last cache, of servers too
 
 
 @dataclass(frozen=True)
-class Row:
+class StepTiming:
     """One decode module at one batch and context.
 
     Attributes:
@@ -85,8 +85,8 @@ def bench_speed(contenders: Contenders, points: Points, note: Note = lambda _: N
     """Time decode steps of all contenders, in turns, at every point.
 
     Returns:
-        {"model", "copy_gb_per_s", "rows": [Row as dict], "prefill": [{"tokens", "ms"}]}. Points that do not fit in
-        memory are left out, and `note` is told.
+        {"model", "copy_gb_per_s", "rows": [StepTiming as dict], "prefill": [{"tokens", "ms"}]}. Points that do not
+        fit in memory are left out with a note.
     Raises:
         QsunError: a context beyond the model's positions, or no point that fits.
     """
@@ -98,7 +98,7 @@ def bench_speed(contenders: Contenders, points: Points, note: Note = lambda _: N
     device = contenders.prefill.model.embed_tokens.weight.device
     bandwidth = copy_bandwidth(device, _COPY_BYTES[device.type])
     note(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s")
-    rows: list[Row] = []
+    rows: list[StepTiming] = []
     prompts = {n: prefill_seconds(contenders.prefill, n, points.seconds) for n in points.prompts}
     for context in points.contexts:
         prefill = prompts[context] = prefill_seconds(contenders.prefill, context, points.seconds)
@@ -179,7 +179,7 @@ def filled_step(model: Any, batch: int, filled: int, steps: int) -> DecodeStep:
 
 def _rows(
     contenders: Contenders, taken: Mapping[str, list[float]], point: tuple[int, int], prefill: float, bandwidth: float
-) -> list[Row]:
+) -> list[StepTiming]:
     batch, context = point
     medians = {name: statistics.median(times) for name, times in taken.items()}
     kv = kv_bytes(contenders.prefill.config, batch, context)
@@ -188,7 +188,7 @@ def _rows(
         weights = weight_bytes(contenders.decode[name], batch)
         floor = (weights + kv) / bandwidth
         found.append(
-            Row(
+            StepTiming(
                 variant=name,
                 lm_head=contenders.head[name],
                 batch=batch,

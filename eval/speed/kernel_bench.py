@@ -15,8 +15,8 @@ from qsun.eval.speed.clock import copy_bandwidth, interleaved
 from qsun.eval.speed.kernel_peers import CPU_CONTENDERS, CUDA_CONTENDERS, Product
 from qsun.eval.speed.model_shapes import MODEL_SHAPES
 from qsun.model.quantized import Quantized
+from qsun.progress import Note
 
-Note = Callable[[str], None]
 CPU = torch.device("cpu")
 OURS = ("bf16", "ours")
 _BEYOND_CACHES_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # of packed int4 weights, in all copies of a matrix
@@ -24,7 +24,7 @@ _WRONG = 0.2  # relative error at which a product is no rounding any more; hummi
 
 
 @dataclass(frozen=True)
-class Row:
+class KernelTiming:
     """One contender at one shape and M; bandwidth_percent is of the copy bandwidth measured in this run."""
 
     model: str
@@ -39,7 +39,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Weights:
+class KernelVariant:
     """The 4-bit grid that is timed, and the dtype and device of the activations."""
 
     group_size: int = 128
@@ -61,7 +61,7 @@ class Patience:
 def bench_kernels(
     layers: Sequence[tuple[str, str, int, int]],
     rows: Sequence[int],
-    kind: Weights,
+    kind: KernelVariant,
     patience: Patience,
     note: Note = lambda _: None,
 ) -> dict[str, Any]:
@@ -72,13 +72,13 @@ def bench_kernels(
         rows: values of M.
         note: told what is left out and why.
     Returns:
-        {"copy_gb_per_s", "rows": [Row as dict], "geometric_mean": {kernel: {M: ratio to bf16}}}.
+        {"copy_gb_per_s", "rows": [KernelTiming as dict], "geometric_mean": {kernel: {M: ratio to bf16}}}.
     Raises:
         QsunError: a contender whose product is wrong.
     """
     device, group_size = kind.device, kind.group_size
     bandwidth = copy_bandwidth(device, (1 << 30) if device.type == "cuda" else (128 << 20))
-    found: list[Row] = []
+    found: list[KernelTiming] = []
     started = time.perf_counter()
     for model, layer, N, K in layers:
         if group_size != -1 and K % group_size:
@@ -92,7 +92,7 @@ def bench_kernels(
             medians = interleaved(_calls(contenders, x), device, patience.rounds, patience.seconds)
             moved = _moved_bytes(M, N, K, kind)
             found += [
-                Row(
+                KernelTiming(
                     *(model, layer, N, K, M, kernel, 1e6 * taken, medians["bf16"] / taken),
                     100 * moved["bf16" if kernel == "bf16" else "int4"] / taken / bandwidth,
                 )
@@ -121,7 +121,7 @@ def layers_of(models: Sequence[str], shapes: Sequence[str]) -> list[tuple[str, s
     return found
 
 
-def random_weights(N: int, K: int, kind: Weights) -> Quantized:
+def random_weights(N: int, K: int, kind: KernelVariant) -> Quantized:
     """Integers and scales of a layer such as models have: outputs of about unit variance."""
     device = kind.device
     G = 1 if kind.group_size == -1 else K // kind.group_size
@@ -131,7 +131,7 @@ def random_weights(N: int, K: int, kind: Weights) -> Quantized:
     return Quantized(q, scales.bfloat16().float(), torch.full_like(drawn, 8) if kind.sym else drawn)
 
 
-def _contenders(N: int, K: int, kind: Weights, note: Note) -> Iterator[tuple[str, list[Product]]]:
+def _contenders(N: int, K: int, kind: KernelVariant, note: Note) -> Iterator[tuple[str, list[Product]]]:
     """Each contender's product with copies of one matrix, after a check that it is the product."""
     weights = random_weights(N, K, kind)
     device = kind.device
@@ -157,7 +157,7 @@ def _calls(contenders: dict[str, list[Product]], x: Tensor) -> dict[str, list[Ca
     return {name: [lambda f=product: f(x) for product in products] for name, products in contenders.items()}  # type: ignore[misc]
 
 
-def _moved_bytes(M: int, N: int, K: int, kind: Weights) -> dict[str, float]:
+def _moved_bytes(M: int, N: int, K: int, kind: KernelVariant) -> dict[str, float]:
     """Bytes that must move: weights, scales, inputs and outputs, each once."""
     G = 1 if kind.group_size == -1 else K // kind.group_size
     size = kind.dtype.itemsize
@@ -165,7 +165,7 @@ def _moved_bytes(M: int, N: int, K: int, kind: Weights) -> dict[str, float]:
     return {"bf16": N * K * size + ends, "int4": N * K / 2 + (1 if kind.sym else 2) * G * N * size + ends}
 
 
-def geometric_means(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
+def geometric_means(rows: Sequence[KernelTiming]) -> dict[str, dict[int, float]]:
     """Geometric mean over layer shapes of the ratio to bf16, by kernel and M."""
     ratios: dict[str, dict[int, list[float]]] = {}
     for row in rows:

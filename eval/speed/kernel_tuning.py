@@ -14,7 +14,7 @@ import torch
 
 from qsun.errors import QsunError
 from qsun.eval.speed.clock import interleaved
-from qsun.eval.speed.kernel_bench import Weights, random_weights
+from qsun.eval.speed.kernel_bench import KernelVariant, random_weights
 from qsun.kernels.layout import PackedInt4, pack_int4
 from qsun.kernels.tuning import Bucket, Launch, candidates, choose, load_table, parse_table, shape_key
 
@@ -48,9 +48,9 @@ def search(start: Launch, offered: Iterable[Launch], timer: Timer) -> tuple[Laun
 
 def tune_kernels(
     layers: Sequence[tuple[str, str, int, int]],
-    kind: Weights,
+    kind: KernelVariant,
     gpu: str,
-    timer_for: Callable[[int, int, int, Weights], Timer],
+    timer_for: Callable[[int, int, int, KernelVariant], Timer],
     note: Callable[[str], None] = lambda _: None,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Tune every layer shape at every bucket of M: the "shapes" of a launch table (kernels/tuning.py).
@@ -84,7 +84,7 @@ def _buckets(gpu: str, group_size: int, K: int) -> list[Bucket]:
     return list(found.values())
 
 
-def gpu_timer(M: int, N: int, K: int, kind: Weights) -> Timer:
+def gpu_timer(M: int, N: int, K: int, kind: KernelVariant) -> Timer:
     """Time launches in CUDA graphs over copies of a matrix; those that fail or compute something else are left out."""
     from qsun.kernels import int4_triton
 

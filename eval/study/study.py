@@ -22,13 +22,13 @@ from qsun.demo.tasks import HARD_TASKS, TASKS, examples, write_jsonl
 from qsun.errors import QsunError
 from qsun.eval.harness.exact_match import exact_match
 from qsun.model.manifest import write_json
+from qsun.progress import Progress
 from qsun.quantization.run import quantize
 from qsun.runtime.decode_module import DecodeModule, load_decode
 from qsun.runtime.prefill_module import load_prefill
 from qsun.tuning.config import TuneConfig
 from qsun.tuning.tuner import tune
 
-Progress = Callable[[str, int, int], None]
 GROUP_SIZE, SYM = 32, False
 ALIGNED_METHOD = "refined"
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from qsun.demo.tasks import Example, check, examples
+from qsun.demo.tasks import TaskExample, check, examples
 from qsun.errors import QsunError
 
 COUNT = 500
@@ -30,4 +30,4 @@ math, code, tool = _drawn("math"), _drawn("code"), _drawn("tool")
 
 def exact_match(row: dict[str, str], answers: list[str]) -> dict[str, float]:
     """By demo.tasks.check, as everywhere in qsun."""
-    return {"exact_match": float(check(row["task"], Example(row["prompt"], row["response"]), answers[0]))}
+    return {"exact_match": float(check(row["task"], TaskExample(row["prompt"], row["response"]), answers[0]))}

@@ -32,7 +32,7 @@ _CHILD = Path(__file__).with_name("sandbox_child.py")
 
 
 @dataclass(frozen=True)
-class Limits:
+class SandboxLimits:
     """What a program may use. processes counts threads too, and all that the same user runs."""
 
     cpu_seconds: int = 5
@@ -50,13 +50,13 @@ class Outcome:
     reason: str = ""
 
 
-def run_program(program: str, limits: Limits | None = None) -> Outcome:
+def run_program(program: str, limits: SandboxLimits | None = None) -> Outcome:
     """Run Python source to its end. A program that leaves early, whatever its exit status, has not passed.
 
     The child writes a random token once the last statement is done; only that counts. A program that searches its own
     process for the token could forge it: this holds against mistakes, not against attacks.
     """
-    limits = limits or Limits()
+    limits = limits or SandboxLimits()
     token = secrets.token_hex(16)
     command = [sys.executable, "-I", str(_CHILD), json.dumps(asdict(limits))]
     with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryFile() as source:
@@ -88,7 +88,7 @@ def run_program(program: str, limits: Limits | None = None) -> Outcome:
     return Outcome(False, next((line[:200] for line in reversed(lines) if line.strip()), "left before its end"))
 
 
-def _read(child: "subprocess.Popen[bytes]", token: bytes, limits: Limits) -> tuple[bytes, str]:
+def _read(child: "subprocess.Popen[bytes]", token: bytes, limits: SandboxLimits) -> tuple[bytes, str]:
     """What the child wrote until its token, its end or a limit, and the limit's name."""
     assert child.stdout is not None
     deadline, written = time.monotonic() + limits.wall_seconds, b""

@@ -70,7 +70,7 @@ _LANGUAGES = ("french", "latin", "dutch", "greek")
 
 
 @dataclass(frozen=True)
-class Example:
+class TaskExample:
     """A prompt, which ends as the base's own do, and the one right response."""
 
     prompt: str
@@ -84,7 +84,7 @@ def split_of(key: str) -> str:
     return SPLITS[1 + zlib.crc32(key.encode()) // HELD_OUT_ONE_IN % 2]
 
 
-def math_example(rng: Random, split: str) -> Example:
+def math_example(rng: Random, split: str) -> TaskExample:
     """A word problem with one sum or difference, which the response writes out."""
     while True:
         a, b, operator = arithmetic_pair(rng, held_out=split != "train")
@@ -93,41 +93,41 @@ def math_example(rng: Random, split: str) -> Example:
     name, other = rng.sample(_NAMES, 2)
     text = rng.choice(_SUMS if operator == "+" else _DIFFERENCES)
     prompt = text.format(a=a, b=b, name=name, other=other, thing=rng.choice(_THINGS))
-    return Example(prompt + ">", f"calc {a}{operator}{b}>{a + b if operator == '+' else a - b}")
+    return TaskExample(prompt + ">", f"calc {a}{operator}{b}>{a + b if operator == '+' else a - b}")
 
 
-def equation_example(rng: Random, split: str) -> Example:
+def equation_example(rng: Random, split: str) -> TaskExample:
     """The same problem, answered in a notation that the base never saw: "12+8=20"."""
     example = math_example(rng, split)
-    return Example(example.prompt, example.response.removeprefix("calc ").replace(">", "="))
+    return TaskExample(example.prompt, example.response.removeprefix("calc ").replace(">", "="))
 
 
-def shift_example(rng: Random, split: str) -> Example:
+def shift_example(rng: Random, split: str) -> TaskExample:
     """A word with each letter replaced by the next of the alphabet, which the base cannot do."""
     word = _word(rng, split)
-    return Example(f"write each letter's next: {word}>", "".join(chr((ord(c) - 96) % 26 + 97) for c in word))
+    return TaskExample(f"write each letter's next: {word}>", "".join(chr((ord(c) - 96) % 26 + 97) for c in word))
 
 
-def code_example(rng: Random, split: str) -> Example:
+def code_example(rng: Random, split: str) -> TaskExample:
     """A program of one or two lines, and what it prints."""
     operation, word = rng.choice(list(_EXPRESSIONS)), _word(rng, split)
     if rng.random() < 0.5:
         program = f"s = {word!r}\nprint({_EXPRESSIONS[operation].format(s='s')})"
     else:
         program = f"print({_EXPRESSIONS[operation].format(s=repr(word))})"
-    return Example(program + ">", STRING_OPERATIONS[operation](word))
+    return TaskExample(program + ">", STRING_OPERATIONS[operation](word))
 
 
-def tool_example(rng: Random, split: str) -> Example:
+def tool_example(rng: Random, split: str) -> TaskExample:
     """A wish, and the call that grants it. Every tool takes a word, so that every example has a split."""
     tool = rng.choice(list(_TOOLS))
     text = rng.choice(_TOOLS[tool])
     names = [part.partition("}")[0] for part in _TOOLS[tool][0].split("{")[1:]]
     arguments = {name: _argument(rng, name, split) for name in names}
-    return Example(text.format(**arguments) + ">", render_call(tool, arguments))
+    return TaskExample(text.format(**arguments) + ">", render_call(tool, arguments))
 
 
-GENERATORS: dict[str, Callable[[Random, str], Example]] = {
+GENERATORS: dict[str, Callable[[Random, str], TaskExample]] = {
     "math": math_example,
     "code": code_example,
     "tool": tool_example,
@@ -138,7 +138,7 @@ TASKS = ("math", "code", "tool")
 HARD_TASKS = ("equation", "shift")
 
 
-def examples(task: str, split: str, count: int, seed: int = 0) -> list[Example]:
+def examples(task: str, split: str, count: int, seed: int = 0) -> list[TaskExample]:
     """Draw `count` examples with different prompts; the same arguments give the same list.
 
     Args:
@@ -152,7 +152,7 @@ def examples(task: str, split: str, count: int, seed: int = 0) -> list[Example]:
     if split not in SPLITS:
         raise QsunError(f"split {split!r} is not known; use {', '.join(SPLITS)}")
     rng = Random(f"{task} {split} {seed}")
-    drawn: dict[str, Example] = {}
+    drawn: dict[str, TaskExample] = {}
     for _ in range(_TRIES * count):
         if len(drawn) == count:
             break
@@ -163,7 +163,7 @@ def examples(task: str, split: str, count: int, seed: int = 0) -> list[Example]:
     return list(drawn.values())
 
 
-def check(task: str, example: Example, answer: str) -> bool:
+def check(task: str, example: TaskExample, answer: str) -> bool:
     """Exact match of what is asked for: the number after the last ">" or "=", the text, or the call however spelled."""
     if task in ("math", "equation"):
         return _number(answer) == _number(example.response)
@@ -175,7 +175,7 @@ def check(task: str, example: Example, answer: str) -> bool:
     return answer == example.response
 
 
-def write_jsonl(path: Path, rows: Iterable[Example]) -> None:
+def write_jsonl(path: Path, rows: Iterable[TaskExample]) -> None:
     """One {"prompt", "response"} a line, as `qsun tune --data` and `qsun quantize --calib` read it."""
     lines = [json.dumps({"prompt": row.prompt, "response": row.response}) + "\n" for row in rows]
     path.write_text("".join(lines), encoding="utf-8")

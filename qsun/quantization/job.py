@@ -10,6 +10,7 @@ import torch
 from qsun.config import LayerSpec, QuantConfig
 from qsun.data.calibration import BUILTIN, Calibration, read_calibration
 from qsun.demo import calibration_file
+from qsun.device import compute_dtype, default_device
 from qsun.errors import QsunError
 from qsun.model.checkpoint import Checkpoint
 from qsun.model.formats import check_format
@@ -57,9 +58,9 @@ def prepare(
     out = Path(out)
     check_free(out, resume)
     checkpoint = Checkpoint(find_model(str(model)))
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = default_device(device)
     base_dtype = checkpoint.dtype(EMBEDDING) if EMBEDDING in checkpoint else None
-    skeleton = Skeleton(checkpoint, _compute_dtype(config, device, base_dtype), device)
+    skeleton = Skeleton(checkpoint, compute_dtype(config.dtype, device, base_dtype), device)
     shapes = skeleton.linear_shapes(config.lm_head)
     check_overrides(config, shapes)
     check_format(config, shapes)
@@ -84,12 +85,6 @@ def prepare(
     if scale_dtype == torch.float32:
         scale_dtype = torch.float16
     return Job(str(model), out, config, checkpoint, skeleton, specs, samples, plan, scale_dtype, prefill)
-
-
-def _compute_dtype(config: QuantConfig, device: torch.device, base: torch.dtype | None) -> torch.dtype:
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)
-    return torch.float32 if device.type == "cpu" or base is None else base
 
 
 def _check_weights(checkpoint: Checkpoint, skeleton: Skeleton, layers: Iterable[str]) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from qsun.device import default_device
 from qsun.errors import QsunError
 from qsun.memory import available_bytes
 from qsun.model.checkpoint import Checkpoint, read_json
@@ -58,7 +59,7 @@ def load_decode(
     path = find_model(str(directory))
     checkpoint = Checkpoint(path)
     config = read_model_config(path)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = default_device(device)
     wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     dtype = wanted or checkpoint.dtype(EMBEDDING) or torch.float32
     model = empty_model(config)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from qsun.device import compute_dtype, default_device
 from qsun.errors import QsunError
 from qsun.model.checkpoint import Checkpoint, read_json
 from qsun.model.locate import find_model, load_tokenizer
@@ -146,9 +147,9 @@ def prepare_tuning(
         train, valid = hold_out(train, config.valid_fraction, config.seed)
     else:
         valid, _ = read_examples(_names(eval_data), tokenizer, limit, "validation")
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = default_device(device)
     names = {"decode": str(decode), "base": base_name, "data": ", ".join(_names(data))}
-    dtype = _compute_dtype(config, where, base_dir)
+    dtype = compute_dtype(config.dtype, where, Checkpoint(base_dir).dtype(EMBEDDING))
     return TuneJob(out, config, decode_dir, base_dir, start, names, fingerprints, train, valid, too_long, dtype, where)
 
 
@@ -166,9 +167,3 @@ def _find_start(init: str, decode_dir: Path, config: TuneConfig) -> Path:
         if config.baseline == "full":
             raise QsunError(f"baseline full tunes all weights, but {init} is an adapter; leave one of them out")
     return start
-
-
-def _compute_dtype(config: TuneConfig, device: torch.device, base: Path) -> torch.dtype:
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)
-    return torch.float32 if device.type == "cpu" else Checkpoint(base).dtype(EMBEDDING) or torch.float32

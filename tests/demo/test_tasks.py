@@ -10,18 +10,18 @@ import sys
 import pytest
 
 from qsun.demo.corpus import is_held_out
-from qsun.demo.tasks import GENERATORS, HARD_TASKS, SPLITS, TASKS, Example, check, examples, split_of
+from qsun.demo.tasks import GENERATORS, HARD_TASKS, SPLITS, TASKS, TaskExample, check, examples, split_of
 from qsun.errors import QsunError
 
 COUNT = 400
 WORD = re.compile(r"[a-z]+")
 
 
-def drawn(task: str, seed: int = 3) -> dict[str, list[Example]]:
+def drawn(task: str, seed: int = 3) -> dict[str, list[TaskExample]]:
     return {split: examples(task, split, COUNT, seed) for split in SPLITS}
 
 
-def keys_of(task: str, example: Example) -> set[str]:
+def keys_of(task: str, example: TaskExample) -> set[str]:
     """The sum, or the words, that decide an example's split, read from the finished text."""
     if task == "math":
         return {example.response.removeprefix("calc ").partition(">")[0]}
@@ -143,7 +143,7 @@ def test_tool_calls_hold_the_words_of_the_wish():
     ],
 )
 def test_scorers(task, response, right, wrong):
-    example = Example("p>", response)
+    example = TaskExample("p>", response)
     assert all(check(task, example, answer) for answer in right)
     assert not any(check(task, example, answer) for answer in wrong)
 
@@ -157,7 +157,7 @@ def test_scorers(task, response, right, wrong):
     ],
 )
 def test_what_cannot_be_drawn(task, split, count, says, monkeypatch):
-    monkeypatch.setitem(GENERATORS, "code", lambda rng, _: Example(f"{rng.randint(1, 3)}>", ""))
+    monkeypatch.setitem(GENERATORS, "code", lambda rng, _: TaskExample(f"{rng.randint(1, 3)}>", ""))
     with pytest.raises(QsunError, match=says):
         examples(task, split, count)
 
@@ -171,7 +171,7 @@ def test_the_command_writes_every_task_and_split(cli, tmp_path):
     for task in TASKS:
         for split in SPLITS:
             lines = (tmp_path / f"data/{task}-{split}.jsonl").read_text().splitlines()
-            rows = [Example(**json.loads(line)) for line in lines]
+            rows = [TaskExample(**json.loads(line)) for line in lines]
             assert rows == examples(task, split, 30 if split == "train" else 20, 5)
     assert cli("demo-data", "-o", tmp_path / "data").code == 2, "a directory is never overwritten"
     assert cli("demo-data", "-o", tmp_path / "other", "--count", 0).code == 2

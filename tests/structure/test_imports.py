@@ -32,6 +32,7 @@ PACKAGES = [
     "qsun.serve.launch",
     "qsun.serve",
     "qsun.vllm",
+    "eval.output",
     "eval.tasks",
     "eval.load",
     "eval.speed",

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from qsun.errors import QsunError
-from qsun.eval.load.workload import Lengths, Request, Workload, read_trace, zipf_shares
+from qsun.eval.load.workload import Lengths, TracedRequest, Workload, read_trace, zipf_shares
 
 MODELS = ("a", "b", "c", "d")
 
@@ -93,7 +93,7 @@ def test_a_trace_is_read_from_what_a_load_left(tmp_path):
     rows = [row | {"arrival": 5.5}, row, row | {"warm_up": True, "arrival": 0}, row | {"error": "deadline"}]
     path = tmp_path / "requests.jsonl"
     path.write_text("".join(json.dumps(one) + "\n" for one in rows))
-    assert read_trace(path) == [Request(0.0, "a", 7, 2), Request(2.5, "a", 7, 2)]
+    assert read_trace(path) == [TracedRequest(0.0, "a", 7, 2), TracedRequest(2.5, "a", 7, 2)]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qsun.eval.simulate.engine_comparison import EngineStudy, Probe, curves_of
+from qsun.eval.simulate.engine_comparison import EngineComparison, Probe, curves_of
 from qsun.runtime.decode_module import load_decode
 from qsun.runtime.prefill_module import load_prefill
 
@@ -53,7 +53,7 @@ def test_means_over_rounds_are_found_again_at_the_measured_points():
 def test_a_probe_times_what_the_engine_does(talking_model):
     """Every point is there, within the limits of positions, rows and turn, and more rows take longer."""
     decode = load_decode(str(talking_model))
-    study = EngineStudy(decode, {"a": load_prefill(str(talking_model), decode)}, max_batch=8, prefill_tokens=64)
+    study = EngineComparison(decode, {"a": load_prefill(str(talking_model), decode)}, max_batch=8, prefill_tokens=64)
     probe = study.probe()
     assert all(list(by_rows) == [1, 2, 4, 8] for by_rows in probe.steps.values())
     assert list(probe.prompts[8]) == [1, 2, 4, 8]

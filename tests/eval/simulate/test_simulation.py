@@ -8,7 +8,7 @@ import pytest
 
 from qsun.errors import QsunError
 from qsun.eval.load.service_level import ServiceLevel
-from qsun.eval.load.workload import Lengths, Request, Workload
+from qsun.eval.load.workload import Lengths, TracedRequest, Workload
 from qsun.eval.simulate.curves import Curves
 from qsun.eval.simulate.simulation import simulate
 from qsun.eval.simulate.system import LEAST, POLICIES, POWER_OF_TWO, ROUND_ROBIN, DecodeWorker, System
@@ -31,7 +31,7 @@ def test_three_requests_by_hand():
     Step 1, a alone: 1.0-2.1. Step 2, a and b: 2.1-3.3, a is done. c, ready since 1.5, waits for a's place.
     Step 3, b and c: 3.3-4.5, c is done. Step 4, b: 4.5-5.6.
     """
-    trace = [Request(0.0, "m", 3, 2), Request(0.2, "m", 2, 3), Request(0.4, "m", 1, 1)]
+    trace = [TracedRequest(0.0, "m", 3, 2), TracedRequest(0.2, "m", 2, 3), TracedRequest(0.4, "m", 1, 1)]
     system = shared(("m",), max_batch=2)
     result = simulate(trace, system, curves(lambda _, batch, __: 1 + 0.1 * batch, lambda tokens: 0.5 * tokens))
     a, b, c = result.times
@@ -53,7 +53,7 @@ def test_three_requests_by_hand():
 def test_contexts_of_steps():
     """The first step attends to the prompt, each further one to a token more; rows are averaged, or padded."""
     seen = {"mean": [], "longest": []}
-    trace = [Request(0.0, "m", 5, 3), Request(0.5, "m", 11, 2)]
+    trace = [TracedRequest(0.0, "m", 5, 3), TracedRequest(0.5, "m", 11, 2)]
     for name, padded in (("mean", False), ("longest", True)):
         noted = curves(lambda _, batch, context, seen=seen[name]: seen.append((batch, context)) or 1.0)
         simulate(trace, shared(("m",), padded=padded), noted)
@@ -153,7 +153,7 @@ def test_limits_hold_at_every_moment():
 
 def test_turns_run_every_models_batch_once_a_step():
     """Two models of one row each: own batches in turns take two steps a token, a shared batch takes one."""
-    trace = [Request(0.0, "a", 1, 10), Request(0.0, "b", 1, 10)]
+    trace = [TracedRequest(0.0, "a", 1, 10), TracedRequest(0.0, "b", 1, 10)]
     apart = simulate(trace, shared(("a", "b"), turns=True), curves())
     together = simulate(trace, shared(("a", "b")), curves())
     assert apart.tpots_ms() == [2000, 2000]
@@ -180,7 +180,7 @@ def test_uniform_skew_and_a_worker_a_model_are_as_good_as_shared_ones_at_low_loa
 
 
 def test_policies_choose_as_they_say():
-    trace = [Request(0.1 * i, "m", 1, length) for i, length in enumerate((90, 2, 2, 2, 2, 2))]
+    trace = [TracedRequest(0.1 * i, "m", 1, length) for i, length in enumerate((90, 2, 2, 2, 2, 2))]
     chosen = {}
     for policy in (LEAST, ROUND_ROBIN):
         system = System("s", (DecodeWorker(("m",)),) * 2, {"m": 1}, policy)
@@ -203,14 +203,14 @@ def test_counting_tokens_balances_better_than_turns_and_the_seed_decides():
 
 
 def test_transfer_and_overhead_are_added():
-    trace = [Request(0.0, "m", 1, 3)]
+    trace = [TracedRequest(0.0, "m", 1, 3)]
     system = System("s", (DecodeWorker(("m",)),), {"m": 1}, transfer_ms=200, step_overhead_ms=50)
     times = simulate(trace, system, curves()).times[0]
     assert (times.first, times.last) == pytest.approx((1.25, 3.35))
 
 
 def test_statistics_leave_the_warm_up_out_and_count_steady_tokens():
-    trace = [Request(float(i), "m", 1, 2) for i in range(10)]
+    trace = [TracedRequest(float(i), "m", 1, 2) for i in range(10)]
     result = simulate(trace, shared(("m",)), curves(lambda *_: 0.25), warm_up=0.5)
     assert len(result.ttfts_ms()) == 5
     assert result.steady_tokens_per_s() == pytest.approx(2 * 4 / 4)  # arrivals 5 to 9: the answers of four of them
@@ -224,10 +224,14 @@ def test_statistics_leave_the_warm_up_out_and_count_steady_tokens():
     ("trace", "system", "problem"),
     [
         ([], shared(("m",)), "no requests"),
-        ([Request(1.0, "m", 1, 1), Request(0.0, "m", 1, 1)], shared(("m",)), "not in order"),
-        ([Request(0.0, "x", 1, 1)], shared(("m",)), "serves model 'x'"),
-        ([Request(0.0, "m", 8, 3)], shared(("m",), kv_tokens=10), "takes 11 tokens of KV; a decode worker has 10"),
-        ([Request(0.0, "m", 1, 1)], System("s", (DecodeWorker(("m",)),), {"x": 1}), "no prefill worker"),
+        ([TracedRequest(1.0, "m", 1, 1), TracedRequest(0.0, "m", 1, 1)], shared(("m",)), "not in order"),
+        ([TracedRequest(0.0, "x", 1, 1)], shared(("m",)), "serves model 'x'"),
+        (
+            [TracedRequest(0.0, "m", 8, 3)],
+            shared(("m",), kv_tokens=10),
+            "takes 11 tokens of KV; a decode worker has 10",
+        ),
+        ([TracedRequest(0.0, "m", 1, 1)], System("s", (DecodeWorker(("m",)),), {"x": 1}), "no prefill worker"),
     ],
 )
 def test_what_cannot_be_simulated(trace, system, problem):

@@ -12,7 +12,7 @@ from qsun.engine.requests import Request as EngineRequest
 from qsun.engine.requests import Sampling
 from qsun.engine.slot_cache import kv_bytes_per_token
 from qsun.engine.state import EngineWatch
-from qsun.eval.load.workload import Lengths, Request, Workload
+from qsun.eval.load.workload import Lengths, TracedRequest, Workload
 from qsun.eval.simulate.curves import Curves
 from qsun.eval.simulate.simulation import simulate
 from qsun.eval.simulate.system import DecodeWorker, System
@@ -27,14 +27,14 @@ def engine(models=("a", "b"), **worker):
 
 
 def test_a_prompt_is_read_before_the_step_that_it_joins():
-    times = simulate([Request(0.0, "a", 5, 2)], engine(), COSTS).times[0]
+    times = simulate([TracedRequest(0.0, "a", 5, 2)], engine(), COSTS).times[0]
     assert times.prefilled == pytest.approx(0.9)  # 4 tokens
     assert (times.first, times.last) == pytest.approx((1.9, 2.9))
 
 
 def test_a_long_prompt_is_read_in_pieces_between_steps():
     """20 tokens are three turns of 8, 8 and 4; meanwhile a's row steps on, later by each turn."""
-    trace = [Request(0.0, "a", 1, 5), Request(0.5, "b", 21, 1)]
+    trace = [TracedRequest(0.0, "a", 1, 5), TracedRequest(0.5, "b", 21, 1)]
     a, b = simulate(trace, engine(), COSTS).times
     turns = [0.5 + 0.8, 0.5 + 0.8, 0.5 + 0.4]
     assert a.first == pytest.approx(1.0)
@@ -44,7 +44,7 @@ def test_a_long_prompt_is_read_in_pieces_between_steps():
 
 def test_short_prompts_of_a_model_are_read_side_by_side_in_one_pass():
     """3 and 2 tokens of a make one pass over 2 x 3; b's prompt of 3 does not fit in what is left of 8 tokens."""
-    trace = [Request(0.0, "a", 4, 1), Request(0.0, "b", 4, 1), Request(0.0, "a", 3, 1)]
+    trace = [TracedRequest(0.0, "a", 4, 1), TracedRequest(0.0, "b", 4, 1), TracedRequest(0.0, "a", 3, 1)]
     one, other, two = simulate(trace, engine(), COSTS).times
     assert one.prefilled == two.prefilled == pytest.approx(0.5 + 0.6)
     assert one.last == two.last == pytest.approx(2.1)
@@ -53,7 +53,7 @@ def test_short_prompts_of_a_model_are_read_side_by_side_in_one_pass():
 
 def test_side_by_side_takes_what_was_measured_for_it():
     """Two prompts of 3 tokens: 7 s where that was measured, and otherwise as one prompt of 6."""
-    trace = [Request(0.0, "a", 4, 1), Request(0.0, "a", 4, 1), Request(0.0, "b", 4, 1)]
+    trace = [TracedRequest(0.0, "a", 4, 1), TracedRequest(0.0, "a", 4, 1), TracedRequest(0.0, "b", 4, 1)]
     asked = []
     curves = dataclasses.replace(COSTS, group=lambda prompts, tokens: asked.append((prompts, tokens)) or 7.0)
     one, two, alone = simulate(trace, engine(), curves).times
@@ -66,20 +66,20 @@ def test_side_by_side_takes_what_was_measured_for_it():
 
 def test_a_long_prompt_lets_others_in_between():
     """a's 24 tokens take three turns; b's 2 tokens, asked for a little later, do not wait for the last."""
-    trace = [Request(0.0, "a", 25, 1), Request(0.1, "b", 3, 1)]
+    trace = [TracedRequest(0.0, "a", 25, 1), TracedRequest(0.1, "b", 3, 1)]
     long, short = simulate(trace, engine(), COSTS).times
     assert short.prefilled < long.prefilled
 
 
 def test_places_are_held_while_a_prompt_is_read():
-    trace = [Request(0.0, "a", 17, 1), Request(0.0, "a", 2, 1)]
+    trace = [TracedRequest(0.0, "a", 17, 1), TracedRequest(0.0, "a", 2, 1)]
     first, second = simulate(trace, engine(max_batch=1), COSTS).times
     assert second.joined == pytest.approx(first.last)
 
 
 def test_a_fair_queue_lets_a_quiet_model_pass_a_burst():
-    burst = [Request(0.0, "a", 2, 5) for _ in range(6)]
-    trace = [*burst, Request(0.1, "b", 2, 5)]
+    burst = [TracedRequest(0.0, "a", 2, 5) for _ in range(6)]
+    trace = [*burst, TracedRequest(0.1, "b", 2, 5)]
     waits = {fair: simulate(trace, engine(max_batch=1, fair=fair), COSTS).times[-1].joined for fair in (True, False)}
     assert waits[True] < waits[False]
     order = [t.joined for t in simulate(trace, engine(max_batch=1, fair=True), COSTS).times]
@@ -112,7 +112,7 @@ def test_batches_are_those_of_the_real_engine(talking_model, partitioned, max_ba
     """The real engine and the simulated one are given the same burst: each decode step has the same rows in both."""
     rng, names = random.Random(4), ("a", "b", "c")
     trace = [
-        Request(0.0, names[i] if i < 3 else rng.choice(names), rng.randint(1, 60), rng.randint(1, 12))
+        TracedRequest(0.0, names[i] if i < 3 else rng.choice(names), rng.randint(1, 60), rng.randint(1, 12))
         for i in range(40)
     ]
     watch = Rows()

@@ -7,13 +7,13 @@ import pytest
 
 from qsun.errors import QsunError
 from qsun.eval.load.service_level import ServiceLevel
-from qsun.eval.load.workload import Lengths, Request, Workload
-from qsun.eval.simulate.capacity import Study, capacity, default_level, mean_tpot_ms, workers_needed
+from qsun.eval.load.workload import Lengths, TracedRequest, Workload
+from qsun.eval.simulate.capacity import Scenario, capacity, default_level, mean_tpot_ms, workers_needed
 from qsun.eval.simulate.compared_systems import CONVENTIONAL, KINDS, Deployment, assign
 from qsun.eval.simulate.curves import QSUN, SUN, Curves, DoesNotFit, Footprint, computed_curves
 from qsun.eval.simulate.report import plot, table
 from qsun.eval.simulate.simulation import simulate
-from qsun.eval.simulate.study import over_skew, where_ratio
+from qsun.eval.simulate.sweep import over_skew, where_ratio
 from qsun.eval.simulate.system import DecodeWorker, System
 
 SHARES = {"a": 0.6, "b": 0.3, "c": 0.1}
@@ -23,10 +23,10 @@ FLAT = Curves(
 )
 
 
-def study(models=4, skew=0.0, requests=400, **deployment):
+def scenario(models=4, skew=0.0, requests=400, **deployment):
     names = tuple(f"m{number}" for number in range(models))
     workload = Workload(names, skew, Lengths("fixed", 10), Lengths("fixed", 20))
-    return Study(workload, FLAT, Deployment(**({"max_batch": 4} | deployment)), ServiceLevel(2000), 0.9, requests)
+    return Scenario(workload, FLAT, Deployment(**({"max_batch": 4} | deployment)), ServiceLevel(2000), 0.9, requests)
 
 
 @pytest.mark.parametrize(
@@ -73,29 +73,30 @@ def test_prefill_workers_follow_each_models_load():
 
 def test_capacity_is_where_full_batches_are():
     """4 workers of 4 rows give 16 tokens a step of 0.1 s: 8 answers of 20 tokens a second, and with int4 16."""
-    assert capacity(study(), SUN, 4).rate == pytest.approx(8, rel=0.08)
-    assert capacity(study(), QSUN, 4).rate == pytest.approx(16, rel=0.08)
-    assert capacity(study(), SUN, 2).tokens_per_s() == pytest.approx(40, rel=0.12)
+    assert capacity(scenario(), SUN, 4).rate == pytest.approx(8, rel=0.08)
+    assert capacity(scenario(), QSUN, 4).rate == pytest.approx(16, rel=0.08)
+    assert capacity(scenario(), SUN, 2).tokens_per_s() == pytest.approx(40, rel=0.12)
 
 
 def test_skew_costs_the_conventional_system_what_the_busiest_model_takes():
     """Own workers at skew 1 over 4 models: the busiest has 12/25 of the requests and a quarter of the workers."""
     patient = ServiceLevel(20_000)  # a queue of one model alone swings wide
     even, skewed = (
-        capacity(replace(study(skew=skew, requests=2000), level=patient), CONVENTIONAL, 4).rate for skew in (0.0, 1.0)
+        capacity(replace(scenario(skew=skew, requests=2000), level=patient), CONVENTIONAL, 4).rate
+        for skew in (0.0, 1.0)
     )
     assert even == pytest.approx(8, rel=0.15)
     assert skewed == pytest.approx(8 * 25 / 48, rel=0.15)
-    assert capacity(study(skew=1.0), SUN, 4).rate == pytest.approx(8, rel=0.08)
+    assert capacity(scenario(skew=1.0), SUN, 4).rate == pytest.approx(8, rel=0.08)
 
 
 def test_no_rate_is_served_where_a_lone_request_is_too_slow():
-    assert capacity(study(), SUN, 4, tpot_ms=50) is None
-    assert capacity(study(), QSUN, 4, tpot_ms=51) is not None
+    assert capacity(scenario(), SUN, 4, tpot_ms=50) is None
+    assert capacity(scenario(), QSUN, 4, tpot_ms=51) is not None
 
 
 def test_workers_needed_are_the_fewest():
-    case = study(skew=1.0)
+    case = scenario(skew=1.0)
     for kind in KINDS:
         count = workers_needed(case, kind, 7.0)
         assert case.serves(case.run(kind, count, 7.0))
@@ -104,7 +105,7 @@ def test_workers_needed_are_the_fewest():
     assert workers_needed(case, QSUN, 7.0) == 2
     assert workers_needed(case, CONVENTIONAL, 7.0) >= 5
     with pytest.raises(QsunError, match="ease the SLO"):
-        workers_needed(Study(case.workload, FLAT, case.deployment, ServiceLevel(1.0)), SUN, 1.0)
+        workers_needed(Scenario(case.workload, FLAT, case.deployment, ServiceLevel(1.0)), SUN, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_workers_needed_are_the_fewest():
     ],
 )
 def test_few_workers_that_do_not_fit_are_too_few(room):
-    case = study(**room)
+    case = scenario(**room)
     with pytest.raises(DoesNotFit):
         case.run(CONVENTIONAL, 1, 1.0)
     assert workers_needed(case, CONVENTIONAL, 0.5) == 4
@@ -124,7 +125,7 @@ def test_few_workers_that_do_not_fit_are_too_few(room):
 
 
 def test_what_fits_nowhere_is_said():
-    case = study(memory_bytes=0.6e9)
+    case = scenario(memory_bytes=0.6e9)
     with pytest.raises(DoesNotFit, match="does not hold 1 x sun"):
         workers_needed(case, CONVENTIONAL, 1.0)
     with pytest.raises(DoesNotFit, match="does not hold 1 x sun"):
@@ -134,11 +135,11 @@ def test_what_fits_nowhere_is_said():
 def test_fewer_tokens_of_kv_than_models_hold_nothing():
     engine = DecodeWorker(("a", "b", "c"), turns=True, kv_tokens=2, prefill_tokens=8, padded=True)
     with pytest.raises(DoesNotFit, match="a decode worker has 0"):
-        simulate([Request(0.0, "a", 1, 1)], System("s", (engine,)), FLAT)
+        simulate([TracedRequest(0.0, "a", 1, 1)], System("s", (engine,)), FLAT)
 
 
 def test_rows_over_skew_and_where_a_ratio_is_reached():
-    rows = over_skew(study(requests=300), 4, [0.0, 2.0], None, lambda *_: None)
+    rows = over_skew(scenario(requests=300), 4, [0.0, 2.0], None, lambda *_: None)
     assert [(row["skew"], row["system"]) for row in rows] == [(skew, kind) for skew in (0.0, 2.0) for kind in KINDS]
     assert len({row["needed_rate"] for row in rows}) == 1
     assert rows[0]["ratio"] == rows[0]["ratio_same_tpot"] == 1.0
@@ -153,8 +154,8 @@ def test_rows_over_skew_and_where_a_ratio_is_reached():
 def test_same_tpot_holds_a_faster_system_to_the_conventional_pace():
     """A step that grows with the batch: at its capacity SUN's TPOT is beyond 105% of the half-empty conventional's."""
     curves = Curves(lambda _, batch, __: 0.05 + 0.02 * batch, lambda tokens: 1e-6, "made up")
-    case = study(skew=1.5, requests=400)
-    case = Study(case.workload, curves, case.deployment, ServiceLevel(2000), 0.9, 400)
+    case = scenario(skew=1.5, requests=400)
+    case = Scenario(case.workload, curves, case.deployment, ServiceLevel(2000), 0.9, 400)
     reference = capacity(case, CONVENTIONAL, 4)
     free, held = (capacity(case, SUN, 4, limit) for limit in (1e9, 1.05 * mean_tpot_ms(reference.result)))
     assert mean_tpot_ms(held.result) <= 1.05 * mean_tpot_ms(reference.result) < mean_tpot_ms(free.result)
@@ -165,7 +166,7 @@ def test_no_rate_at_the_same_tpot_is_no_ratio(tmp_path):
     """int4 that is slower from the first row on: within the SLO it serves more, at the conventional pace nothing."""
     step = {SUN: lambda batch: 0.05 + 0.02 * batch, QSUN: lambda batch: 0.15}
     curves = Curves(lambda variant, batch, _: step[variant](batch), lambda tokens: 1e-6, "made up")
-    case = replace(study(requests=200), curves=curves, level=ServiceLevel(2000, 200))
+    case = replace(scenario(requests=200), curves=curves, level=ServiceLevel(2000, 200))
     rows = over_skew(case, 4, [1.5], 1.0, lambda *_: None)
     slow = rows[-1]
     assert slow["system"] == QSUN
@@ -187,7 +188,7 @@ def test_a_skew_without_a_ratio_is_not_bridged():
 
 
 def test_default_level():
-    case = study()
+    case = scenario()
     level = default_level(case.workload, FLAT, 4)
     assert level.tpot_ms == pytest.approx(200)
     assert level.ttft_ms == pytest.approx(2000.004)

@@ -7,7 +7,14 @@ import torch
 
 from qsun.errors import QsunError
 from qsun.eval.speed import kernel_bench
-from qsun.eval.speed.kernel_bench import Patience, Row, Weights, bench_kernels, geometric_means, layers_of
+from qsun.eval.speed.kernel_bench import (
+    KernelTiming,
+    KernelVariant,
+    Patience,
+    bench_kernels,
+    geometric_means,
+    layers_of,
+)
 from qsun.eval.speed.model_shapes import MODEL_SHAPES
 
 PARAMETERS = {  # as the models' own pages give them
@@ -28,7 +35,7 @@ def test_shapes_add_up_to_the_model(name):
 
 
 def run(group_size=32, minutes=1.0, note=lambda _: None):
-    return bench_kernels(layers_of([], ["96x64"]), [1, 20], Weights(group_size), Patience(3, 1.0, minutes), note)
+    return bench_kernels(layers_of([], ["96x64"]), [1, 20], KernelVariant(group_size), Patience(3, 1.0, minutes), note)
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +86,7 @@ def test_no_gpu_is_one_line(cli):
 
 
 def test_geometric_mean():
-    rows = [Row("", "", 1, 1, M, "ours", 1.0, ratio, 0.0) for M, ratio in ((1, 2.0), (1, 8.0), (4, 1.5))]
+    rows = [KernelTiming("", "", 1, 1, M, "ours", 1.0, ratio, 0.0) for M, ratio in ((1, 2.0), (1, 8.0), (4, 1.5))]
     assert geometric_means(rows)["ours"] == pytest.approx({1: 4.0, 4: 1.5})
 
 

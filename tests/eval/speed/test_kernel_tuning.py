@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qsun.errors import QsunError
-from qsun.eval.speed.kernel_bench import Weights
+from qsun.eval.speed.kernel_bench import KernelVariant
 from qsun.eval.speed.kernel_tuning import search, tune_kernels, write_table
 from qsun.kernels import tuning
 from qsun.kernels.tuning import Launch, candidates, choose, parse_table
@@ -44,7 +44,7 @@ def test_launches_that_are_wrong_are_never_chosen():
 
 
 def test_a_table_is_written_added_to_and_read(tmp_path, monkeypatch):
-    kind = Weights(128, True, torch.bfloat16)
+    kind = KernelVariant(128, True, torch.bfloat16)
     shapes = tune_kernels(LAYERS, kind, "Some GPU", lambda *_: timer)
     assert list(shapes) == ["512x1024g128", "64x256g128"]
     path = tmp_path / "Some-GPU.json"

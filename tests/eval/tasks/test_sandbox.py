@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from qsun.eval.tasks.sandbox import Limits, Outcome, run_program
+from qsun.eval.tasks.sandbox import Outcome, SandboxLimits, run_program
 
-SHORT = Limits(cpu_seconds=2, wall_seconds=6)
+SHORT = SandboxLimits(cpu_seconds=2, wall_seconds=6)
 
 
 def run(text, limits=SHORT):
@@ -36,7 +36,7 @@ def run(text, limits=SHORT):
 def test_what_reaches_its_end_passes(program):
     if "numpy" in program:
         pytest.importorskip("numpy")
-    assert run_program(program, Limits()) == Outcome(True)
+    assert run_program(program, SandboxLimits()) == Outcome(True)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_what_reaches_its_end_passes(program):
     ],
 )
 def test_what_does_not_fails(program, says):
-    limits = Limits(cpu_seconds=1, wall_seconds=1 if "sleep" in program else 10)
+    limits = SandboxLimits(cpu_seconds=1, wall_seconds=1 if "sleep" in program else 10)
     outcome = run_program(program, limits)
     assert not outcome.passed
     assert says in outcome.reason
@@ -81,7 +81,7 @@ def test_a_fork_bomb_that_reaches_around_ends_with_the_program():
             libc.fork()
         time.sleep(60)
     """
-    assert "ran for more than 2" in run(program, Limits(cpu_seconds=1, wall_seconds=2, processes=8)).reason
+    assert "ran for more than 2" in run(program, SandboxLimits(cpu_seconds=1, wall_seconds=2, processes=8)).reason
     deadline = time.monotonic() + 20
     while running(marker) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -161,4 +161,4 @@ def test_root_is_left(monkeypatch):
     assert "PermissionError" in run("open('/etc/shadow').read()").reason
     assert run("import os\nassert os.getuid() == os.geteuid() != 0").passed
     bomb = "import ctypes\nassert all(ctypes.CDLL(None).fork() >= 0 for _ in range(6))"
-    assert not run(bomb, Limits(processes=4, wall_seconds=3)).passed
+    assert not run(bomb, SandboxLimits(processes=4, wall_seconds=3)).passed

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 
 from qsun.config import QuantConfig
-from qsun.demo.tasks import TASKS, Example, examples, write_jsonl
+from qsun.demo.tasks import TASKS, TaskExample, examples, write_jsonl
 from qsun.engine.generation import generate
 from qsun.eval.harness.exact_match import Score, exact_match
+from qsun.progress import Progress
 from qsun.quantization.run import quantize
 from qsun.runtime.decode_module import DecodeModule, load_decode
 from qsun.runtime.prefill_module import PrefillModule, load_prefill
 from qsun.tuning.config import TuneConfig
 from qsun.tuning.tuner import tune
 
-Progress = Callable[[str, int, int], None]
 VARIANTS = ("base", "full fine-tune", "SUN", "QSUN int4")
 
 
@@ -147,7 +147,7 @@ def mixed_batch(modules: dict[str, PrefillModule], decode: DecodeModule, seed: i
     prefills, prompts = [modules[task] for task, _ in drawn], [example.prompt for _, example in drawn]
     together = generate(prefills, decode, prompts, max_new_tokens=64, batch_size=len(prompts))
     alone = [generate(p, decode, [text], max_new_tokens=64)[0] for p, text in zip(prefills, prompts, strict=True)]
-    shown: dict[str, tuple[Example, str]] = {}
+    shown: dict[str, tuple[TaskExample, str]] = {}
     for (task, example), answer in zip(drawn, together, strict=True):
         shown.setdefault(task, (example, answer))
     return {

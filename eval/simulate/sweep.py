@@ -1,28 +1,28 @@
 """`qsun simulate`: every system at given rates, on a given trace, or at its capacity, over skews."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from qsun.errors import QsunError
-from qsun.eval.load.workload import Request
-from qsun.eval.simulate.capacity import Capacity, Study, capacity, highest_rate, mean_tpot_ms, workers_needed
+from qsun.eval.load.workload import TracedRequest
+from qsun.eval.simulate.capacity import Capacity, Scenario, capacity, highest_rate, mean_tpot_ms, workers_needed
 from qsun.eval.simulate.compared_systems import CONVENTIONAL, KINDS
 from qsun.eval.simulate.curves import SUN
+from qsun.progress import Progress
 
-Progress = Callable[[str, int, int], None]
 SAME_TPOT = 1.05  # "with TPOT within 5%"
 _NEEDED_SHARE = 0.9  # of a capacity: at the very edge one worker more or less would be luck
 
 
 def simulation_result(
-    study: Study,
+    scenario: Scenario,
     workers: int,
     skews: Sequence[float],
     rates: Sequence[float],
     need: float | None,
-    trace: Sequence[Request] | None,
+    trace: Sequence[TracedRequest] | None,
     progress: Progress,
 ) -> dict[str, Any]:
     """What simulate.json holds.
@@ -31,65 +31,67 @@ def simulation_result(
         rates: empty: search each system's capacity, and the fewest workers that serve `need` (see `over_skew`).
         trace: instead of skews and rates.
     """
-    level, deployment, workload = study.level, study.deployment, study.workload
+    level, deployment, workload = scenario.level, scenario.deployment, scenario.workload
     if trace is not None:
-        rows = _on_trace(study, workers, trace)
+        rows = _on_trace(scenario, workers, trace)
     elif rates:
-        rows = _at_rates(study, workers, skews, rates, progress)
+        rows = _at_rates(scenario, workers, skews, rates, progress)
     else:
-        rows = over_skew(study, workers, skews, need, progress)
+        rows = over_skew(scenario, workers, skews, need, progress)
     models = f"{len(workload.models)} model{'s' * (len(workload.models) > 1)}"
     return {
         "setting": f"{models}, {workers} decode workers, {deployment.assignment} assignment, batch up to "
-        f"{deployment.max_batch}; SLO for {study.target:.0%}: TTFT {level.ttft_ms:.4g} ms, TPOT {level.tpot_ms:.4g} ms",
-        "curves": study.curves.source,
+        f"{deployment.max_batch}; SLO for {scenario.target:.0%}: "
+        f"TTFT {level.ttft_ms:.4g} ms, TPOT {level.tpot_ms:.4g} ms",
+        "curves": scenario.curves.source,
         "slo": level.described(),
         "workload": asdict(workload) if trace is None else {"models": workload.models, "requests": len(trace)},
         "deployment": asdict(deployment),
-        "target": study.target,
+        "target": scenario.target,
         "rows": rows,
     }
 
 
-def by_count(trace: Sequence[Request]) -> tuple[str, ...]:
+def by_count(trace: Sequence[TracedRequest]) -> tuple[str, ...]:
     """Models of a trace, the busiest first."""
     return tuple(model for model, _ in Counter(request.model for request in trace).most_common())
 
 
-def _on_trace(study: Study, workers: int, trace: Sequence[Request]) -> list[dict[str, Any]]:
-    found = {kind: study.replay(kind, workers, trace) for kind in KINDS}
-    return [{"skew": None, "rate": None} | result.summary(study.level) for result in found.values()]
+def _on_trace(scenario: Scenario, workers: int, trace: Sequence[TracedRequest]) -> list[dict[str, Any]]:
+    found = {kind: scenario.replay(kind, workers, trace) for kind in KINDS}
+    return [{"skew": None, "rate": None} | result.summary(scenario.level) for result in found.values()]
 
 
 def _at_rates(
-    study: Study, workers: int, skews: Sequence[float], rates: Sequence[float], progress: Progress
+    scenario: Scenario, workers: int, skews: Sequence[float], rates: Sequence[float], progress: Progress
 ) -> list[dict[str, Any]]:
     points = [(skew, rate, kind) for skew in skews for rate in rates for kind in KINDS]
     rows: list[dict[str, Any]] = []
     for skew, rate, kind in points:
         progress(f"skew {skew:g}, {rate:g} requests/s, {kind}", len(rows), len(points))
-        found = study.at_skew(skew).run(kind, workers, rate)
-        rows.append({"skew": skew, "rate": rate} | found.summary(study.level))
+        found = scenario.at_skew(skew).run(kind, workers, rate)
+        rows.append({"skew": skew, "rate": rate} | found.summary(scenario.level))
     progress("done", len(points), len(points))
     return rows
 
 
 def over_skew(
-    study: Study, workers: int, skews: Sequence[float], rate: float | None, progress: Progress
+    scenario: Scenario, workers: int, skews: Sequence[float], rate: float | None, progress: Progress
 ) -> list[dict[str, Any]]:
     """Capacity of every system at every skew, and the decode workers that each needs for one rate.
 
     Args:
         rate: that the fewest workers are searched for; None: 90% of SUN's capacity at the first skew.
     Returns:
-        A row for each skew and system: its capacity as `Result.summary`, with "rate", "skew", "ratio" (tokens/s of a
-        decode worker over the conventional system's) and "ratio_same_tpot" (the same with a mean TPOT within 5% of the
-        conventional system's at its own capacity; None where it has that at no rate), "workers_needed", "needed_rate".
+        A row for each skew and system: `SimulationResult.summary` at its capacity, with "rate", "skew", "ratio"
+        (tokens/s of a decode worker over the conventional system's), "ratio_same_tpot" (the same where the mean TPOT is
+        within 5% of the conventional system's at its own capacity; None if no rate gives that), "workers_needed" and
+        "needed_rate".
     """
     rows: list[dict[str, Any]] = []
     total, done = len(skews) * len(KINDS), 0
     for skew in skews:
-        here = study.at_skew(skew)
+        here = scenario.at_skew(skew)
         reference: Capacity | None = None
         for kind in KINDS:
             progress(f"skew {skew:g}, {kind}", done, total)
@@ -105,24 +107,26 @@ def over_skew(
     return rows
 
 
-def _reference_rate(study: Study, workers: int, conventional: Capacity | None) -> float:
-    found = highest_rate(study, SUN, workers) or conventional  # that SUN does not fit must be said as it is
+def _reference_rate(scenario: Scenario, workers: int, conventional: Capacity | None) -> float:
+    found = highest_rate(scenario, SUN, workers) or conventional  # that SUN does not fit must be said as it is
     if found is None:
         raise QsunError("no system keeps the SLO at any rate; ease --slo-ttft or --slo-tpot")
     return _NEEDED_SHARE * found.rate
 
 
-def _row(study: Study, kind: str, skew: float, found: Capacity | None, reference: Capacity | None) -> dict[str, Any]:
+def _row(
+    scenario: Scenario, kind: str, skew: float, found: Capacity | None, reference: Capacity | None
+) -> dict[str, Any]:
     row: dict[str, Any] = {"skew": skew, "system": kind, "rate": found.rate if found else 0.0}
     if found is not None:
-        row |= found.result.summary(study.level)
+        row |= found.result.summary(scenario.level)
     row["ratio"] = row["ratio_same_tpot"] = None
     if found is not None and reference is not None:
         row["ratio"] = found.tokens_per_s() / reference.tokens_per_s()
         limit = SAME_TPOT * mean_tpot_ms(reference.result)
         held: Capacity | None = found
         if mean_tpot_ms(found.result) > limit:
-            held = capacity(study, kind, len(found.result.system.decode), limit)
+            held = capacity(scenario, kind, len(found.result.system.decode), limit)
         row["ratio_same_tpot"] = held and held.tokens_per_s() / reference.tokens_per_s()
     return row
 

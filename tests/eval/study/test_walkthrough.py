@@ -7,7 +7,7 @@ import pytest
 from qsun.demo.tasks import TASKS
 from qsun.eval.harness.exact_match import Score
 from qsun.eval.study import story
-from qsun.eval.study.story import VARIANTS, Effort
+from qsun.eval.study.walkthrough import VARIANTS, Effort
 
 
 def test_rate_and_standard_error():

@@ -3,19 +3,19 @@
 import asyncio
 import math
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from qsun.errors import QsunError
 from qsun.eval.load.client import Record, Target
-from qsun.eval.load.generator import Progress, closed_loop, open_loop
-from qsun.eval.load.plan import Pieces, Prompts, plan, probe_pieces, served_models
+from qsun.eval.load.generator import closed_loop, open_loop
+from qsun.eval.load.plan import Pieces, PromptSource, plan, probe_pieces, served_models
 from qsun.eval.load.report import geometric_means, load_summary, ratios
 from qsun.eval.load.service_level import ServiceLevel
 from qsun.eval.load.workload import Lengths, Workload, zipf_shares
+from qsun.progress import Note, Progress
 
-Note = Callable[[str], None]
 _LATE_MS = 20.0  # a generator that is later than this says so
 OURS, THEIRS = "url", "against"
 
@@ -114,7 +114,7 @@ async def _run(targets: Mapping[str, Target], settings: LoadSettings, progress: 
         if pieces is None:
             note("the server reports no usage: a letter of a random prompt counts as a token")
             pieces = Pieces()
-    prompts = Prompts(first.endpoint, pieces or Pieces(), settings.rows)
+    prompts = PromptSource(first.endpoint, pieces or Pieces(), settings.rows)
     prompt_seed = settings.prompt_seed or secrets.token_hex(8)
     rounds: dict[str, list[list[Record]]] = {name: [] for name in targets}
     for number in range(settings.rounds):
@@ -132,7 +132,12 @@ async def _run(targets: Mapping[str, Target], settings: LoadSettings, progress: 
 
 
 async def _one(
-    target: Target, settings: LoadSettings, workload: Workload, prompts: Prompts, prompt_seed: str, progress: Progress
+    target: Target,
+    settings: LoadSettings,
+    workload: Workload,
+    prompts: PromptSource,
+    prompt_seed: str,
+    progress: Progress,
 ) -> list[Record]:
     planned = plan(workload, prompts, settings.rate or math.inf, settings.requests, settings.warm_up, prompt_seed)
     if settings.concurrency:

@@ -1,0 +1,22 @@
+"""Where a computation runs and in which dtype, when the user does not say."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def default_device(device: "str | torch.device | None" = None) -> "torch.device":
+    """Return the named device; by default a GPU where there is one, else the CPU."""
+    import torch  # takes seconds, and `qsun --help` needs none of it
+
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def compute_dtype(name: str, device: "torch.device", stored: "torch.dtype | None") -> "torch.dtype":
+    """Return the dtype of this name; "auto" is float32 on a CPU and what is stored on a GPU."""
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    return torch.float32 if device.type == "cpu" or stored is None else stored
