@@ -238,8 +238,19 @@ def test_the_comparison_sees_the_wrong_prefill_module(wrong, task, collected, tm
     assert_same(collected[name].hessian() * collected[name].tokens, expected[name].gram, name)
 
 
-def test_a_copy_of_the_base_gives_the_bases_own_statistics(task, collected, tmp_path):
-    """The one way through a prefill module's stream, the other through the full-precision stream."""
+def test_a_copy_of_the_base_gives_the_bases_own_statistics(task, collected, monkeypatch, tmp_path):
+    """The one way through a prefill module's stream, the other through the full-precision stream.
+
+    The two ways sum in another order. A difference in the last bit can round an integer the other way, which later
+    layers then see a thousand times enlarged; so the second run takes the integers of the first.
+    """
+    results: dict[str, Any] = {}
+    quantize_layer = block_pass.quantize_layer
+
+    def replayed(weight: Tensor, moments: Moments, *rest: Any) -> Any:
+        return results.setdefault(rest[-1], quantize_layer(weight, moments, *rest))
+
+    monkeypatch.setattr(block_pass, "quantize_layer", replayed)
     given = task()
     copy = shutil.copytree(given.base, tmp_path / "copy")
     config = settings("refined", bits=8)
@@ -247,6 +258,7 @@ def test_a_copy_of_the_base_gives_the_bases_own_statistics(task, collected, tmp_
     own = dict(collected)
     collected.clear()
     qsun.quantize(given.base, tmp_path / "copied", config, given.sources[:1], calibration_prefill=[copy])
+    assert collected.keys() == own.keys()
     for name, moments in collected.items():
         assert_same(moments.hessian(), own[name].hessian().double(), name)
 
