@@ -1,6 +1,8 @@
 # A fresh machine: `make setup` once, then the rest. PYTHON chooses the environment.
 PYTHON ?= .venv/bin/python
 TORCH ?= torch==2.13.0
+PYTEST_WORKERS ?= 2
+PYTEST = $(PYTHON) -m pytest -q -n $(PYTEST_WORKERS) --dist worksteal
 GPU_OUT ?= out/gpu
 DEMO_BENCH = demo --calib qsun/demo/calibration.txt --valid out/held-out.txt --seq-len 256 --windows 32
 
@@ -17,10 +19,10 @@ demo:  ## quantize the embedded model
 	$(PYTHON) -m qsun.cli.main quantize demo -o out/demo-int4
 
 test:  ## everything that needs no other tool and no GPU
-	$(PYTHON) -m pytest -q -m 'not gpu and not oracle'
+	$(PYTEST) -m 'not gpu and not oracle'
 
 fast:  ## the same without the slow ones
-	$(PYTHON) -m pytest -q -m 'not gpu and not oracle and not slow'
+	$(PYTEST) -m 'not gpu and not oracle and not slow'
 
 lint:
 	$(PYTHON) -m ruff check .

@@ -1,6 +1,7 @@
 """Fixtures: tiny models, tiny calibration data, and the command line as a function."""
 
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -19,8 +20,9 @@ pytest_plugins = ["tests.engine_rig"]
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """Sums of several threads depend on their number; a session's fixtures and tests must agree on it."""
+    """Sums of several threads depend on their number; a session's fixtures, tests and children must agree on it."""
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture
