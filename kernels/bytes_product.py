@@ -1,4 +1,4 @@
-"""Products with weights of one byte each, any bits and shape, dequantized a block of rows at a time."""
+"""Products with weights of one byte each, any bits and shape, dequantized block by block."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 
 from qsun.kernels.reference import dequantize
 
-_CHUNK_ELEMENTS = 1 << 20  # weights that are dequantized at a time where no dense matrix is kept
+_CHUNK_ELEMENTS = 1 << 20  # weights dequantized at a time where no dense matrix is kept
 
 
 def bytes_linear(
@@ -20,7 +20,7 @@ def bytes_linear(
     dense: Tensor | None,
     bias: Tensor | None,
 ) -> Tensor:
-    """x (..., K) times weights q (N, K), or times dense where that is kept: (..., N)."""
+    """Return (..., N): x (..., K) times the weights q (N, K), or times their dense copy where one is kept."""
     if dense is not None:
         return linear(x, dense, bias)
     pieces = [linear(x, weight) for _, weight in _row_blocks(q, scales, zeros, g_idx, x.dtype)]
@@ -31,7 +31,7 @@ def bytes_linear(
 def bytes_input_grad(
     grad: Tensor, q: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor | None, dense: Tensor | None
 ) -> Tensor:
-    """grad (..., N) times the dequantized weights: (..., K)."""
+    """Return (..., K): grad (..., N) times the dequantized weights."""
     if dense is not None:
         return grad @ dense
     total = grad.new_zeros((*grad.shape[:-1], q.shape[1]))
@@ -43,7 +43,7 @@ def bytes_input_grad(
 def _row_blocks(
     q: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor | None, dtype: torch.dtype
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Dequantized rows, a block at a time; the product of integer and scale is rounded once."""
+    """Yield dequantized rows, a block at a time; the product of integer and scale is rounded once."""
     N, K = q.shape
     precise = torch.promote_types(dtype, torch.float32)
     step = max(1, _CHUNK_ELEMENTS // K)
@@ -53,7 +53,7 @@ def _row_blocks(
 
 
 def reordered(grad: Tensor, order: Tensor | None) -> Tensor:
-    """The gradient of x[..., order] as one of x."""
+    """Turn the gradient of x[..., order] into that of x."""
     if order is None:
         return grad
     restored = torch.empty_like(grad)

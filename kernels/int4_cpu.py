@@ -21,11 +21,11 @@ def int4_linear(
     group_size: int,
     silu_mul: bool,
 ) -> Tensor:
-    """torch.ops.qsun.int4_linear on a CPU; qsun/runtime/ops.py has the schema."""
+    """Implement torch.ops.qsun.int4_linear on a CPU; qsun/runtime/ops.py has the schema."""
     rows = (x if order is None else x[..., order]).reshape(-1, x.shape[-1])
     M = rows.shape[0]
     if x.dtype == torch.bfloat16 and not (M and _dense_wins(M, dense)):
-        y = int4pack_cpu.int4_matmul(rows.contiguous(), words, scales)
+        y = int4pack_cpu.packed_product(rows.contiguous(), words, scales)
         y = y if bias is None else y.add_(bias)
     elif dense is not None:
         y = linear(rows, dense, bias)
@@ -49,7 +49,7 @@ def int4_input_grad(
     in_features: int,
     group_size: int,
 ) -> Tensor:
-    """The gradient of the product's input: grad (..., N) times the dequantized weights."""
+    """Return the gradient of the product's input: grad (..., N) times the dequantized weights."""
     if dense is not None:
         return reordered(grad @ dense, order)
     q, plain, zero = int4pack_cpu.unpack(words, scales, in_features, _groups(in_features, group_size))

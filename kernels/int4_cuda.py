@@ -7,15 +7,15 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from qsun.kernels.bytes_product import bytes_input_grad, bytes_linear, reordered
+from qsun.kernels.launch_table import dequantize_above_m, workspace_bytes
 from qsun.kernels.layout import PackedInt4, separate_gate_up, unpack_int4
-from qsun.kernels.tuning import dequantize_above_m, workspace_bytes
 from qsun.kernels.workspace import Workspace
 
 _workspaces: dict[torch.device, list[Workspace]] = {}
 
 
 def available() -> bool:
-    """Whether triton is installed."""
+    """Return whether triton is installed."""
     return find_spec("triton") is not None
 
 
@@ -32,7 +32,7 @@ def int4_linear(
     group_size: int,
     silu_mul: bool,
 ) -> Tensor:
-    """torch.ops.qsun.int4_linear on a GPU; qsun/runtime/ops.py has the schema."""
+    """Implement torch.ops.qsun.int4_linear on a GPU; qsun/runtime/ops.py has the schema."""
     rows = (x if order is None else x[..., order]).reshape(-1, x.shape[-1])
     wanted = (*x.shape[:-1], out_features // 2 if silu_mul else out_features)
     if x.dtype != scales.dtype:
@@ -42,7 +42,7 @@ def int4_linear(
     from qsun.kernels import int4_triton
 
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        y = int4_triton.int4_linear(
+        y = int4_triton.int4_product(
             *(rows, words, scales, zeros, out_features, group_size),
             bias=bias,
             residual=None if residual is None else residual.reshape(-1, wanted[-1]),
@@ -62,16 +62,16 @@ def int4_input_grad(
     in_features: int,
     group_size: int,
 ) -> Tensor:
-    """The gradient of the product's input: grad (..., N) times the dequantized weights."""
+    """Return the gradient of the product's input: grad (..., N) times the dequantized weights."""
     q, plain, zero = unpack_int4(PackedInt4(words, scales, zeros), grad.shape[-1], in_features, group_size)
     return reordered(bytes_input_grad(grad, q, plain.float(), zero, None, None), order)
 
 
 def reserve_workspace(N: int, K: int, group_size: int, device: torch.device) -> None:
-    """Make sure that products with an (N, K) matrix find scratch memory on a device; called when layers are loaded.
+    """Allocate the scratch memory that products with an (N, K) matrix need on a device, unless it has enough.
 
-    There is one for each device, so int4 products of one device must run on one stream at a time. One that grew out of
-    use is kept: a CUDA graph may hold its address.
+    Each device has one workspace, so int4 products of one device must run on one stream at a time. Outgrown workspaces
+    stay alive: a CUDA graph may hold their addresses.
     """
     from qsun.kernels.int4_triton import gpu_name
 
@@ -93,7 +93,7 @@ def _other_dtype(
     bias: Tensor | None,
     silu_mul: bool,
 ) -> Tensor:
-    """An input of another dtype than the kernels were packed for, such as float32 in a test."""
+    """Multiply an input whose dtype differs from that of the packed scales."""
     q, scales, zeros = unpack_int4(PackedInt4(*packed), N, rows.shape[1], group_size)
     y = bytes_linear(rows, q, scales.float(), zeros, None, None, bias)
     if silu_mul:

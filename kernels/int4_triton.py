@@ -1,7 +1,7 @@
 """int4 products and dequantization on a GPU, from tensors to tensors.
 
-On a CPU the same kernels run in Triton's interpreter (TRITON_INTERPRET=1), in float16 and float32: it computes bfloat16
-wrongly.
+On a CPU the same kernels run in Triton's interpreter (TRITON_INTERPRET=1), in float16 and float32 only: its bfloat16 is
+wrong.
 """
 
 from functools import lru_cache
@@ -10,16 +10,16 @@ import torch
 import triton
 from torch import Tensor
 
+from qsun.kernels.launch_table import KernelLaunch, choose_launch, dequantize_above_m
 from qsun.kernels.layout import COLUMNS, INTERLEAVED_ROWS, ROWS, ceil_div, padded_rows, tile_group
 from qsun.kernels.matmul_triton import int4_matmul
 from qsun.kernels.nibbles_triton import dequantize_tiles
-from qsun.kernels.tuning import Launch, choose, dequantize_above_m
 from qsun.kernels.workspace import Workspace
 
 _INTERPRETED = not isinstance(int4_matmul, triton.runtime.JITFunction)
 
 
-def int4_linear(
+def int4_product(
     x: Tensor,
     words: Tensor,
     scales: Tensor,
@@ -31,12 +31,12 @@ def int4_linear(
     residual: Tensor | None = None,
     silu_mul: bool = False,
     workspace: Workspace | None = None,
-    launch: Launch | None = None,
+    launch: KernelLaunch | None = None,
 ) -> Tensor:
     """``x @ w.T + bias``, then SiLU(gate) * up, then ``+ residual``, in float32 with one rounding at the end.
 
-    The same input gives the same bits: sums have one order, and no atomic touches data. With a workspace the call
-    allocates nothing but its result, sets no memory and does not wait: fit for CUDA graphs. A result that depends on an
+    The same input gives the same bits: sums have a fixed order, and no atomic touches data. With a workspace the call
+    allocates only its result, never synchronizes, and can be captured in a CUDA graph. A result that depends on an
     infinite x may be NaN.
 
     Args:
@@ -46,14 +46,14 @@ def int4_linear(
         group_size: 32, 64, 128, a multiple of 128, or -1; in_features is a multiple of 32.
         bias: (N,).
         residual: (M, N), contiguous; with silu_mul (M, N / 2).
-        silu_mul: the rows are gate's and up's in the order of layout.interleave_gate_up.
-        workspace: of one stream, at least tuning.workspace_bytes; None allocates one for this call.
+        silu_mul: gate and up rows alternate as layout.interleave_gate_up arranges them.
+        workspace: of one stream, at least launch_table.workspace_bytes; None allocates one for this call.
         launch: instead of the table's choice, for tuning.
     Returns:
-        (M, N), or (M, N / 2) with silu_mul, in the dtype of x. Above the table's dequantize_above_m it is made by
-        dequantizing into the workspace and torch's product: weights and what follows are rounded to the dtype of x.
+        (M, N), or (M, N / 2) with silu_mul, in the dtype of x. Above the table's dequantize_above_m rows, the weights
+        are dequantized into the workspace and torch multiplies; weights and product are then rounded to the dtype of x.
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
+        ValueError: incompatible shapes, dtypes or devices.
     """
     N, (M, K) = out_features, x.shape
     _check(x, words, scales, zeros, N, group_size)
@@ -67,47 +67,16 @@ def int4_linear(
     y = torch.empty(wanted, dtype=x.dtype, device=x.device)
     if M == 0:
         return y
-    launch = launch or choose(M, N, K, group_size, gpu)
-    blocks, batches = ceil_div(N, launch.block_n), ceil_div(M, launch.block_m)
-    splits = launch.split_k if launch.split_k > 1 else 0
-    space = workspace or Workspace.allocate(4 * splits * M * N, blocks * batches, x.device)
-    partials, counters = space.view((splits, M, N), torch.float32), space.tickets(blocks * batches)
-    grid = blocks, launch.split_k, batches
-    _multiply(y, x, words, scales, zeros, bias, residual, partials, counters, grid, N, group_size, launch)
-    return y
-
-
-def _multiply(
-    y: Tensor,
-    x: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    partials: Tensor,
-    counters: Tensor,
-    grid: tuple[int, int, int],
-    N: int,
-    group_size: int,
-    launch: Launch,
-) -> None:
-    M, K = x.shape
+    launch = launch or choose_launch(M, N, K, group_size, gpu)
+    grid = ceil_div(N, launch.block_n), launch.split_k, ceil_div(M, launch.block_m)
+    splits, tickets = launch.split_k if launch.split_k > 1 else 0, grid[0] * grid[2]
+    space = workspace or Workspace.allocate(4 * splits * M * N, tickets, x.device)
+    scratch = space.view((splits, M, N), torch.float32), space.tickets(tickets)
+    weights = (words, scales, scales if zeros is None else zeros)
+    epilogue = (x if bias is None else bias, x if residual is None else residual)  # absent ones are never read
     int4_matmul[grid](
-        x,
-        words,
-        scales,
-        scales if zeros is None else zeros,
-        x if bias is None else bias,
-        x if residual is None else residual,
-        y,
-        partials,
-        counters,
-        M,
-        N,
-        K,
-        padded_rows(N),
-        x.stride(0),
+        *(x, *weights, *epilogue, y, *scratch),
+        *(M, N, K, padded_rows(N), x.stride(0)),
         GROUP=tile_group(group_size, K),
         BF16=x.dtype != torch.float16,  # the interpreter runs bfloat16's algebra in float32
         ASM=not _INTERPRETED,
@@ -124,6 +93,7 @@ def _multiply(
         num_warps=launch.warps,
         enable_fp_fusion=True,  # Triton 3.10 changes the default
     )
+    return y
 
 
 def int4_dequantize(
@@ -132,19 +102,13 @@ def int4_dequantize(
     """Write ``(q - zero) * scale``, rounded once, to out (N, K), contiguous, in the dtype of scales; returns out.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
+        ValueError: incompatible shapes, dtypes or devices.
     """
     _check(out, words, scales, zeros, N, group_size)
     if tuple(out.shape) != (N, K) or not out.is_contiguous():
         raise ValueError(f"out is {tuple(out.shape)}, strides {out.stride()}; want ({N}, {K}), contiguous")
     dequantize_tiles[words.shape[0], words.shape[1]](
-        words,
-        scales,
-        scales if zeros is None else zeros,
-        out,
-        N,
-        K,
-        padded_rows(N),
+        *(words, scales, scales if zeros is None else zeros, out, N, K, padded_rows(N)),
         GROUP=tile_group(group_size, K),
         ASYM=zeros is not None,
         num_warps=4,
@@ -162,7 +126,7 @@ def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tens
 
 
 def _check(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, N: int, group_size: int) -> None:
-    """x, or any other (..., K) tensor in the dtype of the product."""
+    """Raise ValueError where x, or another (..., K) tensor of the product's dtype, does not match the weights."""
     K = x.shape[1]
     group = tile_group(group_size, K)
     tiles = ceil_div(K, COLUMNS)
@@ -192,5 +156,5 @@ def _check_epilogue(wanted: tuple[int, int], N: int, bias: Tensor | None, residu
 
 @lru_cache(maxsize=64)
 def gpu_name(device: torch.device) -> str:
-    """The name that launch tables know a device by."""
+    """Return the name under which launch tables list a device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "default"

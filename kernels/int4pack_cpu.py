@@ -1,7 +1,6 @@
 """4-bit matrix products on a CPU with bfloat16 activations: torch's own int4 op, its layout, and when it pays.
 
-The op's layout depends on the instruction set and is documented nowhere, so `unpack` does not assume it: it packs a few
-numbered rows and looks where they went.
+The op's layout is undocumented and depends on the instruction set. `unpack` finds it out by packing numbered rows.
 """
 
 from functools import cache
@@ -13,24 +12,23 @@ GROUP_SIZES = (32, 64, 128, 256)
 
 
 def usable(N: int, K: int, group_size: int) -> bool:
-    """Whether this CPU's op is vectorised and takes the shape. group_size: -1 for one group a row."""
+    """Return whether this CPU's op is vectorized and supports the shape. group_size: -1 for one group a row."""
     fast = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
     return fast and N % 16 == 0 and op_group_size(K, group_size) is not None
 
 
 def op_group_size(K: int, group_size: int) -> int | None:
-    """The size to call the op with: group_size, or for whole rows the largest that divides K. None: no size fits."""
+    """Return the group size to call the op with; for -1 the largest that divides K. None: the op supports none."""
     if group_size != -1:
         return group_size if group_size in GROUP_SIZES and K % group_size == 0 else None
     return next((size for size in reversed(GROUP_SIZES) if K % size == 0), None)
 
 
 def int4_wins(M: int) -> bool:
-    """Whether the op beats a bfloat16 product with a matrix that is kept dequantized.
+    """Return whether the op beats a bfloat16 product with a matrix that is kept dequantized.
 
-    Measured at 4096 x 4096, one thread, torch 2.13 on an EPYC whose oneDNN and ATen were held to each instruction set
-    (docs/kernels.md has the table). Shipped, not measured at run time: the choice changes the last bits of the result,
-    which must not vary from run to run.
+    Measured at 4096 x 4096, one thread, torch 2.13, for each instruction set (table in docs/kernels.md). The crossover
+    is a constant because it changes the last bits of results, which must not vary from run to run.
     """
     least, most = _wins_between()
     return least <= M <= most
@@ -46,24 +44,24 @@ def _wins_between() -> tuple[int, int]:
 
 
 def dequantizing_wins(M: int) -> bool:
-    """Whether dequantizing on the fly beats the op, where no dequantized matrix is kept."""
+    """Return whether dequantizing on the fly beats the op, where no dequantized matrix is kept."""
     return M >= 96 and not int4_wins(M)
 
 
 def pack(q: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
-    """Lay a matrix out for the op.
+    """Pack a matrix for the op.
 
     Args:
         q: (N, K) uint8, values 0..15.
         scales: (G, N) floating; rounded to bfloat16.
         zeros: (G, N) integers 0..15.
     Returns:
-        words: uint8 of the op's layout; scale_zero: (G', N, 2) bfloat16, scale and (8 - zero) * scale, where G' counts
-        groups of `op_group_size`.
+        words: uint8 in the op's layout; scale_zero: (G', N, 2) bfloat16, scale and (8 - zero) * scale, with one row for
+        each group of `op_group_size`.
     """
     K, G = q.shape[1], scales.shape[0]
     size = op_group_size(K, -1 if G == 1 else K // G)
-    assert size is not None  # the caller asked `usable`
+    assert size is not None  # `usable` says so
     words = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.to(torch.int32), 1)
     scales = scales.to(torch.bfloat16)
     pairs = torch.stack([scales, ((8 - zeros.float()) * scales.float()).to(torch.bfloat16)], -1)
@@ -71,7 +69,7 @@ def pack(q: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack(words: Tensor, scale_zero: Tensor, K: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What `pack` was given: q (N, K) uint8, scales (G, N) float32 (as rounded to bfloat16) and zeros (G, N) uint8."""
+    """Invert `pack`: q (N, K) uint8, scales (G, N) float32 (as rounded to bfloat16) and zeros (G, N) uint8."""
     N = scale_zero.shape[1]
     q = torch.empty(N, K, dtype=torch.uint8)
     block = _block_rows()
@@ -89,14 +87,14 @@ def unpack(words: Tensor, scale_zero: Tensor, K: int, groups: int) -> tuple[Tens
     return q, scales, (8 - pairs[..., 1] / scales).round().to(torch.uint8)
 
 
-def int4_matmul(x: Tensor, words: Tensor, scale_zero: Tensor) -> Tensor:
-    """x (M, K) bfloat16 times the packed matrix: (M, N) bfloat16, accumulated in float32."""
+def packed_product(x: Tensor, words: Tensor, scale_zero: Tensor) -> Tensor:
+    """Return x (M, K) bfloat16 times the packed matrix: (M, N) bfloat16, accumulated in float32."""
     size = x.shape[1] // scale_zero.shape[0]
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x, words, size, scale_zero)
 
 
 def _numbered(rows: int) -> tuple[Tensor, Tensor]:
-    """Row number held by the low and by the high nibble of every byte, for a packed matrix of `rows` x 2."""
+    """Return the row numbers in the low and high nibble of every byte of a packed matrix of `rows` x 2."""
     digits = []
     for shift in (0, 4):
         digit = (torch.arange(rows) >> shift & 15).to(torch.int32)[:, None].expand(rows, 2).contiguous()
@@ -107,14 +105,14 @@ def _numbered(rows: int) -> tuple[Tensor, Tensor]:
 
 @cache
 def _row_order(rows: int) -> tuple[Tensor, Tensor]:
-    """Rows of the low and of the high nibbles in one block, which lies as [K, rows / 2] bytes."""
+    """Return the rows of the low and of the high nibbles in one block of [K, rows / 2] bytes."""
     low, high = _numbered(rows)
     return low[: rows // 2], high[: rows // 2]
 
 
 @cache
 def _block_rows() -> int:
-    """How many rows the op packs together: those met before a row comes again."""
+    """Return how many rows the op packs together: the distance at which a row number repeats."""
     low, _ = _numbered(128)
     again = (low == low[0]).nonzero()[1]
     return 2 * int(again)

@@ -5,7 +5,7 @@ Word (nb, kt, r, j) holds four weights of row ``n = 64 nb + r``; its nibble i (t
 ``k = 128 kt + 32 i + j``. So a nibble plane is 32 adjacent columns: one group of 32, half a group of 64, a quarter of a
 group of 128, and the same words serve all of them.
 
-Rows are padded to 64 and columns to 128. Padding never shows: padded scales are zero, a kernel reads zeros for the
+Rows are padded to 64 and columns to 128. Padding has no effect: padded scales are zero, a kernel reads zeros for the
 columns of x past K, and it does not write rows past N.
 """
 
@@ -35,15 +35,15 @@ class PackedInt4(NamedTuple):
 
 
 def tile_group(group_size: int, in_features: int) -> int:
-    """The group size that the kernels work with: 32, 64, 128, or 0 for one group a row.
+    """Return the group size that the kernels work with: 32, 64, 128, or 0 for one group a row.
 
     Multiples of 128 are 128 with repeated scales: 1.6% more bytes than one scale a row, and no kernel of its own.
 
     Raises:
-        ValueError: a group size or in_features that the layout cannot hold.
+        ValueError: a group size or in_features that the layout does not support.
     """
     if in_features % PLANE:
-        raise ValueError(f"in_features {in_features} is not a multiple of {PLANE}; use the reference product")
+        raise ValueError(f"in_features {in_features} is not a multiple of {PLANE}; use a dense product")
     if group_size in (PLANE, 2 * PLANE, COLUMNS) and in_features % group_size == 0:
         return group_size
     if group_size in (-1, in_features):
@@ -60,17 +60,17 @@ def pack_int4(
 ) -> PackedInt4:
     """Pack a quantized matrix on its own device.
 
-    Besides the result it holds 16 bytes for each of about 4 million weights, whatever the matrix's size.
+    Needs at most 64 MiB besides the result, whatever the matrix's size.
 
     Args:
-        q: (N, K) uint8, values 0..15; 2- and 3-bit weights ride in nibbles too.
+        q: (N, K) uint8, values 0..15; 2- and 3-bit weights take a nibble each too.
         scales: (G, N) floating; rounded to dtype.
-        zeros: (G, N) integers 0..15. Equal ones are moved to 8 together with q where q has room, so that symmetric
-            2- and 3-bit modules take the cheaper symmetric kernel.
+        zeros: (G, N) integers 0..15. Where all are equal and q has room, both are shifted so that they become 8:
+            symmetric 2- and 3-bit modules then use the cheaper symmetric kernel.
         group_size: columns a group, -1 for one group.
         dtype: of the activations, float16 or bfloat16.
     Raises:
-        ValueError: shapes or dtypes that do not fit.
+        ValueError: incompatible shapes or dtypes.
     """
     N, K = q.shape
     group = tile_group(group_size, K)
@@ -88,9 +88,9 @@ def pack_int4(
 
 
 def unpack_int4(packed: PackedInt4, N: int, K: int, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The inverse of `pack_int4`: q (N, K) uint8, scales (G, N) in their dtype, zeros (G, N) uint8.
+    """Invert `pack_int4`: q (N, K) uint8, scales (G, N) in their dtype, zeros (G, N) uint8.
 
-    Where equal zero points were moved to 8, q and zeros come back moved; ``q - zeros`` is what it was.
+    Where packing shifted equal zero points to 8, q and zeros stay shifted; ``q - zeros`` is the same.
     """
     group = tile_group(group_size, K)
     planes = torch.stack([(packed.words >> (4 * i)) & 15 for i in range(4)], dim=3).to(torch.uint8)
@@ -103,9 +103,9 @@ def unpack_int4(packed: PackedInt4, N: int, K: int, group_size: int) -> tuple[Te
 
 
 def interleave_gate_up(gate_rows: Tensor, up_rows: Tensor) -> Tensor:
-    """Rows of a merged gate and up projection as the SiLU * mul epilogue wants them: 8 of gate, 8 of up, and so on.
+    """Arrange the rows of a merged gate and up projection for the SiLU * mul epilogue: 8 of gate, 8 of up, and so on.
 
-    In a tensor core's accumulator rows r and r + 8 lie in one thread, so the product costs no exchange.
+    In a tensor core's accumulator rows r and r + 8 lie in one thread, so the product needs no exchange.
 
     Args:
         gate_rows, up_rows: (I, ...) of one shape, I a multiple of 8: q, or scales.t(), zeros.t(), or biases.
@@ -114,7 +114,7 @@ def interleave_gate_up(gate_rows: Tensor, up_rows: Tensor) -> Tensor:
     """
     if gate_rows.shape != up_rows.shape or gate_rows.shape[0] % INTERLEAVED_ROWS:
         raise ValueError(
-            f"gate {tuple(gate_rows.shape)} and up {tuple(up_rows.shape)} rows must be as many, a multiple of 8"
+            f"gate {tuple(gate_rows.shape)} and up {tuple(up_rows.shape)} need one shape, rows a multiple of 8"
         )
     rest = gate_rows.shape[1:]
     blocks = [rows.reshape(-1, INTERLEAVED_ROWS, *rest) for rows in (gate_rows, up_rows)]
@@ -122,23 +122,23 @@ def interleave_gate_up(gate_rows: Tensor, up_rows: Tensor) -> Tensor:
 
 
 def separate_gate_up(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse of `interleave_gate_up`: gate's rows and up's."""
+    """Invert `interleave_gate_up`: gate's rows and up's."""
     blocks = rows.reshape(-1, 2, INTERLEAVED_ROWS, *rows.shape[1:])
     return blocks[:, 0].reshape(-1, *rows.shape[1:]), blocks[:, 1].reshape(-1, *rows.shape[1:])
 
 
 def padded_rows(out_features: int) -> int:
-    """Rows of scales and zeros: out_features rounded up to whole tiles."""
+    """Return the rows of scales and zeros: out_features rounded up to whole tiles."""
     return ceil_div(out_features, ROWS) * ROWS
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b rounded up."""
+    """Return a / b rounded up."""
     return -(-a // b)
 
 
 def _symmetric_shift(q: Tensor, zeros: Tensor) -> int | None:
-    """What to add to q and zeros so that every zero point is 8; None where that is impossible."""
+    """Return what to add to q and zeros so that every zero point is 8; None where that is impossible."""
     low, high = zeros.aminmax()
     if low != high or int(low) > MIDDLE:
         return None
@@ -162,7 +162,7 @@ def _pack_words(q: Tensor, shift: int) -> Tensor:
 
 
 def _pad_groups(values: Tensor, group: int, repeat: int, K: int, dtype: torch.dtype) -> Tensor:
-    """(G, N) to (G', padded N) in dtype; what is added is zero."""
+    """Pad (G, N) to (G', padded N) with zeros, in dtype."""
     rows = values.repeat_interleave(repeat, 0) if repeat > 1 else values
     wanted = ceil_div(K, COLUMNS) * (COLUMNS // group) if group else 1
     out = torch.zeros(wanted, padded_rows(values.shape[1]), dtype=dtype, device=values.device)

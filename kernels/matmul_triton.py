@@ -16,7 +16,7 @@ from qsun.kernels.nibbles_triton import (
 
 @triton.jit
 def _load_tile(pointers, stride, COUNT: tl.constexpr, ASM: tl.constexpr):
-    """The group values of one tile of 128 columns: a tuple of COUNT."""
+    """Load the group values of one tile of 128 columns: a tuple of COUNT."""
     values = (load_group_values(pointers, ASM),)
     for g in tl.static_range(1, COUNT):
         values = values + (load_group_values(pointers + g * stride, ASM),)  # noqa: RUF005
@@ -53,13 +53,13 @@ def int4_matmul(
     EVEN_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """y (M, N or N / 2) = x (M, K) @ w.T, transposed in the tensor cores: BN weight rows by B rows of x.
+    """Compute y (M, N or N / 2) = x (M, K) @ w.T, transposed in the tensor cores: BN weight rows by B rows of x.
 
     Grid: (N / BN rounded up, SPLIT_K, M / B rounded up). GROUP 0 is one group a row.
 
-    FOLD multiplies the undecoded ``(OFFSET + q) * UNIT`` and takes ``(OFFSET + zero) * UNIT * sum(x)`` off the float32
-    accumulator; the sums come from a product with ones, the same for all rows of a warp. Otherwise each weight is
-    centred before the product, which costs an instruction for two weights and no product.
+    FOLD multiplies the undecoded ``(OFFSET + q) * UNIT`` and subtracts ``(OFFSET + zero) * UNIT * sum(x)`` from the
+    float32 accumulator; the sums come from a product with ones, the same for all rows of a warp. Otherwise each weight
+    is centred before the product, which costs an instruction for two weights instead of a product.
     """
     DTYPE: tl.constexpr = (tl.bfloat16 if BF16 else tl.float16) if ASM else tl.float32
     OFFSET: tl.constexpr = offset_of(BF16)
@@ -145,7 +145,7 @@ def _finish(
     BN: tl.constexpr, B: tl.constexpr, SPLIT_K: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """Add the splits in their order and store. The last program to arrive adds; no atomic touches data."""
+    """Add the splits in order and store. The last program to arrive adds them; no atomic touches data."""
     at = batch[None, :] * N + rows[:, None]
     inside = (batch[None, :] < M) & (rows[:, None] < N)
     if SPLIT_K == 1:
@@ -167,7 +167,7 @@ def _epilogue(
     acc, rows, batch, bias_ptr, residual_ptr, y_ptr, M, N,
     BN: tl.constexpr, B: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
-    """Bias, SiLU(gate) * up, residual, in float32; one rounding."""
+    """Apply bias, SiLU(gate) * up and residual in float32, round once and store."""
     if BIAS:
         acc += tl.load(bias_ptr + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
     if SILU:

@@ -1,9 +1,9 @@
 # mypy: ignore-errors
-"""Device functions that turn packed words and group values into what tensor cores and accumulators take.
+"""Device functions that decode packed words and group values for tensor cores and accumulators.
 
 In bfloat16 a nibble put below the bits of 128.0 reads 128 + q. float16 needs no offset: a nibble alone is the subnormal
 q * 2^-24, which tensor cores multiply exactly. So the kernels work with ``(OFFSET + q) * UNIT``: (128, 1) in bfloat16,
-(0, 2^-24) in float16; after a shift one instruction for two weights.
+(0, 2^-24) in float16. After a shift, one instruction decodes two weights.
 
 ASM false is the portable path for the interpreter: the same algebra in float32.
 """
@@ -24,7 +24,7 @@ def unit_of(bf16):
 
 @triton.constexpr_function
 def _plane_asm(plane, bf16, tail):
-    """PTX that takes nibble `plane` of two 16-bit words at once into t, then `tail`."""
+    """Return PTX that extracts nibble `plane` of two 16-bit words into t, followed by `tail`."""
     shift = f"shr.b32 t, $1, {4 * plane};"
     take = "lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea;" if bf16 else "and.b32 t, t, 0x000f000f;"
     return "{ .reg .b32 t, one; " + shift + take + tail + "}"
@@ -32,13 +32,13 @@ def _plane_asm(plane, bf16, tail):
 
 @triton.constexpr_function
 def _add_asm(bf16):
-    """bfloat16 pairs are added by fma: sm_80 has no packed addition of them."""
+    """Return PTX that adds pairs; in bfloat16 by fma, as sm_80 has no packed addition of them."""
     return "mov.b32 one, 0x3f803f80; fma.rn.bf16x2 $0, t, one, $2;" if bf16 else "add.rn.f16x2 $0, t, $2;"
 
 
 @triton.jit
 def raw_weights(words, PLANE: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
-    """(OFFSET + q) * UNIT of one nibble plane; words: int16."""
+    """Decode (OFFSET + q) * UNIT of one nibble plane; words: int16."""
     if ASM:
         return tl.inline_asm_elementwise(
             _plane_asm(PLANE, BF16, "mov.b32 $0, t;"),
@@ -55,7 +55,7 @@ def raw_weights(words, PLANE: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexp
 
 @triton.jit
 def centred_weights(words, minus, PLANE: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
-    """(q - zero) * UNIT of one nibble plane, exact; minus: -(OFFSET + zero) * UNIT in the dtype of the product."""
+    """Decode (q - zero) * UNIT of one nibble plane, exactly; minus: -(OFFSET + zero) * UNIT in the product's dtype."""
     if ASM:
         return tl.inline_asm_elementwise(
             _plane_asm(PLANE, BF16, _add_asm(BF16)),
@@ -71,10 +71,10 @@ def centred_weights(words, minus, PLANE: tl.constexpr, BF16: tl.constexpr, ASM: 
 
 @triton.jit
 def load_group_values(pointers, ASM: tl.constexpr):
-    """One scale or zero point a row, 16 bits, still undecoded.
+    """Load one scale or zero point a row, 16 bits, still undecoded.
 
-    `tl.load` would fetch them in a layout of its own and exchange them through shared memory behind a barrier, in every
-    pass. As an elementwise operation the load takes the layout of its use.
+    `tl.load` chooses its own layout and exchanges the values through shared memory behind a barrier, in every pass. As
+    an elementwise operation the load uses the layout of its result.
     """
     if ASM:
         return tl.inline_asm_elementwise(
@@ -86,7 +86,7 @@ def load_group_values(pointers, ASM: tl.constexpr):
 
 @triton.jit
 def decode_group_values(raw, BF16: tl.constexpr, ASM: tl.constexpr):
-    """float32 of what `load_group_values` gave."""
+    """Convert the result of `load_group_values` to float32."""
     if not ASM:
         return raw
     elif BF16:
@@ -99,7 +99,7 @@ def decode_group_values(raw, BF16: tl.constexpr, ASM: tl.constexpr):
 def dequantize_tiles(
     words_ptr, scales_ptr, zeros_ptr, out_ptr, N, K, padded_n, GROUP: tl.constexpr, ASYM: tl.constexpr
 ):
-    """out (N, K) = (q - zero) * scale; one program a tile of 64 rows and 128 columns."""
+    """Compute out (N, K) = (q - zero) * scale; one program for each tile of 64 rows and 128 columns."""
     GROUPS: tl.constexpr = 128 // GROUP if GROUP else 1
     block, tile = tl.program_id(0), tl.program_id(1)
     row, lane = tl.arange(0, 64), tl.arange(0, 32)

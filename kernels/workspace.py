@@ -1,4 +1,4 @@
-"""Memory that the kernels borrow: partial sums and tickets of split K, or a dequantized matrix."""
+"""Scratch memory of the kernels: partial sums and tickets of split K, or a dequantized matrix."""
 
 from dataclasses import dataclass
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Workspace:
-    """Scratch memory, allocated once for the largest use. It belongs to one stream.
+    """Scratch memory of one stream, allocated once for the largest product.
 
-    Two products on one stream may share it: the second starts after the first. Products on two streams would overwrite
-    each other's partial sums, so each stream needs its own.
+    Products on one stream run in order and share it. Products on two streams would overwrite each other's partial sums,
+    so each stream needs its own.
 
-    buffer: uint8, its contents mean nothing between two calls.
-    counters: int32, all zero between two calls; every kernel leaves them so.
+    buffer: uint8, meaningless between two calls.
+    counters: int32, all zero between two calls; every kernel resets them.
     """
 
     buffer: Tensor
@@ -22,14 +22,14 @@ class Workspace:
 
     @classmethod
     def allocate(cls, buffer_bytes: int, counters: int, device: torch.device | str) -> "Workspace":
-        """Memory for uses of up to buffer_bytes and so many output tiles."""
+        """Allocate memory for uses of up to buffer_bytes and as many output tiles as counters."""
         return cls(
             torch.empty(buffer_bytes, dtype=torch.uint8, device=device),
             torch.zeros(counters, dtype=torch.int32, device=device),
         )
 
     def view(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The start of the buffer as a tensor.
+        """Return the start of the buffer as a tensor.
 
         Raises:
             ValueError: the buffer is too small.
@@ -40,10 +40,10 @@ class Workspace:
         return self.buffer[:wanted].view(dtype).view(shape)
 
     def tickets(self, count: int) -> Tensor:
-        """The counters, at least so many.
+        """Return the counters, at least `count` of them.
 
         Raises:
-            ValueError: there are fewer.
+            ValueError: the workspace has fewer.
         """
         if count > self.counters.numel():
             raise ValueError(f"the workspace has {self.counters.numel()} counters, needs {count}; see workspace_bytes")

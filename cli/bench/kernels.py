@@ -88,7 +88,7 @@ def tune_kernels(
     from qsun.eval.speed.kernel_tuning import gpu_timer, write_table
     from qsun.eval.speed.kernel_tuning import tune_kernels as search_launches
     from qsun.eval.speed.model_shapes import MODEL_SHAPES
-    from qsun.kernels.tuning import table_file
+    from qsun.kernels.launch_table import table_file
 
     if not torch.cuda.is_available():
         raise QsunError("launch parameters are timed on a GPU, and torch sees no CUDA device here")

@@ -1,4 +1,4 @@
-"""Timing that can be compared: contenders take turns, inputs rotate beyond the caches, medians are kept."""
+"""Comparable timing: contenders take turns, calls rotate over copies larger than the caches, medians are kept."""
 
 import statistics
 import time
@@ -6,21 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-Call = Callable[[], object]
-
 
 def interleaved(
-    contenders: Mapping[str, Sequence[Call]], device: torch.device, rounds: int, seconds: float = float("inf")
+    contenders: Mapping[str, Sequence[Callable[[], object]]],
+    device: torch.device,
+    rounds: int,
+    seconds: float = float("inf"),
 ) -> dict[str, float]:
-    """Median seconds of one call of each contender.
+    """Return the median seconds of one call of each contender.
 
     Args:
-        contenders: name -> calls on different copies of the same data, enough of them to exceed the last cache.
+        contenders: name -> calls on different copies of the same data, which together exceed the last cache.
         rounds: turns of each contender; on a CPU one call a turn, on a GPU a replay of all calls in one CUDA graph.
         seconds: stop early after this long, with at least three turns each.
     """
     for calls in contenders.values():
-        for call in calls:  # what is made at the first call, such as a dequantized copy, is not part of the time
+        for call in calls:  # the first call may compile, or make a dequantized copy: not timed
             call()
     turns = {name: _graph(calls) if device.type == "cuda" else _in_turn(calls) for name, calls in contenders.items()}
     for turn in turns.values():
@@ -35,7 +36,7 @@ def interleaved(
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
-def _in_turn(calls: Sequence[Call]) -> Callable[[], float]:
+def _in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
     position = 0
 
     def turn() -> float:
@@ -49,8 +50,8 @@ def _in_turn(calls: Sequence[Call]) -> Callable[[], float]:
     return turn
 
 
-def _graph(calls: Sequence[Call]) -> Callable[[], float]:
-    """All calls captured in one graph: what is timed has no launch overhead of Python."""
+def _graph(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
+    """Capture all calls in one graph, so that Python's launch overhead is not timed."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -74,7 +75,7 @@ def _graph(calls: Sequence[Call]) -> Callable[[], float]:
 
 
 def copy_bandwidth(device: torch.device, size_bytes: int) -> float:
-    """Bytes read and written in a second by copying one buffer to another, the median of several."""
+    """Return the bytes a second read and written by copying one buffer to another, the median of several copies."""
     source = torch.ones(size_bytes // 8, dtype=torch.float64, device=device)
     target = torch.empty_like(source)
     calls = [lambda: target.copy_(source)]
@@ -82,7 +83,7 @@ def copy_bandwidth(device: torch.device, size_bytes: int) -> float:
 
 
 def machine(device: torch.device, threads: int) -> dict[str, str]:
-    """What a measurement was made on, for its result."""
+    """Describe the machine and torch, for a result."""
     if device.type == "cuda":
         return {"machine": torch.cuda.get_device_name(), "torch": torch.__version__}
     capability = torch.backends.cpu.get_cpu_capability()

@@ -1,4 +1,4 @@
-"""`qsun bench kernels`: the int4 product against the full-precision one and against its peers, at real layer shapes."""
+"""`qsun bench kernels`: the int4 product against full precision and other int4 products, at real layer shapes."""
 
 import math
 import time
@@ -20,7 +20,7 @@ from qsun.progress import Note
 CPU = torch.device("cpu")
 OURS = ("bf16", "ours")
 _BEYOND_CACHES_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # of packed int4 weights, in all copies of a matrix
-_WRONG = 0.2  # relative error at which a product is no rounding any more; humming quantizes for itself
+_WRONG = 0.2  # relative error beyond rounding; humming quantizes the weights itself
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class KernelVariant:
 
 @dataclass(frozen=True)
 class Patience:
-    """Turns of each contender at a point, fewer beyond `seconds`; shapes due after `minutes` are left out."""
+    """Turns of each contender at a point, fewer after `seconds`; shapes not started within `minutes` are left out."""
 
     rounds: int = 25
     seconds: float = 3.0
@@ -70,7 +70,7 @@ def bench_kernels(
     Args:
         layers: (model, layer, N, K); `layers_of` makes them.
         rows: values of M.
-        note: told what is left out and why.
+        note: called with what is left out and why.
     Returns:
         {"copy_gb_per_s", "rows": [KernelTiming as dict], "geometric_mean": {kernel: {M: ratio to bf16}}}.
     Raises:
@@ -102,12 +102,12 @@ def bench_kernels(
     return {
         "copy_gb_per_s": bandwidth / 1e9,
         "rows": [asdict(row) for row in found],
-        "geometric_mean": geometric_means(found),
+        "geometric_mean": mean_ratios(found),
     }
 
 
 def layers_of(models: Sequence[str], shapes: Sequence[str]) -> list[tuple[str, str, int, int]]:
-    """(model, layer, N, K) of known models and of shapes such as "4096x4096". Raises QsunError for an unknown one."""
+    """Return (model, layer, N, K) of known models and of shapes such as "4096x4096", or raise QsunError."""
     found = []
     for model in models:
         if model not in MODEL_SHAPES:
@@ -122,7 +122,7 @@ def layers_of(models: Sequence[str], shapes: Sequence[str]) -> list[tuple[str, s
 
 
 def random_weights(N: int, K: int, kind: KernelVariant) -> Quantized:
-    """Integers and scales of a layer such as models have: outputs of about unit variance."""
+    """Draw integers and scales of a realistic layer: outputs of about unit variance."""
     device = kind.device
     G = 1 if kind.group_size == -1 else K // kind.group_size
     q = torch.randint(0, 16, (N, K), dtype=torch.uint8, device=device)
@@ -132,7 +132,7 @@ def random_weights(N: int, K: int, kind: KernelVariant) -> Quantized:
 
 
 def _contenders(N: int, K: int, kind: KernelVariant, note: Note) -> Iterator[tuple[str, list[Product]]]:
-    """Each contender's product with copies of one matrix, after a check that it is the product."""
+    """Yield each contender's products with copies of one matrix, once its result is checked."""
     weights = random_weights(N, K, kind)
     device = kind.device
     copies = max(2, math.ceil(_BEYOND_CACHES_BYTES[device.type] / (N * K / 2)))
@@ -146,7 +146,7 @@ def _contenders(N: int, K: int, kind: KernelVariant, note: Note) -> Iterator[tup
         except Exception as reason:
             if name in OURS:
                 raise
-            note(f"{name} left out: {type(reason).__name__}: {reason}")  # a peer's failure is not this bench's
+            note(f"{name} left out: {type(reason).__name__}: {reason}")  # a peer's failure must not end the bench
             continue
         if error > (_WRONG if name == "humming" else 0.02):
             raise QsunError(f"{name} at {N} x {K} is wrong by {error:.3g} (relative): nothing was measured")
@@ -158,15 +158,15 @@ def _calls(contenders: dict[str, list[Product]], x: Tensor) -> dict[str, list[Ca
 
 
 def _moved_bytes(M: int, N: int, K: int, kind: KernelVariant) -> dict[str, float]:
-    """Bytes that must move: weights, scales, inputs and outputs, each once."""
+    """Return the bytes that must move: weights, scales, inputs and outputs, each once."""
     G = 1 if kind.group_size == -1 else K // kind.group_size
     size = kind.dtype.itemsize
     ends = (M * K + M * N) * size
     return {"bf16": N * K * size + ends, "int4": N * K / 2 + (1 if kind.sym else 2) * G * N * size + ends}
 
 
-def geometric_means(rows: Sequence[KernelTiming]) -> dict[str, dict[int, float]]:
-    """Geometric mean over layer shapes of the ratio to bf16, by kernel and M."""
+def mean_ratios(rows: Sequence[KernelTiming]) -> dict[str, dict[int, float]]:
+    """Return the geometric mean over layer shapes of the ratio to bf16, by kernel and M."""
     ratios: dict[str, dict[int, list[float]]] = {}
     for row in rows:
         ratios.setdefault(row.kernel, {}).setdefault(row.M, []).append(math.log(row.ratio_to_bf16))
@@ -177,7 +177,7 @@ def geometric_means(rows: Sequence[KernelTiming]) -> dict[str, dict[int, float]]
 
 
 def plot_kernels(result: dict[str, Any], title: str, path: Path) -> None:
-    """Speed-up over bf16 against M, the geometric mean over shapes, one line a kernel."""
+    """Plot the speed-up over bf16 against M, the geometric mean over shapes, one line for each kernel."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")

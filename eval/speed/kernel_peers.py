@@ -1,4 +1,4 @@
-"""The int4 matrix products that a user could pick, behind one signature; those not installed are left out."""
+"""Our int4 matrix product and its alternatives behind one signature; those that are not installed are left out."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,12 +15,12 @@ Builder = Callable[[Quantized, int, torch.dtype], Callable[[], Product]]
 
 
 def ours(weights: Quantized, group_size: int, dtype: torch.dtype) -> Callable[[], Product]:
-    """QuantLinear as load_decode makes it."""
+    """Build QuantLinear as load_decode does."""
     return lambda: QuantLinear(weights, None, 4, dtype, keep_dense=weights.q.device.type == "cpu")
 
 
 def full_precision(weights: Quantized, group_size: int, dtype: torch.dtype) -> Callable[[], Product]:
-    """F.linear with the dequantized weights: the full-precision decode module."""
+    """Build F.linear with the dequantized weights: the full-precision decode module."""
     dense = weights.dequantize().to(dtype)
 
     def build() -> Product:
@@ -31,7 +31,7 @@ def full_precision(weights: Quantized, group_size: int, dtype: torch.dtype) -> C
 
 
 def tinygemm(weights: Quantized, group_size: int, dtype: torch.dtype) -> Callable[[], Product]:
-    """torch.ops.aten._weight_int4pack_mm: bfloat16 on CUDA only. It adds (8 - zero) * scale to (q - 8) * scale."""
+    """Build torch.ops.aten._weight_int4pack_mm: bfloat16 on CUDA only. It adds (8 - z) * scale to (q - 8) * scale."""
     if dtype != torch.bfloat16 or weights.q.device.type != "cuda" or group_size not in (32, 64, 128, 256):
         raise NotImplementedError("bfloat16 on CUDA, groups of 32 to 256")
     nibbles = (weights.q[:, ::2] << 4) | weights.q[:, 1::2]
@@ -63,7 +63,7 @@ def gemlite(weights: Quantized, group_size: int, dtype: torch.dtype) -> Callable
 
 
 def humming(weights: Quantized, group_size: int, dtype: torch.dtype) -> Callable[[], Product]:
-    """humming-kernels' HummingLayer, which quantizes the dense weights itself (symmetric)."""
+    """Build humming-kernels' HummingLayer, which quantizes the dense weights itself (symmetric)."""
     from humming.layer import HummingLayer
 
     N, K = weights.q.shape

@@ -1,7 +1,7 @@
 """`qsun bench tune-kernels`: time launches of the int4 kernel on this GPU and write the table that it then reads.
 
-All candidates would take hours to compile, so the search goes along one setting at a time from the launch that the
-table in use gives, again and again until nothing is faster.
+All candidates would take hours to compile, so the search changes one setting at a time, starting from the launch in
+use, until no change is faster.
 """
 
 import dataclasses
@@ -15,17 +15,27 @@ import torch
 from qsun.errors import QsunError
 from qsun.eval.speed.clock import interleaved
 from qsun.eval.speed.kernel_bench import KernelVariant, random_weights
+from qsun.kernels.launch_table import (
+    Bucket,
+    KernelLaunch,
+    candidates,
+    choose_launch,
+    load_launch_table,
+    parse_launch_table,
+    shape_key,
+)
 from qsun.kernels.layout import PackedInt4, pack_int4
-from qsun.kernels.tuning import Bucket, Launch, candidates, choose, load_table, parse_table, shape_key
 
-Timer = Callable[[Sequence[Launch]], dict[Launch, float]]  # seconds of each launch that computes the right product
+Timer = Callable[
+    [Sequence[KernelLaunch]], dict[KernelLaunch, float]
+]  # seconds of each launch that computes the right product
 _SETTINGS = (("split_k",), ("block_n", "warps"), ("stages",), ("fold",), ("block_m",))
 _COPIES_BYTES = 256 << 20  # of packed weights, beyond any L2
-_GAIN = 0.99  # a launch must take less than this of the best one's time to replace it
+_GAIN = 0.99  # a launch replaces the best one if it takes less than this fraction of its time
 
 
-def search(start: Launch, offered: Iterable[Launch], timer: Timer) -> tuple[Launch, float, float]:
-    """The fastest launch reached from `start` by changing one setting at a time; its seconds, and those of `start`."""
+def search(start: KernelLaunch, offered: Iterable[KernelLaunch], timer: Timer) -> tuple[KernelLaunch, float, float]:
+    """Return the fastest launch reached from `start` by changing one setting at a time, its seconds, and `start`'s."""
     pool = list(dict.fromkeys([start, *offered]))
     times = timer([start])
     if start not in times:
@@ -53,7 +63,7 @@ def tune_kernels(
     timer_for: Callable[[int, int, int, KernelVariant], Timer],
     note: Callable[[str], None] = lambda _: None,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Tune every layer shape at every bucket of M: the "shapes" of a launch table (kernels/tuning.py).
+    """Tune every layer shape for every bucket of M: the "shapes" of a launch table (kernels/launch_table.py).
 
     Args:
         timer_for: makes a timer for (M, N, K, kind); `gpu_timer` on a GPU.
@@ -66,7 +76,7 @@ def tune_kernels(
         shapes[key] = {}
         for bucket in _buckets(gpu, kind.group_size, K):
             M = bucket.max_m
-            start = choose(M, N, K, kind.group_size, gpu)
+            start = choose_launch(M, N, K, kind.group_size, gpu)
             timer = timer_for(M, N, K, kind)
             best, seconds, before = search(start, candidates(M, N, K, kind.group_size), timer)
             shapes[key][str(M)] = dataclasses.asdict(best)
@@ -75,17 +85,17 @@ def tune_kernels(
 
 
 def _buckets(gpu: str, group_size: int, K: int) -> list[Bucket]:
-    """The buckets that count for a group size: the first of each max_m that takes it."""
+    """Return the buckets that apply to a group size: the first of each max_m that allows it."""
     size = K if group_size == -1 else group_size
     found: dict[int, Bucket] = {}
-    for bucket in load_table(gpu).buckets:
+    for bucket in load_launch_table(gpu).buckets:
         if size <= bucket.max_group:
             found.setdefault(bucket.max_m, bucket)
     return list(found.values())
 
 
 def gpu_timer(M: int, N: int, K: int, kind: KernelVariant) -> Timer:
-    """Time launches in CUDA graphs over copies of a matrix; those that fail or compute something else are left out."""
+    """Time launches in CUDA graphs over copies of a matrix; those that fail or compute a wrong result are left out."""
     from qsun.kernels import int4_triton
 
     weights = random_weights(N, K, kind)
@@ -97,18 +107,18 @@ def gpu_timer(M: int, N: int, K: int, kind: KernelVariant) -> Timer:
     x = torch.randn(M, K, device=kind.device).to(kind.dtype)
     wanted = x.float() @ weights.dequantize().t()
 
-    def product(launch: Launch, held: PackedInt4) -> torch.Tensor:
+    def product(launch: KernelLaunch, held: PackedInt4) -> torch.Tensor:
         weights = (held.words, held.scales, held.zeros)
-        return int4_triton.int4_linear(x, *weights, N, kind.group_size, launch=launch)
+        return int4_triton.int4_product(x, *weights, N, kind.group_size, launch=launch)
 
-    def right(launch: Launch) -> bool:
+    def right(launch: KernelLaunch) -> bool:
         try:
             y = product(launch, packed)
         except (RuntimeError, ValueError):  # out of registers or shared memory
             return False
         return bool((y.float() - wanted).norm() < 0.02 * wanted.norm())
 
-    def timer(launches: Sequence[Launch]) -> dict[Launch, float]:
+    def timer(launches: Sequence[KernelLaunch]) -> dict[KernelLaunch, float]:
         names = {str(launch): launch for launch in launches if right(launch)}
         calls = {
             name: [lambda launch=launch, held=held: product(launch, held) for held in copies]
@@ -121,16 +131,16 @@ def gpu_timer(M: int, N: int, K: int, kind: KernelVariant) -> Timer:
 
 
 def write_table(shapes: dict[str, dict[str, dict[str, Any]]], gpu: str, path: Path) -> None:
-    """Add tuned shapes to a GPU's table: the file's own where there is one, else the one in use."""
+    """Add tuned shapes to the table at `path`, or to the one in use where there is no file."""
     table = json.loads(path.read_text()) if path.exists() else _as_json(gpu)
     table["shapes"] = table.get("shapes", {}) | shapes
-    parse_table(table)
+    parse_launch_table(table)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(table, indent=1) + "\n")
 
 
 def _as_json(gpu: str) -> dict[str, Any]:
-    table = load_table(gpu)
+    table = load_launch_table(gpu)
     buckets = []
     for bucket in table.buckets:
         row = {"max_m": bucket.max_m, "max_group": bucket.max_group, **dataclasses.asdict(bucket.launch)}

@@ -1,8 +1,7 @@
 """Merge the linear layers of a block that read the same input: one launch for q, k and v, one for gate and up.
 
-A decode step is made of small products; each launch that goes away is time and, for gate and up, a trip of the
-activations through memory (SiLU(gate) * up is the product's epilogue). Rows keep their integers, so every output is
-what the separate layers give.
+A decode step is made of small products, so every launch saved is time saved; for gate and up it also saves writing the
+activations to memory, since SiLU(gate) * up is the product's epilogue. Rows keep their integers and their results.
 """
 
 from typing import Any
@@ -16,10 +15,10 @@ from qsun.runtime.quant_linear import QuantLinear
 
 
 class Merged:
-    """A product shared by several layers; the first that is asked computes it for all.
+    """A product shared by several layers; the first layer called computes it for all.
 
-    Transformers calls q_proj(x), k_proj(x) and v_proj(x) one after another with the very same tensor. What was computed
-    is kept until the last layer has taken its part, and only for that tensor.
+    Transformers calls q_proj(x), k_proj(x) and v_proj(x) one after another with the same tensor object. The result is
+    kept for that tensor until the last layer has taken its part.
     """
 
     def __init__(self, layer: QuantLinear, sizes: list[int]):
@@ -27,14 +26,15 @@ class Merged:
         self._kept: tuple[Tensor, tuple[Tensor, ...]] | None = None
 
     def part(self, x: Tensor, index: int) -> Tensor:
-        kept = self._kept  # read once: another thread may replace it, and then this one computes for itself
+        """Return the output of the layer at `index`."""
+        kept = self._kept  # read once: another thread may replace it, and this one then computes its own
         parts = kept[1] if kept is not None and kept[0] is x else self.layer(x).split(self.sizes, -1)
         self._kept = None if index == len(self.sizes) - 1 else (x, parts)
         return parts[index]
 
 
 class MergedPart(nn.Module):
-    """Stands where one of the merged layers stood."""
+    """Takes the place of one of the merged layers."""
 
     def __init__(self, merged: Merged, index: int):
         super().__init__()
@@ -69,14 +69,14 @@ def merge_projections(model: Any, config: Any) -> None:
 
 
 def merge_block(block: nn.Module, architecture: Architecture, silu: bool) -> None:
-    """Merge what can be merged in a block whose linear layers are QuantLinear, in place. silu: the MLP's activation."""
+    """Merge a block's compatible QuantLinear layers, in place. silu: whether the MLP's activation is SiLU."""
     for number in (0, 2):
         names = architecture.stages[number].layers
         layers = [block.get_submodule(name) for name in names]
         if len(layers) < 2 or not all(isinstance(layer, QuantLinear) for layer in layers):
             continue
         found: list[Any] = layers
-        if not _fit(found):
+        if not _compatible(found):
             continue
         if number == 2 and silu and found[0].bias is None:
             down_proj = block.get_submodule(architecture.stages[3].layers[0])
@@ -87,8 +87,8 @@ def merge_block(block: nn.Module, architecture: Architecture, silu: bool) -> Non
             block.set_submodule(name, MergedPart(merged, index))
 
 
-def _fit(layers: list[QuantLinear]) -> bool:
-    """One grid, one column order, biases in all or in none."""
+def _compatible(layers: list[QuantLinear]) -> bool:
+    """Return whether layers have one grid, one column order, and biases in all or in none."""
 
     def traits(layer: QuantLinear) -> tuple[Any, ...]:
         order = layer.column_order

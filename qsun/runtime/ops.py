@@ -1,9 +1,9 @@
 """The torch operators behind QuantLinear: one opaque op for each storage, differentiable with respect to its input.
 
-torch.compile and CUDA graphs see `qsun::int4_linear` or `qsun::bytes_linear` and nothing of what is inside. Weights are
-constants: gradients flow to x only, through `qsun::..._input_grad`.
+torch.compile and CUDA graphs see only `qsun::int4_linear` or `qsun::bytes_linear`, not their implementation. Weights
+are constants: gradients flow to x only, through `qsun::..._input_grad`.
 
-Registered here and nowhere else: torch refuses an operator that is defined twice.
+Register operators only here: torch refuses to define one twice.
 """
 
 from typing import Any

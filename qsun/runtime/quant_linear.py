@@ -10,7 +10,7 @@ from torch.nn.functional import silu
 from qsun.errors import QsunError
 from qsun.kernels import int4_cpu, int4_cuda, int4pack_cpu
 from qsun.kernels.layout import PackedInt4, interleave_gate_up, pack_int4, separate_gate_up, unpack_int4
-from qsun.kernels.reference import dequantize
+from qsun.kernels.reference import dequantize, group_index
 from qsun.model.quantized import Quantized
 from qsun.runtime import ops  # noqa: F401  (registers torch.ops.qsun)
 
@@ -21,19 +21,19 @@ _CHUNK_ROWS = 256
 class QuantLinear(nn.Module):
     """``y = x W^T + bias`` with W = (q - zeros) * scales.
 
-    The integers are constants: gradients flow to x only. They lie in one of these storages, chosen once:
+    The integers are constants: gradients flow to x only. They are kept in one of these storages, chosen once:
 
     * "bytes": q (out, in) uint8, scales (groups, out) float32, zeros (groups, out) uint8. Any bits and shape.
-    * "cpu_int4": two weights a byte as torch's int4 op wants them; at most 4 bits, bfloat16 activations, on a CPU.
-    * "triton_int4": two weights a byte as the Triton kernels want them; at most 4 bits, 16-bit activations, on a GPU.
+    * "cpu_int4": two weights a byte as torch's int4 op reads them; at most 4 bits, bfloat16 activations, on a CPU.
+    * "triton_int4": two weights a byte as the Triton kernels read them; at most 4 bits, 16-bit activations, on a GPU.
 
     Attributes:
-        storage: which.
+        storage: one of these names.
         bits: 2, 3, 4 or 8.
         dtype: of the activations that the storage was chosen for; others work too.
-        keep_dense: on a CPU, keep a dequantized copy from the first input on that is faster with one: a batch beyond
-            the int4 op's reach, or another dtype than bfloat16. It takes 4 times the memory of the integers.
-        gated: the rows are a gate projection's and then an up projection's, for `silu_mul`.
+        keep_dense: on a CPU, make and keep a dequantized copy once an input is faster with one: a large batch, or a
+            dtype other than bfloat16. It takes 4 times the memory of the integers.
+        gated: the rows are those of a gate projection, then those of an up projection, for `silu_mul`.
     """
 
     q: Tensor
@@ -82,7 +82,7 @@ class QuantLinear(nn.Module):
             dtype: of the activations; scales are rounded to it: an engine that computes in bfloat16 holds bfloat16
                 scales.
         Raises:
-            QsunError: shapes that do not fit each other.
+            QsunError: incompatible shapes.
         """
         out_features, in_features = q.shape
         size = in_features if group_size == -1 else group_size
@@ -102,30 +102,30 @@ class QuantLinear(nn.Module):
 
     @property
     def column_order(self) -> Tensor | None:
-        """What activation-ordered groups did to the columns; None for contiguous groups."""
+        """The column order of activation-ordered groups; None for contiguous groups."""
         return self.g_idx if self.storage == "bytes" else self.order
 
     def quantized(self) -> Quantized:
-        """The integers, columns in their own order."""
+        """Return the integers, columns in their original order."""
         if self.storage == "bytes":
             assert self.zeros is not None
             return Quantized(self.q, self.scales, self.zeros, self.g_idx)
         return _in_order(self._unpacked(), self.order)
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
-        """(out, in) weights; the product is taken in float32, or the wider dtype asked for, and rounded once."""
+        """Dequantize (out, in) weights in float32, or in dtype where it is wider, and round once."""
         return _dense(self.quantized(), dtype)
 
     @property
     def weight(self) -> Tensor:
-        """Dequantized weights, for code that looks at a linear layer's dtype or device."""
+        """Dequantized weights, for code that reads a linear layer's dtype or device."""
         return self.weight_in(self.bias.dtype if self.bias is not None else torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._product(x, silu_mul=False)
 
     def silu_mul(self, x: Tensor) -> Tensor:
-        """SiLU(gate) * up, where the rows are those of a gate projection and then of an up projection."""
+        """Return SiLU(gate) * up for a layer whose rows are a gate projection's, then an up projection's."""
         grad = torch.is_grad_enabled() and x.requires_grad
         if self.storage != "bytes" and not grad:
             return self._product(x, silu_mul=True)
@@ -146,7 +146,7 @@ class QuantLinear(nn.Module):
 
     @property
     def _interleaved(self) -> bool:
-        """The Triton kernels want a gated layer's rows in turns."""
+        """Whether gate and up rows alternate, as the Triton kernels read them."""
         return self.gated and self.storage == "triton_int4"
 
     def _store(self, weights: Quantized) -> None:
@@ -182,7 +182,7 @@ class QuantLinear(nn.Module):
         return "triton_int4" if fits else "bytes"
 
     def _unpacked(self) -> Quantized:
-        """Integers in stored column order, rows in their own."""
+        """Return the integers, columns in stored order and rows in their original order."""
         if self.storage == "cpu_int4":
             return Quantized(*int4pack_cpu.unpack(self.words, self.scales, self.in_features, self.groups))
         packed = PackedInt4(self.words, self.scales, self.zeros)
@@ -193,21 +193,21 @@ class QuantLinear(nn.Module):
         return Quantized(q, scales.float(), zeros)
 
     def read_bytes(self, rows: int) -> int:
-        """Bytes of weights that a product with this many rows, in the layer's dtype and without gradients, reads."""
+        """Return the bytes of weights that a product of this many rows in the layer's dtype reads."""
         x = torch.empty(rows, self.in_features, dtype=self.dtype, device="meta")
         if self.scales.device.type == "cpu" and self._wants_dense(x):
             return self.out_features * self.in_features * self.dtype.itemsize
         return sum(t.numel() * t.element_size() for t in self._buffers.values() if t is not None)
 
     def _wants_dense(self, x: Tensor) -> bool:
-        """Whether a kept dequantized matrix is the faster way for this input, on a CPU."""
+        """Return whether a kept dequantized matrix is faster for this input, on a CPU."""
         if not self.keep_dense or self.storage != "cpu_int4" or x.dtype != torch.bfloat16:
             return self.keep_dense
         grad = torch.is_grad_enabled() and x.requires_grad
         return grad or not int4pack_cpu.int4_wins(x.numel() // self.in_features)
 
     def _dense_for(self, x: Tensor) -> Tensor | None:
-        """The kept dequantized matrix where it is the faster way for this input; columns as they are stored."""
+        """Return the kept dequantized matrix where it is faster for this input; columns in stored order."""
         if x.device.type != "cpu" or not self._wants_dense(x):
             return None
         if (self._dense is None or self._dense.dtype != x.dtype) and not torch.compiler.is_compiling():
@@ -216,7 +216,7 @@ class QuantLinear(nn.Module):
         return self._dense if self._dense is not None and self._dense.dtype == x.dtype else None
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
-        """Scales keep their values when a model is cast, and the storage is chosen anew on another kind of device."""
+        """Keep scales exact when a model is cast, and choose the storage anew on another kind of device."""
         device = fn(torch.empty(0, device=self.scales.device)).device
         self._dense = None
         if self.bias is not None:
@@ -236,12 +236,12 @@ class QuantLinear(nn.Module):
 
 
 def _needs_op(x: Tensor) -> bool:
-    """Whether a product must pass torch's dispatcher: without it, a decode step on a CPU takes about 1% less."""
+    """Return whether a product must pass torch's dispatcher; skipping it saves about 1% of a decode step on a CPU."""
     return torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
 
 
 def _dense(weights: Quantized, dtype: torch.dtype) -> Tensor:
-    """(out, in) weights, a block of rows at a time."""
+    """Dequantize (out, in) weights, a block of rows at a time."""
     out = torch.empty(weights.q.shape, dtype=dtype, device=weights.q.device)
     precise = torch.promote_types(dtype, torch.float32)
     for start in range(0, out.shape[0], _CHUNK_ROWS):
@@ -252,7 +252,7 @@ def _dense(weights: Quantized, dtype: torch.dtype) -> Tensor:
 
 
 def _by_group(weights: Quantized) -> tuple[Quantized, Tensor | None]:
-    """Columns sorted into contiguous groups and their order, where activation-ordered groups are all of one size."""
+    """Sort columns into contiguous groups where all have one size; also return the order of the columns."""
     if weights.g_idx is None:
         return weights, None
     G, K = weights.scales.shape[0], weights.q.shape[1]
@@ -263,11 +263,11 @@ def _by_group(weights: Quantized) -> tuple[Quantized, Tensor | None]:
 
 
 def _in_order(weights: Quantized, order: Tensor | None) -> Quantized:
-    """The inverse of `_by_group`."""
+    """Invert `_by_group`."""
     if order is None:
         return weights
     K, G = weights.q.shape[1], weights.scales.shape[0]
     q, g_idx = torch.empty_like(weights.q), torch.empty(K, dtype=torch.int32, device=order.device)
     q[:, order] = weights.q
-    g_idx[order] = torch.arange(K, device=order.device, dtype=torch.int32) // (K // G)
+    g_idx[order] = group_index(K, G, order.device)
     return Quantized(q, weights.scales, weights.zeros, g_idx)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from qsun.kernels.launch_table import candidates, choose_launch, workspace_bytes
 from qsun.kernels.layout import pack_int4
 from qsun.kernels.reference import dequantize
-from qsun.kernels.tuning import candidates, choose, workspace_bytes
 from qsun.kernels.workspace import Workspace
 from tests.kernels.oracle import draw
 
@@ -38,7 +38,7 @@ def check(int4, product, launch=None):
     N = product.arguments()[4]
     space = poisoned_workspace(M, N, K, product.group_size) if launch is None else None
     options = product.options() | {"workspace": space, "launch": launch}
-    first, second = (int4.int4_linear(*product.arguments(), **options) for _ in range(2))
+    first, second = (int4.int4_product(*product.arguments(), **options) for _ in range(2))
     assert torch.equal(first, second)
     assert space is None or not space.counters.any()
     # tensor cores truncate where the oracle's bound rounds: twice as far
@@ -91,12 +91,12 @@ def test_launches_that_tuning_tries(int4, M):
 def test_inside_a_cuda_graph(int4, M):
     N, K = 6144, 4096
     product = draw(M, N, K, 128, torch.bfloat16, epilogue="b", device="cuda")
-    assert choose(M, N, K, 128, torch.cuda.get_device_name()).split_k > 1
+    assert choose_launch(M, N, K, 128, torch.cuda.get_device_name()).split_k > 1
     options = product.options() | {"workspace": poisoned_workspace(M, N, K, 128)}
-    eager = int4.int4_linear(*product.arguments(), **options)
+    eager = int4.int4_product(*product.arguments(), **options)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = int4.int4_linear(*product.arguments(), **options)
+        captured = int4.int4_product(*product.arguments(), **options)
     for _ in range(3):
         captured.fill_(float("nan"))
         graph.replay()
@@ -117,5 +117,5 @@ def test_dequantize(int4, N, K, group_size, dtype):
 
 def test_many_rows_are_dequantized(int4):
     product = draw(700, 1024, 1024, 128, torch.bfloat16, epilogue="b", device="cuda")
-    y = int4.int4_linear(*product.arguments(), **product.options())
+    y = int4.int4_product(*product.arguments(), **product.options())
     assert (y.double() - product.exact).norm() < 2.0**-7 * product.exact.norm()

@@ -10,7 +10,7 @@ def compile_int4(launch, group, asym, *, bf16=True, epilogue="br", even_k=True, 
     """Machine code of int4_matmul.
 
     Args:
-        launch: tuning.Launch.
+        launch: launch_table.KernelLaunch.
         group: 32, 64, 128, or 0 for one group a row.
         epilogue: any of the letters b(ias), r(esidual), s(ilu_mul).
     """

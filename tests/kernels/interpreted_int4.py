@@ -6,10 +6,10 @@ float32 runs bfloat16's algebra, offset and all: the interpreter computes bfloat
 import pytest
 import torch
 
-from qsun.kernels.int4_triton import int4_dequantize, int4_linear
+from qsun.kernels.int4_triton import int4_dequantize, int4_product
+from qsun.kernels.launch_table import KernelLaunch, choose_launch
 from qsun.kernels.layout import pack_int4
 from qsun.kernels.reference import dequantize
-from qsun.kernels.tuning import Launch, choose
 from qsun.kernels.workspace import Workspace
 from tests.kernels.oracle import draw
 
@@ -29,7 +29,7 @@ def check(product, launch):
     results = []
     for _ in range(2):
         space.buffer.fill_(255)  # NaN
-        results.append(int4_linear(*product.arguments(), **product.options(), workspace=space, launch=launch))
+        results.append(int4_product(*product.arguments(), **product.options(), workspace=space, launch=launch))
         assert not space.counters.any()
     assert torch.equal(*results)
     assert results[0].shape == product.exact.shape
@@ -54,47 +54,47 @@ def check(product, launch):
 )
 def test_shapes_groups_and_zero_points(M, N, K, group_size, dtype, zeros, fold):
     product = draw(M, N, K, group_size, dtype, zeros, seed=M + N + K)
-    check(product, Launch(64, 8 if M <= 8 else 16, 1 + (K > 256), 2, 3, fold))
+    check(product, KernelLaunch(64, 8 if M <= 8 else 16, 1 + (K > 256), 2, 3, fold))
 
 
 @pytest.mark.parametrize("M", [1, 9, 33, 64])
 def test_the_tables_choice(M):
     N, K, group_size = 192, 1056, 32
-    check(draw(M, N, K, group_size, HALF, seed=M), choose(M, N, K, group_size, "default"))
+    check(draw(M, N, K, group_size, HALF, seed=M), choose_launch(M, N, K, group_size, "default"))
 
 
 @pytest.mark.parametrize("split_k", [1, 2, 5])
 @pytest.mark.parametrize("K", [96, 768])
 def test_splits(split_k, K):  # 5 splits of 1 or 6 tiles: some have none
-    check(draw(3, 128, K, 32, SINGLE, epilogue="br", seed=K), Launch(128, 8, split_k, 2, 3, True))
+    check(draw(3, 128, K, 32, SINGLE, epilogue="br", seed=K), KernelLaunch(128, 8, split_k, 2, 3, True))
 
 
 @pytest.mark.parametrize("fold", [True, False], ids=["fold", "centred"])
 @pytest.mark.parametrize("zeros", ["0", "15"])
 @pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
 def test_extreme_zero_points_and_scales(dtype, zeros, fold):
-    check(draw(3, 64, 256, 64, dtype, zeros, "wild"), Launch(64, 8, 2, 2, 3, fold))
+    check(draw(3, 64, 256, 64, dtype, zeros, "wild"), KernelLaunch(64, 8, 2, 2, 3, fold))
 
 
 @pytest.mark.parametrize("epilogue", ["b", "r", "br", "s", "bs", "brs"])
 @pytest.mark.parametrize(("N", "split_k"), [(96, 1), (176, 2)])
 def test_epilogues(epilogue, N, split_k):
-    check(draw(3, N, 256, 128, HALF, epilogue=epilogue), Launch(64, 8, split_k, 2, 3, True))
+    check(draw(3, N, 256, 128, HALF, epilogue=epilogue), KernelLaunch(64, 8, split_k, 2, 3, True))
 
 
 def test_several_blocks_of_rows():
-    check(draw(37, 80, 288, 32, HALF, epilogue="br"), Launch(64, 16, 2, 2, 3, False))
+    check(draw(37, 80, 288, 32, HALF, epilogue="br"), KernelLaunch(64, 16, 2, 2, 3, False))
 
 
 def test_no_rows():
     product = draw(0, 64, 128, 128, HALF)
-    assert int4_linear(*product.arguments()).shape == (0, 64)
+    assert int4_product(*product.arguments()).shape == (0, 64)
 
 
 @pytest.mark.parametrize("epilogue", ["", "br", "bs", "brs"])
 def test_many_rows_are_dequantized(epilogue):
     product = draw(513, 80, 96, 32, HALF, epilogue=epilogue)
-    y = int4_linear(*product.arguments(), **product.options())
+    y = int4_product(*product.arguments(), **product.options())
     weights = 2.0**-10 * product.x.double().abs().sum(1, keepdim=True) * 15 * 0.03  # rounded to half precision
     slack = weights * (1 if "s" not in epilogue else 1 + product.exact.abs().max())
     assert ((y.double() - product.exact).abs() <= product.bound + slack).all()
@@ -127,14 +127,14 @@ def test_what_does_not_fit():
         (x, words, scales, zeros, N, 64),
     ):
         with pytest.raises(ValueError, match=r"want|use"):
-            int4_linear(*bad)
+            int4_product(*bad)
     with pytest.raises(ValueError, match="bias"):
-        int4_linear(*product.arguments(), bias=torch.zeros(63))
+        int4_product(*product.arguments(), bias=torch.zeros(63))
     with pytest.raises(ValueError, match="residual"):
-        int4_linear(*product.arguments(), residual=torch.zeros(2, 32))
+        int4_product(*product.arguments(), residual=torch.zeros(2, 32))
     for small in (Workspace.allocate(8, 64, "cpu"), Workspace.allocate(1 << 20, 0, "cpu")):
         with pytest.raises(ValueError, match="workspace_bytes"):
-            int4_linear(*product.arguments(), workspace=small, launch=Launch(64, 8, 2, 2, 3, True))
+            int4_product(*product.arguments(), workspace=small, launch=KernelLaunch(64, 8, 2, 2, 3, True))
 
 
 @pytest.mark.slow
@@ -149,6 +149,6 @@ def test_random_products(seed):
     block_n = pick(64, 128, 256)
     N = 16 * pick(1, 3, 5, 9, 12) if block_n == 64 else 256 * pick(1, 2)
     M, block_m = pick(1, 3, 8, 9, 16, 17, 33, 64), pick(8, 16, 32, 64)
-    launch = Launch(block_n, block_m, pick(1, 2, 3, 5), 4, 3, pick(True, False))
+    launch = KernelLaunch(block_n, block_m, pick(1, 2, 3, 5), 4, 3, pick(True, False))
     zeros, scales, epilogue = pick("8", "0", "15", "random"), pick("even", "wild"), pick("", "b", "r", "br")
     check(draw(M, N, K, group_size, pick(HALF, SINGLE), zeros, scales, epilogue, seed=seed), launch)

@@ -6,12 +6,13 @@ import pytest
 
 pytest.importorskip("triton")
 
+from qsun.kernels.launch_table import KernelLaunch, load_launch_table
 from qsun.kernels.nibbles_triton import dequantize_tiles
-from qsun.kernels.tuning import Launch, load_table
 from tests.kernels.int4_signature import compile_int4, lane_instructions
 from tests.kernels.offline import compile_kernel
 
-NARROW, WIDE = Launch(64, 8, 4, 2, 4, True), Launch(128, 8, 4, 2, 4, True)
+NARROW, WIDE = KernelLaunch(64, 8, 4, 2, 4, True), KernelLaunch(128, 8, 4, 2, 4, True)
+BUCKETS = load_launch_table("default").buckets
 GROUPS = [(128, False), (128, True), (64, True), (32, False), (32, True), (0, False), (0, True)]
 
 
@@ -25,7 +26,7 @@ def check(code, launch):
 
 def bucket_of(M, group):
     """The default table's bucket for M and a group, 0 for one group a row."""
-    return next(b for b in load_table("default").buckets if b.max_m >= M and b.max_group >= (group or 1 << 20))
+    return next(b for b in BUCKETS if b.max_m >= M and b.max_group >= (group or 1 << 20))
 
 
 def exchanges(code):
@@ -44,7 +45,7 @@ def exchanges(code):
         (NARROW, 0, False, True, 2.2),
         (NARROW, 128, False, False, 2.6),
     ],
-    ids=lambda value: f"{value.block_n}rows" if isinstance(value, Launch) else str(value),
+    ids=lambda value: f"{value.block_n}rows" if isinstance(value, KernelLaunch) else str(value),
 )
 def test_instructions_of_a_weight_at_small_batch(launch, group, asym, bf16, most):
     code = compile_int4(launch, group, asym, bf16=bf16)
@@ -65,7 +66,9 @@ def test_dequantization_does_not_spill():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("bucket", load_table("default").buckets, ids=lambda b: f"M{b.max_m}g{min(b.max_group, 128)}")
+@pytest.mark.parametrize(
+    "bucket", load_launch_table("default").buckets, ids=lambda b: f"M{b.max_m}g{min(b.max_group, 128)}"
+)
 def test_every_default_compiles_well(bucket, capability):
     launch = replace(bucket.launch, split_k=4)
     groups = [(group, asym) for group, asym in GROUPS if bucket_of(bucket.max_m, group) == bucket]
@@ -77,7 +80,9 @@ def test_every_default_compiles_well(bucket, capability):
 @pytest.mark.slow
 @pytest.mark.parametrize(("block_m", "most"), [(16, 3.0), (32, 3.2), (64, 4.5)])
 def test_instructions_of_a_weight_at_larger_batch(block_m, most):
-    launch = next(b.launch for b in load_table("default").buckets if b.launch.block_m == block_m and b.max_group > 128)
+    launch = next(
+        b.launch for b in load_launch_table("default").buckets if b.launch.block_m == block_m and b.max_group > 128
+    )
     assert lane_instructions(compile_int4(launch, 128, False), launch) <= most
 
 

@@ -1,4 +1,4 @@
-"""Merged projections give what the separate layers give, in every family and from every angle they are called."""
+"""Merged projections compute what the separate layers compute, in every family and however they are called."""
 
 import threading
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import qsun
-from qsun.runtime.fused_projections import GatedMLP, Merged, MergedPart
+from qsun.model.architectures import architecture_of
+from qsun.runtime.fused_projections import GatedMLP, Merged, MergedPart, merge_block
 from tests.kernels.test_int4_cpu import random_weights
 from tests.tiny_models import FAMILIES, random_tokens
 
@@ -33,22 +34,45 @@ def test_the_same_logits(family, quantized):
     assert torch.allclose(merged.model(ids).logits, separate, atol=1e-5)
 
 
-def test_bfloat16_rows_are_bitwise_the_same(quantized):
-    directory = quantized("qwen2", torch.bfloat16)  # it has biases
-    ids = torch.from_numpy(random_tokens(2, 3))
-    separate, merged = (
-        qsun.load_decode(directory, device="cpu", merge=merge, keep_dense=False).model(ids).logits
-        for merge in (False, True)
-    )
-    assert (separate - merged).abs().max() <= 2**-7 * separate.abs().max()  # SiLU is rounded once less
+def first_blocks(directory):
+    """The first block with separate and with merged projections."""
+    modules = [qsun.load_decode(directory, device="cpu", merge=merge, keep_dense=False) for merge in (False, True)]
+    return [module.model.model.layers[0] for module in modules]
 
 
-def test_layers_that_differ_stay_apart(quantized):
-    directory = quantized("llama", overrides=["layers.0.*(q|k|v)_proj=bits:8"])
-    model = qsun.load_decode(directory, device="cpu", merge=True).model
-    first = model.model.layers[0].self_attn
-    assert isinstance(first.q_proj, MergedPart)  # all three have 8 bits
-    assert first.q_proj.merged.layer.bits == 8
+def test_rows_in_bfloat16_are_bitwise_the_same(quantized):
+    separate, merged = first_blocks(quantized("qwen2", torch.bfloat16))  # it has biases
+    x = torch.randn(3, 64).bfloat16()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        assert torch.equal(getattr(merged.self_attn, name)(x), getattr(separate.self_attn, name)(x))
+    halves = merged.mlp.gate_up(x).chunk(2, -1)
+    assert torch.equal(halves[0], separate.mlp.gate_proj(x))
+    assert torch.equal(halves[1], separate.mlp.up_proj(x))
+
+
+def test_a_gated_mlp_in_bfloat16_is_within_its_rounding(quantized):
+    separate, merged = first_blocks(quantized("qwen2", torch.bfloat16))
+    x = torch.randn(3, 64).bfloat16()
+    wanted = separate.mlp(x).float()
+    assert (merged.mlp(x).float() - wanted).norm() <= 2**-7 * wanted.norm()  # SiLU may round differently
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.up_proj"])
+def test_layers_that_differ_stay_apart(name, quantized):
+    block, _ = first_blocks(quantized("llama"))
+    layer = block.get_submodule(name)
+    block.set_submodule(name, qsun.QuantLinear(layer.quantized(), None, 8))
+    merge_block(block, architecture_of("llama"), silu=True)
+    kinds = {part: type(block.get_submodule(part)) for part in ("self_attn.q_proj", "self_attn.k_proj", "mlp")}
+    assert (kinds["self_attn.q_proj"] is MergedPart) == (name != "self_attn.q_proj")
+    assert (kinds["self_attn.k_proj"] is MergedPart) == (name != "self_attn.q_proj")
+    assert (kinds["mlp"] is GatedMLP) == (name != "mlp.up_proj")
+
+
+def test_layers_of_8_bits_are_merged_too(quantized):
+    _, merged = first_blocks(quantized("llama", overrides=["layers.0.*(q|k|v)_proj=bits:8"]))
+    assert isinstance(merged.self_attn.q_proj, MergedPart)
+    assert merged.self_attn.q_proj.merged.layer.bits == 8
 
 
 def test_gradients_pass_through(quantized):

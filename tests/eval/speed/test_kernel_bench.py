@@ -7,14 +7,7 @@ import torch
 
 from qsun.errors import QsunError
 from qsun.eval.speed import kernel_bench
-from qsun.eval.speed.kernel_bench import (
-    KernelTiming,
-    KernelVariant,
-    Patience,
-    bench_kernels,
-    geometric_means,
-    layers_of,
-)
+from qsun.eval.speed.kernel_bench import KernelTiming, KernelVariant, Patience, bench_kernels, layers_of, mean_ratios
 from qsun.eval.speed.model_shapes import MODEL_SHAPES
 
 PARAMETERS = {  # as the models' own pages give them
@@ -87,7 +80,7 @@ def test_no_gpu_is_one_line(cli):
 
 def test_geometric_mean():
     rows = [KernelTiming("", "", 1, 1, M, "ours", 1.0, ratio, 0.0) for M, ratio in ((1, 2.0), (1, 8.0), (4, 1.5))]
-    assert geometric_means(rows)["ours"] == pytest.approx({1: 4.0, 4: 1.5})
+    assert mean_ratios(rows)["ours"] == pytest.approx({1: 4.0, 4: 1.5})
 
 
 @pytest.mark.parametrize("shape", ["4096", "64x", "0x64", "96x65", "axb"])

@@ -8,8 +8,8 @@ import torch
 from qsun.errors import QsunError
 from qsun.eval.speed.kernel_bench import KernelVariant
 from qsun.eval.speed.kernel_tuning import search, tune_kernels, write_table
-from qsun.kernels import tuning
-from qsun.kernels.tuning import Launch, candidates, choose, parse_table
+from qsun.kernels import launch_table
+from qsun.kernels.launch_table import KernelLaunch, candidates, choose_launch, parse_launch_table
 
 LAYERS = [("", "a", 512, 1024), ("", "again", 512, 1024), ("", "b", 64, 256)]
 
@@ -25,14 +25,14 @@ def timer(launches):
 
 
 def test_the_floor_of_a_valley_is_found():
-    start = choose(8, 512, 1024, 128, "default")
+    start = choose_launch(8, 512, 1024, 128, "default")
     best, taken, before = search(start, candidates(8, 512, 1024, 128), timer)
     assert (best.split_k, best.stages, best.block_n, best.fold) == (4, 5, 128, True)
     assert taken == seconds(best) < before == seconds(start)
 
 
 def test_launches_that_are_wrong_are_never_chosen():
-    start = choose(8, 512, 1024, 128, "default")
+    start = choose_launch(8, 512, 1024, 128, "default")
 
     def only_slow(launches):
         return {launch: 1.0 if launch == start else 0.5 for launch in launches if launch.stages in (start.stages, 6)}
@@ -50,19 +50,19 @@ def test_a_table_is_written_added_to_and_read(tmp_path, monkeypatch):
     path = tmp_path / "Some-GPU.json"
     write_table(dict([shapes.popitem()]), "Some GPU", path)
     write_table(shapes, "Some GPU", path)
-    table = parse_table(json.loads(path.read_text()))
+    table = parse_launch_table(json.loads(path.read_text()))
     assert set(table.shapes) == {"512x1024g128", "64x256g128"}
-    assert table.buckets == tuning.load_table("default").buckets
-    monkeypatch.setattr(tuning, "_CONFIGS", tmp_path)
-    tuning.load_table.cache_clear()
-    choose.cache_clear()
+    assert table.buckets == launch_table.load_launch_table("default").buckets
+    monkeypatch.setattr(launch_table, "_CONFIGS", tmp_path)
+    launch_table.load_launch_table.cache_clear()
+    choose_launch.cache_clear()
     try:
-        chosen = choose(8, 512, 1024, 128, "Some GPU")
+        chosen = choose_launch(8, 512, 1024, 128, "Some GPU")
         assert chosen == table.shapes["512x1024g128"][8]
-        assert isinstance(chosen, Launch)
+        assert isinstance(chosen, KernelLaunch)
     finally:
-        tuning.load_table.cache_clear()
-        choose.cache_clear()
+        launch_table.load_launch_table.cache_clear()
+        choose_launch.cache_clear()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -6,8 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from qsun.kernels import tuning
-from qsun.kernels.tuning import Launch, candidates, choose, load_table, parse_table, shape_key, workspace_bytes
+from qsun.kernels import launch_table
+from qsun.kernels.launch_table import (
+    KernelLaunch,
+    candidates,
+    choose_launch,
+    load_launch_table,
+    parse_launch_table,
+    shape_key,
+    workspace_bytes,
+)
 
 LLAMA_8B = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 SHAPES = [*LLAMA_8B, (2048, 2048), (16, 32), (176, 416), (128256, 4096), (64, 14336), (192, 1056)]
@@ -17,7 +25,7 @@ SHAPES = [*LLAMA_8B, (2048, 2048), (16, 32), (176, 416), (128256, 4096), (64, 14
 @pytest.mark.parametrize(("N", "K"), SHAPES)
 def test_a_choice_fits_the_shape(M, N, K):
     for group_size in (32, -1):
-        launch = choose(M, N, K, group_size, "no such GPU")
+        launch = choose_launch(M, N, K, group_size, "no such GPU")
         tiles = math.ceil(K / 128)
         assert math.ceil(N / 64) * 64 % launch.block_n == 0
         assert launch.block_m & (launch.block_m - 1) == 0
@@ -28,7 +36,7 @@ def test_a_choice_fits_the_shape(M, N, K):
 
 @pytest.mark.parametrize(("N", "K"), LLAMA_8B)
 def test_the_processors_are_busy_at_batch_1(N, K):
-    launch = choose(1, N, K, 128, "default")
+    launch = choose_launch(1, N, K, 128, "default")
     programs = math.ceil(N / launch.block_n) * launch.split_k
     in_flight = programs / 132 * launch.block_n * 64 * (launch.stages - 1)
     assert 24 * 1024 <= in_flight <= 96 * 1024
@@ -40,34 +48,34 @@ def test_the_processors_are_busy_at_batch_1(N, K):
 def test_the_workspace_is_enough(M, N, K):
     size, counters = workspace_bytes(M, N, K, -1, "default")
     for m in {1, M // 2 + 1, M}:
-        if m > load_table("default").dequantize_above_m:
+        if m > load_launch_table("default").dequantize_above_m:
             assert size >= 2 * N * K
         else:
-            launch = choose(m, N, K, -1, "default")
+            launch = choose_launch(m, N, K, -1, "default")
             assert size >= (4 * launch.split_k * m * N if launch.split_k > 1 else 0)
             assert counters >= math.ceil(N / launch.block_n) * math.ceil(m / launch.block_m)
 
 
 def test_a_tuned_shape_is_taken_from_its_table(tmp_path, monkeypatch):
-    table = json.loads((Path(tuning.__file__).parent / "configs" / "default.json").read_text())
+    table = json.loads((Path(launch_table.__file__).parent / "configs" / "default.json").read_text())
     best = {"block_n": 128, "block_m": 8, "split_k": 3, "warps": 2, "stages": 5, "fold": True}
     (tmp_path / "A-Tuned-GPU.json").write_text(
         json.dumps(table | {"shapes": {shape_key(6144, 4096, 128): {"4": best}}})
     )
     (tmp_path / "default.json").write_text(json.dumps(table))
-    monkeypatch.setattr(tuning, "_CONFIGS", tmp_path)
-    load_table.cache_clear()
-    assert choose(3, 6144, 4096, 128, "A Tuned GPU") == Launch(**best)
+    monkeypatch.setattr(launch_table, "_CONFIGS", tmp_path)
+    load_launch_table.cache_clear()
+    assert choose_launch(3, 6144, 4096, 128, "A Tuned GPU") == KernelLaunch(**best)
     for M, K, group_size, gpu in ((5, 4096, 128, "A Tuned GPU"), (3, 4096, 64, "A Tuned GPU"), (3, 4096, 128, "other")):
-        assert choose(M, 6144, K, group_size, gpu) != Launch(**best)
-    load_table.cache_clear()
+        assert choose_launch(M, 6144, K, group_size, gpu) != KernelLaunch(**best)
+    load_launch_table.cache_clear()
 
 
 def test_a_table_with_an_unknown_key_is_refused():
-    table = json.loads((Path(tuning.__file__).parent / "configs" / "default.json").read_text())
+    table = json.loads((Path(launch_table.__file__).parent / "configs" / "default.json").read_text())
     table["buckets"][0]["wraps"] = 2
     with pytest.raises(TypeError, match="wraps"):
-        parse_table(table)
+        parse_launch_table(table)
 
 
 def test_candidates_are_many_and_distinct():

@@ -1,9 +1,9 @@
 """Launch parameters of the int4 kernels: read from tables, never searched for while a model runs.
 
-``configs/<GPU name>.json`` holds what was timed on that GPU, ``configs/default.json`` what was reasoned out for the
-rest. A table has ``buckets``: how to launch for M up to ``max_m`` and, where given, groups up to ``max_group``; the
-first that fits counts, and split K comes from a rule. It may have ``shapes``, keyed ``"<N>x<K>g<group>"`` and then by
-the ``max_m`` of a bucket, with complete launches.
+``configs/<GPU name>.json`` holds what was timed on that GPU, ``configs/default.json`` computed launches for all others.
+A table has ``buckets``: launches for M up to ``max_m`` and, where given, groups up to ``max_group``. The first bucket
+that matches applies, and a rule adds split K. It may have ``shapes``, keyed ``"<N>x<K>g<group>"`` and then by the
+``max_m`` of a bucket, with complete launches.
 """
 
 import json
@@ -16,15 +16,15 @@ from typing import Any
 from qsun.kernels.layout import COLUMNS, ROWS, ceil_div, padded_rows, tile_group
 
 _CONFIGS = Path(__file__).parent / "configs"
-_FEWEST_TILES = 4  # of 128 columns in a split: fewer, and filling the pipeline costs as much as the work
+_FEWEST_TILES = 4  # of 128 columns in a split: with fewer, filling the pipeline costs as much as the work
 _OVERHEAD_TILES = 2  # what starting and finishing a program costs, in tiles of work
 _WORD_BYTES = 64  # of one row in one tile
 _ANY_GROUP = 1 << 30
 
 
 @dataclass(frozen=True)
-class Launch:
-    """How a product is launched.
+class KernelLaunch:
+    """The launch parameters of one product.
 
     block_n: weight rows a program; block_m: rows of x a program; split_k: programs that share the columns;
     fold: take zero points off the accumulator instead of off every weight (matmul_triton.int4_matmul).
@@ -40,28 +40,28 @@ class Launch:
 
 @dataclass(frozen=True)
 class Bucket:
-    """The launch for M up to max_m and groups up to max_group, its split_k still to be chosen."""
+    """The launch for M up to max_m and groups up to max_group, except for split_k."""
 
     max_m: int
     max_group: int
-    launch: Launch
+    launch: KernelLaunch
 
 
 @dataclass(frozen=True)
-class Table:
-    """A GPU's launch parameters; dequantize_above_m: from there on the matrix is dequantized and cuBLAS multiplies."""
+class LaunchTable:
+    """A GPU's launch parameters. dequantize_above_m: for larger M the matrix is dequantized and cuBLAS multiplies."""
 
     processors: int
     bytes_in_flight: int
     dequantize_above_m: int
     buckets: tuple[Bucket, ...]
-    shapes: dict[str, dict[int, Launch]]
+    shapes: dict[str, dict[int, KernelLaunch]]
 
 
 @lru_cache(maxsize=1 << 14)
-def choose(M: int, N: int, K: int, group_size: int, gpu: str) -> Launch:
-    """The launch for x (M, K) and weights (N, K) on the named GPU; the same for the same arguments, always."""
-    table = load_table(gpu)
+def choose_launch(M: int, N: int, K: int, group_size: int, gpu: str) -> KernelLaunch:
+    """Return the launch for x (M, K) and weights (N, K) on the named GPU, always the same for the same arguments."""
+    table = load_launch_table(gpu)
     group = tile_group(group_size, K) or K
     bucket = next((b for b in table.buckets if b.max_m >= M and group <= b.max_group), table.buckets[-1])
     tuned = table.shapes.get(shape_key(N, K, group_size), {}).get(bucket.max_m)
@@ -71,16 +71,17 @@ def choose(M: int, N: int, K: int, group_size: int, gpu: str) -> Launch:
 
 
 def dequantize_above_m(gpu: str) -> int:
-    """The largest M of the fused kernel on the named GPU."""
-    return load_table(gpu).dequantize_above_m
+    """Return the largest M of the fused kernel on the named GPU."""
+    return load_launch_table(gpu).dequantize_above_m
 
 
 def shape_key(N: int, K: int, group_size: int) -> str:
+    """Return the key of a table's "shapes"."""
     return f"{N}x{K}g{tile_group(group_size, K) or -1}"
 
 
-def _split(M: int, N: int, K: int, launch: Launch, table: Table) -> Launch:
-    """The launch with the split K, and with half or a quarter of its rows where that keeps the processors busier."""
+def _split(M: int, N: int, K: int, launch: KernelLaunch, table: LaunchTable) -> KernelLaunch:
+    """Return the cheapest launch over all split_k, with fewer rows a program where that keeps the processors busier."""
     launches = []
     while launch.block_n >= ROWS:
         if padded_rows(N) % launch.block_n == 0:
@@ -90,13 +91,13 @@ def _split(M: int, N: int, K: int, launch: Launch, table: Table) -> Launch:
 
 
 def _splits(K: int) -> list[int]:
-    """Splits of at least 4 tiles where there are as many, and none without a tile."""
+    """Return the values of split_k that leave every split at least 4 tiles, or else one split."""
     tiles = ceil_div(K, COLUMNS)
     return [s for s in range(1, max(1, tiles // _FEWEST_TILES) + 1) if ceil_div(tiles, ceil_div(tiles, s)) == s]
 
 
-def _cost(M: int, N: int, K: int, launch: Launch, table: Table) -> float:
-    """Bytes that the busiest processor waits for; those of x and of partial sums come from L2 and count half."""
+def _cost(M: int, N: int, K: int, launch: KernelLaunch, table: LaunchTable) -> float:
+    """Return the bytes that the busiest processor waits for; x and partial sums come from L2 and count half."""
     batch = min(M, launch.block_m)
     programs = ceil_div(N, launch.block_n) * launch.split_k * ceil_div(M, launch.block_m)
     tile = launch.block_n * _WORD_BYTES
@@ -107,8 +108,8 @@ def _cost(M: int, N: int, K: int, launch: Launch, table: Table) -> float:
     return ceil_div(programs, table.processors) * (work + partials + _OVERHEAD_TILES * tile) * starved
 
 
-def candidates(M: int, N: int, K: int, group_size: int) -> Iterator[Launch]:
-    """Launches worth timing for a shape: what a tuning command goes through on a GPU."""
+def candidates(M: int, N: int, K: int, group_size: int) -> Iterator[KernelLaunch]:
+    """Yield the launches worth timing for a shape on a GPU."""
     tile_group(group_size, K)
     tiles = ceil_div(K, COLUMNS)
     splits = [s for s in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16) if s == 1 or tiles // s >= 2]
@@ -120,44 +121,44 @@ def candidates(M: int, N: int, K: int, group_size: int) -> Iterator[Launch]:
             folds = (True, False) if block_m <= 32 else (False,)
             for fold in folds:
                 for stages in (3, 4, 5, 6):
-                    yield from (Launch(block_n, block_m, s, warps, stages, fold) for s in splits)
+                    yield from (KernelLaunch(block_n, block_m, s, warps, stages, fold) for s in splits)
 
 
 def workspace_bytes(M: int, N: int, K: int, group_size: int, gpu: str) -> tuple[int, int]:
-    """(bytes, counters) that a Workspace needs for products of up to M rows: the arguments of Workspace.allocate."""
+    """Return (bytes, counters) that a Workspace needs for products of up to M rows."""
     limit = dequantize_above_m(gpu)
     dequantized = 2 * N * K if limit < M else 0
-    launches = [(m, choose(m, N, K, group_size, gpu)) for m in range(1, min(M, limit) + 1)]
+    launches = [(m, choose_launch(m, N, K, group_size, gpu)) for m in range(1, min(M, limit) + 1)]
     partials = max(4 * launch.split_k * m * N if launch.split_k > 1 else 0 for m, launch in launches)
     counters = max(ceil_div(N, launch.block_n) * ceil_div(m, launch.block_m) for m, launch in launches)
     return max(dequantized, partials), counters
 
 
 @lru_cache(maxsize=8)
-def load_table(gpu: str) -> Table:
-    """The table of a GPU by the name that the driver gives it, the default one where none was made."""
+def load_launch_table(gpu: str) -> LaunchTable:
+    """Return the table of a GPU by its name in the driver, or the default table."""
     file = table_file(gpu)
-    return parse_table(json.loads((file if file.is_file() else _CONFIGS / "default.json").read_text()))
+    return parse_launch_table(json.loads((file if file.is_file() else _CONFIGS / "default.json").read_text()))
 
 
 def table_file(gpu: str) -> Path:
-    """Where the table of a GPU lies, if there is one."""
+    """Return the path of a GPU's table, which may not exist."""
     return _CONFIGS / f"{gpu.replace(' ', '-')}.json"
 
 
-def parse_table(data: dict[str, Any]) -> Table:
-    """A table from its JSON; unknown or missing keys raise TypeError or KeyError."""
-    return Table(
+def parse_launch_table(data: dict[str, Any]) -> LaunchTable:
+    """Parse a table's JSON; unknown or missing keys raise TypeError or KeyError."""
+    return LaunchTable(
         processors=data["processors"],
         bytes_in_flight=data["bytes_in_flight"],
         dequantize_above_m=data["dequantize_above_m"],
         buckets=tuple(_parse_bucket(**row) for row in data["buckets"]),
         shapes={
-            key: {int(m): Launch(**launch) for m, launch in rows.items()}
+            key: {int(m): KernelLaunch(**launch) for m, launch in rows.items()}
             for key, rows in data.get("shapes", {}).items()
         },
     )
 
 
 def _parse_bucket(max_m: int, max_group: int = _ANY_GROUP, **launch: Any) -> Bucket:
-    return Bucket(max_m, max_group, Launch(split_k=1, **launch))
+    return Bucket(max_m, max_group, KernelLaunch(split_k=1, **launch))
