@@ -1,4 +1,4 @@
-"""`qsun up`: vLLM workers of this machine and the router before them, in one command."""
+"""`qsun up`: vLLM workers on this machine and the router in front of them, in one command."""
 
 import json
 import os
@@ -12,14 +12,14 @@ from qsun.cli.terminal import screen
 
 
 def up(
-    file: Path = typer.Argument(..., help="cluster.yaml; a number of workers is how many to start (docs/vllm.md)."),
+    file: Path = typer.Argument(..., help="cluster.yaml; pools with a number of workers are started (docs/vllm.md)."),
     logs: Path = typer.Option(Path("qsun-logs"), help="Directory for the logs of the workers."),
-    show: bool = typer.Option(False, "--print", help="Print the commands and a Kubernetes sketch, start nothing."),
+    show: bool = typer.Option(False, "--print", help="Print the commands without running them."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout, for scripts."),
 ) -> None:
-    """Start vLLM workers on this machine and the router before them; Ctrl-C takes all down.
+    """Start vLLM workers on this machine and the router in front of them; Ctrl-C ends all of them.
 
-    Workers that die are not started again: the router goes on with the others, and their last lines are shown.
+    A worker that dies is not restarted: its last log lines are shown, and the router continues with the others.
 
     Examples:
 
@@ -34,7 +34,7 @@ def up(
         _print(file, as_json)
         return
     with launch_signals.restored():
-        launch_signals.until_the_router_serves()
+        launch_signals.interrupt_start()
         try:
             _serve(file, logs, as_json)
         except KeyboardInterrupt:
@@ -43,7 +43,7 @@ def up(
 
 
 def _planned(file: Path) -> tuple[Any, Any, Any, list[Any]]:
-    """The cluster, its modules' names and their checks, and the commands of its workers."""
+    """Return the cluster, its served names, its module checks and the commands of its workers."""
     from qsun.serve.cluster.file import read_cluster
     from qsun.serve.cluster.modules import ModuleChecks
     from qsun.serve.launch.plan import plan_workers
@@ -55,33 +55,30 @@ def _planned(file: Path) -> tuple[Any, Any, Any, list[Any]]:
 
 
 def _print(file: Path, as_json: bool) -> None:
-    from qsun.serve.launch.kubernetes import kubernetes_sketch
-
-    cluster, names, _, commands = _planned(file)
-    sketch = kubernetes_sketch(cluster, names)
+    *_, commands = _planned(file)
     if as_json:
         workers = [
             {"name": c.name, "model": c.model, "url": c.url, "argv": c.argv, "environment": c.environment}
             for c in commands
         ]
-        typer.echo(json.dumps({"workers": workers, "kubernetes": sketch}))
+        typer.echo(json.dumps({"workers": workers}))
         return
     for command in commands:
         typer.echo(f"# {command.name}: {command.url}\n{command.shell()}\n")
-    typer.echo(f"# and in this process, with these URLs: the router of {file}\n\n---\n{sketch}")
+    typer.echo(f"# then the router of {file}, in this process, with these URLs")
 
 
 def _serve(file: Path, logs: Path, as_json: bool) -> None:
     import asyncio
 
-    from qsun.serve.launch.launcher import Launch, check_environment
+    from qsun.serve.launch.launcher import LocalCluster, check_environment
     from qsun.serve.launch.processes import WorkerDied, WorkerProcesses, last_lines
     from qsun.serve.router.process import keys_of
 
     cluster, names, checks, commands = _planned(file)
-    cluster.guard_config(keys_of(cluster))  # raises where a key is not taken, before workers take minutes to start
+    cluster.guard_config(keys_of(cluster))  # raises for an invalid key, before workers take minutes to start
     environment = dict(os.environ)
-    probed = environment | cluster.launch.environment  # as the workers will have it: it may say where vLLM is
+    probed = environment | cluster.launch.environment  # as the workers will have it: PYTHONPATH may name vLLM
     check_environment(cluster.launch.python or sys.executable, cluster.launch.kernels, probed)
     screen.note(f"starting {', '.join(command.name for command in commands)}; logs in {logs}")
     try:
@@ -97,7 +94,7 @@ def _serve(file: Path, logs: Path, as_json: bool) -> None:
                 line = json.dumps({"url": url, "models": models, "workers": started}) if as_json else f"qsun up: {url}"
                 typer.echo(line)
 
-            asyncio.run(Launch(file, cluster, names, checks, workers, screen.note).serve(warm))
+            asyncio.run(LocalCluster(file, cluster, names, checks, workers, screen.note).serve(warm))
             screen.note("ending the workers")
     except WorkerDied as died:
         for line in last_lines(died.worker.log):

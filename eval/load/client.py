@@ -131,8 +131,9 @@ async def send(client: httpx.AsyncClient, target: Target, planned: Planned, star
     """
     record = Record(planned.arrival, planned.model, planned.warm_up, time.perf_counter() - started)
     try:
-        await asyncio.wait_for(_stream(client, target, planned, record, started), target.deadline_s)
-    except (asyncio.TimeoutError, httpx.TimeoutException):  # the former is a class of its own before 3.11
+        async with asyncio.timeout(target.deadline_s):
+            await _stream(client, target, planned, record, started)
+    except (TimeoutError, httpx.TimeoutException):
         record.error = "deadline"
     except httpx.ConnectError:
         record.error = "no connection"

@@ -4,7 +4,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from statistics import fmean
 from typing import Any
 
@@ -131,7 +131,7 @@ def provenance(command: str, seed: int) -> dict[str, Any]:
             "system": f"{platform.system()} {platform.machine()}",
         },
         "seed": seed,
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

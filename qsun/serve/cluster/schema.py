@@ -89,7 +89,7 @@ class Listen(Section):
     without_keys: bool = False
 
 
-class Limits(Section):
+class RequestLimits(Section):
     """Bounds of every request, and of what waits.
 
     Attributes:
@@ -141,7 +141,7 @@ def _variable(name: object) -> object:
     return name
 
 
-class Launch(Section):
+class LaunchSettings(Section):
     """How `qsun up` starts workers on this machine; nothing else reads it.
 
     Attributes:
@@ -190,9 +190,9 @@ class Cluster(Section):
     policy: PolicyName = "least_outstanding_tokens"
     decode: Pool
     models: Annotated[dict[str, Pool], Field(min_length=1, max_length=1000)]
-    limits: Limits = Limits()
+    limits: RequestLimits = RequestLimits()
     health: Health = Health()
-    launch: Launch = Launch()
+    launch: LaunchSettings = LaunchSettings()
 
     def need_running_workers(self) -> None:
         """Raise QsunError where a pool has a number in place of URLs."""

@@ -1,4 +1,4 @@
-"""`qsun up`: vLLM workers of this machine and the router before them, from cold to warm, and down again together."""
+"""The router of `qsun up` over the vLLM workers that it has started, until a signal ends both."""
 
 import asyncio
 import json
@@ -19,8 +19,8 @@ from qsun.serve.router.process import RouterProcess
 
 logger = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 0.5
-_TELL_SECONDS = 5.0
+_POLL_SECONDS = 0.5
+_REPORT_SECONDS = 5.0
 _PROBE_SECONDS = 120.0
 _PROBE = (
     "import json, importlib.metadata as m, importlib.util as u; "
@@ -31,7 +31,7 @@ _PROBE = (
 
 
 def check_environment(python: str, kernels: str, environment: Mapping[str, str]) -> None:
-    """Raise QsunError where the workers' Python has no vLLM, no NIXL or, for our kernels, no plugin of ours."""
+    """Raise QsunError if the workers' Python lacks vLLM, NIXL or, for our kernels, our plugin."""
     probe = [python, "-c", _PROBE]
     try:
         done = subprocess.run(  # noqa: S603 - an argument list, no shell
@@ -47,17 +47,18 @@ def check_environment(python: str, kernels: str, environment: Mapping[str, str])
         fixes["qsun"] = "pip install qsun there, or set launch.kernels: vllm"
     for name, fix in fixes.items():
         if not found[name]:
-            what = "plugin of qsun for vLLM" if name == "qsun" else name
+            what = "qsun plugin for vLLM" if name == "qsun" else name
             raise QsunError(f"launch.python {python} has no {what}; {fix}, or name another environment")
 
 
 @dataclass(frozen=True)
-class Launch:
-    """A cluster whose workers have been started.
+class LocalCluster:
+    """A cluster whose workers have been started on this machine.
 
     Args:
-        path: of the cluster file. cluster: what it holds, with numbers of workers. names, checks: of its modules.
-        workers: that run. tell: shows a line of progress.
+        path: of the cluster file. cluster: its content. names, checks: of its modules.
+        workers: the started processes.
+        report: called with lines of progress.
     """
 
     path: Path
@@ -65,16 +66,16 @@ class Launch:
     names: ServedNames
     checks: ModuleChecks
     workers: WorkerProcesses
-    tell: Callable[[str], None]
+    report: Callable[[str], None]
 
     async def serve(self, on_warm: Callable[[str], None]) -> None:
-        """Run the router until SIGTERM or SIGINT; signals are ignored from there on. Workers must answer already.
+        """Run the router until SIGTERM or SIGINT; signals are ignored after that. Workers must be ready.
 
         Args:
-            on_warm: gets the URL once every pair of workers has answered together.
+            on_warm: gets the URL once every pair of workers is warm.
         Raises:
-            QsunError: the address cannot be had, a model has no warm pair within launch.start_seconds, or a worker died
-                before (WorkerDied).
+            QsunError: the address is in use, a model has no warm pair within launch.start_seconds, or a worker died
+                before that (WorkerDied).
         """
         commands = [worker.command for worker in self.workers.workers]
         filled = fill_in(self.cluster, self.cluster, commands)
@@ -99,12 +100,12 @@ class Launch:
         await self._warm(process)
         on_warm()
         while True:
-            self._tell_of_deaths()
-            await asyncio.sleep(_LOOK_SECONDS)
+            self._report_deaths()
+            await asyncio.sleep(_POLL_SECONDS)
 
     async def _warm(self, process: RouterProcess) -> None:
         fleet = process.router.state.fleet
-        started = told = time.monotonic()
+        started = reported = time.monotonic()
         while len(fleet.warm) < sum(len(pool) for pool in fleet.prefill.values()) * len(fleet.decode):
             for worker in self.workers.newly_dead():
                 raise WorkerDied(worker)
@@ -112,24 +113,24 @@ class Launch:
             if now - started > self.cluster.launch.start_seconds:
                 missing = fleet.without_a_pair()
                 if missing:
-                    raise QsunError(f"no pair of workers is warm for {', '.join(missing)}; look into the workers' logs")
+                    raise QsunError(f"no pair of workers is warm for {', '.join(missing)}; read the workers' logs")
                 logger.warning("only %d pairs of workers are warm; starting with them", len(fleet.warm))
                 return
-            if now - told >= _TELL_SECONDS:
-                told = now
-                self.tell(f"{now - started:.0f} s: waiting for first transfers, {len(fleet.warm)} pairs are warm")
-            await asyncio.sleep(_LOOK_SECONDS)
+            if now - reported >= _REPORT_SECONDS:
+                reported = now
+                self.report(f"{now - started:.0f} s: waiting for first transfers, {len(fleet.warm)} pairs are warm")
+            await asyncio.sleep(_POLL_SECONDS)
 
-    def _tell_of_deaths(self) -> None:
-        """A dead worker is not started again: why it died must be seen first. The router goes on with the others."""
+    def _report_deaths(self) -> None:
+        """Log workers that died, which are not restarted: a person should see why. The router uses the others."""
         for worker in self.workers.newly_dead():
-            logger.error("%s; it is not started again. Its last lines:", worker.death())
+            logger.error("%s; it is not restarted. Its last lines:", worker.death())
             for line in last_lines(worker.log):
                 logger.error("    %s", line)
 
 
 async def _route(process: RouterProcess, on_listening: Callable[[str], None]) -> None:
-    """Serve. The router takes its handlers off at the end, and a signal then would end us before the workers."""
+    """Serve. The router removes its handlers at the end, and a signal after that would end us before the workers."""
     try:
         await process.serve(on_listening)
     finally:
@@ -137,10 +138,10 @@ async def _route(process: RouterProcess, on_listening: Callable[[str], None]) ->
 
 
 def fill_in(cluster: Cluster, first: Cluster, commands: list[WorkerCommand]) -> Cluster:
-    """URLs of started workers in place of numbers.
+    """Return the cluster with URLs of started workers in place of numbers.
 
     Args:
-        cluster: as it was read, at start or upon SIGHUP. first: as it was at start.
+        cluster: as read at the start or upon SIGHUP. first: as read at the start.
     Raises:
         QsunError: the file asks for other workers of this machine than were started.
     """
@@ -149,6 +150,6 @@ def fill_in(cluster: Cluster, first: Cluster, commands: list[WorkerCommand]) -> 
     pools |= {f"models.{name}": (pool, first.models.get(name)) for name, pool in cluster.models.items()}
     for where, (pool, before) in pools.items():
         if isinstance(pool.workers, int) and pool != before:
-            raise QsunError(f"{where}: qsun up starts workers only when it starts; list running ones, or start again")
+            raise QsunError(f"{where}: qsun up starts workers only at its own start; list running ones, or restart it")
     numbers = {name: models[name] for name, pool in cluster.models.items() if isinstance(pool.workers, int)}
     return with_workers(cluster, decode if isinstance(cluster.decode.workers, int) else None, numbers)

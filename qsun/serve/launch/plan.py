@@ -1,4 +1,4 @@
-"""What `qsun up` starts: the command and environment of every vLLM worker, decided before anything runs. Pure."""
+"""The command and environment of every vLLM worker that `qsun up` starts, decided before anything runs."""
 
 import json
 import re
@@ -9,21 +9,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 from qsun.errors import QsunError
 from qsun.model.checkpoint import read_json
 from qsun.model.locate import find_model
 from qsun.serve.cluster.modules import ServedNames
-from qsun.serve.cluster.schema import Cluster, Launch, Pool
-from qsun.serve.http.keys import is_loopback
+from qsun.serve.cluster.schema import Cluster, LaunchSettings, Pool
 
 LOOPBACK = "127.0.0.1"
 API_SERVER = "vllm.entrypoints.openai.api_server"
 _LARGEST_PORT = 65535
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
-_LOOPBACK_DEVICE = "lo"  # Linux's name, where alone vLLM runs workers
+_LOOPBACK_DEVICE = "lo"  # its name on Linux, the only system on which vLLM runs workers
 
 
 @dataclass(frozen=True)
@@ -31,10 +29,10 @@ class WorkerCommand:
     """A worker to start.
 
     Attributes:
-        name: decode-0, prefill-0-math ...; unique, and fit for a file name.
+        name: decode-0, prefill-0-math ...; unique, and valid as a file name.
         model: whose prefill module it serves; None: the decode module.
-        argv: the whole command. environment: what is set for it besides what the launcher has.
-        url: where it will answer. served_name: the only model name that it knows.
+        argv: the whole command. environment: variables to add to the launcher's own.
+        url: its address. served_name: the only model name that it knows.
     """
 
     name: str
@@ -45,28 +43,27 @@ class WorkerCommand:
     served_name: str
 
     def shell(self) -> str:
-        """The command as a shell would take it."""
+        """Return the command, quoted for a shell."""
         settings = [f"{key}={shlex.quote(value)}" for key, value in sorted(self.environment.items())]
         return " ".join(["env", *settings, shlex.join(self.argv)])
 
 
 @dataclass(frozen=True)
 class WorkerPlace:
-    """What differs between two workers of a pool: ports, the address they are bound to, and GPUs."""
+    """What differs between two workers of a pool: their ports and GPUs."""
 
     port: int
     side_channel_port: int
-    gpus: tuple[str, ...] = ()
-    host: str = LOOPBACK
+    gpus: tuple[str, ...]
 
 
 def plan_workers(cluster: Cluster, names: ServedNames, visible_gpus: str | None = None) -> list[WorkerCommand]:
-    """Commands of all workers that the cluster file gives as a number. Free ports are chosen now.
+    """Return commands for all workers that the cluster file gives as a number. Free ports are chosen now.
 
     Args:
-        visible_gpus: the launcher's own CUDA_VISIBLE_DEVICES, such as a scheduler sets it; None: it has none.
+        visible_gpus: CUDA_VISIBLE_DEVICES of the launcher, as a scheduler may set it; None: unset.
     Raises:
-        QsunError: no pool has a number, or there are not enough ports or visible GPUs.
+        QsunError: no pool has a number, or there are too few ports or visible GPUs.
     """
     pools = [(model, pool, names.prefill[model]) for model, pool in cluster.models.items()]
     wanted: list[tuple[str | None, Pool, str]] = [(None, cluster.decode, names.decode), *pools]
@@ -85,16 +82,16 @@ def plan_workers(cluster: Cluster, names: ServedNames, visible_gpus: str | None 
 
 
 def worker_command(
-    name: str, model: str | None, module: str, served: str, launch: Launch, place: WorkerPlace
+    name: str, model: str | None, module: str, served: str, launch: LaunchSettings, place: WorkerPlace
 ) -> WorkerCommand:
-    """The command of one worker. model: None for a decode worker."""
+    """Return the command of one worker. model: None for a decode worker."""
     directory = find_model(module).resolve()
     decode = model is None
     argv = [
         *(launch.python or sys.executable, "-m", API_SERVER),
         *("--model", str(directory)),
         *("--served-model-name", served),
-        *("--host", place.host, "--port", str(place.port)),
+        *("--host", LOOPBACK, "--port", str(place.port)),
         *("--dtype", launch.dtype),
         *("--load-format", "safetensors"),
         *("--kv-transfer-config", json.dumps(kv_transfer_config(decode, launch.device))),
@@ -102,17 +99,17 @@ def worker_command(
         *(["--enforce-eager"] if launch.runs_eager else []),
     ]
     if decode:
-        # Its cache of prompts knows tokens and not whose KV they have: one model's answer would reach another's.
+        # The prefix cache is keyed by tokens alone: one model would read KV blocks that another model's prefill wrote.
         argv.append("--no-enable-prefix-caching")
         if launch.kernels == "qsun" and read_json(directory / "config.json").get("quantization_config"):
             argv += ["--quantization", "qsun"]
     argv += launch.decode_arguments if decode else launch.prefill_arguments
-    url = f"http://{place.host}:{place.port}"
+    url = f"http://{LOOPBACK}:{place.port}"
     return WorkerCommand(name, model, tuple(argv), _environment(launch, place), url, served)
 
 
 def kv_transfer_config(decode: bool, device: str) -> dict[str, Any]:
-    """vLLM's --kv-transfer-config. Its handshake refuses different model paths, so decode workers must not ask."""
+    """Return vLLM's --kv-transfer-config. Decode workers skip its handshake check, which refuses other model paths."""
     config: dict[str, Any] = {
         "kv_connector": "NixlConnector",
         "kv_role": "kv_consumer" if decode else "kv_producer",
@@ -121,11 +118,11 @@ def kv_transfer_config(decode: bool, device: str) -> dict[str, Any]:
     }
     extra: dict[str, Any] = {"enforce_handshake_compat": False} if decode else {}
     if device == "cpu":
-        extra["num_threads"] = 0  # transfer threads beside the one that polls: cores are few there
+        extra["num_threads"] = 0  # no transfer threads beside the one that polls: cores are scarce
     return config | ({"kv_connector_extra_config": extra} if extra else {})
 
 
-def _sizes(launch: Launch) -> Iterator[str]:
+def _sizes(launch: LaunchSettings) -> Iterator[str]:
     for flag, value in (
         ("--max-model-len", launch.max_model_len),
         ("--max-num-seqs", launch.max_num_seqs),
@@ -138,9 +135,9 @@ def _sizes(launch: Launch) -> Iterator[str]:
             yield str(value)
 
 
-def _environment(launch: Launch, place: WorkerPlace) -> dict[str, str]:
+def _environment(launch: LaunchSettings, place: WorkerPlace) -> dict[str, str]:
     values = {
-        "VLLM_NIXL_SIDE_CHANNEL_HOST": place.host,
+        "VLLM_NIXL_SIDE_CHANNEL_HOST": LOOPBACK,
         "VLLM_NIXL_SIDE_CHANNEL_PORT": str(place.side_channel_port),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",  # modules are directories
@@ -148,30 +145,29 @@ def _environment(launch: Launch, place: WorkerPlace) -> dict[str, str]:
     if launch.device == "cpu":
         values |= {"OMP_NUM_THREADS": str(launch.threads), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         if launch.tensor_parallel_size == 1:
-            values["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a process less, and what it polls
+            values["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # one polling process less
     if place.gpus:
         values[_VISIBLE] = ",".join(place.gpus)
-    if is_loopback(place.host):
-        # Left to themselves these listen on every network of the machine, without keys: NIXL's UCX with the KV cache,
-        # and the process groups of vLLM's ranks.
-        values |= dict.fromkeys(("UCX_NET_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _LOOPBACK_DEVICE)
+    # by default these listen on every network of the machine without authentication: NIXL's UCX, which serves the KV
+    # cache, and the process groups of vLLM's ranks
+    values |= dict.fromkeys(("UCX_NET_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _LOOPBACK_DEVICE)
     return values | launch.environment
 
 
-def _places(launch: Launch, count: int, visible_gpus: str | None) -> Iterator[WorkerPlace]:
+def _places(launch: LaunchSettings, count: int, visible_gpus: str | None) -> Iterator[WorkerPlace]:
     gpus = _gpus(launch, count, visible_gpus)
     if launch.first_port is None:
         ports: Sequence[int] = free_ports(2 * count)
     else:
         ports = range(launch.first_port, launch.first_port + 2 * count)
         if ports[-1] > _LARGEST_PORT:
-            raise QsunError(f"launch.first_port {launch.first_port} leaves no {2 * count} ports; use a smaller one")
+            raise QsunError(f"launch.first_port {launch.first_port} leaves too few ports for {count} workers; lower it")
     for number in range(count):
         yield WorkerPlace(ports[2 * number], ports[2 * number + 1], gpus[number])
 
 
-def _gpus(launch: Launch, count: int, visible: str | None) -> list[tuple[str, ...]]:
-    """Whole GPUs of each worker, one after another; where the file lists too few, from the list's start again."""
+def _gpus(launch: LaunchSettings, count: int, visible: str | None) -> list[tuple[str, ...]]:
+    """Return the GPUs of each worker, in order; a list in the file that is too short is used again from its start."""
     if launch.device == "cpu" or _VISIBLE in launch.environment:
         return [()] * count
     size = launch.tensor_parallel_size
@@ -179,18 +175,18 @@ def _gpus(launch: Launch, count: int, visible: str | None) -> list[tuple[str, ..
         known = [str(launch.gpus[i % len(launch.gpus)]) for i in range(count * size)]
     elif visible is None:
         known = [str(i) for i in range(count * size)]
-    else:  # numbers or UUIDs; CUDA, too, takes none from the first that is no device on
+    else:  # numbers or UUIDs; CUDA ignores everything after the first entry that is not a device
         known = list(takewhile(lambda entry: entry not in ("", "-1"), map(str.strip, visible.split(","))))
         if len(known) < count * size:
             raise QsunError(
-                f"the workers take {count * size} GPUs, and {_VISIBLE}={visible} has {len(known)}; start fewer, "
+                f"the workers need {count * size} GPUs, and {_VISIBLE}={visible} has {len(known)}; start fewer, "
                 "make more visible, or list launch.gpus to share them"
             )
     return [tuple(known[number * size : (number + 1) * size]) for number in range(count)]
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of the loopback address that nothing listens on now; all are taken before any is given back."""
+    """Return different free ports of the loopback address: all are bound before any is released."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for bound in sockets:
@@ -203,15 +199,10 @@ def _file_name(model: str) -> str:
 
 
 def started_urls(commands: Sequence[WorkerCommand]) -> tuple[list[str], dict[str, list[str]]]:
-    """URLs of the workers of these commands: of decode workers, and by model of prefill workers."""
+    """Return the URLs of decode workers, and of prefill workers by model."""
     decode = [command.url for command in commands if command.model is None]
     models: dict[str, list[str]] = {}
     for command in commands:
         if command.model is not None:
             models.setdefault(command.model, []).append(command.url)
     return decode, models
-
-
-def modules_of(cluster: Cluster) -> list[Path]:
-    """Every module's directory, each once."""
-    return list(dict.fromkeys(find_model(pool.module).resolve() for pool in (cluster.decode, *cluster.models.values())))

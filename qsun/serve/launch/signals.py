@@ -1,7 +1,7 @@
-"""Signals of `qsun up` while the router has no handlers of its own: before it serves, and after it.
+"""Signal handlers of `qsun up` before and after the router serves, which has its own.
 
-A signal that ends the launcher there would leave its workers running, if only until the warden has ended them. Handlers
-can be set in the main thread alone; in others nothing here does anything.
+A signal that ended the launcher then would leave its workers running until the watchdog ends them. Python sets handlers
+in the main thread only; in other threads these functions do nothing.
 """
 
 import signal
@@ -15,7 +15,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def restored() -> Iterator[None]:
-    """Whatever is set inside, afterwards all is as it was."""
+    """Restore the handlers at the end of the block."""
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
         yield
@@ -25,24 +25,16 @@ def restored() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-@contextmanager
-def ignored() -> Iterator[None]:
-    """Nothing disturbs what is inside."""
-    with restored():
-        ignore()
-        yield
-
-
 def ignore() -> None:
-    """From now on none of them does anything."""
+    """Ignore these signals from now on."""
     for number in _SIGNALS if _may_set() else ():
         signal.signal(number, signal.SIG_IGN)
 
 
-def until_the_router_serves() -> None:
-    """The first SIGINT or SIGTERM raises KeyboardInterrupt; SIGHUP does nothing, as there is nothing to reload yet.
+def interrupt_start() -> None:
+    """Have the first SIGINT or SIGTERM raise KeyboardInterrupt. SIGHUP does nothing: there is nothing to reload yet.
 
-    SIGHUP is not ignored but handled: started workers would inherit the former.
+    SIGHUP gets a handler because started workers would inherit that it is ignored.
     """
     if _may_set():
         signal.signal(signal.SIGINT, _interrupt)
@@ -51,7 +43,7 @@ def until_the_router_serves() -> None:
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    ignore()  # a second one would raise in the midst of ending the workers
+    ignore()  # a second signal would raise while the workers are being ended
     raise KeyboardInterrupt
 
 

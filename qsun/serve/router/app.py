@@ -17,7 +17,7 @@ from qsun.serve.http.errors import HttpError
 from qsun.serve.http.guard import Guard, Message, Receive, Send
 from qsun.serve.router.endpoint import GenerationEndpoint
 from qsun.serve.router.exchange.request import CHAT, COMPLETIONS
-from qsun.serve.router.state import RouterState
+from qsun.serve.router.exchange.state import RouterState
 
 
 class Router:

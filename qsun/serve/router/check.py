@@ -24,8 +24,9 @@ async def check_workers(cluster: Cluster, names: ServedNames) -> dict[str, Any]:
 
 async def _checked(client: httpx.AsyncClient, worker: Worker, seconds: float) -> dict[str, Any]:
     try:
-        fault = await asyncio.wait_for(identity_fault(client, worker), seconds)
-    except (TimeoutError, asyncio.TimeoutError):
+        async with asyncio.timeout(seconds):
+            fault = await identity_fault(client, worker)
+    except TimeoutError:
         fault = f"does not answer: nothing within {seconds:g} seconds"
     except httpx.HTTPError as error:
         fault = f"does not answer: {error or type(error).__name__}"

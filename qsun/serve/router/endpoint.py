@@ -6,15 +6,15 @@ import logging
 import time
 from contextlib import AsyncExitStack, aclosing
 
-from qsun.serve.cluster.schema import Limits
+from qsun.serve.cluster.schema import RequestLimits
 from qsun.serve.http.cancellation import end
 from qsun.serve.http.errors import HttpError
 from qsun.serve.http.guard import ClientStalled, Message, Receive, Send
 from qsun.serve.http.wire import encode_event
 from qsun.serve.router.exchange.exchange import Answer, Exchange
 from qsun.serve.router.exchange.request import RoutedRequest, read_request
+from qsun.serve.router.exchange.state import RouterState
 from qsun.serve.router.exchange.worker_http import WorkerFailed
-from qsun.serve.router.state import RouterState
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class GenerationEndpoint:
             state.metrics.requests.labels(model, outcome).inc()
 
     async def _exchange(
-        self, request: RoutedRequest, limits: Limits, request_id: str, arrived: float, send: Send
+        self, request: RoutedRequest, limits: RequestLimits, request_id: str, arrived: float, send: Send
     ) -> str:
         state = self._state
         deadline = arrived + limits.deadline_seconds
@@ -81,8 +81,9 @@ class GenerationEndpoint:
         )
         async with AsyncExitStack() as stack:
             try:
-                answer = await asyncio.wait_for(exchange.start(stack), max(deadline - time.monotonic(), 0.001))
-            except (TimeoutError, asyncio.TimeoutError):
+                async with asyncio.timeout(max(deadline - time.monotonic(), 0.001)):
+                    answer = await exchange.start(stack)
+            except TimeoutError:
                 raise exchange.overdue() from None
             state.metrics.prompt_tokens.labels(request.model).inc(exchange.prompt_tokens)
             try:

@@ -12,7 +12,7 @@ import pytest
 from qsun.errors import QsunError
 from qsun.serve.launch.plan import WorkerCommand, free_ports
 from qsun.serve.launch.processes import WorkerDied, WorkerProcesses, last_lines
-from qsun.serve.launch.warden import watched_groups
+from qsun.serve.launch.watchdog import watched_groups
 
 FAKE = Path(__file__).with_name("fake_worker.py")
 DEADLINE_SECONDS = 60
@@ -63,11 +63,11 @@ def test_a_worker_that_dies_while_waited_for(tmp_path):
 
 
 def test_a_worker_that_never_answers(tmp_path):
-    told = []
-    one_line = r"^slow not ready after 6 s; look into .*logs, or raise launch.start_seconds$"
+    lines = []
+    one_line = r"^slow not ready after 6 s; read the logs in .*logs, or raise launch.start_seconds$"
     with pytest.raises(QsunError, match=one_line), workers(tmp_path, command("slow", "deaf")) as started:
-        started.wait_until_ready(6, told.append)
-    assert told == ["5 s: waiting for slow"]
+        started.wait_until_ready(6, lines.append)
+    assert lines == ["5 s: waiting for slow"]
 
 
 def test_a_worker_that_serves_another_name_is_not_ready(tmp_path):
@@ -77,7 +77,7 @@ def test_a_worker_that_serves_another_name_is_not_ready(tmp_path):
         started.wait_until_ready(2, lambda _: None)
 
 
-def test_a_worker_that_dies_later_is_told_of_once(tmp_path):
+def test_a_worker_that_dies_later_is_reported_once(tmp_path):
     with workers(tmp_path, command("one"), command("two")) as started:
         started.wait_until_ready(DEADLINE_SECONDS, lambda _: None)
         victim = started.workers[0]
@@ -90,22 +90,22 @@ def test_a_worker_that_dies_later_is_told_of_once(tmp_path):
 
 def test_a_command_that_cannot_be_run(tmp_path):
     missing = WorkerCommand("gone", None, ("/nowhere/python",), {}, "http://127.0.0.1:1", "gone")
-    one_line = r"^/nowhere/python cannot be run: No such file.*; see launch.python$"
+    one_line = r"^/nowhere/python cannot be run: No such file.*; check launch.python$"
     with pytest.raises(QsunError, match=one_line), workers(tmp_path, missing):
         pytest.fail("nothing is to be entered")
 
 
-def test_a_worker_is_ended_though_the_warden_was_killed_before_it_knew(tmp_path):
-    class Bereft(WorkerProcesses):
+def test_a_worker_is_ended_even_if_the_watchdog_was_killed_before_it_knew(tmp_path):
+    class Unguarded(WorkerProcesses):
         def _start(self, command):
-            self._warden.kill()
-            self._warden.wait()
+            self._watchdog.kill()
+            self._watchdog.wait()
             super()._start(command)
 
-    bereft = Bereft([command("one")], tmp_path / "logs", os.environ)
-    with pytest.raises(QsunError, match="in an emergency was killed; start again"), bereft:
+    unguarded = Unguarded([command("one")], tmp_path / "logs", os.environ)
+    with pytest.raises(QsunError, match="the watchdog process of the workers was killed; start again"), unguarded:
         pytest.fail("nothing is to be entered")
-    (worker,) = bereft.workers
+    (worker,) = unguarded.workers
     assert not alive(worker.process.pid)
 
 
@@ -131,7 +131,7 @@ with WorkerProcesses([command("one", "stubborn")], Path(sys.argv[1]), os.environ
 
 @pytest.mark.slow
 def test_workers_end_when_the_launcher_is_killed(tmp_path):
-    """SIGKILL leaves the launcher no chance; the warden ends worker and grandchild, though both ignore SIGTERM."""
+    """SIGKILL leaves the launcher no chance; the watchdog ends worker and grandchild, though both ignore SIGTERM."""
     run = [sys.executable, "-c", LAUNCHER, str(tmp_path)]
     launcher = subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with launcher:
@@ -143,5 +143,5 @@ def test_workers_end_when_the_launcher_is_killed(tmp_path):
         wait_for(lambda: not alive(worker) and not alive(child))
 
 
-def test_the_warden_forgets_groups_that_were_ended():
+def test_the_watchdog_forgets_groups_that_were_ended():
     assert watched_groups(["+3\n", "+4\n", "-3\n"]) == {4}

@@ -219,4 +219,4 @@ def test_check_takes_the_keys_in_too(cli, tmp_path):
     file.write_text(pools + "\nlisten: {api_keys: keys}\nhealth: {timeout_seconds: 0.1}")
     answer = cli("route", file, "--check")
     assert (answer.code, answer.err.count("\n")) == (2, 1)
-    assert "an API key of 5 characters is not taken" in answer.err
+    assert "an API key of 5 characters is invalid" in answer.err

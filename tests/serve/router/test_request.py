@@ -83,7 +83,7 @@ def test_a_client_that_takes_nothing_counts_as_one_that_left():
             async def stalled(*_):
                 raise ClientStalled
 
-            endpoint = GenerationEndpoint(r.router)
+            endpoint = GenerationEndpoint(r.state)
             endpoint._exchange = stalled
             body = json.dumps({"model": "math", "prompt": "a b", "max_tokens": 2}).encode()
             with pytest.raises(ClientStalled):

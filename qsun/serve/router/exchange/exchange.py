@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from qsun.serve.cluster.schema import Limits
+from qsun.serve.cluster.schema import RequestLimits
 from qsun.serve.http.errors import HttpError
 from qsun.serve.http.wire import DONE, BrokenStream, data_events, parse_event
 from qsun.serve.router.exchange.health import HealthChecks
@@ -62,7 +62,7 @@ class Exchange:
         fleet: Fleet,
         health: HealthChecks,
         metrics: RouterMetrics,
-        limits: Limits,
+        limits: RequestLimits,
         request: RoutedRequest,
         request_id: str,
         deadline: float,
@@ -218,10 +218,11 @@ class Exchange:
     async def _following(self, source: Worker, target: Worker, events: AsyncIterator[bytes]) -> dict[str, Any] | None:
         """The next event after the opening; None after the last one."""
         try:
-            event = await asyncio.wait_for(_next(target, events), self._left)
+            async with asyncio.timeout(self._left):
+                event = await _next(target, events)
             if event is not None:
                 _check(target, event, None)
-        except (TimeoutError, asyncio.TimeoutError):
+        except TimeoutError:
             raise self._over() from None
         except WorkerFailed as failed:
             self._doubt(source, failed)

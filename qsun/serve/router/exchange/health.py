@@ -6,6 +6,7 @@ user's request must not be the one to find out. The same request is the probe th
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 import random
@@ -114,15 +115,15 @@ class HealthChecks:
             pause = self.config.interval_seconds * random.uniform(0.8, 1.2)  # so that checks do not come in step
             if worker.breaker.state == "open":
                 pause = min(pause, worker.breaker.cool_down_seconds)
-            try:
-                await asyncio.wait_for(wake.wait(), pause)
-            except (TimeoutError, asyncio.TimeoutError):
-                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await wake.wait()
 
     async def _check(self, worker: Worker) -> None:
         try:
-            wrong = await asyncio.wait_for(identity_fault(self._client, worker), self.config.timeout_seconds)
-        except (TimeoutError, asyncio.TimeoutError):
+            async with asyncio.timeout(self.config.timeout_seconds):
+                wrong = await identity_fault(self._client, worker)
+        except TimeoutError:
             self.blame(WorkerFailed(worker, "timeout", f"health check: no answer in {self.config.timeout_seconds:g} s"))
             self._wake[worker].clear()
             return
@@ -206,8 +207,9 @@ class HealthChecks:
 async def _by(worker: Worker, asked: Coroutine[Any, Any, _T], seconds: float) -> _T:
     """One half of a handshake: a hang or a refusal in it is the fault of the worker that was asked, not of its mate."""
     try:
-        return await asyncio.wait_for(asked, seconds)
-    except (TimeoutError, asyncio.TimeoutError):
+        async with asyncio.timeout(seconds):
+            return await asked
+    except TimeoutError:
         raise WorkerFailed(worker, "timeout", f"warm-up: no answer in {seconds:g} seconds") from None
     except RequestRefused as refused:
         raise WorkerFailed(worker, "status_5xx", f"warm-up: {refused} {refused.body[:200]!r}") from None

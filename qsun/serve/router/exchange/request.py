@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from qsun.serve.cluster.schema import Limits
+from qsun.serve.cluster.schema import RequestLimits
 from qsun.serve.http.errors import HttpError
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -50,7 +50,7 @@ class RoutedRequest:
     prompt_tokens: int
 
 
-def read_request(path: str, raw: bytes, models: Collection[str], limits: Limits) -> RoutedRequest:
+def read_request(path: str, raw: bytes, models: Collection[str], limits: RequestLimits) -> RoutedRequest:
     """Parse and check a body.
 
     Raises:
@@ -109,7 +109,7 @@ def _refuse_what_cannot_be_right(body: dict[str, Any]) -> None:
             raise HttpError(400, f"{name} is not taken: {reason}; leave it out", param=name)
 
 
-def _max_tokens(path: str, body: Mapping[str, Any], limits: Limits) -> int | None:
+def _max_tokens(path: str, body: Mapping[str, Any], limits: RequestLimits) -> int | None:
     name = "max_completion_tokens" if path == CHAT and body.get("max_completion_tokens") is not None else "max_tokens"
     value = body.get(name)
     if value is None:

@@ -1,6 +1,7 @@
 """All workers of a cluster: which pair of a prefill and a decode worker takes a request, and what joins and leaves."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Collection, Iterator
 
@@ -112,10 +113,9 @@ class Fleet:
 
     async def wait_for_change(self, seconds: float) -> None:
         """Return when a worker's state or a pair has changed, or after so many seconds."""
-        try:
-            await asyncio.wait_for(self._changed.wait(), max(seconds, 0.0))
-        except (TimeoutError, asyncio.TimeoutError):
-            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(seconds, 0.0)):
+                await self._changed.wait()
 
 
 def _workers(cluster: Cluster, names: ServedNames) -> Iterator[Worker]:

@@ -1,7 +1,7 @@
-"""Ends the launcher's workers if the launcher is gone, even by SIGKILL: python -m qsun.serve.launch.warden.
+"""Ends the workers of a launcher that died, even by SIGKILL: python -m qsun.serve.launch.watchdog.
 
-It reads lines from stdin, which only the launcher holds open: "+PID" for a process group to watch over, "-PID" for one
-that the launcher has ended itself. At the end of its input it ends what is left, and itself.
+It reads lines from its stdin, which only the launcher holds open: "+PID" adds a process group to watch, "-PID" removes
+one that the launcher has ended itself. At the end of its input it ends the remaining groups and exits.
 """
 
 import os
@@ -15,7 +15,7 @@ _POLL_SECONDS = 0.05
 
 
 def watched_groups(lines: Iterable[str]) -> set[int]:
-    """Process groups that are still to be ended when the lines end."""
+    """Return the process groups that remain to be ended after these lines."""
     groups: set[int] = set()
     for line in lines:
         sign, pid = line[:1], int(line[1:])
@@ -24,7 +24,7 @@ def watched_groups(lines: Iterable[str]) -> set[int]:
 
 
 def end_groups(groups: Collection[int], grace_seconds: float = GRACE_SECONDS) -> None:
-    """SIGTERM to process groups, and SIGKILL to what is left of them after the grace period."""
+    """Send SIGTERM to process groups, and SIGKILL to those that remain after the grace period."""
     left = {group for group in groups if signal_group(group, signal.SIGTERM)}
     deadline = time.monotonic() + grace_seconds
     while left and time.monotonic() < deadline:
@@ -35,7 +35,7 @@ def end_groups(groups: Collection[int], grace_seconds: float = GRACE_SECONDS) ->
 
 
 def signal_group(group: int, number: int) -> bool:
-    """Send a signal to a process group; False where it has no process any more."""
+    """Send a signal to a process group. Return False if it has no process any more."""
     try:
         os.killpg(group, number)
     except ProcessLookupError:
@@ -45,7 +45,7 @@ def signal_group(group: int, number: int) -> bool:
 
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # it leaves with the launcher, and not before
+        signal.signal(number, signal.SIG_IGN)  # it must outlive the launcher
     end_groups(watched_groups(sys.stdin))
 
 

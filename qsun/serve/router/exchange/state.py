@@ -6,7 +6,7 @@ import socket
 import httpx
 
 from qsun.serve.cluster.modules import ServedNames
-from qsun.serve.cluster.schema import Cluster, Limits
+from qsun.serve.cluster.schema import Cluster, RequestLimits
 from qsun.serve.http.admission import Admission
 from qsun.serve.router.exchange.health import HealthChecks
 from qsun.serve.router.exchange.metrics import RouterMetrics
@@ -50,7 +50,7 @@ class RouterState:
         self.health.watch()
 
 
-def _client(limits: Limits) -> httpx.AsyncClient:
+def _client(limits: RequestLimits) -> httpx.AsyncClient:
     """Connections to workers: bounded, no redirects, no proxy out of the environment."""
     at_once = 2 * limits.concurrent_requests + 64
     bounds = httpx.Limits(max_connections=at_once, max_keepalive_connections=64, keepalive_expiry=_KEEP_ALIVE_SECONDS)
