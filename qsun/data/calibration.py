@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from qsun.data.chat import assistant_turns, render_turn
+from qsun.data.chat import assistant_turns, render_turn, rendered_tokens
 from qsun.data.jsonl import read_rows, text_of
 from qsun.errors import QsunError
 from qsun.model.locate import encode
@@ -202,10 +202,10 @@ def _samples_of_rows(
     samples: list[Sample] = []
     for where, row in rows:
         if "messages" in row:
-            samples.append(_chat_sample(tokenizer, row["messages"], seq_len, where))
+            samples.append(_chat_sample(tokenizer, row, seq_len, where))
         elif "prompt" in row and "response" in row:
             prompt = encode(tokenizer, text_of(row, "prompt", where))
-            response = tokenizer(text_of(row, "response", where), add_special_tokens=False)["input_ids"]
+            response = rendered_tokens(tokenizer, text_of(row, "response", where))
             samples.append(_decode_sample(prompt, [*response, *_end(tokenizer)], seq_len, where))
         elif "text" in row:
             texts.append(text_of(row, "text", where))
@@ -223,13 +223,13 @@ def _samples_of_rows(
 _ROWS_AT_MOST = 100_000  # a streamed data set can be endless
 
 
-def _chat_sample(tokenizer: Any, messages: Any, seq_len: int, where: str) -> Sample:
+def _chat_sample(tokenizer: Any, row: Mapping[str, Any], seq_len: int, where: str) -> Sample:
     """The last assistant turn is the response; all before it, as the model's template renders it, is the prompt."""
-    prompt, whole = render_turn(tokenizer, messages, assistant_turns(tokenizer, messages, where)[-1], where)
+    prompt, whole = render_turn(tokenizer, row, assistant_turns(row["messages"], where)[-1], where)
     if not whole.startswith(prompt):
         prompt = ""  # a template that rewrites earlier turns: count every position
-    head = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
-    tail = tokenizer(whole[len(prompt) :], add_special_tokens=False)["input_ids"]
+    head = rendered_tokens(tokenizer, prompt) if prompt else []
+    tail = rendered_tokens(tokenizer, whole[len(prompt) :])
     return _decode_sample(head, tail, seq_len, where)
 
 

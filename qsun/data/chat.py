@@ -1,5 +1,12 @@
-"""Chat messages as text, through the model's own template."""
+"""Chats as text and token ids, through the model's own template.
 
+Tuning, calibration, evaluation and serving all render here, so that the same messages are the same tokens everywhere.
+A template writes all special tokens itself: what it renders is tokenized without adding any.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from jinja2 import TemplateError
@@ -7,34 +14,135 @@ from jinja2 import TemplateError
 from qsun.data.jsonl import checked_text
 from qsun.errors import QsunError
 
+Message = Mapping[str, Any]
 
-def assistant_turns(tokenizer: Any, messages: Any, where: str) -> list[int]:
-    """Places of the assistant's messages that have something before them. Raises QsunError where there is none."""
+
+def chat_tokens(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    template_args: Mapping[str, Any] | None = None,
+) -> list[int]:
+    """Return the token ids of a conversation; see `chat_text`."""
+    text = chat_text(
+        tokenizer,
+        messages,
+        tools=tools,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+        template_args=template_args,
+    )
+    return rendered_tokens(tokenizer, text)
+
+
+def chat_text(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    template_args: Mapping[str, Any] | None = None,
+) -> str:
+    """Render a conversation with the model's chat template.
+
+    Args:
+        messages: in OpenAI's form; content may be a list of text parts, and arguments of tool calls JSON text.
+        tools: schemas of the functions that the model may call, in OpenAI's form.
+        add_generation_prompt: end where the assistant's answer begins.
+        continue_final_message: leave the last message open instead, for the model to continue.
+        template_args: further variables of the template, such as enable_thinking.
+    Raises:
+        QsunError: no template, or one that refuses these messages.
+    """
     if not getattr(tokenizer, "chat_template", None):
-        raise QsunError(f"{where}: has chat messages, but the model's tokenizer has no chat template")
+        raise QsunError("the model's tokenizer has no chat template; give the prompt as text")
+    try:
+        return tokenizer.apply_chat_template(
+            [_as_templates_expect(message) for message in messages],
+            tools=list(tools) if tools else None,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            continue_final_message=continue_final_message,
+            **(template_args or {}),
+        )
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        raise QsunError(f"the model's chat template refuses these messages: {error}") from None
+
+
+def rendered_tokens(tokenizer: Any, text: str) -> list[int]:
+    """Tokenize what a template rendered, or what follows a prompt: no special tokens are added."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _as_templates_expect(message: Message) -> dict[str, Any]:
+    """Join text parts to one string and parse arguments of tool calls, which OpenAI's API sends as JSON text."""
+    plain = dict(message)
+    content = plain.get("content")
+    if isinstance(content, (list, tuple)):
+        plain["content"] = "".join(_text_of_part(part) for part in content)
+    calls = plain.get("tool_calls")
+    if isinstance(calls, (list, tuple)):
+        plain["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
+    return plain
+
+
+def _text_of_part(part: Any) -> str:
+    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    raise ValueError(f"a content part is {part!r:.60}; only parts of type text are supported")
+
+
+def _with_parsed_arguments(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    arguments = isinstance(function, Mapping) and function.get("arguments")
+    if not isinstance(function, Mapping) or not isinstance(arguments, str):
+        return call
+    try:
+        parsed = json.loads(arguments or "{}")
+    except json.JSONDecodeError:
+        return call  # the template prints the text as it is
+    return {**call, "function": {**function, "arguments": parsed}}
+
+
+def assistant_turns(messages: Any, where: str) -> list[int]:
+    """Return the places of the assistant's messages that follow another message. Raises QsunError if there are none."""
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise QsunError(f"{where}: 'messages' is no list of objects with role and content")
+        raise QsunError(f"{where}: 'messages' is not a list of objects with role and content")
     turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant" and i]
     if not turns:
         raise QsunError(f"{where}: messages need an assistant turn after a prompt")
     return turns
 
 
-def render_turn(tokenizer: Any, messages: list[dict[str, Any]], turn: int, where: str) -> tuple[str, str]:
-    """Text before the answer at `turn`, and text up to its end; usually, but not always, the one begins the other."""
+def render_turn(tokenizer: Any, row: Mapping[str, Any], turn: int, where: str) -> tuple[str, str]:
+    """Render the text before the answer at `turn`, and the text up to its end.
+
+    Usually, but not always, the second begins with the first. row: messages, and tools where they are offered.
+    """
+    messages, tools = row["messages"], tools_of(row, where)
     try:
-        prompt = tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise QsunError(f"{where}: the model's chat template refuses these messages: {error}") from None
+        prompt = chat_text(tokenizer, messages[:turn], tools=tools)
+        whole = chat_text(tokenizer, messages[: turn + 1], tools=tools, add_generation_prompt=False)
+    except QsunError as error:
+        raise QsunError(f"{where}: {error}") from None
     return checked_text(prompt, where), checked_text(whole, where)
 
 
+def tools_of(row: Mapping[str, Any], where: str) -> list[dict[str, Any]] | None:
+    """Return the schemas in a row's `tools`, a list or JSON text of one; None where there are none."""
+    tools = row.get("tools")
+    if isinstance(tools, str):
+        with suppress(json.JSONDecodeError):
+            tools = json.loads(tools) if tools.strip() else None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise QsunError(f"{where}: 'tools' is {tools!r:.40}, not a list of function schemas")
+    return tools or None
+
+
 def render_prompt(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
-    """Text of a conversation up to where the assistant's answer begins. Raises QsunError where the template refuses."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise QsunError("the model's tokenizer has no chat template; use /v1/completions")
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise QsunError(f"the model's chat template refuses these messages: {error}") from None
+    """Render a conversation up to where the assistant's answer begins."""
+    return chat_text(tokenizer, messages)

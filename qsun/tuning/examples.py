@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qsun.data.chat import assistant_turns, render_turn
+from qsun.data.chat import assistant_turns, render_turn, rendered_tokens
 from qsun.data.jsonl import read_rows, text_of
 from qsun.errors import QsunError
 from qsun.model.locate import encode
@@ -54,10 +54,10 @@ def read_examples(
 
 def _examples_of(row: Mapping[str, Any], tokenizer: Any, where: str) -> Iterator[Example]:
     if "messages" in row:
-        yield from _chat_examples(tokenizer, row["messages"], where)
+        yield from _chat_examples(tokenizer, row, where)
     elif "prompt" in row and "response" in row:
         prompt = encode(tokenizer, text_of(row, "prompt", where))
-        response = tokenizer(text_of(row, "response", where), add_special_tokens=False, verbose=False)["input_ids"]
+        response = rendered_tokens(tokenizer, text_of(row, "response", where))
         yield _example(tokenizer, prompt, response, where)
     else:
         raise QsunError(f"{where}: needs 'messages', or 'prompt' and 'response'; it has {', '.join(row) or 'nothing'}")
@@ -74,18 +74,15 @@ def _example(tokenizer: Any, prompt: list[int], response: list[int], where: str)
     return Example(tuple(prompt), tuple(response))
 
 
-def _chat_examples(tokenizer: Any, messages: Any, where: str) -> Iterator[Example]:
-    for turn in assistant_turns(tokenizer, messages, where):
-        prompt, whole = render_turn(tokenizer, messages, turn, where)
+def _chat_examples(tokenizer: Any, row: Mapping[str, Any], where: str) -> Iterator[Example]:
+    for turn in assistant_turns(row["messages"], where):
+        prompt, whole = render_turn(tokenizer, row, turn, where)
         if not whole.startswith(prompt):
             raise QsunError(
                 f"{where}: the model's chat template renders the prompt of message {turn} differently once it is "
                 "answered; give 'prompt' and 'response' instead"
             )
-        head, tail = (
-            tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-            for text in (prompt, whole[len(prompt) :])
-        )
+        head, tail = (rendered_tokens(tokenizer, text) for text in (prompt, whole[len(prompt) :]))
         yield _example(tokenizer, head, tail, where)
 
 

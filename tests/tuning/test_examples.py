@@ -82,7 +82,7 @@ def test_long_examples_are_left_out_and_counted(read):
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\ud83db"}]},
             "line 1: half of a surrogate pair",
         ),
-        ({"messages": "hello"}, "'messages' is no list"),
+        ({"messages": "hello"}, "'messages' is not a list"),
         ({"messages": [{"role": "user", "content": "a"}]}, "need an assistant turn after a prompt"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, "need an assistant turn after a prompt"),
         (

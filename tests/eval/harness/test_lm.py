@@ -13,6 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from safetensors.torch import load_file, save_file
 
 import qsun
+from qsun.data.chat import chat_tokens
 from qsun.demo import base_directory
 from qsun.eval.harness.lm import CPU_BATCH, QsunLM
 from tests.eval.harness.lm_requests import SPLIT_TWICE, brute_force, instances, pairs
@@ -239,6 +240,23 @@ def test_stop_strings_with_special_tokens(special_letter, until):
     without = instances("generate_until", [(prompt, {"until": [], "max_gen_toks": 30}) for prompt in prompts])
     if any("e" in stop for stop in until):
         assert answers != lm.generate_until(without, **QUIET)
+
+
+def test_chats_are_the_tokens_that_serving_renders():
+    """The demo's tokenizer adds a first token to text; this template writes none, so the prompt has none."""
+    lm = QsunLM(decode="demo", **CPU)
+    lm.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}[{{ m.content }}]"
+        "{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    assert lm.tok_encode("a")[0] == lm.tokenizer.bos_token_id
+    chat = [{"role": "user", "content": "ab"}]
+    text = lm.apply_chat_template(chat)
+    assert lm.tok_encode(text) == lm.tok_batch_encode([text])[0][0].tolist() == chat_tokens(lm.tokenizer, chat)
+    assert lm.apply_chat_template([{"role": "system", "content": "x"}, *chat]) == text == "[ab]>"
+    lm.tokenizer.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(qsun.QsunError, match="refuses these messages"):
+        lm.apply_chat_template(chat)
 
 
 def test_sampling_is_seeded_and_repeats_differ():
