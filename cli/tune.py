@@ -65,7 +65,7 @@ def tune(
     from qsun.tuning.tuner import run_tuning
 
     job = prepare_tuning(decode, out, data, settings, base, eval_data or None, init, device, resume)
-    processes = Processes(job.device)
+    processes = Processes.launched(job.device)
     plan = job.plan(processes.count)
     if dry_run:
         if processes.first:

@@ -1,7 +1,7 @@
 """Gradient checkpointing that keeps the KV cache.
 
-transformers' own drops the cache in training, which would cut the prefill module off from the loss. Here each block is
-recomputed in the backward pass with its K and V as results, and the cache is filled outside of what is recomputed.
+transformers' own drops the cache in training, which would cut the prefill module off from the loss. Here each block
+returns its K and V and is recomputed in the backward pass; the cache is filled outside of what is recomputed.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from qsun.runtime.decode_cache import CACHE_ARGUMENT
 
 @contextmanager
 def recomputed(*models: Any) -> Iterator[None]:
-    """Within, forward passes of these models keep only what enters and leaves each block, and its K and V."""
+    """Make forward passes of these models keep only what enters and leaves each block, and its K and V."""
     layers = [(index, layer) for model in models for index, layer in enumerate(model.model.layers)]
     for index, layer in layers:
         layer.forward = partial(_block, layer.forward, index)
@@ -26,7 +26,7 @@ def recomputed(*models: Any) -> Iterator[None]:
         yield
     finally:
         for _, layer in layers:
-            layer.__dict__.pop("forward", None)  # the class's own again
+            layer.__dict__.pop("forward", None)  # restores the class's own
 
 
 def _block(forward: Any, index: int, hidden: Tensor, *args: Any, **arguments: Any) -> Any:
@@ -40,22 +40,22 @@ def _block(forward: Any, index: int, hidden: Tensor, *args: Any, **arguments: An
 
 
 def kv_of(cache: Any, index: int) -> tuple[Tensor | None, Tensor | None]:
-    """K and V of a layer of transformers' cache, where there are some."""
-    written = cache.layers[index] if cache is not None and index < len(cache.layers) else None
-    return (None, None) if written is None else (written.keys, written.values)
+    """Return K and V of a layer of transformers' cache, (None, None) if there are none."""
+    layer = cache.layers[index] if cache is not None and index < len(cache.layers) else None
+    return (None, None) if layer is None else (layer.keys, layer.values)
 
 
 def with_kv(
     block: Any, hidden: Tensor, keys: Tensor | None, values: Tensor | None, args: Any = (), arguments: Any = None
 ) -> tuple[Any, Tensor, Tensor]:
-    """Run a block with its K and V as results: (output, new keys, new values); keys, values: what was cached before."""
-    one = _OneBlock(keys, values)
-    output = block(hidden, *args, **{CACHE_ARGUMENT: one}, **(arguments or {}))
-    return output, *one.new
+    """Run a block after cached keys and values. Returns its output, new keys and new values."""
+    cache = _BlockCache(keys, values)
+    output = block(hidden, *args, **{CACHE_ARGUMENT: cache}, **(arguments or {}))
+    return output, *cache.new
 
 
-class _OneBlock:
-    """What a block's attention writes to: what was there before, and what is new."""
+class _BlockCache:
+    """The cache of one block: it hands the attention old and new K and V together, and remembers the new."""
 
     def __init__(self, keys: Tensor | None, values: Tensor | None):
         self.before = None if keys is None or values is None else (keys, values)

@@ -1,4 +1,4 @@
-"""The one configuration object of tuning: from the command line, YAML or Python; validated here, saved with it all."""
+"""The settings of tuning: built from the command line, YAML or Python, validated here, saved with the result."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,21 +13,21 @@ BASELINES = ("none", "full")
 
 @dataclass(frozen=True)
 class TuneConfig:
-    """Everything that decides a prefill module, but its base, its decode module and the data.
+    """Everything that decides a prefill module, apart from its base, its decode module and the data.
 
     Attributes:
-        epochs: passes over the training data. steps: optimizer steps instead, where it is not 0.
+        epochs: passes over the training data. steps: if not 0, optimizer steps instead.
         lr: peak learning rate; 0 chooses one from the model's width (`peak_lr`).
         batch_size: examples of one optimizer step, over all processes and pieces.
-        grad_accum: pieces that each process cuts its share into.
+        grad_accum: pieces in which each process computes its share of a step.
         grad_checkpoint: compute each block's activations again in the backward pass instead of keeping them.
-        shard: each of several processes holds a share of all weights instead of all of them (sharded.py).
+        shard: each process holds a share of all weights instead of all of them (sharded.py).
         max_len: tokens of prompt and response; longer examples are left out, and counted in the report.
-        warmup: fraction of the steps in which the rate rises; it then falls along a cosine to min_lr of its peak.
-        clip: largest norm of the gradient. weight_decay: AdamW's.
+        warmup: fraction of the steps over which the rate rises; it then falls along a cosine to min_lr of its peak.
+        clip: largest norm of the gradient. weight_decay: of AdamW.
         lora_rank: 0 tunes all weights; otherwise a LoRA adapter of this rank (lora_alpha is twice the rank).
         eval_every: steps between validations; 0: ten in a run.
-        valid_fraction: of the training data, held out where no validation data is given.
+        valid_fraction: of the training data, held out if no validation data is given.
         baseline: "full" trains the conventional full fine-tune instead of a prefill module.
         dtype: of the forward pass; auto is float32 on a CPU and the base's own on a GPU. Master weights are float32.
     """
@@ -73,11 +73,16 @@ class TuneConfig:
             ("seed", 0, 2**32 - 1),
         ):
             check_between(name, getattr(self, name), low, high)
-        if self.baseline == "full" and self.lora_rank:
+        if self.fine_tune and self.lora_rank:
             raise QsunError(f"baseline full tunes all weights, but lora_rank is {self.lora_rank}; leave one out")
 
+    @property
+    def fine_tune(self) -> bool:
+        """Whether a conventional full fine-tune is trained, to compare with."""
+        return self.baseline == "full"
+
     def peak_lr(self, hidden_size: int) -> float:
-        """lr, or one that falls with the model's width: 3e-3 at 128 (docs/tuning.md), five times that for LoRA."""
+        """Return lr, or one that falls with the model's width: 3e-3 at 128 (docs/tuning.md), 5 times that for LoRA."""
         return self.lr or 3e-3 * (128 / hidden_size) ** 1.5 * (5 if self.lora_rank else 1)
 
     def to_dict(self) -> dict[str, Any]:
@@ -85,7 +90,7 @@ class TuneConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TuneConfig":
-        """Raises QsunError for a key that is not a setting, or a value that does not fit."""
+        """Build settings from plain values. Raises QsunError for an unknown key or an invalid value."""
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(map(str, set(values) - known))
         if unknown:

@@ -1,4 +1,4 @@
-"""A request to tune, checked: everything that can be refused is refused here, before weights are loaded."""
+"""A request to tune, checked: what can be refused is refused here, before weights are loaded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from qsun.device import compute_dtype, default_device
 from qsun.errors import QsunError
 from qsun.model.checkpoint import Checkpoint, read_json
 from qsun.model.locate import find_model, load_tokenizer
-from qsun.model.lora import ADAPTER_CONFIG, adapter_base
+from qsun.model.lora import ADAPTER_CONFIG, Adapter, AdapterSettings, adapter_base, fresh_adapter, stored_adapter
 from qsun.model.output_dir import check_free
 from qsun.model.pairing import base_fingerprint, check_pair, differences, find_base, read_manifest, weights_fingerprint
 from qsun.model.skeleton import EMBEDDING, empty_model, read_model_config
@@ -24,10 +24,10 @@ class TuneJob:
     """A checked request.
 
     Attributes:
-        decode, base: directories; start: where the tuned weights begin: base, or the module given as `init`.
-        names: what the user called decode and base.
+        decode, base: directories. start: directory of the first weights: base, or the module given as `init`.
+        names: decode, base and data as the user named them.
         fingerprints: of base, decode and start.
-        too_long: examples left out for max_len.
+        too_long: number of examples that max_len left out.
     """
 
     out: Path
@@ -53,11 +53,24 @@ class TuneJob:
         return self.config.peak_lr(read_model_config(self.base).hidden_size)
 
     @property
-    def adapter(self) -> bool:
-        return bool(self.config.lora_rank) or (self.start / ADAPTER_CONFIG).exists()
+    def continues_adapter(self) -> bool:
+        """Whether `start` is an adapter, which is tuned further."""
+        return (self.start / ADAPTER_CONFIG).exists()
+
+    @property
+    def weights(self) -> Path:
+        """Directory of full weights: start, or the base of an adapter."""
+        return adapter_base(self.start) if self.continues_adapter else self.start
+
+    def first_adapter(self, model: Any) -> Adapter | None:
+        """Return the first weights of an adapter of this model, which may be on the meta device, if one is tuned."""
+        rank = self.config.lora_rank
+        if self.continues_adapter:
+            return stored_adapter(model, self.start)
+        return fresh_adapter(model, AdapterSettings(rank, 2 * rank), self.config.seed) if rank else None
 
     def settings(self) -> dict[str, Any]:
-        """Everything that decides the weights, for a resumed run to be held to: not how they are held."""
+        """Return everything that decides the weights; a resumed run must have the same."""
         data = {"train": fingerprint(self.train), "valid": fingerprint(self.valid)}
         return {
             **{key: value for key, value in self.config.to_dict().items() if key != "shard"},
@@ -68,9 +81,9 @@ class TuneJob:
         }
 
     def plan(self, processes: int = 1) -> dict[str, Any]:
-        """What the run is going to be; bytes are estimates for one of the processes, without activations.
+        """Describe the run. Bytes are estimates, without activations.
 
-        With `shard`, shared_bytes is what all processes hold together, and of which each has its part.
+        memory_bytes is for each process; with `shard`, shared_bytes is what all of them hold together.
         """
         model = empty_model(read_model_config(self.base))
         weights = sum(parameter.numel() for parameter in model.parameters())
@@ -92,20 +105,20 @@ class TuneJob:
         }
 
     def _memory_bytes(self, model: Any, weights: int, processes: int) -> tuple[int, int]:
-        """In one process, and shared out over all of them."""
-        rank, full = self.config.lora_rank, self.config.baseline == "full"
+        """Return the bytes of one process, and those that are spread over all of them."""
+        rank, fine_tune = self.config.lora_rank, self.config.fine_tune
         tuned = sum(rank * sum(p.shape) for p in model.parameters() if p.ndim == 2) if rank else weights
         item = torch.finfo(self.dtype).bits // 8
         if not self.config.shard:
             gradient = 4 + item if item < 4 else 4
-            return (1 if full else 2) * weights * item + tuned * (12 + gradient), 0
+            return (1 if fine_tune else 2) * weights * item + tuned * (12 + gradient), 0
         stored = Checkpoint(self.decode)
         quantized = bool(read_json(self.decode / "config.json").get("quantization_config"))
         frozen = stored.size_bytes(stored.names()) if quantized else weights * item
-        shared = (0 if full else frozen) + (weights * item if rank else 0) + tuned * 16
+        shared = (0 if fine_tune else frozen) + (weights * item if rank else 0) + tuned * 16
         block = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
         embedding = model.model.embed_tokens.weight.numel()
-        # gathered: a block, the next one, and the gradient of one; or an embedding, with its gradient
+        # gathered at a time: two blocks and the gradient of one, or an embedding and its gradient
         gathered = max(block * (3 * item + 4), embedding * (2 * item + 4))
         return shared // processes + gathered, shared
 
@@ -121,7 +134,7 @@ def prepare_tuning(
     device: str | torch.device | None = None,
     resume: bool = False,
 ) -> TuneJob:
-    """Check everything that can be checked before work starts. Writes nothing. Raises QsunError; see `tune`."""
+    """Check what can be checked before work starts; write nothing. Raises QsunError; see `tune`."""
     config, out = config or TuneConfig(), Path(out)
     check_free(out, resume)
     decode_dir = find_model(str(decode))
@@ -133,7 +146,7 @@ def prepare_tuning(
     if wanted and wanted != fingerprints["base"]:
         raise QsunError(
             f"{base_dir} is not the base that {decode} was made from: their fingerprints differ "
-            f"({fingerprints['base'][:12]} and {wanted[:12]}); give that one with --base"
+            f"({fingerprints['base'][:12]} and {wanted[:12]}); give the right one with --base"
         )
     found = differences(base_dir, decode_dir)
     if found:
@@ -163,7 +176,7 @@ def _find_start(init: str, decode_dir: Path, config: TuneConfig) -> Path:
     if config.lora_rank:
         raise QsunError(f"lora_rank {config.lora_rank} with an init: what is tuned follows {init}; leave one out")
     if (start / ADAPTER_CONFIG).exists():
-        adapter_base(start)
-        if config.baseline == "full":
+        adapter_base(start)  # raises if it is missing or another
+        if config.fine_tune:
             raise QsunError(f"baseline full tunes all weights, but {init} is an adapter; leave one of them out")
     return start

@@ -1,4 +1,4 @@
-"""The two modules of a tuning run, whole in this process; sharded.py has those that are spread over all processes."""
+"""The two modules of a tuning run, whole in each process; sharded.py spreads them over all processes."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -8,40 +8,40 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qsun.model.lora import ADAPTER_CONFIG, Adapter, AdapterSettings, adapter_base, new_adapter, read_adapter
+from qsun.model.lora import Adapter, place_adapter
 from qsun.runtime.decode_module import load_decode
 from qsun.runtime.prefill_module import load_prefill
 from qsun.runtime.seam import SeamBatch, monolithic_logits, seam_logits
 from qsun.tuning.checkpointing import recomputed
 from qsun.tuning.examples import Example, collate
 from qsun.tuning.job import TuneJob
-from qsun.tuning.optimizer import Weights, used_parameters
+from qsun.tuning.optimizer import Optimizer, used_parameters
 from qsun.tuning.processes import Processes
 
 
 class TuneModels(Protocol):
-    """What the tuner asks of the modules, however their weights are held.
+    """What the tuner needs from the modules, however their weights are held.
 
     Attributes:
-        adapter: as it is at the start, where one is tuned.
-        weights: those that are tuned.
-        in_step: every process must run as many passes as the others, since they exchange weights in each.
+        adapter: its first weights, if an adapter is tuned.
+        optimizer: of the weights that are tuned.
+        in_step: all processes must run the same number of passes, since they exchange weights in each.
     """
 
     adapter: Adapter | None
-    weights: Weights
+    optimizer: Optimizer
     in_step: bool
 
     def batch(self, examples: Sequence[Example]) -> SeamBatch | None:
-        """The examples side by side; None where there is nothing to compute."""
+        """Put the examples side by side; None if there is nothing to compute."""
         ...
 
     def logits(self, batch: SeamBatch) -> Tensor:
-        """Of the decode module over `rest`, behind the prefill module; of the fine-tune alone for a baseline."""
+        """Return logits over `rest`: of the decode module after the prefill module, or of a fine-tune alone."""
         ...
 
     def read_back(self, directory: Path) -> None:
-        """Replace what was tuned, which is let go, by a finished directory."""
+        """Release what was tuned and load a finished directory in its place."""
         ...
 
 
@@ -52,43 +52,40 @@ class WholeModels:
 
     def __init__(self, job: TuneJob, processes: Processes):
         self.job, self.processes = job, processes
-        self.full = job.config.baseline == "full"
-        self.adapter: Adapter | None = None
-        self.model: Any = self._load_model()
-        self.decode: Any = self.model if self.full else load_decode(job.decode, processes.device, job.dtype).model
-        self.weights: Weights = Weights(self.model, job.config.weight_decay, processes)
-
-    def _load_model(self) -> Any:
-        job = self.job
-        continued = (job.start / ADAPTER_CONFIG).exists()
-        start = adapter_base(job.start) if continued else job.start
-        model: Any = load_decode(start, self.processes.device, job.dtype).model
-        if continued:
-            self.adapter = read_adapter(model, job.start)
-        elif job.config.lora_rank:
-            self.adapter = new_adapter(model, adapter_settings(job), job.config.seed)
-        else:
-            model.requires_grad_(True)
-        if not self.full:
-            used = used_parameters(model)
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(parameter.requires_grad and name in used)
-        return model.eval()  # no dropout: the module writes KV as it will in service
+        self.model: Any = load_decode(job.weights, processes.device, job.dtype).model
+        self.adapter = make_trainable(self.model, job)
+        self.model.eval()  # no dropout: the module writes KV as it does when it serves
+        self.decode = self.model
+        if not job.config.fine_tune:
+            self.decode = load_decode(job.decode, processes.device, job.dtype).model
+        self.optimizer: Optimizer = Optimizer(self.model, job.config.weight_decay, processes)
 
     def batch(self, examples: Sequence[Example]) -> SeamBatch | None:
         return collate(examples).to(self.processes.device) if examples else None
 
     def logits(self, batch: SeamBatch) -> Tensor:
         recompute = self.job.config.grad_checkpoint and torch.is_grad_enabled()
-        models = [self.model] if self.full else [self.model, self.decode]
-        with recomputed(*models) if recompute else nullcontext():
-            return monolithic_logits(self.model, batch) if self.full else seam_logits(self.model, self.decode, batch)
+        with recomputed(*{self.model, self.decode}) if recompute else nullcontext():
+            if self.job.config.fine_tune:
+                return monolithic_logits(self.model, batch)
+            return seam_logits(self.model, self.decode, batch)
 
     def read_back(self, directory: Path) -> None:
-        del self.weights, self.model
+        del self.optimizer, self.model
         self.model = load_prefill(directory, dtype=self.job.dtype, device=self.processes.device).model
 
 
-def adapter_settings(job: TuneJob) -> AdapterSettings:
-    """Of a fresh adapter."""
-    return AdapterSettings(job.config.lora_rank, 2 * job.config.lora_rank)
+def make_trainable(model: Any, job: TuneJob) -> Adapter | None:
+    """Let those parameters require gradients that the job tunes. Returns the adapter that it put on the model, if any.
+
+    model: may be on the meta device.
+    """
+    adapter = job.first_adapter(model)
+    model.requires_grad_(adapter is None)
+    if adapter is not None:
+        place_adapter(model, adapter)
+    if not job.config.fine_tune:
+        used = used_parameters(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and name in used)
+    return adapter

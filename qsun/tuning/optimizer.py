@@ -1,4 +1,4 @@
-"""The weights that are tuned: which of them matter, their float32 masters, and the optimizer."""
+"""The optimizer: which parameters matter, their float32 master weights, AdamW, and the learning rate."""
 
 import math
 from typing import Any
@@ -12,10 +12,10 @@ from qsun.tuning.split_tensors import SplitTensors
 
 
 def used_parameters(model: Any) -> set[str]:
-    """Names of the parameters that a prefill module's KV cache depends on.
+    """Return the names of the parameters that a prefill module's KV cache depends on.
 
-    Not among them are lm_head, the final norm, and the last layer's q, o and MLP: nothing reads what they compute.
-    Found by walking the graph of a forward pass over two tokens, so it holds for every family and for adapters.
+    They are found by walking the graph of a forward pass over two tokens, so it works for every family and for
+    adapters. The head, the final norm, and the last layer's q, o and MLP are not among them.
     """
     device = model.model.embed_tokens.weight.device
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=device)
@@ -39,13 +39,13 @@ def used_parameters(model: Any) -> set[str]:
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
 
 
-class Weights:
-    """Trainable parameters with float32 masters and AdamW.
+class Optimizer:
+    """AdamW over float32 master weights of a model's trainable parameters.
 
-    Every process holds all parameters; of the masters and AdamW's moments, 12 bytes a weight, each holds a share.
+    Every process holds all parameters and a share of the masters and of AdamW's moments (12 bytes a weight).
 
     Args:
-        model: parameters that require gradients are tuned, in place.
+        model: its parameters that require gradients are tuned, in place.
 
     Attributes:
         parameters: by name. masters: this process's share; in one process a float32 parameter is its own master.
@@ -54,22 +54,22 @@ class Weights:
     def __init__(self, model: Any, weight_decay: float, processes: Processes):
         self.processes = processes
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.owners = shared_out({name: p.numel() for name, p in self.parameters.items()}, processes.count)
+        self.owners = assign_owners({name: p.numel() for name, p in self.parameters.items()}, processes.count)
         mine = {name: p for name, p in self.parameters.items() if self.owners[name] == processes.rank}
-        self._optimize({name: _master(p, alone=processes.count == 1) for name, p in mine.items()}, weight_decay)
+        self._start({name: _master(p, alone=processes.count == 1) for name, p in mine.items()}, weight_decay)
 
-    def _optimize(self, masters: dict[str, Tensor], weight_decay: float) -> None:
+    def _start(self, masters: dict[str, Tensor], weight_decay: float) -> None:
         self.masters = masters
-        # weight decay pulls norms and biases to 0, where they mean something else than "small"
+        # norms and biases are left out: 0 is not a neutral value for them
         groups = [
             {"params": [m for m in self.masters.values() if m.ndim > 1], "weight_decay": weight_decay},
             {"params": [m for m in self.masters.values() if m.ndim <= 1], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98)) if groups else None
+        self.adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98)) if groups else None
 
     def take_gradients(self) -> None:
-        """Add the parameters' gradients, summed over all processes, to the masters', and clear them."""
+        """Move the parameters' gradients, summed over all processes, to the masters, adding to what is there."""
         for name, parameter in self.parameters.items():
             master = self.masters.get(name)
             if master is parameter:
@@ -83,7 +83,7 @@ class Weights:
 
     @torch.no_grad()
     def step(self, lr: float, clip: float) -> float:
-        """One step of AdamW. Returns the norm of the gradient before clipping."""
+        """Take one step of AdamW. Returns the norm of the gradient before clipping."""
         gradients = [master.grad for master in self.masters.values() if master.grad is not None]
         square = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         for gradient in gradients:
@@ -92,11 +92,11 @@ class Weights:
         norm = float(square.sqrt())
         for gradient in gradients:
             gradient.mul_(min(1.0, clip / (norm + 1e-6)))
-        if self.optimizer is not None:
-            for group in self.optimizer.param_groups:
+        if self.adamw is not None:
+            for group in self.adamw.param_groups:
                 group["lr"] = lr
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            self.adamw.step()
+            self.adamw.zero_grad()
         self._publish()
         return norm
 
@@ -108,40 +108,40 @@ class Weights:
             self.processes.send_from(self.owners[name], parameter.data)
 
     def first_row(self, name: str) -> int:
-        """Of the parameter, where this process's master begins."""
+        """Return the row of the parameter at which this process's master begins."""
         return 0
 
     def tuned(self) -> dict[str, Tensor]:
-        """This process's share of the current weights, in the computation's dtype."""
+        """Return this process's share of the current weights, in the computation's dtype."""
         return {name: self.parameters[name].detach() for name in self.masters}
 
     def state(self) -> dict[str, Tensor]:
-        """This process's share of what a resumed run needs."""
+        """Return this process's share of what a resumed run needs."""
         kept: dict[str, Tensor] = {}
         for name, master in self.masters.items():
             kept[f"master.{name}"] = master.detach()
-            moments = {} if self.optimizer is None else self.optimizer.state[master]
+            moments = {} if self.adamw is None else self.adamw.state[master]
             kept |= {f"{key}.{name}": value.detach() for key, value in moments.items()}
         return kept
 
     @torch.no_grad()
     def restore(self, kept: SplitTensors) -> None:
-        """Continue from the `state` of all processes, however many there were and however they shared."""
+        """Continue from the `state` of all processes; they may have been more or fewer than now."""
         for name, master in self.masters.items():
             first = self.first_row(name)
             last = first + master.shape[0]
             master.copy_(kept.rows(f"master.{name}", first, last))
             moments = [key for key in _MOMENTS if f"{key}.{name}" in kept]  # there are none before the first step
-            if moments and self.optimizer is not None:
+            if moments and self.adamw is not None:
                 loaded = {key: kept.rows(f"{key}.{name}", first, last) for key in moments}
-                self.optimizer.state[master] = {
+                self.adamw.state[master] = {
                     key: value.to("cpu" if key == "step" else master.device) for key, value in loaded.items()
                 }
         self._publish()
 
 
-def shared_out(sizes: dict[str, int], count: int) -> dict[str, int]:
-    """Which of `count` processes owns each name: the largest first, each to who has least."""
+def assign_owners(sizes: dict[str, int], count: int) -> dict[str, int]:
+    """Assign each name to one of `count` processes, in order of size, always to the least loaded."""
     loads, owners = [0] * count, {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         owners[name] = loads.index(min(loads))
@@ -157,7 +157,10 @@ def _master(parameter: Tensor, alone: bool) -> Tensor:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float, lowest: float) -> float:
-    """Of a step counted from 0: a linear rise over `warmup` of the steps, then a cosine to `lowest` * peak."""
+    """Return the rate of a step, counted from 0: a linear rise over `warmup` of the steps, then a cosine.
+
+    The cosine ends at `lowest` * peak.
+    """
     rise = max(1, round(warmup * steps))
     if step < rise:
         return peak * (step + 1) / rise

@@ -1,4 +1,4 @@
-"""A tuned module on disk: a plain Hugging Face directory or a LoRA adapter, its qsun.json, report and picture."""
+"""A tuned module on disk: a Hugging Face directory or a LoRA adapter, with its qsun.json and the loss curve."""
 
 import shutil
 from collections.abc import Mapping
@@ -19,11 +19,11 @@ MAX_SHARD_BYTES = 4 << 30
 
 
 def write_module(job: TuneJob, work: Workdir, tuned: Mapping[str, Tensor], adapter: Adapter | None) -> Path:
-    """All files but the report. Weights that were not tuned are those of the start, byte for byte.
+    """Write all files except the report. Weights that were not tuned are those of the start, byte for byte.
 
     Args:
-        tuned: the best weights by parameter name; each is asked for once, and let go.
-        adapter: as it was at the start, where there is one.
+        tuned: the best weights by parameter name; each is read once.
+        adapter: as it was at the start, if one was tuned.
     """
     directory = work.fresh_module()
     if adapter is not None:
@@ -41,7 +41,7 @@ def write_module(job: TuneJob, work: Workdir, tuned: Mapping[str, Tensor], adapt
 
 
 def _write_weights(job: TuneJob, work: Workdir, tuned: Mapping[str, Tensor], directory: Path) -> None:
-    """In the start's own dtypes and names, one part at a time."""
+    """Write weights in the start's dtypes and names, one block at a time."""
     source = Checkpoint(job.start)
     tied = bool(config_json(job.base).get("tie_word_embeddings"))
     names = [name for name in source.names() if not (tied and name == HEAD and EMBEDDING in source)]
@@ -58,20 +58,20 @@ def _write_weights(job: TuneJob, work: Workdir, tuned: Mapping[str, Tensor], dir
 
 
 def _manifest(job: TuneJob, fingerprint: str, directory: Path) -> dict[str, Any]:
-    """qsun.json of a prefill module (or of a conventional fine-tune); pairing.py reads it."""
-    full = job.config.baseline == "full"
+    """Return qsun.json of a prefill module, or of a conventional fine-tune; pairing.py reads it."""
+    fine_tune = job.config.fine_tune
     before = read_manifest(job.start) if job.start != job.base else {}
     lineage = [job.fingerprints["start"], *before.get("lineage", [])] if job.start != job.base else []
     files = sorted(p for p in directory.iterdir() if p.is_file() and p.name != MANIFEST)
     return {
         "qsun_manifest": MANIFEST_VERSION,
-        "kind": "fine_tune" if full else "prefill_module",
+        "kind": "fine_tune" if fine_tune else "prefill_module",
         "base": job.names["base"],
         "base_fingerprint": job.fingerprints["base"],
         "fingerprint": fingerprint,
         "lineage": lineage,
-        "decode": None if full else job.names["decode"],
-        "decode_fingerprint": None if full else job.fingerprints["decode"],
+        "decode": None if fine_tune else job.names["decode"],
+        "decode_fingerprint": None if fine_tune else job.fingerprints["decode"],
         "data": job.names["data"],
         "config": job.config.to_dict(),
         "versions": versions(),
@@ -81,15 +81,15 @@ def _manifest(job: TuneJob, fingerprint: str, directory: Path) -> dict[str, Any]
 
 def _card(job: TuneJob) -> str:
     base, decode = job.names["base"], job.names["decode"]
-    library = "peft" if job.adapter else "transformers"
+    library = "peft" if job.continues_adapter or job.config.lora_rank else "transformers"
     head = f"---\nbase_model: {base}\nlibrary_name: {library}\ntags: [qsun, sun]\n---\n"
-    if job.config.baseline == "full":
-        return f"{head}# {base}: conventional fine-tune\n\nMade by `qsun tune --baseline full` to compare with.\n"
+    if job.config.fine_tune:
+        return f"{head}# {base}: conventional fine-tune\n\nMade by `qsun tune --baseline full`, to compare with.\n"
     return f"""{head}# {base}: prefill module
 
 A prefill module of SUN (arXiv 2603.02599), tuned by [qsun](https://pypi.org/project/qsun/) against the frozen decode
-module `{decode}`. It writes the KV cache of a prompt; the decode module produces every token of the answer. By itself
-it is no useful model.
+module `{decode}`. It writes the KV cache of a prompt; the decode module produces every token of the answer. It is not
+useful as a model by itself.
 
 ```python
 import qsun
@@ -102,7 +102,7 @@ print(qsun.generate(prefill, decode, ["..."]))
 
 
 def plot_losses(report: dict[str, Any], path: Path) -> None:
-    """Training and validation loss by step, and the best checkpoint."""
+    """Draw training and validation loss by step, and mark the best checkpoint."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")

@@ -1,32 +1,33 @@
-"""Several processes that tune together, as `accelerate launch` starts them; one process is the usual case."""
+"""The processes that tune together, as `accelerate launch` starts them; usually there is only one."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
 class Processes:
-    """This process among all. Examples and the optimizer's state are shared out; weights with `shard` only.
+    """This process among all. They share out examples and the optimizer's state, and weights with `shard` only.
 
     Attributes:
-        rank: 0 is the one that writes. count: of processes. device: this process's own.
+        device: this process's own. rank: 0 is the one that writes. count: of processes.
     """
 
-    def __init__(self, device: torch.device):
-        self.rank, self.count, self.device = 0, 1, device
-        if torch.distributed.is_torchelastic_launched() or torch.distributed.is_initialized():
-            from accelerate import PartialState
-
-            state = PartialState(cpu=device.type == "cpu")
-            self.rank, self.count, self.device = state.process_index, state.num_processes, state.device
+    device: torch.device
+    rank: int = 0
+    count: int = 1
 
     @classmethod
-    def alone(cls, device: torch.device) -> "Processes":
-        """This process as if there were no other."""
-        one = cls.__new__(cls)
-        one.rank, one.count, one.device = 0, 1, device
-        return one
+    def launched(cls, device: torch.device) -> "Processes":
+        """Join the processes of `accelerate launch` or torchrun; without them, this process is the only one."""
+        if not (torch.distributed.is_torchelastic_launched() or torch.distributed.is_initialized()):
+            return cls(device)
+        from accelerate import PartialState
+
+        state = PartialState(cpu=device.type == "cpu")
+        return cls(state.device, state.process_index, state.num_processes)
 
     @property
     def first(self) -> bool:
@@ -44,11 +45,11 @@ class Processes:
             torch.distributed.reduce(tensor, rank)
 
     def send_from(self, rank: int, tensor: Tensor) -> None:
-        """Make a tensor the same everywhere, in place."""
+        """Copy a tensor of one process to all others, in place."""
         if self.count > 1:
             torch.distributed.broadcast(tensor, rank)
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process has arrived here."""
         if self.count > 1:
             torch.distributed.barrier()

@@ -1,11 +1,11 @@
-"""The two modules of a tuning run, each process holding a share of every block's weights (torch's FSDP2).
+"""The two modules of a tuning run, with each process holding a share of every block's weights (torch's FSDP2).
 
-A block's weights are gathered when it runs, in the forward and again in the backward pass, and let go after it. FSDP
-knows that a backward pass is about to enter a block from the gradients of the block's *results*. K and V reach the loss
-through the cache as well, and in the last layer of a prefill module in no other way; so here a block returns them, and
-they are put into the cache outside of what FSDP watches.
+A block's weights are gathered when it runs, in the forward and again in the backward pass, and released after it. FSDP
+recognizes that the backward pass enters a block by the gradients of the block's *results*. K and V also reach the loss
+through the cache, in the last layer of a prefill module only so; therefore a block returns them here, and they are put
+into the cache outside of what FSDP watches.
 
-A quantized decode module is shared out too: its integers become parameters that need no gradient.
+A quantized decode module is sharded too: its integers become parameters without gradients.
 """
 
 import gc
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qsun.model.adapter_checkpoint import open_prefill
 from qsun.model.checkpoint import Checkpoint
-from qsun.model.lora import ADAPTER_CONFIG, Adapter, adapter_base, fresh_adapter, place_adapter, stored_adapter
+from qsun.model.lora import Adapter, place_adapter
 from qsun.model.skeleton import empty_model, read_model_config
 from qsun.runtime.decode_cache import CACHE_ARGUMENT
 from qsun.runtime.decode_module import place_weights
@@ -31,11 +31,11 @@ from qsun.runtime.seam import IGNORED, SeamBatch, monolithic_logits, seam_logits
 from qsun.tuning.checkpointing import kv_of, with_kv
 from qsun.tuning.examples import Example, collate
 from qsun.tuning.job import TuneJob
-from qsun.tuning.models import adapter_settings
-from qsun.tuning.optimizer import Weights, used_parameters
+from qsun.tuning.models import make_trainable
+from qsun.tuning.optimizer import Optimizer
 from qsun.tuning.processes import Processes
 
-_IDLE = Example((0, 0), (0,))  # read by a process that has no example left, for the others' sake
+_IDLE = Example((0, 0), (0,))  # for a process that has no example left, but must run as many passes as the others
 
 
 class ShardedModels:
@@ -45,30 +45,17 @@ class ShardedModels:
 
     def __init__(self, job: TuneJob, processes: Processes):
         self.job, self.processes = job, processes
-        self.full = job.config.baseline == "full"
+        self.fine_tune = job.config.fine_tune
         self.mesh = init_device_mesh(processes.device.type, (processes.count,))
-        self.adapter, tuned = self._what_is_tuned()
-        start = adapter_base(job.start) if (job.start / ADAPTER_CONFIG).exists() else job.start
-        model, dtypes = self._load(Checkpoint(start), tuned, self.adapter, head=self.full)
+        outline = empty_model(read_model_config(job.base)).to("meta")
+        self.adapter = make_trainable(outline, job)
+        tuned = {name for name, parameter in outline.named_parameters() if parameter.requires_grad}
+        model, dtypes = self._load(Checkpoint(job.weights), tuned, self.adapter, head=self.fine_tune)
         self._seam = self._joined(model)
-        self.weights: Weights = ShardedWeights(model, dtypes, job.config.weight_decay, processes)
-
-    def _what_is_tuned(self) -> tuple[Adapter | None, set[str]]:
-        """The adapter, if one is tuned, and the names of the parameters that are; found without any weights."""
-        job = self.job
-        model = empty_model(read_model_config(job.base)).to("meta").requires_grad_(True)
-        adapter = None
-        if (job.start / ADAPTER_CONFIG).exists():
-            adapter = stored_adapter(model, job.start)
-        elif job.config.lora_rank:
-            adapter = fresh_adapter(model, adapter_settings(job), job.config.seed)
-        if adapter is not None:
-            place_adapter(model.requires_grad_(False), adapter)
-        names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        return adapter, names if self.full else names & used_parameters(model)
+        self.optimizer: Optimizer = ShardedOptimizer(model, dtypes, job.config.weight_decay, processes)
 
     def _joined(self, model: Any) -> nn.Module:
-        decode = None if self.full else self._load(Checkpoint(self.job.decode), (), None, head=True)[0]
+        decode = None if self.fine_tune else self._load(Checkpoint(self.job.decode), (), None, head=True)[0]
         seam = _Seam(model, decode)
         fully_shard(seam, mesh=self.mesh)
         return seam
@@ -76,11 +63,11 @@ class ShardedModels:
     def _load(
         self, checkpoint: Checkpoint, tuned: Collection[str], adapter: Adapter | None, head: bool
     ) -> tuple[Any, dict[str, torch.dtype]]:
-        """A model of which this process keeps its share; at most one block of it is ever whole in memory.
+        """Load a model and keep this process's share; no more than one block is ever whole in memory.
 
         Args:
-            tuned: names of the parameters to train; they get float32 masters, which are their shares.
-            head: whether anything reads what comes after the last block.
+            tuned: names of the parameters to train; their shares are float32 and are the masters.
+            head: whether the output of the last block is used.
         Returns:
             The model, and the dtype in which each tuned parameter is computed and saved.
         """
@@ -107,20 +94,20 @@ class ShardedModels:
         if head:
             shard(model)
         else:
-            shard(model.model.norm)  # transformers runs the inner model by itself
+            shard(model.model.norm)  # seam.py calls the model without its head
         return model.to(self.processes.device).eval(), dtypes
 
     def _shard(self, module: nn.Module, trained: bool) -> nn.Module:
-        """trained: shares are float32, weights are gathered in the computation's dtype, gradients summed in float32."""
+        """Shard a module; if trained, with float32 shares and gradients, gathered in the computation's dtype."""
         policy = MixedPrecisionPolicy(self.job.dtype, torch.float32, cast_forward_inputs=False)
         policy = policy if trained else MixedPrecisionPolicy(cast_forward_inputs=False)
         sharded: FSDPModule = fully_shard(module, mesh=self.mesh, reshard_after_forward=True, mp_policy=policy)
-        sharded.set_gradient_divide_factor(1.0)  # the loss is divided by all tokens already
+        sharded.set_gradient_divide_factor(1.0)  # the loss is already divided by all tokens
         sharded.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
         return module
 
     def batch(self, examples: Sequence[Example]) -> SeamBatch | None:
-        """Never nothing: a process without examples computes a loss of 0, and an empty prefix is one hidden column."""
+        """Put the examples side by side, never None: without examples the loss is 0, and the prefix is never empty."""
         batch = collate(examples or [_IDLE], least_prefix=1)
         if not examples:
             batch.labels.fill_(IGNORED)
@@ -130,14 +117,14 @@ class ShardedModels:
         return self._seam(batch)
 
     def read_back(self, directory: Path) -> None:
-        del self.weights, self._seam
-        gc.collect()  # modules and what shards them refer to each other
+        del self.optimizer, self._seam
+        gc.collect()  # FSDP and its modules refer to each other
         self.processes.wait()
-        self._seam = self._joined(self._load(open_prefill(directory), (), None, head=self.full)[0])
+        self._seam = self._joined(self._load(open_prefill(directory), (), None, head=self.fine_tune)[0])
 
 
 class _Seam(nn.Module):
-    """Both models as one, so that FSDP sees where a pass begins and ends."""
+    """Both models in one module, so that FSDP sees where a pass begins and ends."""
 
     def __init__(self, model: Any, decode: Any | None):
         super().__init__()
@@ -150,7 +137,7 @@ class _Seam(nn.Module):
 
 
 class _BlockWithKV(nn.Module):
-    """A block that returns its K and V beside its output."""
+    """A block that returns its K and V with its output."""
 
     def __init__(self, block: nn.Module, recompute: bool):
         super().__init__()
@@ -161,11 +148,11 @@ class _BlockWithKV(nn.Module):
         if self.recompute and torch.is_grad_enabled():
             run = partial(checkpoint, run, use_reentrant=False)
         output, keys, values = run(hidden, keys, values)
-        return output, keys.clone(), values.clone()  # of views FSDP fears that they are written to
+        return output, keys.clone(), values.clone()  # FSDP refuses views
 
 
 class _ShardedBlock(nn.Module):
-    """Stands where a block stood, and puts the K and V that it returns into the cache."""
+    """Takes the place of a block and puts the K and V that it returns into the cache."""
 
     def __init__(self, inner: nn.Module, index: int):
         super().__init__()
@@ -181,12 +168,12 @@ class _ShardedBlock(nn.Module):
 
 
 def _plain(name: str) -> str:
-    """A parameter's name in a model whose blocks are not wrapped."""
+    """Return a parameter's name in a model whose blocks are not wrapped."""
     return name.replace(".inner.block.", ".")
 
 
 def _prepare(module: nn.Module, prefix: str, tuned: Collection[str]) -> dict[str, torch.dtype]:
-    """Make everything that holds weights a parameter, and float32 where it is tuned. Returns the tuned ones' dtypes."""
+    """Make every weight a parameter, in float32 if it is tuned. Returns the dtypes of the tuned ones before that."""
     for layer in [layer for layer in module.modules() if isinstance(layer, QuantLinear)]:
         for name, tensor in list(layer._buffers.items()):
             if tensor is not None:
@@ -201,8 +188,8 @@ def _prepare(module: nn.Module, prefix: str, tuned: Collection[str]) -> dict[str
     return dtypes
 
 
-class ShardedWeights(Weights):
-    """Trainable parameters of which each process holds some rows, in float32: those are the masters.
+class ShardedOptimizer(Optimizer):
+    """An optimizer of sharded parameters: the float32 rows that each process holds are its masters.
 
     Args:
         model: sharded. dtypes: in which each tuned parameter is saved.
@@ -212,7 +199,7 @@ class ShardedWeights(Weights):
         self.processes, self.dtypes = processes, dtypes
         self.parameters = {_plain(name): p for name, p in model.named_parameters() if p.requires_grad}
         shares = {name: nn.Parameter(_local(p)) for name, p in self.parameters.items()}
-        self._optimize({name: share for name, share in shares.items() if share.numel()}, weight_decay)
+        self._start({name: share for name, share in shares.items() if share.numel()}, weight_decay)
 
     def first_row(self, name: str) -> int:
         return self.processes.rank * -(-self.parameters[name].shape[0] // self.processes.count)
@@ -225,13 +212,13 @@ class ShardedWeights(Weights):
                 master.grad = share if master.grad is None else master.grad + share
 
     def _publish(self) -> None:
-        """Nothing to do: the next pass gathers the masters themselves."""
+        """Do nothing: the next pass gathers the masters."""
 
     def tuned(self) -> dict[str, Tensor]:
         return {name: master.detach().to(self.dtypes[name]) for name, master in self.masters.items()}
 
 
 def _local(tensor: Any) -> Tensor:
-    """This process's rows of a sharded tensor, sharing its memory."""
+    """Return this process's rows of a sharded tensor, without a copy."""
     rows: Tensor = tensor.detach().to_local()
     return rows

@@ -1,4 +1,4 @@
-"""Tensors that several processes wrote together."""
+"""Tensors that several processes wrote, each its own rows."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -9,9 +9,9 @@ from qsun.model.checkpoint import Checkpoint
 
 
 class SplitTensors(Mapping[str, Tensor]):
-    """Tensors whose rows lie one after the other in several files: each process wrote the rows that it holds.
+    """Tensors by name whose rows continue from file to file; a tensor may also lie whole in one file.
 
-    A tensor may also be whole in one of them. Nothing is read before it is asked for.
+    Tensors are read when they are asked for.
     """
 
     def __init__(self, files: Sequence[Checkpoint]):
@@ -33,14 +33,14 @@ class SplitTensors(Mapping[str, Tensor]):
         return torch.cat(parts) if parts[0].ndim else parts[0]
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows first .. last - 1; a number (such as an optimizer's step), which every file has, as it is."""
-        found, passed = [], 0
+        """Return rows first .. last - 1; a scalar, such as an optimizer's step, is the same in every file."""
+        found, before = [], 0
         for file in (file for file in self.files if name in file):
             if not file.shape(name):
                 return file.load([name])[name]
             count = file.shape(name)[0]
-            begin, end = max(first - passed, 0), min(last - passed, count)
+            begin, end = max(first - before, 0), min(last - before, count)
             if begin < end:
                 found.append(file.rows(name, begin, end))
-            passed += count
+            before += count
         return torch.cat(found)

@@ -1,4 +1,4 @@
-"""Tuning a prefill module: the frozen decode module reads its KV cache, and the loss of what it answers flows back.
+"""Tuning a prefill module: the frozen decode module reads its KV cache, and gradients of the loss flow back through it.
 
 prompt -> prefill module (trained) -> KV -> decode module (frozen, may be int4) -> cross-entropy of the response
 """
@@ -41,22 +41,22 @@ def tune(  # noqa: PLR0913, PLR0917
     resume: bool = False,
     progress: Progress = lambda *_: None,
 ) -> dict[str, Any]:
-    """Tune a prefill module against a frozen decode module; what `qsun tune` does.
+    """Tune a prefill module against a frozen decode module, as `qsun tune` does.
 
     Args:
         decode: decode module, quantized or not: directory, hub id or "demo".
-        out: directory to make; it appears whole or not at all.
+        out: directory to create; it appears only when it is complete.
         data: one or more .jsonl files of prompt/response or chat messages.
         config: default TuneConfig().
-        base: full-precision base; default: what the decode module names, or the decode module itself.
+        base: full-precision base; default: the one that the decode module names, or the decode module itself.
         eval_data: validation data; default: a part of `data` is held out.
         init: a prefill module to start from instead of the base.
         resume: continue an interrupted run with the same settings.
-        progress: called with a label, steps done and steps in all.
+        progress: called with a label, the steps done and their total number.
     Returns:
         The report, as in report.json: train_loss and valid_loss as [step, loss], best_step, seconds_per_step and more.
     Raises:
-        QsunError: bad input, a base that is not the decode module's; one line that names the value and the fix.
+        QsunError: invalid input, or a base that is not the decode module's.
     """
     return run_tuning(
         prepare_tuning(decode, out, data, config, base, eval_data, init, device, resume), resume, progress
@@ -64,8 +64,8 @@ def tune(  # noqa: PLR0913, PLR0917
 
 
 def run_tuning(job: TuneJob, resume: bool = False, progress: Progress = lambda *_: None) -> dict[str, Any]:
-    """Carry out a prepared job; see `tune`."""
-    started, processes = time.perf_counter(), Processes(job.device)
+    """Run a prepared job; see `tune`."""
+    started, processes = time.perf_counter(), Processes.launched(job.device)
     work = _workdir(job, resume, processes)
     tuner = Tuner(job, work, processes)
     tuner.run(progress if processes.first else lambda *_: None)
@@ -88,20 +88,20 @@ def run_tuning(job: TuneJob, resume: bool = False, progress: Progress = lambda *
 def _models(job: TuneJob, processes: Processes) -> TuneModels:
     if not job.config.shard or processes.count == 1:
         return WholeModels(job, processes)
-    from qsun.tuning.sharded import ShardedModels  # a slow import
+    from qsun.tuning.sharded import ShardedModels  # takes seconds to import
 
     return ShardedModels(job, processes)
 
 
 def _check_saved(report: dict[str, Any]) -> None:
-    """What was read back may differ by the rounding to the base's own dtype, and by no more."""
+    """Raise QsunError if what was read back differs by more than the rounding to the base's dtype."""
     best, saved = report["best_valid_loss"], report["saved_valid_loss"]
     if not abs(saved - best) <= 0.02 + 0.05 * best:
         raise QsunError(f"reading back {report['out']}: validation loss {saved:.4f}, tuned to {best:.4f}; report this")
 
 
 def _workdir(job: TuneJob, resume: bool, processes: Processes) -> Workdir:
-    """The first process makes it, once all have found the place free."""
+    """Let the first process create the working directory once all have found its place free."""
     processes.wait()
     work = Workdir(job.out, job.settings(), resume) if processes.first else None
     processes.wait()
@@ -109,14 +109,13 @@ def _workdir(job: TuneJob, resume: bool, processes: Processes) -> Workdir:
 
 
 class Tuner:
-    """The models, the weights being tuned, and the curve so far."""
+    """A run of tuning: the models, the optimizer, and the loss curve so far."""
 
     def __init__(self, job: TuneJob, work: Workdir, processes: Processes):
         self.job, self.work, self.processes = job, work, processes
         self.config = job.config
-        self.full = job.config.baseline == "full"
         self.models: TuneModels = _models(job, processes)
-        self.weights = self.models.weights
+        self.optimizer = self.models.optimizer
         self.step, self.seconds = 0, 0.0
         self.train_loss: list[tuple[int, float]] = []
         self.valid_loss: list[tuple[int, float]] = []
@@ -124,7 +123,7 @@ class Tuner:
         self._restore()
 
     def run(self, progress: Progress) -> None:
-        """All steps that are left, with validations between them; the state is kept at each."""
+        """Run the remaining steps; the state is saved at each validation."""
         job = self.job
         every = self.config.eval_every or max(1, job.steps // 10)
         if not self.valid_loss:
@@ -137,12 +136,12 @@ class Tuner:
             progress(self._label(), self.step, job.steps)
 
     def train_step(self) -> None:
-        """One optimizer step on the batch whose turn it is."""
+        """Take one optimizer step, on the next examples."""
         started = time.perf_counter()
         loss = self.gradients(self._batch(self.step))
         self._check_finite(loss, "training")
         rate = learning_rate(self.step, self.job.steps, self.job.peak_lr, self.config.warmup, self.config.min_lr)
-        self.weights.step(rate, self.config.clip)
+        self.optimizer.step(rate, self.config.clip)
         self.step += 1
         self.seconds += time.perf_counter() - started
         self.train_loss.append((self.step, loss))
@@ -154,22 +153,25 @@ class Tuner:
         return [train[i] for i in order[place * size : (place + 1) * size]]
 
     def gradients(self, examples: Sequence[Example]) -> float:
-        """Gradients of the mean loss over all response tokens, the same however they are shared out. Returns it."""
+        """Compute gradients of the mean loss over all response tokens, and return that loss.
+
+        They do not depend on how examples are split over processes and pieces.
+        """
         tokens = sum(len(example.response) for example in examples)
         total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         for piece in self._pieces(examples):
             loss = self._loss(piece)
             if loss is not None:
                 loss = loss / tokens
-                if loss.requires_grad:  # prompts of one token have no prefill
+                if loss.requires_grad:  # if all prompts have one token, nothing is prefilled
                     loss.backward()
                 total += loss.detach()
-            self.weights.take_gradients()
+            self.optimizer.take_gradients()
         self.processes.sum_([total])
         return float(total)
 
     def _pieces(self, examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
-        """This process's share in pieces of like lengths, as many in every process; the last may be empty."""
+        """Split this process's share into pieces of similar lengths, as many in every process, some of them empty."""
         share = sorted(examples[self.processes.rank :: self.processes.count], key=lambda e: len(e.prompt))
         largest = -(-len(examples) // self.processes.count)
         size = -(-largest // self.config.grad_accum)
@@ -177,13 +179,13 @@ class Tuner:
             yield share[first : first + size]
 
     def _loss(self, examples: Sequence[Example]) -> Tensor | None:
-        """Summed over response tokens; None where there is nothing to compute."""
+        """Return the loss summed over response tokens; None if there is nothing to compute."""
         batch = self.models.batch(examples)
         return None if batch is None else response_loss(self.models.logits(batch), batch.labels)
 
     @torch.no_grad()
     def mean_loss(self, examples: Sequence[Example]) -> float:
-        """Mean loss of a response token, over all processes."""
+        """Return the mean loss of a response token, over all processes."""
         total = torch.zeros(2, dtype=torch.float64, device=self.processes.device)
         size = max(1, self.config.batch_size // self.config.grad_accum)
         mine = sorted(examples, key=lambda e: len(e.prompt))[self.processes.rank :: self.processes.count]
@@ -209,11 +211,11 @@ class Tuner:
         best = min((loss for _, loss in self.valid_loss), default=float("inf"))
         self.valid_loss.append((self.step, loss))
         if loss < best:
-            self.best_parts = self._write_shares("best", self.weights.tuned())
-        self._keep()
+            self.best_parts = self._write_shares("best", self.optimizer.tuned())
+        self._save()
 
     def _write_shares(self, kind: str, tensors: dict[str, Tensor]) -> list[str]:
-        """Keep a part from each process. Returns the names of all."""
+        """Write this process's part. Returns the names of the parts of all processes."""
         parts = [f"{kind}-{self.step:09d}-{rank}" for rank in range(self.processes.count)]
         self.work.write(parts[self.processes.rank], tensors, {})
         return parts
@@ -222,11 +224,11 @@ class Tuner:
         trained = f"loss {self.train_loss[-1][1]:.4f}, " if self.train_loss else ""
         return f"{trained}validation {self.valid_loss[-1][1]:.4f}"
 
-    def _keep(self) -> None:
-        """The state of this step, a part from each process, then away with the one before."""
-        parts = self._write_shares("share", self.weights.state())
+    def _save(self) -> None:
+        """Write the state of this step, a part from each process, then delete the state before it."""
+        parts = self._write_shares("share", self.optimizer.state())
         self.processes.wait()
-        if self.processes.first:  # its record vouches for all parts
+        if self.processes.first:  # a state's record is written after all of its parts
             curve = {"step": self.step, "seconds": self.seconds, "train": self.train_loss, "valid": self.valid_loss}
             self.work.write(f"state-{self.step:09d}", {}, curve | {"parts": parts, "best_parts": self.best_parts})
             old = [*self.work.names("state-")[:-1], *self.work.names("share-"), *self.work.names("best-")]
@@ -240,7 +242,7 @@ class Tuner:
         if not kept:
             return
         curve = self.work.record(kept[-1])
-        self.weights.restore(self._read_shares(curve["parts"]))
+        self.optimizer.restore(self._read_shares(curve["parts"]))
         self.step, self.seconds, self.best_parts = curve["step"], curve["seconds"], curve["best_parts"]
         self.train_loss = [(step, loss) for step, loss in curve["train"]]
         self.valid_loss = [(step, loss) for step, loss in curve["valid"]]
@@ -252,11 +254,11 @@ class Tuner:
         return self._read_shares(self.best_parts)
 
     def loss_of_saved(self, directory: Path) -> float:
-        """Validation loss of the finished directory, read back as a user would load it. What was tuned is let go."""
-        del self.weights
+        """Return the validation loss of the finished directory, loaded as a user would; releases what was tuned."""
+        del self.optimizer
         self.models.read_back(directory)
         if not self.models.in_step:
-            self.processes = Processes.alone(self.processes.device)
+            self.processes = Processes(self.processes.device)
         return self.mean_loss(self.job.valid)
 
     def report(self) -> dict[str, Any]:
@@ -264,13 +266,13 @@ class Tuner:
         job = self.job
         return {
             "out": str(job.out),
-            "kind": "full fine-tune" if self.full else "prefill module",
+            "kind": "full fine-tune" if job.config.fine_tune else "prefill module",
             "base": job.names["base"],
             "decode": job.names["decode"],
             "config": job.config.to_dict(),
             "plan": job.plan(self.processes.count),
             "processes": self.processes.count,
-            "tuned_weights": sum(p.numel() for p in self.weights.parameters.values()),
+            "tuned_weights": sum(p.numel() for p in self.optimizer.parameters.values()),
             "best_step": best_step,
             "best_valid_loss": best,
             "seconds_per_step": self.seconds / max(1, self.step),

@@ -14,7 +14,7 @@ from qsun.model.lora import AdapterSettings, new_adapter
 from qsun.runtime.seam import monolithic_logits, response_loss, seam_logits
 from qsun.tuning.checkpointing import recomputed
 from qsun.tuning.examples import Example, collate
-from qsun.tuning.optimizer import Weights, learning_rate, used_parameters
+from qsun.tuning.optimizer import Optimizer, learning_rate, used_parameters
 from qsun.tuning.processes import Processes
 from tests.seam_oracle import seam_reference
 from tests.tiny_models import FAMILIES
@@ -198,13 +198,13 @@ def test_half_precision_weights_have_float32_masters(tiny_model):
     model = qsun.load_decode(tiny_model("llama"), "cpu", torch.bfloat16).model
     weight = model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
     before = weight.detach().clone()
-    weights = Weights(model, 0.0, Processes.alone(torch.device("cpu")))
+    optimizer = Optimizer(model, 0.0, Processes(torch.device("cpu")))
     for _ in range(400):
         weight.grad = torch.ones_like(weight)
-        weights.take_gradients()
+        optimizer.take_gradients()
         assert weight.grad is None
-        weights.step(lr=1e-5, clip=1e9)
-    moved = (weights.masters["model.layers.0.mlp.up_proj.weight"] - before.float()).mean().item()
+        optimizer.step(lr=1e-5, clip=1e9)
+    moved = (optimizer.masters["model.layers.0.mlp.up_proj.weight"] - before.float()).mean().item()
     assert moved == pytest.approx(-400e-5, rel=1e-3)
     assert weight.dtype == torch.bfloat16
     torch.testing.assert_close(weight.float().mean() - before.float().mean(), torch.tensor(moved), rtol=0.05, atol=0)

@@ -1,4 +1,4 @@
-"""What each process of `accelerate launch` runs in test_tuning.py: BASE OUT DATA GRADIENTS STOP [SETTINGS as JSON]."""
+"""Run by each process of `accelerate launch` in tests: BASE OUT DATA GRADIENTS STOP [SETTINGS as JSON]."""
 
 import json
 import sys
@@ -17,18 +17,18 @@ CONFIG = qsun.TuneConfig(steps=6, batch_size=4, lr=3e-3, eval_every=2)
 
 
 def first_gradients(base, out, data, config=CONFIG):
-    """Of the first step, summed over all processes: this one's share."""
+    """This process's share of the gradients of the first step, summed over all processes."""
     job = prepare_tuning(base, out, data, config, device="cpu")
-    processes = Processes(job.device)
+    processes = Processes.launched(job.device)
     tuner = Tuner(job, Workdir(Path(f"{out}-{processes.rank}"), job.settings(), resume=False), processes)
     tuner.gradients(tuner._batch(0))
-    return {name: master.grad.clone() for name, master in tuner.weights.masters.items()}
+    return {name: master.grad.clone() for name, master in tuner.optimizer.masters.items()}
 
 
 def held_bytes(base, out, data, config=CONFIG):
-    """Of weights between two steps, each storage counted once."""
+    """Bytes of weights held between two steps, each storage counted once."""
     job = prepare_tuning(base, out, data, config, device="cpu")
-    processes = Processes(job.device)
+    processes = Processes.launched(job.device)
     tuner = Tuner(job, Workdir(Path(f"{out}-{processes.rank}"), job.settings(), resume=False), processes)
     tuner.train_step()
     modules = vars(tuner.models).values()
@@ -49,7 +49,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     base, out, data, gradients, stop, *settings = sys.argv[1:]
     config = qsun.TuneConfig.from_dict(CONFIG.to_dict() | json.loads(settings[0] if settings else "{}"))
-    rank = Processes(torch.device("cpu")).rank
+    rank = Processes.launched(torch.device("cpu")).rank
     share = first_gradients(base, gradients, data, config)
     save_file(share, f"{gradients}.{rank}")
     held = held_bytes(base, f"{gradients}-weights", data, config)

@@ -14,10 +14,10 @@ def test_both_take_turns(cli, tmp_path, monkeypatch):
     step = Tuner.train_step
 
     def counted(tuner):
-        before = {name: p.detach().clone() for name, p in tuner.weights.parameters.items()}
+        before = {name: p.detach().clone() for name, p in tuner.optimizer.parameters.items()}
         step(tuner)
-        seen.append(tuner.full)
-        assert any((p != before[name]).any() for name, p in tuner.weights.parameters.items())
+        seen.append(tuner.config.fine_tune)
+        assert any((p != before[name]).any() for name, p in tuner.optimizer.parameters.items())
 
     monkeypatch.setattr(Tuner, "train_step", counted)
     answer = cli(
