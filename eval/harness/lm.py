@@ -16,7 +16,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,9 +27,9 @@ from lm_eval.models.utils import Collator, normalize_gen_kwargs
 from torch import Tensor
 from tqdm import tqdm
 
-from qsun.data.chat import chat_text
 from qsun.engine.generation import GenerateConfig, eos_tokens, generate
 from qsun.errors import QsunError
+from qsun.eval.harness.chats import harness_chat_text
 from qsun.eval.harness.lm_settings import check_settings, device_of, load_pair, sampling_settings
 from qsun.runtime.decode_module import DecodeModule
 from qsun.runtime.prefill_module import PrefillModule
@@ -102,26 +101,9 @@ class QsunLM(HFLM):  # type: ignore[misc]
         }
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Render a prompt as serving does; as there, no special tokens are added to what the template writes.
-
-        A system message that the template refuses is left out, as lm-eval does.
-        """
+        """Render a prompt as serving does; as there, no special tokens are added to what the template writes."""
         self.add_bos_token = False
-        render = partial(
-            chat_text,
-            self.tokenizer,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-            template_args=self.chat_template_args,
-        )
-        try:
-            return render(chat_history)
-        except QsunError:
-            without = [message for message in chat_history if message["role"] != "system"]
-            if len(without) == len(chat_history):
-                raise
-            log.warning("the chat template refuses the system message, which is left out")
-            return render(without)
+        return harness_chat_text(self.tokenizer, chat_history, add_generation_prompt, self.chat_template_args)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log probability of each document, the decode module's own."""
