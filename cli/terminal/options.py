@@ -26,7 +26,7 @@ def settings_from(kind: type[S], options: Mapping[str, Any]) -> S:
         QsunError: the file cannot be read, or one of its keys or a value is invalid.
     """
     file = options.get("config")
-    found = {str(key).replace("-", "_"): value for key, value in read_config_file(file).items()} if file else {}
+    found = read_config_file(file) if file else {}
     given = {name: options[name] for name in signature(kind).parameters if options.get(name) is not None}
     settings: S = kind.from_dict(found | given)
     return settings

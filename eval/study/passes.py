@@ -38,12 +38,8 @@ def compare_passes(
     rows = []
     for grid in grids:
         for method in methods:
-            config = QuantConfig(
-                method=method,
-                bits=int(grid[:-1]),
-                sym=grid.endswith("s"),
-                **settings,  # type: ignore[arg-type]
-            )
+            chosen = {"method": method, "bits": int(grid[:-1]), "sym": grid.endswith("s")}
+            config = QuantConfig.from_dict(settings | chosen)
             with tempfile.TemporaryDirectory() as scratch:
                 out = Path(scratch) / "module"
                 report = quantize(model, out, config, calibration, device="cpu")

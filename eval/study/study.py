@@ -200,7 +200,8 @@ def _quantizing(study: Study, out: Path) -> Iterator[Work]:
 
 
 def _quantize(out: Path, target: Path, method: str, bits: int, seed: int | None) -> None:
-    config = QuantConfig(method=method, bits=bits, group_size=GROUP_SIZE, sym=SYM, seed=seed or 0)
+    chosen = {"method": method, "bits": bits, "group_size": GROUP_SIZE, "sym": SYM, "seed": seed or 0}
+    config = QuantConfig.from_dict(chosen)
     calibration, modules = None, []
     if seed is not None:
         calibration = [out / f"seed{seed}" / f"{task}-train.jsonl" for task in TASKS]

@@ -51,7 +51,7 @@ def check_fused(specs: Mapping[str, LayerSpec]) -> None:
 def check_overrides(config: QuantConfig, layers: Mapping[str, Any]) -> None:
     """Every override must match some layer: a misspelt pattern must not pass silently."""
     for override in config.overrides:
-        if not any(re.search(override.pattern, name) for name in layers):
+        if not any(map(override.matches, layers)):
             example = next(iter(layers))
             raise QsunError(f"override pattern {override.pattern!r} matches no layer; a layer is called {example}")
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -66,7 +66,7 @@ def prepare(
     check_format(config, shapes)
     specs = {name: config.spec_for(name) for name in shapes}
     if "lm_head" in specs and not specs["lm_head"].quantized:  # an override takes back what --lm-head asked for
-        config = replace(config, lm_head=False)
+        config = config.replace(lm_head=False)
         del shapes["lm_head"], specs["lm_head"]
     check_fused(specs)
     _check_weights(checkpoint, skeleton, shapes)
