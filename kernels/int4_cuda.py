@@ -34,6 +34,7 @@ def int4_linear(
 ) -> Tensor:
     """Implement torch.ops.qsun.int4_linear on a GPU; qsun/runtime/ops.py has the schema."""
     rows = (x if order is None else x[..., order]).reshape(-1, x.shape[-1])
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
     wanted = (*x.shape[:-1], out_features // 2 if silu_mul else out_features)
     if x.dtype != scales.dtype:
         y = _other_dtype(rows, (words, scales, zeros), out_features, group_size, bias, silu_mul)

@@ -15,7 +15,7 @@ import torch
 
 from tests.tiny_models import SEQUENCE, build_model, random_tokens
 
-pytest_plugins = ["tests.engine_rig"]
+pytest_plugins = ["tests.engine_rig", "tests.pretend_cuda.plugin"]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -49,7 +49,7 @@ def load_decode(
         directory: a Hugging Face directory, or "demo" for the packaged base.
         device: default: a GPU where there is one.
         dtype: of activations and unquantized weights; default: that of the stored embedding.
-        keep_dense: on a CPU, whether layers may keep dequantized copies for the inputs that are faster with them
+        keep_dense: whether layers may keep dequantized copies for the inputs that are faster with them
             (batches beyond 8 rows on most servers, float32); default: where all copies take less than half of the
             free memory.
         merge: one product for q, k and v and one for gate and up (merged.py); default: on a GPU.
@@ -64,7 +64,7 @@ def load_decode(
     dtype = wanted or checkpoint.dtype(EMBEDDING) or torch.float32
     model = empty_model(config)
     if keep_dense is None:
-        keep_dense = sum(p.numel() for p in model.parameters()) * dtype.itemsize < available_bytes() / 2
+        keep_dense = sum(p.numel() for p in model.parameters()) * dtype.itemsize < available_bytes(device) / 2
     place_weights(model, checkpoint, dtype, device, keep_dense)
     if merge or (merge is None and device.type == "cuda"):
         merge_projections(model, config)

@@ -1,6 +1,7 @@
 """QuantLinear: a linear layer whose weights are integers, differentiable with respect to its input."""
 
 import logging
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,8 +32,8 @@ class QuantLinear(nn.Module):
         storage: one of these names.
         bits: 2, 3, 4 or 8.
         dtype: of the activations that the storage was chosen for; others work too.
-        keep_dense: on a CPU, make and keep a dequantized copy once an input is faster with one: a large batch, or a
-            dtype other than bfloat16. It takes 4 times the memory of the integers.
+        keep_dense: make and keep a dequantized copy once an input is faster with one: on a CPU a large batch or a dtype
+            other than bfloat16, on a GPU any input of the storage "bytes". It takes 2 or 4 bytes a weight.
         gated: the rows are those of a gate projection, then those of an up projection, for `silu_mul`.
     """
 
@@ -135,6 +136,8 @@ class QuantLinear(nn.Module):
     def _product(self, x: Tensor, silu_mul: bool) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         dense = self._dense_for(x)
+        if x.is_cuda and dense is None and (self.storage == "bytes" or x.dtype != self.dtype):
+            _warn_of_dequantizing(self.storage, self.bits, self.dtype, x.dtype)
         if self.storage == "bytes":
             return torch.ops.qsun.bytes_linear.default(x, self.q, self.scales, self.zeros, self.g_idx, dense, bias)
         weights = (self.words, self.scales, self.zeros, self.order, dense, bias, None)
@@ -159,14 +162,20 @@ class QuantLinear(nn.Module):
             words, scales = int4pack_cpu.pack(weights.q, weights.scales, weights.zeros)
             buffers = {"words": words, "scales": scales, "zeros": None, "order": order}
         else:
+            if not bool(weights.scales.to(self.dtype).isfinite().all()):
+                largest = float(weights.scales.abs().max())
+                raise QsunError(f"{self.dtype} cannot hold scales up to {largest:.3g}; use bfloat16")
             rows = [t.t() for t in (weights.q.t(), weights.scales, weights.zeros)]
             if self.gated:
                 rows = [interleave_gate_up(*t.chunk(2)) for t in rows]
             packed = pack_int4(rows[0], rows[1].t(), rows[2].t(), self.group_size, self.dtype)
             buffers = {**packed._asdict(), "order": order}
-            int4_cuda.reserve_workspace(self.out_features, self.in_features, self.group_size, weights.q.device)
+            self._reserve_workspace(weights.q.device)
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
+
+    def _reserve_workspace(self, device: torch.device) -> None:
+        int4_cuda.reserve_workspace(self.out_features, self.in_features, self.group_size, device)
 
     def _choose_storage(self, weights: Quantized) -> str:
         N, K, device = self.out_features, self.in_features, weights.q.device.type
@@ -195,20 +204,22 @@ class QuantLinear(nn.Module):
     def read_bytes(self, rows: int) -> int:
         """Return the bytes of weights that a product of this many rows in the layer's dtype reads."""
         x = torch.empty(rows, self.in_features, dtype=self.dtype, device="meta")
-        if self.scales.device.type == "cpu" and self._wants_dense(x):
+        if self._wants_dense(x):
             return self.out_features * self.in_features * self.dtype.itemsize
         return sum(t.numel() * t.element_size() for t in self._buffers.values() if t is not None)
 
     def _wants_dense(self, x: Tensor) -> bool:
-        """Return whether a kept dequantized matrix is faster for this input, on a CPU."""
-        if not self.keep_dense or self.storage != "cpu_int4" or x.dtype != torch.bfloat16:
+        """Return whether a kept dequantized matrix is faster for this input, and may be kept."""
+        if self.storage == "triton_int4":
+            return False
+        if not self.keep_dense or self.storage == "bytes" or x.dtype != torch.bfloat16:
             return self.keep_dense
         grad = torch.is_grad_enabled() and x.requires_grad
         return grad or not int4pack_cpu.int4_wins(x.numel() // self.in_features)
 
     def _dense_for(self, x: Tensor) -> Tensor | None:
         """Return the kept dequantized matrix where it is faster for this input; columns in stored order."""
-        if x.device.type != "cpu" or not self._wants_dense(x):
+        if not self._wants_dense(x):
             return None
         if (self._dense is None or self._dense.dtype != x.dtype) and not torch.compiler.is_compiling():
             weights = self.quantized() if self.storage == "bytes" else self._unpacked()
@@ -216,16 +227,21 @@ class QuantLinear(nn.Module):
         return self._dense if self._dense is not None and self._dense.dtype == x.dtype else None
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
-        """Keep scales exact when a model is cast, and choose the storage anew on another kind of device."""
-        device = fn(torch.empty(0, device=self.scales.device)).device
+        """Store the weights anew on another kind of device and, on a GPU, for another dtype; else keep the scales."""
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.scales.device))
+        device, cast = probe.device, probe.dtype != self.dtype
         self._dense = None
         if self.bias is not None:
             self.bias = fn(self.bias)
-        if device.type != self.scales.device.type:
-            self._store(self.quantized().to(device))
+        if device.type != self.scales.device.type or (cast and device.type == "cuda"):
+            weights = self.quantized().to(device)
+            self.dtype = probe.dtype if device.type == "cuda" else self.dtype
+            self._store(weights)
         elif device != self.scales.device:
             for name, tensor in list(self._buffers.items()):
                 self._buffers[name] = None if tensor is None else tensor.to(device)
+            if self.storage == "triton_int4":
+                self._reserve_workspace(device)
         return self
 
     def extra_repr(self) -> str:
@@ -233,6 +249,15 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
             f"group_size={self.group_size}, storage={self.storage}"
         )
+
+
+@cache
+def _warn_of_dequantizing(storage: str, bits: int, packed_for: torch.dtype, dtype: torch.dtype) -> None:
+    """Warn once that a GPU dequantizes a matrix for every product."""
+    if storage == "bytes":
+        logger.warning("%d-bit layers are dequantized for every product on this GPU; load with keep_dense=True", bits)
+    else:
+        logger.warning("%s inputs of layers packed for %s are slow; cast the model or its inputs", dtype, packed_for)
 
 
 def _needs_op(x: Tensor) -> bool:

@@ -1,0 +1,64 @@
+"""Triton kernels of a pretended device: each launch checks its operands and computes its definition in plain torch."""
+
+import torch
+from torch.nn.functional import silu
+
+from qsun.kernels import bytes_product, int4_cuda, int4_triton
+from qsun.kernels.layout import INTERLEAVED_ROWS, PackedInt4, unpack_int4
+from qsun.kernels.reference import dequantize
+from tests.pretend_cuda.tensors import STATE, PretendMode, PretendTensor
+
+
+class Kernel:
+    """Stands in for a triton.jit function: `kernel[grid](...)`."""
+
+    def __init__(self, name, compute):
+        self.name, self.compute = name, compute
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            tensors = [each for each in args if isinstance(each, torch.Tensor)]
+            assert all(isinstance(each, PretendTensor) for each in tensors), f"{self.name} got a tensor of the host"
+            devices = {each.device.index for each in tensors}
+            assert devices == {STATE.current}, f"{self.name} launches on cuda:{STATE.current}, tensors are on {devices}"
+            assert max(grid[1:]) <= 65535
+            inner = [each.inner if isinstance(each, PretendTensor) else each for each in args]
+            with torch.no_grad():
+                self.compute(*inner, **options)
+            STATE.log.launches.append({"kernel": self.name, "grid": grid, "args": args, **options})
+            STATE.launch(f"triton::{self.name}", tensors[0].device, (self.compute, inner, options, None))
+
+        return launch
+
+
+def int4_matmul(x, words, scales, zeros, bias, residual, y, partials, counters, M, N, K, padded_n, stride_x, **options):
+    weight = weights(words, scales, zeros if options["ASYM"] else None, N, K, options["GROUP"])
+    product = x.float() @ weight.t()
+    product = product + bias.float() if options["BIAS"] else product
+    if options["SILU"]:
+        gate, up = product.view(M, -1, 2, INTERLEAVED_ROWS).unbind(2)
+        product = (silu(gate) * up).reshape(M, -1)
+    y.copy_(product + residual.float() if options["RESIDUAL"] else product)
+
+
+def dequantize_tiles(words, scales, zeros, out, N, K, padded_n, GROUP, ASYM, **options):
+    out.copy_(weights(words, scales, zeros if ASYM else None, N, K, GROUP))
+
+
+def weights(words, scales, zeros, N, K, group):
+    q, scale, zero = unpack_int4(PackedInt4(words, scales, zeros), N, K, group or -1)
+    return dequantize(q, scale, zero, None, torch.float32)
+
+
+def patches():
+    """Yield (object, attribute, stand-in)."""
+    yield int4_triton, "int4_matmul", Kernel("int4_matmul", int4_matmul)
+    yield int4_triton, "dequantize_tiles", Kernel("dequantize_tiles", dequantize_tiles)
+    yield int4_cuda, "_workspaces", {}
+    operators = {
+        "qsun::int4_linear": int4_cuda.int4_linear,
+        "qsun::int4_input_grad": int4_cuda.int4_input_grad,
+        "qsun::bytes_linear": bytes_product.bytes_linear,
+        "qsun::bytes_input_grad": bytes_product.bytes_input_grad,
+    }
+    yield PretendMode, "operators", operators
