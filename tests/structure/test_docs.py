@@ -1,0 +1,46 @@
+"""The pages name files and objects that exist."""
+
+import importlib
+import re
+
+import pytest
+
+from tests.places import ROOT
+
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_exist(page):
+    for path in re.findall(r"(?:qsun|kernels|eval|cli|tests)/[\w/-]+\.(?:py|json|yaml)\b", (ROOT / page).read_text()):
+        assert (ROOT / path).exists(), path
+
+
+def test_files_of_the_flows_exist():
+    """architecture.md names a folder once, and then files by their own names."""
+    own = {path.name for top in ("qsun", "kernels", "eval", "cli") for path in (ROOT / top).rglob("*.py")}
+    assert set(re.findall(r"`(?:[\w]+/)*(\w+\.py)`", (ROOT / "docs/architecture.md").read_text())) <= own | {
+        "__init__.py",
+        "test_imports.py",
+    }
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_names_exist(page):
+    for name in re.findall(r"(?<![\w.])qsun(?:\.[a-zA-Z_]\w*)+\b(?!/)", (ROOT / page).read_text()):
+        if not name.endswith((".json", ".partial")):
+            assert resolves(name), name
+
+
+def resolves(name):
+    """Whether the longest part that is a module has the rest as attributes."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for attribute in parts[length:]:
+            found = getattr(found, attribute, None)
+        return found is not None
+    return False
