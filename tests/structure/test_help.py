@@ -17,7 +17,7 @@ COMMANDS = {
     "inspect": "",
     "eval": "",
     "check-pair": "",
-    "up": "Kubernetes sketch",
+    "up": "",
     "route": "SIGHUP",
     "demo": "",
     "demo-data": "",
