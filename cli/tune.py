@@ -34,10 +34,11 @@ The output directory appears whole or not at all; a run that was stopped goes on
 def tune(
     decode: str = typer.Argument(..., help="Decode module, quantized or not: directory, hub id, or 'demo'."),
     out: Path = typer.Option(..., "--out", "-o", help="Directory to make."),
-    data: list[str] = typer.Option(..., help=".jsonl of prompt/response or chat messages; may be repeated."),
+    data: list[str] = typer.Option(..., help="Prompt/response or chat rows: file or data set; may be repeated."),
     base: str | None = typer.Option(None, help="Full-precision base. Default: what the decode module names."),
     init: str | None = typer.Option(None, help="Prefill module to start from: re-tune it against this decode module."),
-    eval_data: list[str] | None = typer.Option(None, help="Validation .jsonl. Default: a part of --data is held out."),
+    eval_data: list[str] | None = typer.Option(None, help="Validation data. Default: a part of --data is held out."),
+    valid_examples: int | None = typer.Option(None, help="Examples of a validation, 0 for all. Default: 256."),
     baseline: str | None = typer.Option(None, help="'full': the conventional full fine-tune instead, to compare with."),
     lora_rank: int | None = typer.Option(None, help="Tune a LoRA adapter of this rank. Default: all weights."),
     epochs: int | None = typer.Option(None, help="Passes over the data. Default: 3."),

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from qsun.data.calibration import read_calibration
+from qsun.data.examples import TokenExample
 from qsun.errors import QsunError
 from qsun.model.locate import find_model, load_tokenizer
 from qsun.model.skeleton import read_model_config
 from qsun.runtime.seam import IGNORED, SeamBatch, seam_logits
-from qsun.tuning.examples import Example, collate
+from qsun.tuning.examples import collate
 
 _WINDOWS_AT_ONCE = 16
 _TOKENS_AT_ONCE = 4096  # log-probabilities of two models over a large vocabulary are gigabytes
@@ -78,7 +79,7 @@ def text_divergence(model: nn.Module, reference: nn.Module, windows: Tensor) -> 
 
 @torch.no_grad()
 def response_divergence(
-    prefill: nn.Module, decode: nn.Module, reference: nn.Module, examples: Sequence[Example], batch_size: int = 32
+    prefill: nn.Module, decode: nn.Module, reference: nn.Module, examples: Sequence[TokenExample], batch_size: int = 32
 ) -> Divergence:
     """At decode positions: both decoders read the responses behind the KV that the same prefill module wrote."""
     sums = _Positions()
@@ -91,7 +92,7 @@ def response_divergence(
 
 @torch.no_grad()
 def mean_response_loss(
-    prefill: nn.Module, decode: nn.Module, examples: Sequence[Example], batch_size: int = 32
+    prefill: nn.Module, decode: nn.Module, examples: Sequence[TokenExample], batch_size: int = 32
 ) -> float:
     """Mean negative log-likelihood of a response token, nats, through the seam."""
     total, count = 0.0, 0
@@ -124,7 +125,7 @@ class _Positions:
         return Divergence(self._count, float(kl.mean()), p99, self._agree / self._count, *losses)
 
 
-def _batches(examples: Sequence[Example], size: int, device: torch.device) -> Iterator[SeamBatch]:
+def _batches(examples: Sequence[TokenExample], size: int, device: torch.device) -> Iterator[SeamBatch]:
     """Examples of like responses together: less padding where logits are computed."""
     by_length = sorted(examples, key=lambda e: (len(e.response), len(e.prompt)))
     first = 0

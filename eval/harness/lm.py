@@ -27,6 +27,7 @@ from lm_eval.models.utils import Collator, normalize_gen_kwargs
 from torch import Tensor
 from tqdm import tqdm
 
+from qsun.data.examples import TokenExample
 from qsun.engine.generation import GenerateConfig, eos_tokens, generate
 from qsun.errors import QsunError
 from qsun.eval.harness.chats import harness_chat_text
@@ -34,7 +35,7 @@ from qsun.eval.harness.lm_settings import check_settings, device_of, load_pair, 
 from qsun.runtime.decode_module import DecodeModule
 from qsun.runtime.prefill_module import PrefillModule
 from qsun.runtime.seam import SeamBatch, decode_logits, prefill_batch
-from qsun.tuning.examples import Example, collate
+from qsun.tuning.examples import collate
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ class QsunLM(HFLM):  # type: ignore[misc]
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests")
         for batch in batches:
-            scored = self._score([Example(tuple(context), tuple(rest)) for _, context, rest in batch])
+            scored = self._score([TokenExample(tuple(context), tuple(rest)) for _, context, rest in batch])
             for (members, _, _), log_probs in zip(batch, scored, strict=True):
                 for number in members:
                     key, _, continuation = requests[number]
@@ -162,7 +163,7 @@ class QsunLM(HFLM):  # type: ignore[misc]
         return list(rows.values())
 
     @torch.no_grad()
-    def _score(self, examples: Sequence[Example]) -> Iterator[Tensor]:
+    def _score(self, examples: Sequence[TokenExample]) -> Iterator[Tensor]:
         """Log probabilities (continuation tokens, vocabulary) of each example; equal contexts are read once."""
         batch = collate(examples).to(self.device)
         first: dict[tuple[int, ...], int] = {}
@@ -182,12 +183,12 @@ class QsunLM(HFLM):  # type: ignore[misc]
             return min(CPU_BATCH, self.max_batch_size)
         left = requests[pos:] if requests else [(None, [0], [0] * self.max_length)]
         context, rest = max(len(head) for _, head, _ in left), max(len(tail) for _, _, tail in left)
-        return self._largest_batch(Example((0,) * min(context, self.max_length + 1 - rest), (0,) * rest))
+        return self._largest_batch(TokenExample((0,) * min(context, self.max_length + 1 - rest), (0,) * rest))
 
-    def _largest_batch(self, example: Example) -> int:
+    def _largest_batch(self, example: TokenExample) -> int:
         @find_executable_batch_size(starting_batch_size=self.max_batch_size)  # type: ignore[untyped-decorator]
         def fits(batch_size: int) -> int:
-            rows = [Example((number, *example.prompt[1:]), example.response) for number in range(batch_size)]
+            rows = [TokenExample((number, *example.prompt[1:]), example.response) for number in range(batch_size)]
             for _ in self._score(rows):  # contexts that differ, as no KV is then shared
                 pass
             return batch_size

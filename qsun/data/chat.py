@@ -6,12 +6,10 @@ A template writes all special tokens itself: what it renders is tokenized withou
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 from jinja2 import TemplateError
 
-from qsun.data.jsonl import checked_text
 from qsun.errors import QsunError
 
 Message = Mapping[str, Any]
@@ -106,41 +104,6 @@ def _with_parsed_arguments(call: Any) -> Any:
     except json.JSONDecodeError:
         return call  # the template prints the text as it is
     return {**call, "function": {**function, "arguments": parsed}}
-
-
-def assistant_turns(messages: Any, where: str) -> list[int]:
-    """Return the places of the assistant's messages that follow another message. Raises QsunError if there are none."""
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise QsunError(f"{where}: 'messages' is not a list of objects with role and content")
-    turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant" and i]
-    if not turns:
-        raise QsunError(f"{where}: messages need an assistant turn after a prompt")
-    return turns
-
-
-def render_turn(tokenizer: Any, row: Mapping[str, Any], turn: int, where: str) -> tuple[str, str]:
-    """Render the text before the answer at `turn`, and the text up to its end.
-
-    Usually, but not always, the second begins with the first. row: messages, and tools where they are offered.
-    """
-    messages, tools = row["messages"], tools_of(row, where)
-    try:
-        prompt = chat_text(tokenizer, messages[:turn], tools=tools)
-        whole = chat_text(tokenizer, messages[: turn + 1], tools=tools, add_generation_prompt=False)
-    except QsunError as error:
-        raise QsunError(f"{where}: {error}") from None
-    return checked_text(prompt, where), checked_text(whole, where)
-
-
-def tools_of(row: Mapping[str, Any], where: str) -> list[dict[str, Any]] | None:
-    """Return the schemas in a row's `tools`, a list or JSON text of one; None where there are none."""
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        with suppress(json.JSONDecodeError):
-            tools = json.loads(tools) if tools.strip() else None
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise QsunError(f"{where}: 'tools' is {tools!r:.40}, not a list of function schemas")
-    return tools or None
 
 
 def render_prompt(tokenizer: Any, messages: list[dict[str, Any]]) -> str:

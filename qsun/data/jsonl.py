@@ -1,50 +1,77 @@
-"""Rows of a .jsonl file, each with the words that name it in an error."""
+"""Rows of JSON files, each with the words that name it in an error."""
 
+import gzip
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from qsun.errors import QsunError
 
+Row = tuple[str, Mapping[str, Any]]  # where it lies, for errors, and its values
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
-def read_rows(path: Path, what: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(where, row) of every line that is not empty.
+
+def read_rows(path: Path, what: str) -> Iterator[Row]:
+    """Yield the objects of a .jsonl file, or of a .json file's one list; either may be compressed (.gz).
 
     Args:
-        what: the file's part in the command, for errors.
+        what: the file's role in the command, for errors.
     Raises:
-        QsunError: no such file, not UTF-8, not JSON, or a line that is no object; names the file and the line.
+        QsunError: no such file, not UTF-8, not JSON, or something else than an object; names the file and the line.
     """
+    content, file = file_bytes(path, what), f"{what} file {path}"
+    if ".json" in path.suffixes and content.lstrip()[:1] == b"[":
+        for number, row in enumerate(_parse(content, file), 1):
+            yield _as_object(row, f"{file}, row {number}")
+        return
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if line.strip():
+            where = f"{file}, line {number}"
+            yield _as_object(_parse(line, where), where)
+
+
+def file_bytes(path: Path, what: str) -> bytes:
+    """Return the content of a file, decompressed and without a byte order mark. Raises QsunError if it has none."""
     if not path.is_file():
         raise QsunError(f"{what} file {path} does not exist")
-    number = 0
-    for number, raw in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not raw.strip():
-            continue
-        where = f"{what} file {path}, line {number}"
+    content = path.read_bytes()
+    if path.suffix.lower() == ".gz":
         try:
-            row = json.loads(raw.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise QsunError(f"{where}: not valid UTF-8 ({error.reason})") from None
-        except json.JSONDecodeError as error:
-            raise QsunError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
-        if not isinstance(row, dict):
-            raise QsunError(f"{where}: not a JSON object")
-        yield where, row
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise QsunError(f"{what} file {path} is not a valid gzip file: {error}") from None
+    return content.removeprefix(_BYTE_ORDER_MARK)
+
+
+def _parse(content: bytes, where: str) -> Any:
+    try:
+        return json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise QsunError(f"{where}: not valid UTF-8 ({error.reason})") from None
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise QsunError(f"{where}: not valid JSON ({error.msg} at {line}column {error.colno})") from None
+
+
+def _as_object(row: Any, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise QsunError(f"{where}: not a JSON object")
+    return where, row
 
 
 def text_of(row: Mapping[str, Any], key: str, where: str) -> str:
-    """A row's text. Raises QsunError where it is none, or no Unicode."""
+    """Return a row's text. Raises QsunError if it is not text, or not valid Unicode."""
     if not isinstance(row[key], str):
         raise QsunError(f"{where}: {key!r} is {row[key]!r:.40}, not text")
-    return checked_text(row[key], where)
+    check_text(row[key], where)
+    return row[key]
 
 
-def checked_text(text: str, where: str) -> str:
-    """The text itself. JSON can spell half of a surrogate pair, which no tokenizer takes: QsunError for that."""
+def check_text(text: str, where: str) -> None:
+    """Raise QsunError for half of a surrogate pair, which JSON can spell and no tokenizer accepts."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise QsunError(f"{where}: half of a surrogate pair, {text[error.start]!a}, is no character") from None
-    return text
+        raise QsunError(f"{where}: {text[error.start]!a} is half of a surrogate pair, not a character") from None

@@ -28,6 +28,7 @@ class TuneConfig:
         lora_rank: 0 tunes all weights; otherwise a LoRA adapter of this rank (lora_alpha is twice the rank).
         eval_every: steps between validations; 0: ten in a run.
         valid_fraction: of the training data, held out if no validation data is given.
+        valid_examples: of the validation data, drawn once and used in every validation; 0: all.
         baseline: "full" trains the conventional full fine-tune instead of a prefill module.
         dtype: of the forward pass; auto is float32 on a CPU and the base's own on a GPU. Master weights are float32.
     """
@@ -47,6 +48,7 @@ class TuneConfig:
     lora_rank: int = 0
     eval_every: int = 0
     valid_fraction: float = 0.05
+    valid_examples: int = 256
     baseline: str = "none"
     seed: int = 0
     dtype: str = "auto"
@@ -70,6 +72,7 @@ class TuneConfig:
             ("lora_rank", 0, 4096),
             ("eval_every", 0, 1 << 40),
             ("valid_fraction", 0.0, 0.9),
+            ("valid_examples", 0, 1 << 40),
             ("seed", 0, 2**32 - 1),
         ):
             check_between(name, getattr(self, name), low, high)

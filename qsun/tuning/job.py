@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qsun.data.examples import TokenExample, check_vocabulary
 from qsun.device import compute_dtype, default_device
 from qsun.errors import QsunError
 from qsun.model.checkpoint import Checkpoint, read_json
@@ -16,7 +18,7 @@ from qsun.model.output_dir import check_free
 from qsun.model.pairing import base_fingerprint, check_pair, differences, find_base, read_manifest, weights_fingerprint
 from qsun.model.skeleton import EMBEDDING, empty_model, read_model_config
 from qsun.tuning.config import TuneConfig
-from qsun.tuning.examples import Example, fingerprint, hold_out, read_examples
+from qsun.tuning.examples import draw, fingerprint, hold_out, read_examples
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class TuneJob:
     start: Path
     names: dict[str, str]
     fingerprints: dict[str, str]
-    train: list[Example]
-    valid: list[Example]
+    train: list[TokenExample]
+    valid: list[TokenExample]
     too_long: int
     dtype: torch.dtype
     device: torch.device
@@ -154,16 +156,27 @@ def prepare_tuning(
     tokenizer = load_tokenizer(decode_dir)
     if tokenizer is None:
         raise QsunError(f"{decode_dir} has no tokenizer, and training data is text")
-    limit = min(config.max_len, read_model_config(base_dir).max_position_embeddings)
-    train, too_long = read_examples(_names(data), tokenizer, limit)
+    read = partial(_read, tokenizer=tokenizer, config=config, shape=read_model_config(base_dir))
+    train, too_long = read(data, "training")
     if eval_data is None:
         train, valid = hold_out(train, config.valid_fraction, config.seed)
     else:
-        valid, _ = read_examples(_names(eval_data), tokenizer, limit, "validation")
+        valid, _ = read(eval_data, "validation")
+    valid = draw(valid, config.valid_examples, config.seed)
     where = default_device(device)
     names = {"decode": str(decode), "base": base_name, "data": ", ".join(_names(data))}
     dtype = compute_dtype(config.dtype, where, Checkpoint(base_dir).dtype(EMBEDDING))
     return TuneJob(out, config, decode_dir, base_dir, start, names, fingerprints, train, valid, too_long, dtype, where)
+
+
+def _read(
+    sources: str | Path | Sequence[str | Path], what: str, tokenizer: Any, config: TuneConfig, shape: Any
+) -> tuple[list[TokenExample], int]:
+    limit = min(config.max_len, shape.max_position_embeddings)
+    examples, too_long = read_examples(_names(sources), tokenizer, limit, what)
+    tokens = ((*example.prompt, *example.response) for example in examples)
+    check_vocabulary(tokens, shape.vocab_size, tokenizer, f"{what} data")
+    return examples, too_long
 
 
 def _names(sources: str | Path | Sequence[str | Path]) -> list[str]:

@@ -8,12 +8,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from qsun.data.examples import TokenExample
 from qsun.model.lora import Adapter, place_adapter
 from qsun.runtime.decode_module import load_decode
 from qsun.runtime.prefill_module import load_prefill
 from qsun.runtime.seam import SeamBatch, monolithic_logits, seam_logits
 from qsun.tuning.checkpointing import recomputed
-from qsun.tuning.examples import Example, collate
+from qsun.tuning.examples import collate
 from qsun.tuning.job import TuneJob
 from qsun.tuning.optimizer import Optimizer, used_parameters
 from qsun.tuning.processes import Processes
@@ -32,7 +33,7 @@ class TuneModels(Protocol):
     optimizer: Optimizer
     in_step: bool
 
-    def batch(self, examples: Sequence[Example]) -> SeamBatch | None:
+    def batch(self, examples: Sequence[TokenExample]) -> SeamBatch | None:
         """Put the examples side by side; None if there is nothing to compute."""
         ...
 
@@ -60,7 +61,7 @@ class WholeModels:
             self.decode = load_decode(job.decode, processes.device, job.dtype).model
         self.optimizer: Optimizer = Optimizer(self.model, job.config.weight_decay, processes)
 
-    def batch(self, examples: Sequence[Example]) -> SeamBatch | None:
+    def batch(self, examples: Sequence[TokenExample]) -> SeamBatch | None:
         return collate(examples).to(self.processes.device) if examples else None
 
     def logits(self, batch: SeamBatch) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qsun.figure import new_figure, save_figure
 from qsun.model.checkpoint import Checkpoint, file_sha256, merge_shards
 from qsun.model.lora import Adapter, write_adapter
 from qsun.model.manifest import MANIFEST, MANIFEST_VERSION, copy_base_files, versions, write_json
@@ -103,9 +104,7 @@ print(qsun.generate(prefill, decode, ["..."]))
 
 def plot_losses(report: dict[str, Any], path: Path) -> None:
     """Draw training and validation loss by step, and mark the best checkpoint."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = new_figure(8, 4.5)
     axes = figure.subplots()
     axes.plot(*zip(*report["train_loss"], strict=True), linewidth=0.8, alpha=0.6, label="training, by batch")
     axes.plot(*zip(*report["valid_loss"], strict=True), marker="o", markersize=3.5, linewidth=1.4, label="validation")
@@ -117,4 +116,4 @@ def plot_losses(report: dict[str, Any], path: Path) -> None:
     axes.set_title(f"{report['kind']} on {report['base']}: validation {report['best_valid_loss']:.4f}")
     axes.grid(alpha=0.25, which="both")
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    save_figure(figure, path)

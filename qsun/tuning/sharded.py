@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from qsun.data.examples import TokenExample
 from qsun.model.adapter_checkpoint import open_prefill
 from qsun.model.checkpoint import Checkpoint
 from qsun.model.lora import Adapter, place_adapter
@@ -29,13 +30,13 @@ from qsun.runtime.decode_module import place_weights
 from qsun.runtime.quant_linear import QuantLinear
 from qsun.runtime.seam import IGNORED, SeamBatch, monolithic_logits, seam_logits
 from qsun.tuning.checkpointing import kv_of, with_kv
-from qsun.tuning.examples import Example, collate
+from qsun.tuning.examples import collate
 from qsun.tuning.job import TuneJob
 from qsun.tuning.models import make_trainable
 from qsun.tuning.optimizer import Optimizer
 from qsun.tuning.processes import Processes
 
-_IDLE = Example((0, 0), (0,))  # for a process that has no example left, but must run as many passes as the others
+_IDLE = TokenExample((0, 0), (0,))  # for a process that has no example left, but must run as many passes as the others
 
 
 class ShardedModels:
@@ -106,7 +107,7 @@ class ShardedModels:
         sharded.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
         return module
 
-    def batch(self, examples: Sequence[Example]) -> SeamBatch | None:
+    def batch(self, examples: Sequence[TokenExample]) -> SeamBatch | None:
         """Put the examples side by side, never None: without examples the loss is 0, and the prefix is never empty."""
         batch = collate(examples or [_IDLE], least_prefix=1)
         if not examples:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qsun.data.examples import TokenExample
 from qsun.errors import QsunError
 from qsun.memory import peak_rss_bytes
 from qsun.model.checkpoint import Checkpoint
@@ -20,7 +21,7 @@ from qsun.model.output_dir import Workdir
 from qsun.progress import Progress
 from qsun.runtime.seam import response_loss
 from qsun.tuning.config import TuneConfig
-from qsun.tuning.examples import Example, epoch_order
+from qsun.tuning.examples import epoch_order
 from qsun.tuning.job import TuneJob, prepare_tuning
 from qsun.tuning.models import TuneModels, WholeModels
 from qsun.tuning.optimizer import learning_rate
@@ -46,7 +47,7 @@ def tune(  # noqa: PLR0913, PLR0917
     Args:
         decode: decode module, quantized or not: directory, hub id or "demo".
         out: directory to create; it appears only when it is complete.
-        data: one or more .jsonl files of prompt/response or chat messages.
+        data: one or more files or data sets of prompt/response or chat rows (docs/calibration.md).
         config: default TuneConfig().
         base: full-precision base; default: the one that the decode module names, or the decode module itself.
         eval_data: validation data; default: a part of `data` is held out.
@@ -146,13 +147,13 @@ class Tuner:
         self.seconds += time.perf_counter() - started
         self.train_loss.append((self.step, loss))
 
-    def _batch(self, step: int) -> list[Example]:
+    def _batch(self, step: int) -> list[TokenExample]:
         train, size = self.job.train, self.config.batch_size
         epoch, place = divmod(step, -(-len(train) // size))
         order = epoch_order(len(train), self.config.seed, epoch)
         return [train[i] for i in order[place * size : (place + 1) * size]]
 
-    def gradients(self, examples: Sequence[Example]) -> float:
+    def gradients(self, examples: Sequence[TokenExample]) -> float:
         """Compute gradients of the mean loss over all response tokens, and return that loss.
 
         They do not depend on how examples are split over processes and pieces.
@@ -170,7 +171,7 @@ class Tuner:
         self.processes.sum_([total])
         return float(total)
 
-    def _pieces(self, examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
+    def _pieces(self, examples: Sequence[TokenExample]) -> Iterator[Sequence[TokenExample]]:
         """Split this process's share into pieces of similar lengths, as many in every process, some of them empty."""
         share = sorted(examples[self.processes.rank :: self.processes.count], key=lambda e: len(e.prompt))
         largest = -(-len(examples) // self.processes.count)
@@ -178,13 +179,13 @@ class Tuner:
         for first in range(0, largest, size):
             yield share[first : first + size]
 
-    def _loss(self, examples: Sequence[Example]) -> Tensor | None:
+    def _loss(self, examples: Sequence[TokenExample]) -> Tensor | None:
         """Return the loss summed over response tokens; None if there is nothing to compute."""
         batch = self.models.batch(examples)
         return None if batch is None else response_loss(self.models.logits(batch), batch.labels)
 
     @torch.no_grad()
-    def mean_loss(self, examples: Sequence[Example]) -> float:
+    def mean_loss(self, examples: Sequence[TokenExample]) -> float:
         """Return the mean loss of a response token, over all processes."""
         total = torch.zeros(2, dtype=torch.float64, device=self.processes.device)
         size = max(1, self.config.batch_size // self.config.grad_accum)

@@ -182,9 +182,13 @@ def refused(read, source: Path, says: str, **settings) -> None:
         ("a.jsonl", b'{"text": "a"}\n\n{"text": "\xff"}\n', r"line 3: not valid UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', r"line 3: not valid JSON"),
         ("a.jsonl", b'{"text": "a"}\n[1, 2]\n', r"line 2: not a JSON object"),
-        ("a.jsonl", b'{"text": "a"}\n{"prompt": "b"}\n', r"line 2: needs 'text', .* it has prompt"),
+        ("a.jsonl", b'{"text": "a"}\n{"prompt": "b"}\n', r"line 2: needs 'messages', .* it has prompt"),
         ("a.jsonl", b'{"text": "a"}\n{"response": "b"}\n', r"line 2: needs .* it has response"),
-        ("a.jsonl", b"{}\n", r"line 1: needs 'text'"),
+        (
+            "a.jsonl",
+            b"{}\n",
+            r"line 1: needs 'messages', .* 'text'; it has nothing",
+        ),
         ("a.jsonl", b'{"text": "too short"}\n', "too short: 10 tokens"),
         ("a.jsonl", b'{"text": null}\n', r"line 1: .*text"),
         ("a.jsonl", b'{"prompt": "a", "response": null}\n', r"line 1: .*response"),
@@ -199,8 +203,8 @@ def refused(read, source: Path, says: str, **settings) -> None:
             b'{"messages": [{"role": "system", "content": "a"}, {"role": "assistant", "content": "b"}]}\n',
             r"line 1: .*roles user and assistant only",  # the template's own words
         ),
-        ("a.npy", b"", "not a sound .npy file"),
-        ("a.npy", b"\x93NUMPY\x01\x00", "not a sound .npy file"),
+        ("a.npy", b"", "not a valid .npy file"),
+        ("a.npy", b"\x93NUMPY\x01\x00", "not a valid .npy file"),
     ],
 )
 def test_bad_files_are_refused_by_name_and_line(name, content, says, read, tmp_path):
@@ -243,7 +247,7 @@ def test_pickles_are_never_run(read, tmp_path):
     np.save(tmp_path / "array.npy", np.array([[_Bomb()]], dtype=object), allow_pickle=True)
     (tmp_path / "plain.npy").write_bytes(pickle.dumps(_Bomb()))
     for name in ("array.npy", "plain.npy"):
-        refused(read, tmp_path / name, "not a sound .npy file")
+        refused(read, tmp_path / name, "not a valid .npy file")
 
 
 def test_an_npz_archive_is_no_npy_file(read, tmp_path):
@@ -257,12 +261,12 @@ def test_tokens_outside_the_vocabulary_are_refused(token, read, tmp_path):
     rows = random_tokens(3, 4)
     rows[2, 1] = token
     np.save(tmp_path / "some.npy", rows)
-    refused(read, tmp_path / "some.npy", f"token {token}, outside the model's vocabulary of {VOCAB}")
+    refused(read, tmp_path / "some.npy", rf"token {token}, outside the model's vocabulary of {VOCAB}")
 
 
 def test_text_of_a_larger_tokenizer_is_refused(demo_tokenizer, tmp_path):
     (tmp_path / "some.txt").write_text("abcdefgh")
-    with pytest.raises(QsunError, match=r"token 103, outside the model's vocabulary of 100"):
+    with pytest.raises(QsunError, match=r"token 103 \('g'\), outside the model's vocabulary of 100"):
         read_calibration([str(tmp_path / "some.txt")], demo_tokenizer, 100, 1, 4, 0)
 
 
@@ -276,7 +280,7 @@ def test_messages_without_a_template_are_refused(demo_tokenizer, read, tmp_path,
 @pytest.mark.parametrize("name", ["some.txt", "some.jsonl"])
 def test_text_without_a_tokenizer_is_refused(name, read, tmp_path):
     (tmp_path / name).write_text('{"text": "abc"}\n')
-    refused(read, tmp_path / name, "no tokenizer; give .npy token ids", tokenizer=None)
+    refused(read, tmp_path / name, "the model directory has none; give .npy token ids", tokenizer=None)
 
 
 def test_the_packaged_text_without_a_tokenizer_is_refused(read):
@@ -296,7 +300,7 @@ def test_what_is_no_data_set_is_refused(read, tmp_path, monkeypatch):
 
 def test_a_data_set_row_with_missing_fields_is_named(read, tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"question": "a"}])
-    refused(read, tmp_path, r"row 0: needs 'text', .* it has question")
+    refused(read, tmp_path, r"row 0: needs 'messages', .* it has question")
 
 
 def test_data_sets_without_the_package_say_what_to_install(read, tmp_path, monkeypatch):

@@ -5,9 +5,10 @@ import random
 import pytest
 import torch
 
+from qsun.data.examples import TokenExample
 from qsun.errors import QsunError
 from qsun.runtime.seam import IGNORED
-from qsun.tuning.examples import Example, collate, epoch_order, fingerprint, hold_out, read_examples
+from qsun.tuning.examples import collate, draw, epoch_order, fingerprint, hold_out, read_examples
 from tests.tiny_models import write_jsonl
 
 
@@ -70,17 +71,17 @@ def test_long_examples_are_left_out_and_counted(read):
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({}, "line 1: needs 'messages', or 'prompt' and 'response'; it has nothing"),
+        ({}, "line 1: needs 'messages', or 'prompt' and 'response', or (for calibration) 'text'; it has nothing"),
         ({"text": "a"}, "it has text"),
         ({"prompt": 3, "response": "a"}, "'prompt' is 3, not text"),
         (
             {"prompt": "a\ud83d", "response": "a"},
-            r"rows.jsonl, line 1: half of a surrogate pair, '\ud83d', is no char",
+            r"rows.jsonl, line 1: '\ud83d' is half of a surrogate pair, not a character",
         ),
-        ({"prompt": "a", "response": "\ude00"}, "line 1: half of a surrogate pair"),
+        ({"prompt": "a", "response": "\ude00"}, "is half of a surrogate pair"),
         (
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\ud83db"}]},
-            "line 1: half of a surrogate pair",
+            "is half of a surrogate pair",
         ),
         ({"messages": "hello"}, "'messages' is not a list"),
         ({"messages": [{"role": "user", "content": "a"}]}, "need an assistant turn after a prompt"),
@@ -107,7 +108,7 @@ def test_a_template_that_rewrites_the_prompt(read, demo_tokenizer):
 
 
 def test_both_sides_of_the_seam():
-    batch = collate([Example((5, 6, 7), (8, 9)), Example((4,), (3, 2, 1)), Example((1, 2), (9,))])
+    batch = collate([TokenExample((5, 6, 7), (8, 9)), TokenExample((4,), (3, 2, 1)), TokenExample((1, 2), (9,))])
     assert batch.prefix.tolist() == [[5, 6], [0, 0], [0, 1]]
     assert batch.starts.tolist() == [0, 2, 1]
     assert batch.rest.tolist() == [[7, 8, 0], [4, 3, 2], [2, 0, 0]]
@@ -115,14 +116,14 @@ def test_both_sides_of_the_seam():
 
 
 def test_only_one_token_prompts_have_an_empty_prefix():
-    batch = collate([Example((5,), (6,)), Example((7,), (8, 9))])
+    batch = collate([TokenExample((5,), (6,)), TokenExample((7,), (8, 9))])
     assert batch.prefix.shape == (2, 0)
     assert torch.equal(batch.starts, torch.zeros(2, dtype=torch.int64))
 
 
 def test_held_out_prompts_are_not_trained_on():
     r = random.Random(0)
-    examples = [Example((r.randrange(40),), (n,)) for n in range(300)]
+    examples = [TokenExample((r.randrange(40),), (n,)) for n in range(300)]
     train, valid = hold_out(examples, 0.1, seed=4)
     assert not {e.prompt for e in train} & {e.prompt for e in valid}
     assert sorted([*train, *valid], key=lambda e: e.response) == examples
@@ -131,9 +132,18 @@ def test_held_out_prompts_are_not_trained_on():
     assert hold_out(examples, 0.1, seed=5) != (train, valid)
 
 
+def test_validation_examples_are_drawn_by_the_seed():
+    examples = [TokenExample((n,), (n,)) for n in range(40)]
+    drawn = draw(examples, 7, seed=1)
+    assert drawn == sorted(drawn, key=lambda e: e.prompt)
+    assert len({e.prompt for e in drawn}) == 7
+    assert draw(examples, 7, seed=1) == drawn != draw(examples, 7, seed=2)
+    assert draw(examples, 0, seed=1) == draw(examples, 40, seed=1) == examples
+
+
 def test_too_few_to_hold_out():
     with pytest.raises(QsunError, match="1 different prompts are too few to hold 5% of them out; give validation data"):
-        hold_out([Example((1,), (2,))] * 9, 0.05, seed=0)
+        hold_out([TokenExample((1,), (2,))] * 9, 0.05, seed=0)
 
 
 def test_the_order_of_an_epoch_needs_no_state():
@@ -145,5 +155,5 @@ def test_the_order_of_an_epoch_needs_no_state():
 
 
 def test_the_fingerprint_sees_order_and_the_seam():
-    a, b = Example((1, 2), (3,)), Example((1,), (2, 3))
+    a, b = TokenExample((1, 2), (3,)), TokenExample((1,), (2, 3))
     assert len({fingerprint(rows) for rows in ([a], [b], [a, b], [b, a])}) == 4

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import qsun
+from qsun.data.examples import TokenExample
 from qsun.model.lora import AdapterSettings, new_adapter
 from qsun.runtime.seam import monolithic_logits, response_loss, seam_logits
 from qsun.tuning.checkpointing import recomputed
-from qsun.tuning.examples import Example, collate
+from qsun.tuning.examples import collate
 from qsun.tuning.optimizer import Optimizer, learning_rate, used_parameters
 from qsun.tuning.processes import Processes
 from tests.seam_oracle import seam_reference
@@ -24,7 +25,7 @@ SHAPES = [(6, 3), (1, 4), (11, 1), (2, 2)]  # tokens of prompt and response
 
 def examples(seed=0):
     r = random.Random(seed)
-    return [Example(*(tuple(r.randrange(3, 128) for _ in range(n)) for n in shape)) for shape in SHAPES]
+    return [TokenExample(*(tuple(r.randrange(3, 128) for _ in range(n)) for n in shape)) for shape in SHAPES]
 
 
 @pytest.fixture

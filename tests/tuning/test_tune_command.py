@@ -1,6 +1,7 @@
 """`qsun tune`: what it prints, and what a user can get wrong."""
 
 import json
+import shutil
 
 import pytest
 
@@ -35,6 +36,17 @@ def test_json_is_all_there_is_on_stdout(cli, talking_model, rows, tmp_path):
     report = json.loads(answer.out)
     assert [step for step, _ in report["train_loss"]] == [1, 2]
     assert answer.err == ""
+
+
+def test_a_part_of_the_validation_data(cli, rows, tmp_path):
+    counts = []
+    for count in (3, 0):
+        answer = cli(
+            "tune", "demo", "-o", tmp_path / "o", "--data", rows, "--eval-data", rows, "--valid-examples", count,
+            "--dry-run", "--json",
+        )  # fmt: skip
+        counts.append(json.loads(answer.out)["validation_examples"])
+    assert counts == [3, 40]
 
 
 def test_a_dry_run_writes_nothing(cli, rows, tmp_path):
@@ -155,3 +167,17 @@ def test_another_base_of_the_same_shape(refused, quantized, talking_model, tmp_p
     made = json.loads((quantized / "qsun.json").read_text())
     (quantized / "qsun.json").write_text(json.dumps(made | {"base_fingerprint": "0" * 64}))
     refused(quantized, says="is not the base that")
+
+
+def test_tokens_outside_the_vocabulary(refused, talking_model, tmp_path):
+    """The tokenizer has more tokens than the model has embeddings."""
+    from qsun.model.locate import load_tokenizer
+
+    model = tmp_path / "model"
+    shutil.copytree(talking_model, model)
+    tokenizer = load_tokenizer(model)
+    tokenizer.add_tokens(["<tool>"])
+    tokenizer.save_pretrained(model)
+    rows = [{"prompt": f"say <tool> {n}", "response": f"{n}"} for n in range(30)]
+    says = "training data has token 128 ('<tool>'), outside the model's vocabulary of 128"
+    refused(model, data=write_jsonl(tmp_path / "tools.jsonl", rows), says=says)

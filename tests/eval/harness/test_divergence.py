@@ -5,6 +5,7 @@ import types
 import pytest
 import torch
 
+from qsun.data.examples import TokenExample
 from qsun.errors import QsunError
 from qsun.eval.harness.divergence import (
     log_probabilities,
@@ -17,7 +18,6 @@ from qsun.eval.harness.divergence import (
 )
 from qsun.eval.study.passes import compare_passes
 from qsun.runtime.decode_module import load_decode
-from qsun.tuning.examples import Example
 from tests.seam_oracle import seam_reference
 from tests.tiny_models import VOCAB, random_tokens
 
@@ -74,7 +74,7 @@ def test_decode_positions_against_a_forward_pass_with_two_sets_of_weights(tiny_m
                 parameter.add_(torch.randn_like(parameter) * size)
     rows = random_tokens(5, 14, seed=3).tolist()
     examples = [
-        Example(tuple(r[:n]), tuple(r[n : n + m]))
+        TokenExample(tuple(r[:n]), tuple(r[n : n + m]))
         for r, n, m in zip(rows, (1, 2, 5, 9, 3), (4, 1, 5, 3, 11), strict=True)
     ]
     states = {name: dict(m.named_parameters()) for name, m in (("p", prefill), ("d", decode), ("r", reference))}
