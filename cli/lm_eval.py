@@ -5,8 +5,6 @@ from typing import Any
 
 import typer
 
-from qsun.errors import QsunError
-
 PASS_THROUGH: dict[str, Any] = {
     "allow_extra_args": True,
     "ignore_unknown_options": True,
@@ -32,13 +30,9 @@ def lm_eval(context: typer.Context) -> None:
     if arguments in ([], ["--help"], ["-h"]):
         typer.echo(context.get_help())
         return
-    try:
-        from lm_eval.__main__ import cli_evaluate
+    from lm_eval.__main__ import cli_evaluate
 
-        import qsun.eval.harness.lm  # noqa: F401  registers the model
-    except ModuleNotFoundError as error:
-        package = str(error.name).partition(".")[0]
-        raise QsunError(f"{package} is not installed; pip install 'qsun[eval]'") from None
+    import qsun.eval.harness.lm  # noqa: F401  registers the model
     from qsun.eval.tasks import tasks_directory
 
     if len(arguments) > 1 and not any(argument.split("=")[0] == _INCLUDE for argument in arguments):

@@ -22,6 +22,7 @@ from qsun.cli import (
     up,
 )
 from qsun.cli.terminal import screen
+from qsun.cli.terminal.extras import missing_package
 from qsun.errors import QsunError
 
 app = typer.Typer(
@@ -61,6 +62,12 @@ def main() -> None:
         app()
     except QsunError as error:
         screen.error(str(error))
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        message = missing_package(error)
+        if message is None:
+            raise
+        screen.error(message)
         sys.exit(2)
     except OSError as error:
         screen.error(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "))

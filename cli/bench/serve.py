@@ -1,6 +1,5 @@
 """`qsun bench serve`: load on any OpenAI-compatible server."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,8 +53,6 @@ def serve(
 
       qsun bench serve http://127.0.0.1:8000 --against http://127.0.0.1:8100 --rate 2
     """
-    if importlib.util.find_spec("httpx") is None:
-        raise QsunError("a load generator needs httpx; pip install 'qsun[serve]'")
     from qsun.eval.load.client import Target
     from qsun.eval.load.plan import read_prompts
     from qsun.eval.load.report import load_table

@@ -90,11 +90,9 @@ def _device(decode: DecodeModule) -> str:
 
 
 def _lm_eval(settings: HarnessSettings) -> tuple[Any, Any]:
-    try:
-        from lm_eval import evaluator
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise QsunError("lm-eval is not installed; run `pip install qsun[eval]`") from None
+    from lm_eval import evaluator
+    from lm_eval.tasks import TaskManager
+
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it explains itself at every task
     folders = [str(tasks_directory()), *([settings.task_dir] if settings.task_dir else [])]
     # simple_evaluate takes metadata only for a manager that it makes itself, and drops it beside this one

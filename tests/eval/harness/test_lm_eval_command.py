@@ -51,12 +51,3 @@ def test_an_include_path_is_the_users(cli, tmp_path):
     answer = cli("lm-eval", "ls", "tasks", "--include_path", tmp_path)
     assert "my_own_task" in answer.out
     assert "qsun_math" not in answer.out
-
-
-def test_without_lm_eval_it_says_what_to_install(cli, monkeypatch):
-    for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval" or name == "qsun.eval.harness.lm"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    answer = cli("lm-eval", "--tasks", "qsun_math")
-    assert answer.code == 2
-    assert answer.err.splitlines() == ["error: lm_eval is not installed; pip install 'qsun[eval]'"]
