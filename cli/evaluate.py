@@ -1,6 +1,5 @@
 """`qsun eval`: accuracy, divergence and speed of SUN and QSUN against full fine-tuning, in one report."""
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -8,14 +7,14 @@ from typing import Any
 
 import typer
 
-from qsun.cli.terminal import screen
+from qsun.cli.terminal import results, screen
 from qsun.cli.terminal.device import check_device
 from qsun.config import DTYPES, check_one_of
 from qsun.errors import QsunError
 
 EXAMPLES = """Compare base, full fine-tune, SUN and QSUN on lm-eval tasks, with error bars, in one report.
 
-Leaves report.html (one file to send on), report.md, report.json and pictures in the folder.
+Writes report.html (a single file to share), report.md, report.json and pictures in the folder.
 
 Examples:
 
@@ -34,14 +33,14 @@ def evaluate(
     prefill: str = typer.Option("", help="Prefill module to pair with it."),
     full_ft: str = typer.Option("", "--full-ft", help="Conventional fine-tune to compare with."),
     base: str = typer.Option("", help="Full-precision base. Default: what the decode module names."),
-    matrix: Path | None = typer.Option(None, help="YAML file of variants, instead of the options above."),
+    matrix: Path | None = typer.Option(None, help="YAML file of variants instead of the options above."),
     tasks: str = typer.Option("", help="lm-eval tasks, comma-separated; qsun_math, qsun_code, qsun_tool are embedded."),
     task_dir: str = typer.Option("", help="Folder of more lm-eval task files."),
-    task_data: str = typer.Option("", help="Folder of local copies of public data, for gsm8k_local and the like."),
+    task_data: str = typer.Option("", help="Folder of local copies of public data, for gsm8k_local and others."),
     limit: int = typer.Option(0, min=0, help="Examples of each task; 0: all."),
     num_fewshot: int | None = typer.Option(None, help="Examples in the prompt. Default: the task's own."),
     chat_template: bool = typer.Option(False, "--chat-template", help="Render prompts as chats."),
-    allow_code: bool = typer.Option(False, "--allow-code-execution", help="Run what the model wrote, in a sandbox."),
+    allow_code: bool = typer.Option(False, "--allow-code-execution", help="Run what the model writes, in a sandbox."),
     text: Path | None = typer.Option(None, help="Running text: perplexity and divergence of the decode modules."),
     windows: str = typer.Option("64x256", help="Windows of the text, and tokens in each."),
     responses: Path | None = typer.Option(
@@ -49,25 +48,26 @@ def evaluate(
     ),
     speed: str = typer.Option(
         "",
-        help="Add decode speed: of 'modules' (those given), of a shape such as llama-3.2-1b, or a speed.json.",
+        help="Add decode speed: of the given 'modules', of a shape such as llama-3.2-1b, or from a speed.json.",
     ),
-    batch_size: str = typer.Option("auto", help="Of lm-eval's requests."),
+    batch_size: str = typer.Option("auto", help="Batch size of lm-eval's requests, or auto."),
     dtype: str = typer.Option("auto", help="auto, float32, bfloat16 or float16."),
     device: str = typer.Option("", help="cpu, cuda. Default: a GPU where there is one."),
-    seed: int = typer.Option(0, help="Of few-shot examples and sampling."),
-    resume: bool = typer.Option(False, "--resume", help="Go on where a run with the same settings stopped."),
+    seed: int = typer.Option(0, help="Random seed of few-shot examples and sampling."),
+    resume: bool = typer.Option(False, "--resume", help="Continue a stopped run with the same settings."),
     as_json: bool = typer.Option(False, "--json", help="Print report.json on stdout."),
 ) -> None:
     from qsun.eval.harness.run import HarnessSettings
     from qsun.eval.report.evaluation import Evaluation, check_speed, measured_speed
     from qsun.eval.report.evaluation import evaluate as run
+    from qsun.eval.report.pages import report_text
     from qsun.eval.report.variants import from_file, from_options
 
     screen.show_warnings()
     check_device(device or None)
     check_one_of("--dtype", dtype, DTYPES)
     if matrix and (prefill or full_ft or base):
-        raise QsunError("--matrix names all modules; leave --prefill, --full-ft and --base out")
+        raise QsunError("--matrix names all modules; omit --prefill, --full-ft and --base")
     wanted = [task for task in tasks.split(",") if task]
     if bool(matrix) == bool(decode):
         raise QsunError("give either --decode (with --prefill and --full-ft) or --matrix")
@@ -83,7 +83,7 @@ def evaluate(
     report = _write(job, parts, None, out, seed)
     if speed:
         report = _write(job, parts, measured_speed(speed, job, screen.note), out, seed)
-    typer.echo(json.dumps(report) if as_json else _lines(report, out))
+    results.show(report, as_json, lambda report: f"{report_text(report)}\nreport: {out / 'report.html'}")
 
 
 def _windows(value: str) -> tuple[int, int]:
@@ -100,7 +100,10 @@ def _write(job: Any, parts: list[dict[str, Any]], speed: Any, out: Path, seed: i
     from qsun.model.manifest import write_json
 
     command = shlex.join(["qsun", *sys.argv[1:]])
-    report = summarize(job.matrix, parts) | {"provenance": provenance(command, seed), "settings": job.settings()}
+    report = summarize(job.matrix, parts) | {
+        "provenance": provenance(command, seed, job.place()),
+        "settings": job.settings(),
+    }
     report |= {"speed": speed} if speed else {}
     pictures = plots(report)
     for name, png in pictures.items():
@@ -109,20 +112,3 @@ def _write(job: Any, parts: list[dict[str, Any]], speed: Any, out: Path, seed: i
     (out / "report.html").write_text(page(report, pictures), encoding="utf-8")
     write_json(out / "report.json", report)
     return report
-
-
-def _lines(report: dict[str, Any], out: Path) -> str:
-    from qsun.eval.report.pages import tables
-
-    lines = []
-    for heading, (columns, rows) in tables(report).items():
-        widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
-        lines += [
-            heading,
-            *(
-                "  ".join(c.ljust(w) if not i else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-                for row in [columns, *rows]
-            ),
-            "",
-        ]
-    return "\n".join([*lines, *report["sentences"], f"report: {out / 'report.html'}"])

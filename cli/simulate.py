@@ -1,23 +1,22 @@
-"""`qsun simulate`: conventional disaggregation against SUN and QSUN, by discrete events."""
+"""`qsun simulate`: a discrete-event simulation of conventional disaggregation, SUN and QSUN."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from qsun.cli.terminal import screen
+from qsun.cli.terminal import results, screen
 from qsun.errors import QsunError
 
 
 def simulate(
-    curves: str = typer.Option(..., help="speed.json of qsun bench speed, or computed:MODEL for an H200's floors."),
-    models: str = typer.Option("3", help="How many models, or their names, comma-separated, the busiest first."),
+    curves: str = typer.Option(..., help="speed.json of qsun bench speed, or computed:MODEL: bounds of an H200."),
+    models: str = typer.Option("3", help="Number of models, or their names, comma-separated, the busiest first."),
     decode_workers: int = typer.Option(4, help="Decode workers of every system."),
     skew: str = typer.Option("0,0.5,1,1.5,2", help="Zipf exponents over models, comma-separated; 0 is uniform."),
-    rate: str = typer.Option("", help="Requests/s, comma-separated. Default: search what each system can serve."),
-    need: float = typer.Option(0.0, help="Without --rate: requests/s that the fewest workers are searched for."),
+    rate: str = typer.Option("", help="Requests/s, comma-separated. Default: search the highest rate of each system."),
+    need: float = typer.Option(0.0, help="Without --rate: requests/s to find the fewest workers for."),
     trace: Path | None = typer.Option(None, help="Replay requests.jsonl of qsun bench serve instead."),
     prompt: str = typer.Option(
         "lognormal:512,0.8,4096", help="Prompt tokens: fixed:N, uniform:A-B, lognormal:MED,SIGMA."
@@ -26,25 +25,27 @@ def simulate(
     max_batch: int = typer.Option(64, help="Rows of a decode worker."),
     kv_tokens: int = typer.Option(0, help="KV of a decode worker in tokens. Default: from --memory-gb, or no limit."),
     memory_gb: float = typer.Option(0.0, help="Memory of a decode worker, for weights and KV."),
-    prefill_workers: int = typer.Option(0, help="Of each model. Default: so many that they are half busy."),
-    prefill_tokens: int = typer.Option(0, help="In-process engines: so many prompt tokens a step; no prefill workers."),
-    assignment: str = typer.Option("load", help="Of decode workers to models when conventional: load or equal."),
-    policy: str = typer.Option("least_outstanding_tokens", help="Or power_of_two, or round_robin."),
-    transfer_ms: float = typer.Option(0.0, help="From a prefill worker to a decode worker."),
-    overhead_ms: float = typer.Option(0.0, help="Added to every step."),
-    qsun_variant: str = typer.Option("qsun", help="Or qsun+head: an int4 head as well."),
-    slo_ttft: float = typer.Option(0.0, help="Milliseconds. Default: 4 prefills and 10 TPOTs."),
-    slo_tpot: float = typer.Option(0.0, help="Milliseconds. Default: twice SUN's step with a full batch."),
-    target: float = typer.Option(0.95, help="Share of requests that must keep both."),
-    requests: int = typer.Option(2000, help="Of each simulation, at least."),
-    seed: int = typer.Option(0, help="Of arrivals, models, lengths and policies."),
+    prefill_workers: int = typer.Option(0, help="Prefill workers of each model. Default: enough to be half busy."),
+    prefill_tokens: int = typer.Option(
+        0, help="Prompt tokens a step of in-process engines, which need no prefill workers."
+    ),
+    assignment: str = typer.Option("load", help="Assignment of conventional decode workers to models: load or equal."),
+    policy: str = typer.Option("least_outstanding_tokens", help="Routing policy, or power_of_two, or round_robin."),
+    transfer_ms: float = typer.Option(0.0, help="KV transfer from a prefill worker to a decode worker."),
+    overhead_ms: float = typer.Option(0.0, help="Milliseconds added to every decode step."),
+    qsun_variant: str = typer.Option("qsun", help="qsun, or qsun+head with an int4 head as well."),
+    slo_ttft: float = typer.Option(0.0, help="TTFT objective, ms. Default: 4 prefills and 10 TPOTs."),
+    slo_tpot: float = typer.Option(0.0, help="TPOT objective, ms. Default: twice SUN's step with a full batch."),
+    target: float = typer.Option(0.95, help="Share of requests that must keep both objectives."),
+    requests: int = typer.Option(2000, help="Requests of each simulation, at least."),
+    seed: int = typer.Option(0, help="Random seed."),
     out: Path | None = typer.Option(None, "--out", "-o", help="Folder for simulate.json and simulate.png."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
 ) -> None:
-    """Simulate conventional disaggregation, SUN and QSUN on the same workers, from step times measured beforehand.
+    """Simulate conventional disaggregation, SUN and QSUN on the same workers, from measured step times.
 
-    Without --rate, the highest rate that each system serves within the SLO, at every skew, and the decode workers that
-    each needs for one rate. docs/capacity.md says what is assumed.
+    Without --rate, find the highest rate that each system serves within the SLO at every skew, and the decode workers
+    that each needs for one rate. docs/capacity.md states the assumptions.
 
     Examples:
 
@@ -86,15 +87,12 @@ def simulate(
 
 
 def _show(result: dict[str, Any], out: Path | None, as_json: bool) -> None:
-    from qsun.eval.simulate.report import plot, table
+    from qsun.eval.simulate.report import report_figure, report_text
 
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "simulate.json").write_text(json.dumps(result, indent=1) + "\n")
-        plot(result, out / "simulate.png")
+    results.save(out, "simulate", result, lambda: report_figure(result))
     if beyond := max(row.get("steps_beyond_curves", 0.0) for row in result["rows"]):
         screen.note(f"up to {beyond:.0%} of steps have larger batches or contexts than the curves; docs/capacity.md")
-    typer.echo(json.dumps(result) if as_json else table(result))
+    results.show(result, as_json, report_text)
 
 
 def _names(models: str) -> tuple[str, ...]:

@@ -1,1 +1,1 @@
-"""Measurements of accuracy and speed; imports the core, never the command line."""
+"""Measurements of accuracy and speed. Imports the core, never the command line."""

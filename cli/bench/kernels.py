@@ -1,18 +1,23 @@
 """`qsun bench kernels` and `qsun bench tune-kernels`: the int4 product, timed and tuned."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import typer
 
-from qsun.cli.terminal import screen
+from qsun.cli.bench.speed import whole_numbers
+from qsun.cli.terminal import results, screen
+from qsun.cli.terminal.device import check_device
+from qsun.device import default_device
 from qsun.errors import QsunError
 
 
 def kernels(
-    model: list[str] = typer.Option([], help="Known model whose layer shapes to run; repeat. Default on a GPU: all."),
-    shape: list[str] = typer.Option([], help="Another shape, NxK; repeat. Default on a CPU: 4096x4096, 14336x4096."),
+    model: list[str] = typer.Option(
+        [], help="Known model whose layer shapes to run; repeatable. Default on a GPU: all."
+    ),
+    shape: list[str] = typer.Option(
+        [], help="Another shape, NxK; repeatable. Default on a CPU: 4096x4096, 14336x4096."
+    ),
     rows: str = typer.Option(
         "", "--rows", "-m", help="Values of M, comma-separated. Default: 1,4,16,64,256; on a GPU all powers of 2."
     ),
@@ -21,14 +26,14 @@ def kernels(
     device: str = typer.Option("", help="cpu or cuda. Default: a GPU where there is one."),
     threads: int = typer.Option(1, help="CPU threads."),
     rounds: int = typer.Option(25, help="Turns of each contender at each point."),
-    seconds: float = typer.Option(3.0, help="Fewer turns where a point takes longer than this."),
+    seconds: float = typer.Option(3.0, help="Fewer turns if a point takes longer than this."),
     minutes: float = typer.Option(1e9, help="Leave out shapes that would start later.", show_default=False),
     out: Path | None = typer.Option(None, "--out", "-o", help="Folder for kernels.json and kernels.png."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
 ) -> None:
-    """Time the int4 product against F.linear in bfloat16 and against the peers that are installed.
+    """Time the int4 product against F.linear in bfloat16 and against the installed peers.
 
-    Contenders take turns on copies of their matrices that exceed the caches; on a GPU in CUDA graphs. Medians.
+    Contenders take turns on copies of their matrices that exceed the caches, in CUDA graphs on a GPU. Prints medians.
 
     Examples:
 
@@ -38,43 +43,47 @@ def kernels(
     """
     import torch
 
-    from qsun.eval.speed.clock import machine
-    from qsun.eval.speed.kernel_bench import KernelVariant, Patience, bench_kernels, layers_of, plot_kernels
+    from qsun.eval.output.machine import machine
+    from qsun.eval.speed.kernel_bench import (
+        KernelVariant,
+        Patience,
+        bench_kernels,
+        kernel_figure,
+        layers_of,
+        report_text,
+    )
     from qsun.eval.speed.model_shapes import MODEL_SHAPES
 
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    check_device(device or None)
+    where = default_device(device)
     on_gpu = where.type == "cuda"
-    if on_gpu and not torch.cuda.is_available():
-        raise QsunError("device cuda: torch sees no CUDA device here; use --device cpu")
     if not model and not shape:
         model, shape = (list(MODEL_SHAPES), []) if on_gpu else ([], ["4096x4096", "14336x4096"])
     wanted = rows or ("1,2,4,8,16,32,64,128,256" if on_gpu else "1,4,16,64,256")
     torch.set_num_threads(threads)
     result = bench_kernels(
         layers_of(model, shape),
-        [int(M) for M in wanted.split(",")],
+        whole_numbers("rows", wanted),
         KernelVariant(group_size, not asym, torch.bfloat16, where),
         Patience(rounds, seconds, minutes),
         screen.note,
     )
-    result |= machine(where, threads)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
-        plot_kernels(result, f"int4, group {group_size}, {result['machine']}", out / "kernels.png")
-    typer.echo(json.dumps(result) if as_json else _table(result))
+    result |= machine(where)
+    title = f"int4, group {group_size}, {result['machine']}"
+    results.save(out, "kernels", result, lambda: kernel_figure(result, title))
+    results.show(result, as_json, report_text)
 
 
 def tune_kernels(
-    model: list[str] = typer.Option([], help="Known model whose layer shapes to tune; repeat. Default: all."),
-    shape: list[str] = typer.Option([], help="Another shape, NxK; repeat."),
+    model: list[str] = typer.Option([], help="Known model whose layer shapes to tune; repeatable. Default: all."),
+    shape: list[str] = typer.Option([], help="Another shape, NxK; repeatable."),
     group_size: int = typer.Option(128, help="-1, 32, 64 or 128."),
     asym: bool = typer.Option(False, "--asym", help="With zero points."),
-    out: Path | None = typer.Option(None, "--out", "-o", help="Table to write or add to. Default: the package's own."),
+    out: Path | None = typer.Option(None, "--out", "-o", help="Table to write or extend. Default: the package's own."),
 ) -> None:
-    """Search launch parameters of the int4 kernel on this GPU and write them as a table that is read from then on.
+    """Search launch parameters of the int4 kernel on this GPU, and write the table that qsun reads from then on.
 
-    Minutes for each shape: every launch tried is compiled. A table that is there already is added to.
+    Takes minutes a shape, because every launch is compiled. An existing table is extended.
 
     Examples:
 
@@ -91,26 +100,10 @@ def tune_kernels(
     from qsun.kernels.launch_table import table_file
 
     if not torch.cuda.is_available():
-        raise QsunError("launch parameters are timed on a GPU, and torch sees no CUDA device here")
+        raise QsunError("launch parameters are timed on a GPU, and torch sees no CUDA device")
     layers = layers_of(model or ([] if shape else list(MODEL_SHAPES)), shape)
     gpu = torch.cuda.get_device_name()
     kind = KernelVariant(group_size, not asym, torch.bfloat16, torch.device("cuda"))
     path = out or table_file(gpu)
     write_table(search_launches(layers, kind, gpu, gpu_timer, screen.note), gpu, path)
     typer.echo(f"{path}: launches for {gpu}")
-
-
-def _table(result: dict[str, Any]) -> str:
-    lines = [f"{result['machine']}, torch {result['torch']}, copy {result['copy_gb_per_s']:.0f} GB/s"]
-    lines.append(
-        f"{'model':<18}{'layer':<12}{'N':>6}{'K':>6}{'M':>5} {'kernel':<10}{'us':>10}{'x bf16':>8}{'% copy':>8}"
-    )
-    for row in result["rows"]:
-        lines.append(
-            f"{row['model']:<18}{row['layer']:<12}{row['N']:>6}{row['K']:>6}{row['M']:>5} {row['kernel']:<10}"
-            f"{row['microseconds']:>10.1f}{row['ratio_to_bf16']:>8.2f}{row['bandwidth_percent']:>8.1f}"
-        )
-    for kernel, by_rows in result["geometric_mean"].items():
-        ratios = "  ".join(f"M={M}: {ratio:.2f}" for M, ratio in by_rows.items())
-        lines.append(f"geometric mean of {kernel} over bf16: {ratios}")
-    return "\n".join(lines)

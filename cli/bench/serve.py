@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from qsun.cli.terminal import screen
+from qsun.cli.terminal import results, screen
 from qsun.errors import QsunError
+from qsun.eval.output.table import Table
 
 if TYPE_CHECKING:
     from qsun.eval.load.rounds import Measured
@@ -17,33 +18,33 @@ def serve(
     url: str = typer.Argument(..., help="Server, such as http://127.0.0.1:8000: qsun serve, qsun route, vLLM."),
     models: str = typer.Option("", help="Names, comma-separated, the busiest first. Default: all of /v1/models."),
     skew: float = typer.Option(1.0, help="Zipf exponent over models; 0 is uniform."),
-    rate: float = typer.Option(0.0, help="Open loop: requests/s, sent when due whatever the server does."),
-    concurrency: int = typer.Option(0, help="Or a closed loop: requests in flight, to saturate the server."),
-    requests: int = typer.Option(100, help="That count."),
-    warm_up: int = typer.Option(8, help="Sent before them, and not counted."),
+    rate: float = typer.Option(0.0, help="Open loop: requests/s, each sent when it is due."),
+    concurrency: int = typer.Option(0, help="Closed loop instead: requests in flight, to saturate the server."),
+    requests: int = typer.Option(100, help="Number of requests to measure."),
+    warm_up: int = typer.Option(8, help="Requests to send first without measuring them."),
     prompt: str = typer.Option(
         "fixed:128", help="Prompt tokens: fixed:N, uniform:A-B or lognormal:MEDIAN,SIGMA[,MAX]."
     ),
     output: str = typer.Option("fixed:64", help="max_tokens of an answer, in the same forms."),
     prompts: Path | None = typer.Option(None, help=".jsonl with prompt or messages, instead of random prompts."),
-    endpoint: str = typer.Option("completions", help="Or chat."),
-    deadline: float = typer.Option(120.0, help="Seconds until a request is given up."),
-    max_in_flight: int = typer.Option(1024, help="Requests due beyond this are counted as not sent."),
+    endpoint: str = typer.Option("completions", help="completions or chat."),
+    deadline: float = typer.Option(120.0, help="Seconds after which a request is given up."),
+    max_in_flight: int = typer.Option(1024, help="Requests due beyond this number in flight count as not sent."),
     slo_ttft: float = typer.Option(float("inf"), help="Goodput: milliseconds to the first token.", show_default=False),
     slo_tpot: float = typer.Option(float("inf"), help="Goodput: milliseconds a further token.", show_default=False),
-    decode_workers: int = typer.Option(1, help="Of the server, for throughput of each."),
-    against: str = typer.Option("", help="Another server: rounds alternate, with ratios by round."),
-    rounds: int = typer.Option(0, help="Default: 1, or 4 with --against."),
+    decode_workers: int = typer.Option(1, help="Decode workers of the server, to report throughput of each."),
+    against: str = typer.Option("", help="Another server to compare with, in alternate rounds."),
+    rounds: int = typer.Option(0, help="Rounds. Default: 1, or 4 with --against."),
     api_key_file: Path | None = typer.Option(None, help="File with the API key."),
     extra_body: str = typer.Option("{}", help='Fields of every body, such as {"ignore_eos": true} for qsun and vLLM.'),
-    seed: int = typer.Option(0, help="Of arrivals, models and lengths, and of rows of --prompts."),
-    prompt_seed: str = typer.Option("", help="Of the letters of random prompts. Default: fresh for each run."),
+    seed: int = typer.Option(0, help="Random seed of arrivals, models, lengths and the choice of --prompts."),
+    prompt_seed: str = typer.Option("", help="Random seed of random prompts. Default: a fresh one for each run."),
     out: Path | None = typer.Option(None, "--out", "-o", help="Folder for load.json, requests*.jsonl and load.png."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
 ) -> None:
-    """Send Poisson arrivals to models of a Zipf distribution; report throughput, TTFT, TPOT, goodput and errors.
+    """Load a server with Poisson arrivals over Zipf-distributed models; report throughput, TTFT, TPOT, goodput, errors.
 
-    Latencies count from when a request was due, and from its send. docs/capacity.md says how.
+    Latencies count from when a request was due, and from its send. See docs/capacity.md.
 
     Examples:
 
@@ -55,7 +56,7 @@ def serve(
     """
     from qsun.eval.load.client import Target
     from qsun.eval.load.plan import read_prompts
-    from qsun.eval.load.report import load_table
+    from qsun.eval.load.report import load_text
     from qsun.eval.load.rounds import OURS, THEIRS, LoadSettings, load_result, run_load
     from qsun.eval.load.service_level import ServiceLevel
     from qsun.eval.load.workload import Lengths
@@ -75,7 +76,7 @@ def serve(
     targets = {name: Target(address, endpoint, key, extra, deadline) for name, address in urls.items()}
     with screen.progress(quiet=as_json) as progress:
         measured = run_load(targets, settings, progress, screen.note)
-    result: dict[str, Any] = {"urls": urls, "load": _told(rate, concurrency, requests, skew, prompt, output, seed)}
+    result: dict[str, Any] = {"urls": urls, "load": _described(rate, concurrency, requests, skew, prompt, output, seed)}
     result |= load_result(measured, level, decode_workers)
     if out is not None:
         _write(out, result, measured)
@@ -83,12 +84,12 @@ def serve(
         typer.echo(json.dumps(result))
         return
     for name, address in urls.items():
-        typer.echo(f"{address}: {result['load']}\n{load_table(result[name], level)}")
+        typer.echo(f"{address}: {result['load']}\n{load_text(result[name], level)}")
     if against:
         typer.echo(_compared(result))
 
 
-def _told(rate: float, concurrency: int, requests: int, skew: float, prompt: str, output: str, seed: int) -> str:
+def _described(rate: float, concurrency: int, requests: int, skew: float, prompt: str, output: str, seed: int) -> str:
     how = f"{rate:g} requests/s, open loop" if rate else f"{concurrency} requests in flight, closed loop"
     return f"{how}, {requests} requests, skew {skew:g}, prompts {prompt}, outputs {output}, seed {seed}"
 
@@ -98,7 +99,7 @@ def _api_key(path: Path | None) -> str:
         return ""
     key = path.read_text(encoding="utf-8").strip()
     if not key or not key.isascii() or not key.isprintable():
-        raise QsunError(f"api-key-file {path} holds no key; write one line of printable characters")
+        raise QsunError(f"api-key-file {path} holds no key; write one line of printable ASCII")
     return key
 
 
@@ -108,24 +109,23 @@ def _object(text: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise QsunError(f"extra-body {text!r:.60} is not JSON ({error.msg})") from None
     if not isinstance(found, dict):
-        raise QsunError(f'extra-body {text!r:.60} is no JSON object; use one such as {{"ignore_eos": true}}')
+        raise QsunError(f'extra-body {text!r:.60} is not a JSON object; use one such as {{"ignore_eos": true}}')
     return found
 
 
 def _compared(result: dict[str, Any]) -> str:
-    lines = [f"{result['urls']['url']} over {result['urls']['against']}, geometric mean and by round:"]
-    for name, mean in result["ratios"].items():
-        by_round = " ".join("-" if one[name] is None else f"{one[name]:.3f}" for one in result["ratios_by_round"])
-        lines.append(f"  {name:<14}{'-' if mean is None else f'{mean:.3f}':>8}   {by_round}")
-    return "\n".join(lines)
+    rounds = [{"round": "geometric mean"} | result["ratios"]]
+    rounds += [{"round": f"round {number}"} | one for number, one in enumerate(result["ratios_by_round"], 1)]
+    columns = {name: f"{{{name}:.3f}}" for name in result["ratios"]}
+    table = Table.of(rounds, {"": "{round}"} | columns)
+    return f"{result['urls']['url']} over {result['urls']['against']}:\n{table.text()}"
 
 
 def _write(out: Path, result: dict[str, Any], measured: "Measured") -> None:
-    from qsun.eval.load.report import plot_load, write_records
+    from qsun.eval.load.report import load_figure, write_records
 
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "load.json").write_text(json.dumps(result, indent=1) + "\n")
     records = {name: measured.all_records(name) for name in measured.rounds}
+    named = {result["urls"][name]: found for name, found in records.items()}
+    results.save(out, "load", result, lambda: load_figure(named, result["load"]))
     for name, found in records.items():
         write_records(found, out / ("requests.jsonl" if name == "url" else f"requests-{name}.jsonl"))
-    plot_load({result["urls"][name]: found for name, found in records.items()}, result["load"], out / "load.png")

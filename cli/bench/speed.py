@@ -1,19 +1,19 @@
 """`qsun bench speed`: a decode step of SUN against one of QSUN."""
 
-import json
 from pathlib import Path
 
 import typer
 
-from qsun.cli.terminal import screen
+from qsun.cli.terminal import results, screen
 from qsun.cli.terminal.device import check_device
+from qsun.device import default_device
 from qsun.errors import QsunError
 
 
 def speed(
     shape: str = typer.Option("", help="Known model, made in memory with random weights, such as llama-3.2-1b."),
-    decode: str = typer.Option("", help="Or an int4 decode module on disk ..."),
-    base: str = typer.Option("", help="... and its full-precision base. Default: the module, dequantized."),
+    decode: str = typer.Option("", help="Instead of --shape: an int4 decode module on disk."),
+    base: str = typer.Option("", help="With --decode: its full-precision base. Default: the module, dequantized."),
     lm_head: str = typer.Option(
         "both",
         "--lm-head",
@@ -21,17 +21,17 @@ def speed(
     ),
     batches: str = typer.Option("1,4,16,64", help="Rows of a decode batch, comma-separated."),
     contexts: str = typer.Option("128,1024", help="Tokens that a step attends to, comma-separated."),
-    prompts: str = typer.Option("", help="Further prompt lengths to time a prefill of, for qsun simulate."),
+    prompts: str = typer.Option("", help="Further prompt lengths to time the prefill of, for qsun simulate."),
     steps: int = typer.Option(32, help="Timed steps of each contender at each point."),
-    seconds: float = typer.Option(60.0, help="Fewer steps where a point takes longer than this."),
+    seconds: float = typer.Option(60.0, help="Fewer steps if a point takes longer than this."),
     device: str = typer.Option("", help="cpu or cuda. Default: a GPU where there is one."),
-    threads: int = typer.Option(0, help="CPU threads. Default: as torch chooses, one for each core."),
+    threads: int = typer.Option(0, help="CPU threads. Default: torch's choice, one for each core."),
     out: Path | None = typer.Option(None, "--out", "-o", help="Folder for speed.json and speed.png."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
 ) -> None:
     """Time decode steps with a bf16 decode module (SUN) and with an int4 one (QSUN), and the prefill before them.
 
-    Contenders take turns, step by step, through the step that `qsun.generate` uses. Medians; docs/speed.md says how.
+    Contenders take turns step by step, with the step that `qsun.generate` uses. Prints medians; see docs/speed.md.
 
     Examples:
 
@@ -43,13 +43,13 @@ def speed(
     if bool(shape) == bool(decode):
         raise QsunError("give either --shape NAME or --decode DIR" + (", not both" if shape else ""))
     if base and not decode:
-        raise QsunError("--base goes with --decode; with --shape the base is made")
+        raise QsunError("--base goes with --decode; --shape makes its own base")
     import torch
 
-    from qsun.eval.speed.clock import machine
+    from qsun.eval.output.machine import machine
     from qsun.eval.speed.contenders import loaded_contenders, made_contenders
     from qsun.eval.speed.decode_speed import Points, bench_speed
-    from qsun.eval.speed.report import plot_speed, table
+    from qsun.eval.speed.report import report_text, speed_figure
 
     points = Points(
         whole_numbers("batches", batches),
@@ -58,20 +58,17 @@ def speed(
         seconds,
         whole_numbers("prompts", prompts),
     )
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = default_device(device)
     if threads:
         torch.set_num_threads(threads)
     contenders = loaded_contenders(decode, base or None, where) if decode else made_contenders(shape, lm_head, where)
-    result = bench_speed(contenders, points, screen.note) | machine(where, torch.get_num_threads())
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "speed.json").write_text(json.dumps(result, indent=1) + "\n")
-        plot_speed(result, out / "speed.png")
-    typer.echo(json.dumps(result) if as_json else table(result))
+    result = bench_speed(contenders, points, screen.note) | machine(where)
+    results.save(out, "speed", result, lambda: speed_figure(result))
+    results.show(result, as_json, report_text)
 
 
 def whole_numbers(name: str, text: str) -> list[int]:
-    """A comma-separated option. Raises QsunError for what is no number."""
+    """Parse a comma-separated option. Raises QsunError for anything but whole numbers."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     wrong = [part for part in parts if not part.isdigit()]
     if wrong:

@@ -1,4 +1,4 @@
-"""How far a quantized model's next-token distribution is from the full-precision one's."""
+"""Divergence of a quantized model's next-token distribution from the full-precision one."""
 
 import math
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Exact match of generated answers over the seam: what a user of the served model would see."""
+"""Exact match of answers generated over the seam, as a user of the served model sees them."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from qsun.runtime.prefill_module import PrefillModule
 
 @dataclass(frozen=True)
 class Score:
-    """Which examples were answered rightly, in their order."""
+    """Whether each example was answered correctly, in order."""
 
     right: tuple[bool, ...]
 
@@ -22,7 +22,7 @@ class Score:
 
     @property
     def stderr(self) -> float:
-        """Standard error of the rate, as of a binomial proportion."""
+        """Standard error of the rate as a binomial proportion."""
         return math.sqrt(self.rate * (1 - self.rate) / len(self.right))
 
 
@@ -34,7 +34,7 @@ def exact_match(
     max_new_tokens: int = 64,
     batch_size: int = 128,
 ) -> Score:
-    """Greedy answers of one prefill module through a decode module, compared with the right ones."""
+    """Generate greedy answers with a pair of modules and compare them with the right ones."""
     prompts = [example.prompt for example in examples]
     answers = generate(prefill, decode, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     return Score(tuple(check(task, example, answer) for example, answer in zip(examples, answers, strict=True)))

@@ -1,15 +1,15 @@
-"""`qsun`, a model for lm-eval: the harness asks, a prefill module reads the context, the decode module answers.
+"""`qsun`, a model for lm-eval: a prefill module reads the context, the decode module scores or writes the rest.
 
-A request is a context and a continuation. The prefill module reads the context up to its last token; that token and
-the continuation are the decode module's, whether it scores them (loglikelihood) or writes them (generate_until): the
-seam as it is tuned and served. Choices of a multiple-choice question are therefore scored by the decode module, behind
-the question's KV, which is written once for all of them.
+A request is a context and a continuation. The prefill module reads the context up to its last token; the decode module
+reads that token and scores (loglikelihood) or writes (generate_until) the continuation: the seam as it is tuned and
+served. The decode module therefore scores the choices of a multiple-choice question behind the question's KV, which is
+computed once for all of them.
 
-loglikelihood_rolling has no prompt: the decode module reads all of each window, the tokens before those that are scored
-too. The prefill module takes no part, so perplexities of documents are the decode module's own.
+loglikelihood_rolling has no prompt: the decode module reads all of each window, including the tokens before those that
+are scored. The prefill module is not used, so perplexities of documents are the decode module's own.
 
-Tokenization, chat templates, few-shot prompts, truncation, stop strings, caching and the sharing out over processes
-are those of lm-eval's `hf` model, which this is a subclass of.
+Tokenization, few-shot prompts, truncation, stop strings, caching and the distribution over processes are those of
+lm-eval's `hf` model, the base class.
 """
 
 import logging
@@ -39,8 +39,8 @@ from qsun.tuning.examples import collate
 
 log = logging.getLogger(__name__)
 
-CPU_BATCH = 32  # `batch_size=auto` without a GPU: beyond it a CPU gains little, and running out of memory is fatal
-Request = tuple[Any, list[int], list[int]]  # what lm-eval caches by, context, continuation
+CPU_BATCH = 32  # `batch_size=auto` on a CPU: larger ones gain little, and running out of memory is fatal
+TokenRequest = tuple[Any, list[int], list[int]]  # lm-eval's cache key, context, continuation
 
 
 @register_model("qsun")
@@ -48,16 +48,16 @@ class QsunLM(HFLM):  # type: ignore[misc]
     """A pair of modules as a model of lm-eval.
 
     Args:
-        decode: decode module: directory, hub id or "demo"; loaded already where prefill is, too.
-        prefill: prefill module or LoRA adapter. Default: decode itself where it is full precision, otherwise the base
-            that its qsun.json names.
-        device: falls back to the CPU where there is no GPU, as lm-eval's own models do.
-        dtype: of activations and unquantized weights; default or "auto": what is stored.
+        decode: decode module: directory, hub id or "demo"; or loaded, if prefill is as well.
+        prefill: prefill module or LoRA adapter. Default: decode itself if it is full precision, otherwise the base that
+            its qsun.json names.
+        device: falls back to the CPU without a GPU, as lm-eval's own models do.
+        dtype: of activations and unquantized weights; default or "auto": the stored dtype.
         batch_size: a number, or "auto": the largest that fits a GPU's memory, CPU_BATCH on a CPU.
         max_batch_size: upper bound for "auto".
-        settings: of lm-eval's HFLM; those that lm_settings.PASSED_ON names.
+        settings: of lm-eval's HFLM, those in lm_settings.PASSED_ON.
     Raises:
-        QsunError: an unknown setting, a damaged module, or a pair that does not fit.
+        QsunError: an unknown setting, a damaged module, or an incompatible pair.
     """
 
     def __init__(
@@ -87,13 +87,13 @@ class QsunLM(HFLM):  # type: ignore[misc]
                 **settings,
             )
         self._rolling = False
-        self._device = place  # HFLM takes a model that is there already to be the only process's
+        self._device = place  # with a loaded model, HFLM assumes a single process
         if several:
             self.accelerator = several
             self._rank, self._world_size = several.process_index, several.num_processes
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the results say about the model."""
+        """Describe the model for the results."""
         return {
             "model_num_parameters": sum(p.numel() for p in self.decode_module.model.parameters()),
             "model_dtype": str(self.model.dtype),
@@ -107,19 +107,19 @@ class QsunLM(HFLM):  # type: ignore[misc]
         return harness_chat_text(self.tokenizer, chat_history, add_generation_prompt, self.chat_template_args)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log probability of each document, the decode module's own."""
-        self._rolling = True  # lm-eval hands the windows of documents to _loglikelihood_tokens as it does requests
+        """Return the log probability of each document under the decode module alone."""
+        self._rolling = True  # lm-eval passes windows of documents to _loglikelihood_tokens like requests
         try:
             return super().loglikelihood_rolling(requests, disable_tqdm)
         finally:
             self._rolling = False
 
     def _loglikelihood_tokens(
-        self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
+        self, requests: list[TokenRequest], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """(log probability of the continuation, whether it is the greedy one) of each request."""
+        """Return (log probability of the continuation, whether it is the greedy one) of each request."""
         counts = [len(continuation) for _, _, continuation in requests]  # scored, from the end
-        if self._rolling:  # a document's last window begins with text that is scored already and is no prompt
+        if self._rolling:  # a document's last window begins with text that is already scored and not a prompt
             requests = [(key, context[:1], context[1:] + rest) for key, context, rest in requests]
         rows = self._rows(requests)
         order = Collator(rows, sort_fn=_longest_first(rows))
@@ -143,9 +143,11 @@ class QsunLM(HFLM):  # type: ignore[misc]
         bar.close()
         return answers
 
-    def _rows(self, requests: list[Request]) -> list[tuple[list[int], list[int], list[int]]]:
-        """(numbers of requests, context, continuation), truncated on the left; one row for those that differ in the
-        last token only. Equal tokens with the seam elsewhere are another row: other modules read them.
+    def _rows(self, requests: list[TokenRequest]) -> list[tuple[list[int], list[int], list[int]]]:
+        """Return rows of (request numbers, context, continuation), truncated on the left.
+
+        Requests that differ in the last token only share a row. Equal tokens with another seam do not: other modules
+        read them.
         """
         rows: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[list[int], list[int], list[int]]] = {}
         for number, (_, context, continuation) in enumerate(requests):
@@ -164,7 +166,7 @@ class QsunLM(HFLM):  # type: ignore[misc]
 
     @torch.no_grad()
     def _score(self, examples: Sequence[TokenExample]) -> Iterator[Tensor]:
-        """Log probabilities (continuation tokens, vocabulary) of each example; equal contexts are read once."""
+        """Yield log probabilities (continuation tokens, vocabulary) of each example; equal contexts are read once."""
         batch = collate(examples).to(self.device)
         first: dict[tuple[int, ...], int] = {}
         places = [first.setdefault(example.prompt, len(first)) for example in examples]
@@ -177,8 +179,8 @@ class QsunLM(HFLM):  # type: ignore[misc]
         for row, example in zip(logits, examples, strict=True):
             yield row[: len(example.response)].log_softmax(-1, dtype=self.softmax_dtype or torch.float32)
 
-    def _detect_batch_size(self, requests: Sequence[Request] | None = None, pos: int = 0) -> int:
-        """For `batch_size=auto`: the largest, halved from max_batch_size, that holds the longest of what is left."""
+    def _detect_batch_size(self, requests: Sequence[TokenRequest] | None = None, pos: int = 0) -> int:
+        """Return the batch size of "auto": the largest, halved from max_batch_size, that fits the longest request."""
         if self.device.type == "cpu":
             return min(CPU_BATCH, self.max_batch_size)
         left = requests[pos:] if requests else [(None, [0], [0] * self.max_length)]
@@ -199,7 +201,7 @@ class QsunLM(HFLM):  # type: ignore[misc]
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Answers. Raises QsunError for one that may be as long as the model, which lm-eval asserts is not."""
+        """Generate answers. Raises QsunError if one may be as long as the model, which lm-eval only asserts."""
         for request in requests:
             new = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
             if new >= self.max_length:
@@ -235,9 +237,9 @@ class QsunLM(HFLM):  # type: ignore[misc]
         return torch.cat([context, torch.tensor(padded, dtype=context.dtype, device=context.device)], 1)
 
     def _ends(self, stop: list[str]) -> dict[str, Any]:
-        """What generate is told of the end. Stop strings that are one special token end an answer by its id."""
+        """Return generate's settings for the end of an answer; stop strings that are a special token become its id."""
         special = dict(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True))
-        # all_special_tokens has only those of a role, which <|eot_id|> and <|im_end|> may be without
+        # all_special_tokens has only those with a role, and <|eot_id|> and <|im_end|> may have none
         added = self.tokenizer.added_tokens_decoder
         special |= {token.content: number for number, token in added.items() if token.special}
         tokens = {*eos_tokens(self.decode_module, GenerateConfig()), self.eot_token_id}
@@ -248,17 +250,17 @@ class QsunLM(HFLM):  # type: ignore[misc]
 
 
 def _processes(device: torch.device) -> Accelerator | None:
-    """As `accelerate launch` started them; None for a process on its own."""
+    """Return the processes that `accelerate launch` started; None for a single process."""
     if not (torch.distributed.is_torchelastic_launched() or torch.distributed.is_initialized()):
         return None
-    # One waits for the others' shares of the work, however long they take.
+    # The first process waits for the others' shares of the work, however long they take.
     patience = InitProcessGroupKwargs(timeout=timedelta(weeks=52))
     found = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[patience])
     return found if found.num_processes > 1 else None
 
 
 def _longest_first(rows: list[Any]) -> Any:
-    """Sort key of rows: long ones first, so that too large a batch fails at once; equal contexts side by side."""
+    """Return a sort key: long rows first, so that a batch that is too large fails at once; equal contexts together."""
     longest: dict[tuple[int, ...], int] = {}
     for _, context, rest in rows:
         key = tuple(context)
@@ -273,7 +275,7 @@ def _answer(log_probs: Tensor, continuation: list[int]) -> tuple[float, bool]:
 
 
 def _in_dtype(cache: Any, dtype: torch.dtype) -> Any:
-    """What a prefill module of another dtype wrote, as the decode module takes it."""
+    """Convert the KV of a prefill module to the decode module's dtype."""
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
     return cache
@@ -281,7 +283,7 @@ def _in_dtype(cache: Any, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _without_advice() -> Iterator[None]:
-    """HFLM tells who hands it a finished model that several processes will not work, which here they do."""
+    """Silence HFLM's warning that a loaded model does not work with several processes; here it does."""
     logger = logging.getLogger(HFLM.__module__)
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""What lm-eval's `--model_args`, `--device` and `--gen_kwargs` mean to a pair of modules."""
+"""What lm-eval's `--model_args`, `--device` and `--gen_kwargs` mean for a pair of modules."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -30,11 +30,9 @@ _SAMPLING = ("temperature", "top_p", "top_k")
 
 
 def check_settings(decode: str | DecodeModule, batch_size: int | str, settings: Mapping[str, Any]) -> None:
-    """Raise QsunError for what HFLM would swallow: a name it does not know. One that it asserts is refused as well."""
+    """Raise QsunError for names that HFLM would ignore, and for values that it only asserts."""
     if not decode:
-        raise QsunError(
-            "no decode module; give --model_args decode=DIR, and prefill=DIR for the one that reads prompts"
-        )
+        raise QsunError("no decode module; give --model_args decode=DIR, and prefill=DIR for the prefill module")
     unknown = sorted(set(settings) - set(PASSED_ON))
     if unknown:
         raise QsunError(f"unknown model argument {unknown[0]!r}; known are: {', '.join((*_OWN, *PASSED_ON))}")
@@ -44,7 +42,7 @@ def check_settings(decode: str | DecodeModule, batch_size: int | str, settings: 
 
 
 def device_of(device: str | torch.device | None) -> torch.device:
-    """As lm-eval's own models: a GPU that is asked for and is not there becomes the CPU."""
+    """Return the device; as in lm-eval's own models, the CPU if a GPU is asked for and missing."""
     try:
         wanted = torch.device(device or "cuda")
     except RuntimeError:
@@ -58,14 +56,14 @@ def load_pair(
     device: torch.device,
     dtype: str | torch.dtype | None,
 ) -> tuple[PrefillModule, DecodeModule]:
-    """Both modules of a pair that fits.
+    """Load both modules of a pair and check that they are compatible.
 
     Args:
-        decode, prefill: names, or both loaded already.
-        prefill: None: decode itself where it is full precision, otherwise the base that its qsun.json names.
-        dtype: None or "auto": what is stored.
+        decode, prefill: names, or two loaded modules.
+        prefill: None: decode itself if it is full precision, otherwise the base that its qsun.json names.
+        dtype: None or "auto": the stored dtype.
     Raises:
-        QsunError: a directory that is none, has no tokenizer, or is quantized and names no base that is here.
+        QsunError: a missing directory or tokenizer, or a quantized module whose base cannot be found.
     """
     wanted = None if dtype is None or str(dtype) == "auto" else str(dtype).removeprefix("torch.")
     if wanted not in (None, *_DTYPES):
@@ -84,22 +82,22 @@ def load_pair(
     try:
         directory = find_model(str(base))
     except QsunError:
-        named = f"names {base} as its base, which is not here" if base else "names no base"
+        named = f"names {base} as its base, which was not found" if base else "names no base"
         raise QsunError(f"decode module {decode} {named}; give --model_args prefill=DIR") from None
     return load_prefill(directory, module, wanted), module
 
 
 def sampling_settings(settings: Mapping[str, Any], decode: DecodeModule, rows: int) -> dict[str, Any]:
-    """generate's settings from lm-eval's generation arguments.
+    """Translate lm-eval's generation arguments into generate's settings.
 
-    What is not given comes from the model's generation_config.json, and is off where that says nothing. The draws of a
-    batch start from torch's global random numbers, which lm-eval seeds: repeats of a prompt differ, runs do not.
+    Defaults come from the model's generation_config.json; what that does not set is off. Seeds come from torch's global
+    generator, which lm-eval seeds: repeats of a prompt differ, runs do not.
 
     Args:
-        settings: do_sample, temperature, top_p, top_k; others only with a value that changes nothing.
+        settings: do_sample, temperature, top_p, top_k; others only with a value that has no effect.
         rows: prompts in the batch.
     Raises:
-        QsunError: a setting that generation over the seam does not have.
+        QsunError: a setting that generation over the seam does not support.
     """
     for name, value in settings.items():
         known = name in (*_SAMPLING, "do_sample", "use_cache") or value is None or _WITHOUT_EFFECT.get(name) == value

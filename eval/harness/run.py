@@ -1,4 +1,4 @@
-"""lm-eval on one pair: which examples of a task it answers rightly."""
+"""lm-eval on one pair: the score of every example of a task."""
 
 import logging
 import sys
@@ -12,18 +12,18 @@ from qsun.eval.tasks import tasks_directory
 from qsun.runtime.decode_module import DecodeModule
 from qsun.runtime.prefill_module import PrefillModule
 
-_SANDBOXED = "humaneval_local"  # the one task whose programs run in our sandbox; lm-eval's own do not
+_SANDBOXED = "humaneval_local"  # the only task whose programs run in our sandbox; lm-eval's own do not
 
 
 @dataclass(frozen=True)
 class HarnessSettings:
-    """What lm-eval is told.
+    """Settings for lm-eval.
 
     Attributes:
         limit: examples of each task, 0 for all. batch_size: a number, or "auto".
         num_fewshot: None for the task's own. chat_template: render prompts as chats.
         task_dir: folder of more task files. task_data: folder of local copies of public data (docs/evaluation.md).
-        allow_code: tasks that run what the model wrote.
+        allow_code: allow tasks that run what the model writes.
     """
 
     limit: int = 0
@@ -37,13 +37,13 @@ class HarnessSettings:
 
 
 def run_task(prefill: PrefillModule, decode: DecodeModule, task: str, settings: HarnessSettings) -> dict[str, Any]:
-    """Let lm-eval ask one task, or a group of tasks.
+    """Run one task, or a group of tasks, with lm-eval.
 
     Returns:
         {"metric", "values": the metric of every example in the task's order, "rate", "stderr", "all": every metric of
-        the task as lm-eval has it, "version"}.
+        the task as lm-eval computes it, "version"}.
     Raises:
-        QsunError: no such task, lm-eval missing, or code to run that was not allowed.
+        QsunError: no such task, or a task that runs code without permission.
     """
     evaluator, manager = _lm_eval(settings)
     from qsun.eval.harness.lm import QsunLM
@@ -64,21 +64,21 @@ def run_task(prefill: PrefillModule, decode: DecodeModule, task: str, settings: 
                 torch_random_seed=settings.seed,
                 fewshot_random_seed=settings.seed,
             )
-    # a task of its own kind of data, an unsafe one, no template; lm-eval asserts some of what it cannot do
+    # unusable data, an unsafe task, a missing chat template; lm-eval asserts some of what it cannot do
     except (ValueError, KeyError, OSError, AssertionError) as error:
         raise QsunError(f"task {task}: {' '.join(str(error).split())[:200]}") from None
     return _outcome(task, results)
 
 
 def check_tasks(tasks: Sequence[str], settings: HarnessSettings) -> None:
-    """Before work starts. Raises QsunError for a task that is not known, or one that runs code without leave."""
+    """Raise QsunError, before work starts, for an unknown task or one that runs code without permission."""
     if not tasks:
         return
     _, manager = _lm_eval(settings)
     for task in tasks:
         if task not in manager.all_tasks:
             near = [name for name in manager.all_tasks if task.split("_", 1)[0] in name][:5]
-            fix = f"near it are {', '.join(near)}" if near else "give the folder of its file with --task-dir"
+            fix = f"similar are {', '.join(near)}" if near else "give the folder of its file with --task-dir"
             raise QsunError(f"task {task!r} is not known to lm-eval; {fix}")
         if task == _SANDBOXED and not settings.allow_code:
             raise QsunError(f"task {task} runs what the model writes; allow that with --allow-code-execution")
@@ -93,15 +93,15 @@ def _lm_eval(settings: HarnessSettings) -> tuple[Any, Any]:
     from lm_eval import evaluator
     from lm_eval.tasks import TaskManager
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it explains itself at every task
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it explains much at every task
     folders = [str(tasks_directory()), *([settings.task_dir] if settings.task_dir else [])]
-    # simple_evaluate takes metadata only for a manager that it makes itself, and drops it beside this one
+    # simple_evaluate uses its metadata only for a manager that it makes itself
     metadata = {"data_dir": settings.task_data} if settings.task_data else None
     return evaluator, TaskManager(include_path=folders, metadata=metadata)
 
 
 def _outcome(task: str, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Every example's value of the task's first metric, under its first filter; a group's subtasks in a row."""
+    """Return every example's value of the task's first metric and filter; subtasks of a group one after another."""
     samples = results["samples"]
     names = sorted(samples)
     values: list[float] = []

@@ -1,21 +1,19 @@
-"""One streaming request to an OpenAI-compatible server, and when its tokens came."""
+"""One streaming request to an OpenAI-compatible server, and when its tokens arrived."""
 
 import asyncio
-import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
 from qsun.errors import QsunError
+from qsun.serve.http.wire import DONE, BrokenStream, data_events, error_message, parse_event, tokens_in, usage_count
 
 ENDPOINTS = ("completions", "chat")
 NOT_SENT = "not sent"
-_LONGEST_LINE = 4 << 20  # bytes of one event; a server that sends more without a line end is broken
-_MOST_TOKENS = 1 << 40  # of an answer; more is no count
-_BEYOND_DEADLINE_S = 5.0  # httpx's own timeouts, in case of a wait that the deadline does not see
+_BEYOND_DEADLINE_S = 5.0  # httpx's own timeouts, in case of a wait that the deadline does not cover
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Target:
     Attributes:
         url: such as http://127.0.0.1:8000, with or without /v1. endpoint: "completions" or "chat".
         api_key: sent as a bearer token. extra: fields of every body, such as {"ignore_eos": true} for vLLM and qsun.
-        deadline_s: after which a request is given up, counted from its send.
+        deadline_s: seconds from its send after which a request is given up.
     """
 
     url: str
@@ -37,22 +35,24 @@ class Target:
     def __post_init__(self) -> None:
         if self.endpoint not in ENDPOINTS:
             raise QsunError(f"endpoint {self.endpoint!r} is not known; use {' or '.join(ENDPOINTS)}")
-        if not self.url.startswith(("http://", "https://")):
-            raise QsunError(f"url {self.url!r} is no http address; use one such as http://127.0.0.1:8000")
         try:
-            httpx.URL(self.url)
-        except httpx.InvalidURL as error:
-            raise QsunError(
-                f"url {self.url!r} is no http address ({error}); use one such as http://127.0.0.1:8000"
-            ) from None
+            valid = httpx.URL(self.url).scheme in ("http", "https")
+        except httpx.InvalidURL:
+            valid = False
+        if not valid:
+            raise QsunError(f"url {self.url!r} is not an http address; use one such as http://127.0.0.1:8000")
         if not self.deadline_s > 0:
             raise QsunError(f"deadline {self.deadline_s:g} is out of range; use more than 0 seconds")
+
+    @property
+    def path(self) -> str:
+        return "chat/completions" if self.endpoint == "chat" else "completions"
 
     def address(self, path: str) -> str:
         return f"{self.url.rstrip('/').removesuffix('/v1')}/v1/{path}"
 
     def client(self) -> httpx.AsyncClient:
-        """Connections without a limit: a pool that is full would make arrivals wait for answers."""
+        """Return a client without a limit on connections: with a full pool, arrivals would wait for answers."""
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
         timeout = httpx.Timeout(self.deadline_s + _BEYOND_DEADLINE_S)
@@ -60,12 +60,12 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A request to be sent. arrival: seconds from the start; what: {"prompt": ...} or {"messages": ...}."""
+class PlannedRequest:
+    """A request to send. arrival: seconds from the start; fields: {"prompt": ...} or {"messages": ...}."""
 
     arrival: float
     model: str
-    what: Mapping[str, Any]
+    fields: Mapping[str, Any]
     max_tokens: int
     warm_up: bool = False
 
@@ -75,10 +75,10 @@ class Record:
     """What became of a request; times in seconds from the start of the run.
 
     Attributes:
-        arrival: when it was due. sent: None where it was not. first, last: its first and last token, None without any.
-        prompt_tokens, output_tokens: as the server counts them in `usage`; without it, output tokens are token_ids or
-            else chunks that came, and prompt tokens are unknown.
-        error: its kind, "" where the answer is complete.
+        arrival: when it was due. sent: None if it was not. first, last: its first and last token; None if none came.
+        prompt_tokens, output_tokens: the server's `usage`. Without it, output tokens are counted from token_ids or
+            chunks, and prompt tokens are unknown.
+        error: its kind, "" if the answer is complete.
     """
 
     arrival: float
@@ -95,7 +95,7 @@ class Record:
 
     @property
     def ttft_ms(self) -> float | None:
-        """From the moment it was due: waiting in the load generator counts too."""
+        """Time to first token from when the request was due: waiting in the load generator counts too."""
         return None if self.first is None else 1000 * (self.first - self.arrival)
 
     @property
@@ -104,7 +104,7 @@ class Record:
 
     @property
     def tpot_ms(self) -> float | None:
-        """(last - first) / (n - 1); None of a single token."""
+        """(last - first) / (n - 1); None for a single token."""
         if self.first is None or self.last is None or self.output_tokens < 2:
             return None
         return 1000 * (self.last - self.first) / (self.output_tokens - 1)
@@ -119,12 +119,8 @@ class Record:
         return None if self.sent is None else 1000 * (self.sent - self.arrival)
 
 
-class _Failure(Exception):
-    """An answer that is not one; the message is its kind."""
-
-
-async def send(client: httpx.AsyncClient, target: Target, planned: Planned, started: float) -> Record:
-    """Send one request and read its stream. What goes wrong is in the record; nothing is raised.
+async def send(client: httpx.AsyncClient, target: Target, planned: PlannedRequest, started: float) -> Record:
+    """Send one request and read its stream. Failures are in the record; nothing is raised.
 
     Args:
         started: time.perf_counter() at the start of the run.
@@ -138,91 +134,56 @@ async def send(client: httpx.AsyncClient, target: Target, planned: Planned, star
     except httpx.ConnectError:
         record.error = "no connection"
     except httpx.InvalidURL:
-        record.error = "no address"
+        record.error = "invalid address"
     except (httpx.HTTPError, httpx.StreamError):
         record.error = "connection broken"
-    except _Failure as failure:
-        record.error = str(failure)
+    except BrokenStream as broken:
+        record.error = str(broken)
     record.ended = time.perf_counter() - started
     return record
 
 
-async def _stream(client: httpx.AsyncClient, target: Target, planned: Planned, record: Record, started: float) -> None:
-    path = "chat/completions" if target.endpoint == "chat" else "completions"
+async def _stream(
+    client: httpx.AsyncClient, target: Target, planned: PlannedRequest, record: Record, started: float
+) -> None:
     body = {
         "model": planned.model,
-        **planned.what,
+        **planned.fields,
         "max_tokens": planned.max_tokens,
         "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
         **target.extra,
     }
-    async with client.stream("POST", target.address(path), json=body) as response:
+    async with client.stream("POST", target.address(target.path), json=body) as response:
         record.status = response.status_code
         if response.status_code != 200:
-            raise _Failure(f"http {response.status_code}")
+            raise BrokenStream(f"http {response.status_code}")
         if not response.headers.get("content-type", "").startswith("text/event-stream"):
-            raise _Failure("not a stream")
+            raise BrokenStream("not a stream")
         complete = False
-        async for data in _events(response):
-            if data == "[DONE]":
+        async for data in data_events(response.aiter_bytes()):
+            if data == DONE:
                 complete = True
                 break
-            complete |= _take(data, record, time.perf_counter() - started)
+            complete |= _take(parse_event(data), record, time.perf_counter() - started)
     if not complete:
-        raise _Failure("cut short")
+        raise BrokenStream("cut short")
     if record.first is None:
-        raise _Failure("no tokens")
+        raise BrokenStream("no tokens")
 
 
-async def _events(response: httpx.Response) -> AsyncIterator[str]:
-    """Data of server-sent events, one line each as all OpenAI-compatible servers send them."""
-    buffer = b""
-    async for chunk in response.aiter_bytes():
-        *lines, buffer = (buffer + chunk).split(b"\n")
-        if len(buffer) > _LONGEST_LINE:
-            raise _Failure("endless line")
-        for line in lines:
-            if line.startswith(b"data:"):
-                yield line[5:].strip().decode("utf-8", "replace")
-
-
-def _take(data: str, record: Record, now: float) -> bool:
+def _take(event: Mapping[str, Any], record: Record, now: float) -> bool:
     """Note what an event brings. Returns whether it ends the answer."""
-    try:
-        event = json.loads(data)
-    except (json.JSONDecodeError, RecursionError):
-        raise _Failure("not JSON") from None
-    except ValueError:  # a number of more digits than Python reads
-        raise _Failure("not understood") from None
-    if not isinstance(event, dict) or event.get("error"):
-        raise _Failure("error in the stream")
-    try:
-        return _noted(event, record, now)
-    except (AttributeError, TypeError, ValueError, KeyError):  # JSON of another shape than OpenAI's
-        raise _Failure("not understood") from None
-
-
-def _noted(event: Mapping[str, Any], record: Record, now: float) -> bool:
-    usage = event.get("usage")
-    finished = False
-    for choice in event.get("choices") or []:
-        text = choice.get("text") or (choice.get("delta") or {}).get("content")
-        tokens = len(choice.get("token_ids") or ()) or bool(text)
-        finished |= choice.get("finish_reason") is not None
-        if tokens or (finished and record.first is None):
-            record.first = now if record.first is None else record.first
-            record.last = now
-        record.output_tokens += tokens
-    if usage:
-        record.prompt_tokens = _count(usage.get("prompt_tokens"))
-        record.output_tokens = _count(usage.get("completion_tokens")) or record.output_tokens
+    if error_message(event) is not None:
+        raise BrokenStream("error in the stream")
+    tokens = tokens_in(event)
+    finished = any(choice.get("finish_reason") is not None for choice in event.get("choices") or ())
+    if tokens or (finished and record.first is None):
+        record.first = now if record.first is None else record.first
+        record.last = now
+    record.output_tokens += tokens
+    if event.get("usage") is not None:
+        record.prompt_tokens = usage_count(event, "prompt_tokens")
+        record.output_tokens = usage_count(event, "completion_tokens") or record.output_tokens
     return finished
-
-
-def _count(value: object) -> int | None:
-    """A number of tokens. Raises ValueError for anything else: a report is added up from these."""
-    if value is not None and not (type(value) is int and 0 <= value <= _MOST_TOKENS):
-        raise ValueError(value)
-    return value

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The least value that `share` of all values do not exceed."""
+    """Return the least value that a `share` of all values do not exceed."""
     return sorted(values)[math.ceil(share * len(values)) - 1]
 
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:
-    """mean, p50, p90 and p99; None of nothing."""
+    """Return mean, p50, p90 and p99; None without values."""
     if not values:
         return None
     ordered = sorted(values)

@@ -1,4 +1,4 @@
-"""Which requests a load generator sends: schedules, and prompts of wanted lengths for a tokenizer it does not know."""
+"""The requests that a load generator sends: when, and prompts of a wanted length for an unknown tokenizer."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -10,8 +10,9 @@ import httpx
 
 from qsun.data.jsonl import read_rows, text_of
 from qsun.errors import QsunError
-from qsun.eval.load.client import Planned, Target
+from qsun.eval.load.client import PlannedRequest, Target
 from qsun.eval.load.workload import Workload
+from qsun.serve.http.wire import BrokenStream, usage_count
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _PROBES = (16, 64)  # pieces
@@ -19,37 +20,37 @@ _PROBES = (16, 64)  # pieces
 
 @dataclass(frozen=True)
 class Pieces:
-    """How many tokens random prompts take: `fixed` + `each` for every piece, a letter and a space."""
+    """Tokens of a random prompt: `fixed`, and `each` for every piece, which is a letter and a space."""
 
     fixed: float = 0.0
     each: float = 1.0
 
     def count(self, tokens: int) -> int:
-        """Pieces of a prompt of so many tokens; at least one."""
+        """Return the number of pieces of a prompt of this many tokens; at least one."""
         return max(1, round((tokens - self.fixed) / self.each))
 
 
 @dataclass(frozen=True)
 class PromptSource:
-    """Where prompts come from: rows of a file in the place of random ones where there are any."""
+    """Where prompts come from: the rows of a file if there are any, else random letters."""
 
     endpoint: str
     pieces: Pieces = Pieces()
     rows: Sequence[Mapping[str, Any]] = ()
 
     def make(self, tokens: int, which: random.Random, letters: random.Random) -> Mapping[str, Any]:
-        """{"prompt": ...} or {"messages": ...}, and max_tokens and model where a row has them.
+        """Return {"prompt": ...} or {"messages": ...}, with max_tokens and model if a row has them.
 
         Args:
-            which: draws the row. letters: draws those of a random prompt.
+            which: draws a row. letters: draws a random prompt.
         """
         if self.rows:
             return which.choice(self.rows)
-        return said(self.endpoint, _letters(self.pieces.count(tokens), letters))
+        return prompt_fields(self.endpoint, _letters(self.pieces.count(tokens), letters))
 
 
-def said(endpoint: str, text: str) -> dict[str, Any]:
-    """A text as the body of an endpoint has it."""
+def prompt_fields(endpoint: str, text: str) -> dict[str, Any]:
+    """Return a text as the body of a request to this endpoint has it."""
     return {"messages": [{"role": "user", "content": text}]} if endpoint == "chat" else {"prompt": text}
 
 
@@ -59,34 +60,34 @@ def _letters(count: int, random_: random.Random) -> str:
 
 def plan(
     workload: Workload, prompts: PromptSource, rate: float, requests: int, warm_up: int, prompt_seed: str
-) -> list[Planned]:
-    """`warm_up` and then `requests` requests at `rate`; an infinite rate has all due at 0, for a closed loop.
+) -> list[PlannedRequest]:
+    """Return `warm_up` and then `requests` requests at `rate`; at an infinite rate (a closed loop) all are due at 0.
 
     Args:
-        prompt_seed: of the letters of random prompts alone. Everything else is the workload's, whose seed may be used
-            again on a server; the same letters again would be found in its cache of prefixes.
+        prompt_seed: decides only the letters of random prompts. The workload's seed decides the rest and may be used
+            again on the same server; with the same letters, its prefix cache would hold the prompts.
     """
     which = random.Random(f"{workload.seed} prompts of the load")
     letters = random.Random(f"{prompt_seed} letters")
     planned = []
     for number, request in enumerate(workload.trace(rate, warm_up + requests)):
-        what = dict(prompts.make(request.prompt_tokens, which, letters))
-        model, most = what.pop("model", request.model), what.pop("max_tokens", request.output_tokens)
-        planned.append(Planned(request.arrival, model, what, most, number < warm_up))
+        fields = dict(prompts.make(request.prompt_tokens, which, letters))
+        model, most = fields.pop("model", request.model), fields.pop("max_tokens", request.output_tokens)
+        planned.append(PlannedRequest(request.arrival, model, fields, most, number < warm_up))
     return planned
 
 
 def read_prompts(path: Path, endpoint: str) -> list[dict[str, Any]]:
-    """Rows with "prompt", or "messages" for chat, and optionally "model" and "max_tokens"; other keys are left out.
+    """Read rows with "prompt", or "messages" for chat, and optionally "model" and "max_tokens"; ignore other keys.
 
     Raises:
-        QsunError: a row without, or with values that are none; names file and line.
+        QsunError: a row without a prompt, or with an invalid value; names file and line.
     """
     wanted = "messages" if endpoint == "chat" else "prompt"
     found = []
     for where, row in read_rows(path, "prompts"):
         if endpoint == "chat" and "messages" not in row and "prompt" in row:
-            kept = said(endpoint, text_of(row, "prompt", where))
+            kept = prompt_fields(endpoint, text_of(row, "prompt", where))
         elif wanted not in row:
             raise QsunError(f"{where}: no {wanted!r}; --endpoint {endpoint} needs it")
         else:
@@ -95,7 +96,7 @@ def read_prompts(path: Path, endpoint: str) -> list[dict[str, Any]]:
             kept["model"] = text_of(row, "model", where)
         if "max_tokens" in row:
             if not isinstance(row["max_tokens"], int) or row["max_tokens"] < 1:
-                raise QsunError(f"{where}: max_tokens {row['max_tokens']!r} is no whole number from 1 up")
+                raise QsunError(f"{where}: max_tokens {row['max_tokens']!r} is not a whole number from 1 up")
             kept["max_tokens"] = row["max_tokens"]
         found.append(kept)
     if not found:
@@ -104,7 +105,7 @@ def read_prompts(path: Path, endpoint: str) -> list[dict[str, Any]]:
 
 
 async def served_models(target: Target) -> tuple[str, ...]:
-    """Names in the server's /v1/models, in its order. Raises QsunError where it has none or does not answer."""
+    """Return the names in the server's /v1/models. Raises QsunError if there are none or it does not answer."""
     answer = await _asked(target, "GET", "models")
     names = tuple(str(model["id"]) for model in answer.get("data", []))
     if not names:
@@ -113,18 +114,20 @@ async def served_models(target: Target) -> tuple[str, ...]:
 
 
 async def probe_pieces(target: Target, model: str) -> Pieces | None:
-    """Ask a server how many tokens two random prompts take. None where its answers have no usage.
+    """Find out how many tokens a random prompt takes, from two of them; None if the server reports no usage.
 
     Raises:
         QsunError: the server does not answer, or answers with an error.
     """
-    path = "chat/completions" if target.endpoint == "chat" else "completions"
     counts = []
     for pieces in _PROBES:
         text = _letters(pieces, random.Random(pieces))
-        body = {"model": model, **said(target.endpoint, text), "max_tokens": 1, "temperature": 0}
-        usage = (await _asked(target, "POST", path, body)).get("usage") or {}
-        counts.append(int(usage.get("prompt_tokens") or 0))
+        body = {"model": model, **prompt_fields(target.endpoint, text), "max_tokens": 1, "temperature": 0}
+        answer = await _asked(target, "POST", target.path, body)
+        try:
+            counts.append(usage_count(answer, "prompt_tokens") or 0)
+        except BrokenStream as broken:
+            raise QsunError(f"{target.address(target.path)}: {broken}") from None
     if not 0 < counts[0] < counts[1]:
         return None
     each = (counts[1] - counts[0]) / (_PROBES[1] - _PROBES[0])
@@ -139,7 +142,7 @@ async def _asked(target: Target, method: str, path: str, body: Any = None) -> di
     except httpx.HTTPError as error:
         raise QsunError(f"{target.url} does not answer: {error or type(error).__name__}") from None
     except ValueError:
-        raise QsunError(f"{target.address(path)} answers with something else than JSON") from None
+        raise QsunError(f"{target.address(path)} answers with something other than JSON") from None
     if not isinstance(found, dict):
         raise QsunError(f"{target.address(path)} answers {answer.status_code}: {answer.text:.200}")
     return found

@@ -1,4 +1,4 @@
-"""What a load generator's records say: rates, latencies, goodput, errors; as numbers, lines and a picture."""
+"""Results of a load: rates, latencies, goodput and errors, as numbers, text and a picture."""
 
 import json
 import math
@@ -10,17 +10,35 @@ from typing import Any
 from qsun.eval.load.client import NOT_SENT, Record
 from qsun.eval.load.percentiles import spread
 from qsun.eval.load.service_level import ServiceLevel
+from qsun.eval.output.table import Table
+from qsun.figure import new_figure, tidy
 
-_TIMES = ("ttft_ms", "ttft_from_send_ms", "tpot_ms", "e2e_ms", "lag_ms")
+_TIMES = {
+    "ttft_ms": "TTFT from due time",
+    "ttft_from_send_ms": "TTFT from send",
+    "tpot_ms": "TPOT",
+    "e2e_ms": "end to end",
+    "lag_ms": "sent late by",
+}
+_TIME_COLUMNS = {"ms": "{label}"} | {point: f"{{{point}:.2f}}" for point in ("mean", "p50", "p90", "p99")}
+_MODEL_COLUMNS = {
+    "model": "{model}",
+    "requests": "{requests}",
+    "complete": "{complete}",
+    "tokens/s": "{tokens_per_s:.1f}",
+    "TTFT p50": "{ttft_ms[p50]:.2f}",
+    "TPOT p50": "{tpot_ms[p50]:.2f}",
+    "goodput": "{goodput:.1%}",
+}
 _BINS = 60
 
 
 def load_summary(rounds: Sequence[Sequence[Record]], level: ServiceLevel, decode_workers: int) -> dict[str, Any]:
-    """Of one server's records that are no warm-up, overall and by model; rounds are taken together.
+    """Summarize one server's records after the warm-up, overall and by model, all rounds together.
 
-    Rates are over `seconds`: from the first arrival that counts to the end of the last complete answer, or to the last
-    arrival where that is later; how long a failed request was waited for is no time of serving. `steady_tokens_per_s`
-    is over the time from the first to the last arrival; an answer's tokens count as spread evenly over its time.
+    Rates are over `seconds`: from the first measured arrival to the end of the last complete answer, or to the last
+    arrival if that is later; waiting for a request that fails does not count. `steady_tokens_per_s` is over the time
+    from the first to the last arrival, with an answer's tokens spread evenly over its time.
     """
     counted = [[record for record in records if not record.warm_up] for records in rounds]
     spans = [(records[0].arrival, records[-1].arrival) for records in counted]
@@ -62,7 +80,7 @@ def _of(records: Sequence[Record], level: ServiceLevel, seconds: float) -> dict[
 
 
 def _tokens(records: Sequence[Record], begin: float, end: float) -> float:
-    """Tokens of complete answers from `begin` to `end`."""
+    """Return the tokens of complete answers from `begin` to `end`."""
     total = 0.0
     for record in records:
         if record.error or record.first is None or record.last is None:
@@ -76,7 +94,7 @@ def _tokens(records: Sequence[Record], begin: float, end: float) -> float:
 
 
 def ratios(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, float | None]:
-    """One server's summary over the other's; below 1 is better for times. None where a side has no value to compare."""
+    """Divide one server's summary by the other's; None where a value is missing. For times, below 1 is better."""
     pairs: dict[str, tuple[float | None, float | None]] = {
         "tokens_per_s": (ours["tokens_per_s"], theirs["tokens_per_s"]),
         "goodput": (ours["goodput"], theirs["goodput"]),
@@ -89,7 +107,7 @@ def ratios(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, floa
 
 
 def geometric_means(rounds: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
-    """Of each ratio over the rounds that have it; a round of ratio 0, in which all failed, makes the mean 0."""
+    """Average each ratio over the rounds that have it; a round in which everything failed makes the mean 0."""
     found: dict[str, float | None] = {}
     for name in rounds[0]:
         values = [value for one in rounds if (value := one[name]) is not None]
@@ -100,8 +118,8 @@ def geometric_means(rounds: Sequence[Mapping[str, float | None]]) -> dict[str, f
     return found
 
 
-def load_table(summary: Mapping[str, Any], level: ServiceLevel) -> str:
-    """Lines for a terminal."""
+def load_text(summary: Mapping[str, Any], level: ServiceLevel) -> str:
+    """Return lines for a terminal."""
     lines = [
         f"{summary['complete']} of {summary['requests']} requests complete in {summary['seconds']:.1f} s, "
         f"{summary['not_sent']} not sent",
@@ -109,37 +127,25 @@ def load_table(summary: Mapping[str, Any], level: ServiceLevel) -> str:
         f"{summary['tokens_per_s_per_decode_worker']:.1f} for each of {summary['decode_workers']} decode workers",
         f"goodput {summary['goodput']:.1%}, {summary['goodput_requests_per_s']:.2f} requests/s "
         f"(TTFT <= {level.ttft_ms:g} ms, TPOT <= {level.tpot_ms:g} ms)",
-        f"{'ms':<20}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}",
     ]
-    labels = ("TTFT from due time", "TTFT from send", "TPOT", "end to end", "sent late by")
-    for label, name in zip(labels, _TIMES, strict=True):
-        if summary[name]:
-            lines.append(f"{label:<20}" + "".join(f"{summary[name][p]:>10.2f}" for p in ("mean", "p50", "p90", "p99")))
-    lines += [
-        f"{'model':<24}{'requests':>9}{'complete':>9}{'tokens/s':>10}{'TTFT p50':>10}{'TPOT p50':>10}{'goodput':>9}"
-    ]
-    for model, row in summary["models"].items():
-        times = "".join(f"{row[n]['p50']:>10.2f}" if row[n] else f"{'-':>10}" for n in ("ttft_ms", "tpot_ms"))
-        lines.append(
-            f"{model:<24}{row['requests']:>9}{row['complete']:>9}{row['tokens_per_s']:>10.1f}{times}{row['goodput']:>9.1%}"
-        )
+    times = [summary[name] | {"label": label} for name, label in _TIMES.items() if summary[name]]
+    models = [row | {"model": model} for model, row in summary["models"].items()]
+    lines += [Table.of(times, _TIME_COLUMNS).text(), Table.of(models, _MODEL_COLUMNS).text()]
     lines += [f"error: {kind}: {count}" for kind, count in sorted(summary["errors"].items())]
     return "\n".join(lines)
 
 
 def write_records(records: Sequence[Record], path: Path) -> None:
-    """A line for each request; `qsun simulate --trace` reads it."""
+    """Write one line a request, as `qsun simulate --trace` reads them."""
     with path.open("w", encoding="utf-8") as file:
         for record in records:
             times = {name: getattr(record, name) for name in _TIMES}
             file.write(json.dumps(vars(record) | times) + "\n")
 
 
-def plot_load(named: Mapping[str, Sequence[Record]], title: str, path: Path) -> None:
-    """Distributions of TTFT and TPOT, and tokens/s over time; a colour a server."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 3.8), layout="constrained")
+def load_figure(named: Mapping[str, Sequence[Record]], title: str) -> Any:
+    """Draw the distributions of TTFT and TPOT, and tokens/s over time; one colour a server."""
+    figure = new_figure(12, 3.8)
     ttft, tpot, over_time = figure.subplots(1, 3)
     for number, (name, records) in enumerate(named.items()):
         complete = [record for record in records if not record.error and not record.warm_up]
@@ -160,11 +166,8 @@ def plot_load(named: Mapping[str, Sequence[Record]], title: str, path: Path) -> 
         axes.set_ylim(0, 100)
     over_time.set_xlabel("seconds from the start")
     over_time.set_ylabel("output tokens/s")
-    over_time.set_ylim(bottom=0)
-    for axes in (ttft, tpot, over_time):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+    tidy(ttft, tpot, over_time)
     if len(named) > 1:
         ttft.legend(fontsize=8)
     figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    return figure

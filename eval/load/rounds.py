@@ -16,23 +16,23 @@ from qsun.eval.load.service_level import ServiceLevel
 from qsun.eval.load.workload import Lengths, Workload, zipf_shares
 from qsun.progress import Note, Progress
 
-_LATE_MS = 20.0  # a generator that is later than this says so
+_LATE_MS = 20.0  # a note says when requests are sent later than this
 OURS, THEIRS = "url", "against"
 
 
 @dataclass(frozen=True)
 class LoadSettings:
-    """What is sent.
+    """What to send.
 
     Attributes:
-        prompt, output: lengths in tokens. models: the busiest first; empty: all that the server names.
-        rows: prompts of a file in the place of random ones.
-        rate: of an open loop, requests/s; or concurrency: of a closed one. The other is 0.
-        requests, warm_up: counted, and sent before those without being counted; both for each round.
-        rounds: of the same server, with other arrivals and prompts each.
-        seed: of arrivals, models and lengths, and of which rows of a file are sent.
-        prompt_seed: of the letters of random prompts, for each round and server others; empty: a fresh one for this
-            run, as a server may still have the prompts of an earlier one in its cache.
+        prompt, output: lengths in tokens. models: the busiest first; empty: all that the server lists.
+        rows: prompts of a file instead of random ones.
+        rate: requests/s of an open loop; or concurrency: of a closed loop. The other is 0.
+        requests, warm_up: requests of each round to measure, and to send before them.
+        rounds: on each server; each draws its own arrivals and prompts.
+        seed: of arrivals, models and lengths, and of the choice among `rows`.
+        prompt_seed: of the letters of random prompts, which differ by round and server; empty: a fresh one for this
+            run, because the server may have cached the prompts of an earlier one.
     """
 
     prompt: Lengths
@@ -62,10 +62,10 @@ class LoadSettings:
 
 @dataclass(frozen=True)
 class Measured:
-    """Records of each server, a list a round.
+    """Records of each server, one list a round.
 
     Attributes:
-        pieces: how random prompts were cut. prompt_seed: of their letters. Both None with prompts of a file.
+        pieces: tokens of random prompts. prompt_seed: of their letters. Both None with prompts of a file.
     """
 
     rounds: Mapping[str, Sequence[Sequence[Record]]]
@@ -74,7 +74,7 @@ class Measured:
     prompt_seed: str | None
 
     def all_records(self, server: str) -> list[Record]:
-        """Of all rounds, one after the other on one time axis."""
+        """Return the records of all rounds, one after the other on one time axis."""
         found: list[Record] = []
         for records in self.rounds[server]:
             found += [_later(record, _end(found)) for record in records]
@@ -94,13 +94,13 @@ def _later(record: Record, seconds: float) -> Record:
 def run_load(targets: Mapping[str, Target], settings: LoadSettings, progress: Progress, note: Note) -> Measured:
     """Load one server, or two in turns; the order changes every round.
 
-    A round's requests are the same for both, but for the letters of random prompts: the two may share a cache.
+    Both get the same requests in a round, except for the letters of random prompts: the two may share a cache.
 
     Args:
-        targets: by OURS and, to compare, THEIRS.
-        note: told what a reader of the result must know.
+        targets: OURS and, to compare, THEIRS.
+        note: receives what a reader of the result must know.
     Raises:
-        QsunError: a server that does not answer before the load begins.
+        QsunError: a server does not answer before the load begins.
     """
     return asyncio.run(_run(targets, settings, progress, note))
 
@@ -154,7 +154,7 @@ def _warn(name: str, records: Sequence[Record], note: Note) -> None:
 
 
 def load_result(measured: Measured, level: ServiceLevel, decode_workers: int) -> dict[str, Any]:
-    """Summaries of each server over all rounds and by round; with two, ratios of the first over the second by round."""
+    """Summarize each server over all rounds and by round; with two, add the ratios of the first to the second."""
     result: dict[str, Any] = {"models": list(measured.models), "slo": level.described()}
     result["prompt_seed"] = measured.prompt_seed
     if measured.pieces is not None:

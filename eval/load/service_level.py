@@ -1,4 +1,4 @@
-"""What counts as good service: bounds on TTFT and TPOT, and who kept them."""
+"""What counts as good service: upper bounds on TTFT and TPOT."""
 
 import math
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from qsun.errors import QsunError
 
 @dataclass(frozen=True)
 class ServiceLevel:
-    """A service level objective. ttft_ms, tpot_ms: upper bounds for a single request; infinite ones ask nothing."""
+    """A service level objective. ttft_ms, tpot_ms: upper bounds for a single request; infinite means no bound."""
 
     ttft_ms: float = math.inf
     tpot_ms: float = math.inf
@@ -20,11 +20,11 @@ class ServiceLevel:
                 raise QsunError(f"slo-{name} {value:g} is out of range; use milliseconds above 0")
 
     def met(self, ttft_ms: float, tpot_ms: float | None) -> bool:
-        """Did one request keep it? A request of one token has no TPOT and keeps that part."""
+        """Return whether a request is within the bounds; a request of one token has no TPOT and keeps that bound."""
         return ttft_ms <= self.ttft_ms and (tpot_ms is None or tpot_ms <= self.tpot_ms)
 
     def count(self, served: Iterable[tuple[float, float | None]]) -> int:
-        """How many (ttft_ms, tpot_ms) kept it."""
+        """Return how many (ttft_ms, tpot_ms) are within the bounds."""
         return sum(self.met(ttft, tpot) for ttft, tpot in served)
 
     def described(self) -> dict[str, float | None]:

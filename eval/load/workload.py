@@ -1,4 +1,4 @@
-"""Requests as a load generator sends them and a simulator receives them: when, for which model, and how long."""
+"""Requests as a load generator sends them and a simulator receives them: when, to which model, and how long."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ _MOST_TOKENS = 1_000_000
 
 
 class TracedRequest(NamedTuple):
-    """One request. arrival: seconds from the start of the trace; output_tokens: that it will produce."""
+    """A request of a trace. arrival: seconds from its start; output_tokens: how many it will produce."""
 
     arrival: float
     model: str
@@ -27,11 +27,11 @@ class TracedRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class Lengths:
-    """A distribution of whole numbers of tokens, from 1 up.
+    """A distribution of lengths in tokens, from 1 up.
 
     Attributes:
         kind: "fixed" (low), "uniform" (low to high, both included) or "lognormal" (median low, sigma of the logarithm).
-        most: longer draws become this long.
+        most: longer draws are cut to this.
     """
 
     kind: str
@@ -42,7 +42,7 @@ class Lengths:
 
     @classmethod
     def parse(cls, text: str) -> "Lengths":
-        """From fixed:N, uniform:A-B or lognormal:MEDIAN,SIGMA[,MAX]. Raises QsunError for anything else."""
+        """Parse fixed:N, uniform:A-B or lognormal:MEDIAN,SIGMA[,MAX]. Raises QsunError for anything else."""
         kind, _, rest = text.partition(":")
         try:
             if kind == "fixed":
@@ -54,7 +54,7 @@ class Lengths:
                 median, sigma, *most = rest.split(",")
                 found = cls(kind, int(median), 0, float(sigma), int(most[0]) if most else _MOST_TOKENS)
         except ValueError:
-            raise QsunError(f"lengths {text!r} are not understood; {_FORMS}") from None
+            raise QsunError(f"lengths {text!r} are invalid; {_FORMS}") from None
         known = kind in ("fixed", "uniform", "lognormal") and text.count(",") <= 2
         if not known or not 1 <= found.low <= found.most <= _MOST_TOKENS or not 0 <= found.sigma < 10:
             raise QsunError(f"lengths {text!r} are out of range; {_FORMS}")
@@ -71,7 +71,7 @@ class Lengths:
 
 
 def zipf_shares(models: Sequence[str], skew: float) -> dict[str, float]:
-    """Share of the requests of each model: the k-th named has weight k ** -skew; 0 is uniform."""
+    """Return each model's share of the requests: the k-th has weight k ** -skew; 0 is uniform."""
     if not models:
         raise QsunError("no models are given; name at least one")
     if len(set(models)) < len(models):
@@ -86,8 +86,8 @@ def zipf_shares(models: Sequence[str], skew: float) -> dict[str, float]:
 class Workload:
     """Requests of several models: Poisson arrivals, Zipf shares, lengths that do not depend on the model.
 
-    The same seed draws the same gaps (in units of their mean) and lengths whatever the rate and the skew, so that two
-    systems, rates or skews are compared on the same luck.
+    The same seed draws the same gaps (in units of their mean) and lengths for every rate and skew, so that systems,
+    rates and skews are compared on identical random draws.
     """
 
     models: tuple[str, ...]
@@ -100,7 +100,7 @@ class Workload:
         return zipf_shares(self.models, self.skew)
 
     def trace(self, rate: float, requests: int) -> list[TracedRequest]:
-        """`requests` arrivals at `rate` a second; an infinite rate has all of them at 0."""
+        """Draw `requests` arrivals at `rate` a second; at an infinite rate all arrive at 0."""
         if not rate > 0:
             raise QsunError(f"rate {rate:g} is out of range; use more than 0 requests a second")
         if requests < 1:
@@ -118,11 +118,13 @@ class Workload:
 
 
 def read_trace(path: Path) -> list[TracedRequest]:
-    """A trace in order of arrival: rows with arrival, model, prompt_tokens, output_tokens, such as requests.jsonl of
-    `qsun bench serve`, whose warm-up and failed requests are left out; the first arrival becomes 0.
+    """Read a trace in order of arrival: rows with arrival, model, prompt_tokens and output_tokens.
+
+    requests.jsonl of `qsun bench serve` is one; its warm-up and failed requests are left out. The first arrival
+    becomes 0.
 
     Raises:
-        QsunError: a row without them, or with values that no request has; names file and line.
+        QsunError: a missing key, or an invalid value; names file and line.
     """
     found = []
     for where, row in read_rows(path, "trace"):
@@ -135,7 +137,7 @@ def read_trace(path: Path) -> list[TracedRequest]:
         except KeyError as error:
             raise QsunError(f"{where}: no {error.args[0]!r}; a row has {', '.join(TracedRequest._fields)}") from None
         except (TypeError, ValueError):
-            raise QsunError(f"{where}: arrival, prompt_tokens and output_tokens are numbers") from None
+            raise QsunError(f"{where}: arrival, prompt_tokens and output_tokens must be numbers") from None
         if not (0 <= request.arrival < math.inf and request.prompt_tokens >= 1 and request.output_tokens >= 1):
             raise QsunError(f"{where}: {request} is out of range; arrival from 0, tokens from 1 up")
         found.append(request)

@@ -1,4 +1,4 @@
-"""`qsun eval`: every variant answers every task, part by part, so that a run that was stopped goes on.
+"""`qsun eval`: every variant answers every task, part by part, so that a stopped run can be resumed.
 
 variants x tasks -> lm-eval -> right or wrong, example by example
 variants with responses -> divergence from the full-precision decoder at decode positions
@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
+from qsun.device import compute_dtype, default_device
 from qsun.errors import QsunError
 from qsun.eval.harness.divergence import read_windows, response_divergence, text_divergence
 from qsun.eval.harness.run import HarnessSettings, check_tasks, run_task
+from qsun.eval.output.machine import machine
 from qsun.eval.report.variants import Entry, Matrix, stored_bits
-from qsun.eval.speed.clock import machine
 from qsun.eval.speed.contenders import known_shape, loaded_contenders, made_contenders
 from qsun.eval.speed.decode_speed import Points, bench_speed
 from qsun.model.checkpoint import file_sha256, read_json
@@ -38,10 +39,10 @@ class Evaluation:
     """What to evaluate and how.
 
     Attributes:
-        matrix: variants and tasks. harness: what lm-eval is told.
+        matrix: variants and tasks. harness: settings for lm-eval.
         text: running text for perplexity and divergence of every decode module. windows: how many, and their length.
-        responses: prompt/response data for every entry that names none of its own.
-        dtype, device: of all modules; auto is float32 on a CPU and what is stored on a GPU.
+        responses: prompt/response data for every entry without its own.
+        dtype, device: of all modules; auto is float32 on a CPU and the stored dtype on a GPU.
     """
 
     matrix: Matrix
@@ -53,10 +54,10 @@ class Evaluation:
     device: str = ""
 
     def place(self) -> torch.device:
-        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return default_device(self.device)
 
     def settings(self) -> dict[str, Any]:
-        """What a resumed run must agree with."""
+        """Return what a resumed run must agree with."""
         return json.loads(json.dumps(asdict(self), default=str))
 
 
@@ -72,18 +73,18 @@ class _Part:
 def evaluate(
     job: Evaluation, out: Path, resume: bool = False, progress: Progress = lambda *_: None
 ) -> list[dict[str, Any]]:
-    """Do all parts; results lie in `out`/parts as they come.
+    """Run all parts that have no result in `out`/parts.
 
     Returns:
         Each part's result: {"kind": "task" | "responses" | "text", "variant", ...}.
     Raises:
-        QsunError: an unknown task, too little text, `out` exists (without resume) or holds another evaluation.
+        QsunError: an unknown task, too little text, or `out` exists (without resume) or holds another evaluation.
     """
     check_tasks([task for entry in job.matrix.entries for task in entry.answers(job.matrix.tasks)], job.harness)
     if job.text:
         read_windows(job.text, str(job.matrix.entries[0].full_precision()[0]), *job.windows)
     for entry in _compared(job):
-        entry.full_precision()  # one that is missing is refused here, not hours later
+        entry.full_precision()  # a missing base is an error now, not hours later
     parts = list(_parts(job))
     _claim(job, out, resume)
     modules = _Modules(job)
@@ -99,7 +100,7 @@ def evaluate(
 
 
 def _compared(job: Evaluation) -> list[Entry]:
-    """Entries whose decode module is compared with its base, at decode positions or on text."""
+    """Return entries whose decode module is compared with its base, at decode positions or on text."""
     return [entry for entry in job.matrix.entries if job.text or entry.responses or job.responses]
 
 
@@ -109,21 +110,21 @@ def _claim(job: Evaluation, out: Path, resume: bool) -> None:
         before = json.loads(file.read_text(encoding="utf-8"))
         for name, value in job.settings().items():
             if before.get(name) != value:
-                raise QsunError(f"{out} was begun with another {name}; give the same settings, or another -o")
+                raise QsunError(f"{out} was started with another {name}; give the same settings, or another -o")
         kept = before.get("contents", {})
         for name, digest in _contents(job).items():
             if kept.get(name) != digest:
-                raise QsunError(f"{name} has changed since {out} was begun; choose another -o, or put it back")
+                raise QsunError(f"{name} has changed since {out} was started; choose another -o, or restore it")
         return
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise QsunError(f"output directory {out} exists; choose another, or go on with --resume")
+        raise QsunError(f"output directory {out} exists; choose another, or continue with --resume")
     contents = _contents(job)
     (out / "parts").mkdir(parents=True)
     write_json(file, job.settings() | {"contents": contents})
 
 
 def _contents(job: Evaluation) -> dict[str, str]:
-    """SHA-256 of all modules' weights and of the data files, by name: what lies behind a path may be made anew."""
+    """Return SHA-256 digests of all modules' weights and of the data files, by name: a path may get new content."""
     entries, compared = job.matrix.entries, _compared(job)
     names = [name for entry in entries for name in (entry.prefill, entry.decode)]
     names += [entry.full_precision()[1] for entry in compared]
@@ -136,7 +137,7 @@ def _contents(job: Evaluation) -> dict[str, str]:
         found[f"module {name}"] = digests[directory]
     sources = [Path(entry.responses or job.responses or "") for entry in compared]
     for source in dict.fromkeys([*([job.text] if job.text else []), *sources]):
-        if source.is_file():  # a missing one is refused where it is read
+        if source.is_file():  # reading a missing one is an error later
             found[f"file {source}"] = file_sha256(source)
     return found
 
@@ -155,7 +156,7 @@ def _parts(job: Evaluation) -> Iterator[_Part]:
 
 
 def _decoders(matrix: Matrix) -> list[tuple[Entry, list[str]]]:
-    """An entry of each decode module and the variants that use it, fine-tunes that decode for themselves left out."""
+    """Return an entry of each decode module with the variants that use it, without fine-tunes that do both."""
     found: dict[tuple[str, Path], tuple[Entry, list[str]]] = {}
     for entry in matrix.entries:
         if read_manifest(find_model(entry.decode)).get("kind") != "fine_tune":
@@ -197,11 +198,12 @@ def _text(job: Evaluation, source: Path, entry: Entry, names: list[str]) -> Call
 
 
 class _Modules:
-    """Loads modules; the last prefill module and the last two decode modules stay for the parts that come next."""
+    """Loads modules and keeps the last prefill module and the last two decode modules for the next parts."""
 
     def __init__(self, job: Evaluation):
         self.device = job.place()
-        self.dtype = job.dtype if job.dtype != "auto" else ("float32" if self.device.type == "cpu" else None)
+        stored = job.dtype == "auto" and self.device.type != "cpu"
+        self.dtype = None if stored else compute_dtype(job.dtype, self.device, None)
         self._decoders: dict[str, DecodeModule] = {}
         self._prefill: tuple[str, PrefillModule] | None = None
 
@@ -209,13 +211,13 @@ class _Modules:
         found = self._decoders.pop(name, None)
         if found is None:
             while len(self._decoders) > 1:
-                self._decoders.pop(next(iter(self._decoders)))  # the one not used for longest
+                self._decoders.pop(next(iter(self._decoders)))  # the least recently used
             found = load_decode(name, self.device, self.dtype)
         self._decoders[name] = found
         return found
 
     def reference(self, entry: Entry) -> DecodeModule:
-        """The full-precision decoder of an entry's decode module: its base, or itself."""
+        """Return the full-precision decoder of an entry's decode module: its base, or itself."""
         base = entry.full_precision()[1]
         return self.decoder(entry.decode if find_model(base) == find_model(entry.decode) else base)
 
@@ -226,7 +228,7 @@ class _Modules:
             return PrefillModule(own.model, own.directory, own.manifest), own
         decode = self.decoder(entry.decode)
         if self._prefill is None or self._prefill[0] != entry.prefill:
-            self._prefill = None  # let the one before go first
+            self._prefill = None  # free its memory first
             self._prefill = entry.prefill, load_prefill(entry.prefill, decode, self.dtype, self.device)
         else:
             check_pair(entry.prefill, entry.decode)
@@ -237,11 +239,11 @@ class _Modules:
 
 
 def check_speed(what: str, job: Evaluation) -> None:
-    """Before work starts. Raises QsunError for what `measured_speed` could not do."""
+    """Raise QsunError, before work starts, for what `measured_speed` cannot do."""
     if what.endswith(".json"):
         found = read_json(Path(what)) if Path(what).is_file() else {}
         if "rows" not in found or "model" not in found:
-            raise QsunError(f"{what} is no speed.json of `qsun bench speed`")
+            raise QsunError(f"{what} is not a speed.json of `qsun bench speed`")
     elif what == "modules":
         quantized = _quantized(job)
         if quantized is None:
@@ -256,10 +258,10 @@ def _quantized(job: Evaluation) -> Entry | None:
 
 
 def measured_speed(what: str, job: Evaluation, note: Callable[[str], None]) -> dict[str, Any]:
-    """The rows of `qsun bench speed` for a report.
+    """Return a result of `qsun bench speed` for a report.
 
     Args:
-        what: a speed.json; a known shape, made with random weights; or "modules": the first quantized decode module.
+        what: a speed.json; a known shape, for random weights; or "modules": the first quantized decode module.
     Raises:
         QsunError: none of these, or no quantized module to time.
     """
@@ -267,7 +269,7 @@ def measured_speed(what: str, job: Evaluation, note: Callable[[str], None]) -> d
         return read_json(Path(what))  # checked by check_speed
     device = job.place()
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what the parts before left counts as used
+        torch.cuda.empty_cache()  # memory of the parts before would count as used
     quantized = _quantized(job) if what == "modules" else None
     if quantized:
         contenders = loaded_contenders(quantized.decode, quantized.full_precision()[1], device)
@@ -276,4 +278,4 @@ def measured_speed(what: str, job: Evaluation, note: Callable[[str], None]) -> d
     limit = contenders.prefill.config.max_position_embeddings
     contexts = [c for c in (128, 1024) if c + 64 < limit]
     result = bench_speed(contenders, Points([1, 4, 16, 64], contexts, 32, 60.0), note)
-    return result | machine(device, torch.get_num_threads())
+    return result | machine(device)

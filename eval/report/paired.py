@@ -1,7 +1,7 @@
 """Two variants on the same examples: the difference of their rates with an interval, and McNemar's test.
 
-Paired statistics are what a comparison on one test set needs: whether B is worse than A is decided by the examples on
-which they differ, not by the spread of the examples' difficulty.
+A comparison on one test set needs paired statistics: only the examples on which the variants differ say whether B is
+worse than A, not the spread of the examples' difficulty.
 """
 
 import math
@@ -17,9 +17,8 @@ class Paired:
 
     Attributes:
         difference: of the rates. low, high: 95% interval by the paired bootstrap (percentiles).
-        only_a, only_b: examples that only one of the two gets right, of all tasks.
-        p_value: McNemar's exact test, two-sided: that such a split of the differing examples, or a more lopsided one,
-            comes about by chance.
+        only_a, only_b: number of examples, over all tasks, that only A or only B gets right.
+        p_value: of McNemar's exact two-sided test, the chance of a split of the differing examples at least as uneven.
     """
 
     difference: float
@@ -37,7 +36,7 @@ def compare(a: Sequence[bool], b: Sequence[bool], seed: int = 0) -> Paired:
     """Compare variant `b` with variant `a`, example by example.
 
     Raises:
-        ValueError: no examples, or not as many in both.
+        ValueError: no examples, or unequal numbers of them.
     """
     return compare_groups([(a, b)], seed)
 
@@ -45,16 +44,16 @@ def compare(a: Sequence[bool], b: Sequence[bool], seed: int = 0) -> Paired:
 def compare_groups(
     groups: Sequence[tuple[Sequence[bool], Sequence[bool]]], seed: int = 0, draws: int = 10_000
 ) -> Paired:
-    """The same over several tasks: the difference is the mean of theirs, and each is resampled by itself.
+    """Compare over several tasks: the difference is the mean of theirs, and each is resampled by itself.
 
     For resampling, each task gets one more example that only A gets right and one that only B does (Bonett and Price,
-    Statistics in Medicine 31, 2012): a few equal answers would otherwise have an interval of no width.
+    Statistics in Medicine 31, 2012); otherwise a few equal answers would give an interval of width 0.
     """
     generator = np.random.default_rng(seed)
     differences, drawn, counts = [], np.zeros(draws), np.zeros(2, dtype=int)
     for a, b in groups:
         if len(a) != len(b) or not a:
-            raise ValueError(f"{len(a)} and {len(b)} examples; both variants need the same ones, and at least one")
+            raise ValueError(f"{len(a)} and {len(b)} examples; both variants need the same examples, and at least one")
         only = np.array([sum(x and not y for x, y in zip(p, q, strict=True)) for p, q in ((a, b), (b, a))])
         n, more = len(a), only + 1
         # an example contributes -1, 0 or +1, so a resampled set is a multinomial draw of these three
@@ -68,7 +67,6 @@ def compare_groups(
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Exact two-sided p-value: twice the tail of a fair coin thrown only_a + only_b times, at most 1."""
-    thrown, fewer = only_a + only_b, min(only_a, only_b)
-    tail = sum(math.comb(thrown, k) for k in range(fewer + 1))
-    return min(1.0, 2 * tail / 2**thrown)
+    """Return the exact two-sided p-value: twice the tail of a fair coin tossed only_a + only_b times, at most 1."""
+    tosses, fewer = only_a + only_b, min(only_a, only_b)
+    return min(1.0, 2 * sum(math.comb(tosses, k) for k in range(fewer + 1)) / 2**tosses)

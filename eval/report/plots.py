@@ -5,24 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from qsun.eval.speed.report import speed_figure
+from qsun.figure import new_figure, save_figure, tidy
 
 Report = Mapping[str, Any]
-_COLOURS = (
-    "#9aa5b1",
-    "#52606d",
-    "#f0883e",
-    "#2f81f7",
-    "#1f6feb",
-    "#8957e5",
-    "#bf4b8a",
-    "#3fb950",
-    "#d29922",
-    "#a40e26",
-)
+_COLORS = ["#9aa5b1", "#52606d", "#f0883e", "#2f81f7", "#1f6feb", "#8957e5", "#bf4b8a", "#3fb950", "#d29922", "#a40e26"]
 
 
 def plots(report: Report) -> dict[str, bytes]:
-    """By name: accuracy, bits, speed; those that the report has numbers for."""
+    """Return PNG bytes by name (accuracy, bits, speed), those that the report has numbers for."""
     made = {}
     if report["accuracy"]:
         made["accuracy"] = _accuracy(report)
@@ -33,21 +23,15 @@ def plots(report: Report) -> dict[str, bytes]:
     return made
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=140, metadata={"Software": None})
+    save_figure(figure, buffer)
     return buffer.getvalue()
 
 
 def _accuracy(report: Report) -> bytes:
     tasks, names = list(report["accuracy"]), report["variants"]
-    figure = _figure(min(10.5, max(6.0, 0.32 * len(names) * len(tasks) + 2)), 4.2)
+    figure = new_figure(min(10.5, max(6.0, 0.32 * len(names) * len(tasks) + 2)), 4.2)
     axes = figure.subplots()
     width = 0.84 / len(names)
     for number, name in enumerate(names):
@@ -62,7 +46,7 @@ def _accuracy(report: Report) -> bytes:
             [100 * cell["rate"] for _, cell in shown],
             width * 0.92,
             yerr=[196 * cell["stderr"] for _, cell in shown],
-            color=_COLOURS[number % len(_COLOURS)],
+            color=_COLORS[number % len(_COLORS)],
             label=name,
             capsize=2,
             error_kw={"linewidth": 0.9},
@@ -70,13 +54,13 @@ def _accuracy(report: Report) -> bytes:
     axes.set_xticks(range(len(tasks)), tasks)
     axes.set_ylim(0, 105)
     axes.set_ylabel("%, with 95% intervals")
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     axes.legend(fontsize=8, ncols=min(4, len(names)), loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
     return _png(figure)
 
 
 def _bits(report: Report) -> bytes:
-    """The last row of the accuracy table against bits; variants of one family, but for the bits, on one line."""
+    """Draw the last column of the accuracy table by bits, one line for variants that differ only in bits."""
     cells = report["accuracy"].get("mean") or next(iter(report["accuracy"].values()))
     lines: dict[str, list[tuple[int, Mapping[str, float]]]] = {}
     for name, cell in cells.items():
@@ -84,7 +68,7 @@ def _bits(report: Report) -> bytes:
         if bits < 16:
             family = " ".join(word for word in name.split() if word != f"int{bits}")
             lines.setdefault(family, []).append((bits, cell))
-    figure = _figure(5.4, 3.8)
+    figure = new_figure(5.4, 3.8)
     axes = figure.subplots()
     for name, style in ((n, s) for n, s in zip(cells, ("-.", ":", "--", "-"), strict=False) if report["bits"][n] == 16):
         axes.axhline(100 * cells[name]["rate"], color="0.45", linewidth=1, linestyle=style, label=name)
@@ -96,13 +80,13 @@ def _bits(report: Report) -> bytes:
             [196 * cell["stderr"] for _, cell in points],
             marker="o",
             capsize=3,
-            color=_COLOURS[(number + 2) % len(_COLOURS)],
+            color=_COLORS[(number + 2) % len(_COLORS)],
             label=family,
         )
     axes.set_xticks(sorted({bits for points in lines.values() for bits, _ in points}))
     axes.set_xlabel("bits of a decode weight")
     axes.set_ylabel("%, mean of tasks")
     axes.set_ylim(0, 105)
-    axes.spines[["top", "right"]].set_visible(False)
+    tidy(axes)
     axes.legend(fontsize=8)
     return _png(figure)

@@ -1,8 +1,6 @@
-"""From the parts of an evaluation to the numbers of its report: rates with errors, and every variant against one."""
+"""The numbers of an evaluation's report from its parts: rates with errors, and every variant against a reference."""
 
 import math
-import os
-import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from statistics import fmean
@@ -10,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qsun.eval.output.machine import machine
 from qsun.eval.report.paired import compare_groups
 from qsun.eval.report.variants import Matrix, stored_bits
 from qsun.model.manifest import versions
@@ -18,12 +17,12 @@ Part = Mapping[str, Any]
 
 
 def summarize(matrix: Matrix, parts: Sequence[Part]) -> dict[str, Any]:
-    """
+    """Combine the parts of an evaluation.
+
     Returns:
         {"reference", "variants": [name], "bits": {name: bits of the decode module, 16 for full precision},
         "accuracy": {task or "mean": {name: cell}}, "sentences", "responses", "text"}; a cell is {"rate", "stderr", "n"}
-        and, but for the reference itself, {"difference", "low", "high", "p_value"} where answers are right or wrong,
-        with the reference's on the same examples.
+        with `Paired` against the reference on the same examples if all answers are right or wrong.
     """
     values = _values(parts)
     tasks = [task for task in matrix.tasks if any(task in by_task for by_task in values.values())]
@@ -54,7 +53,11 @@ def _values(parts: Sequence[Part]) -> dict[str, dict[str, Sequence[float]]]:
 
 
 def _cells(values: Mapping[str, list[Sequence[float]]], reference: str) -> dict[str, dict[str, float]]:
-    """values: of each variant, those of every task; rates and differences are means over the tasks."""
+    """Return a cell for each variant; rates and differences are means over the tasks.
+
+    Args:
+        values: of each variant, those of every task.
+    """
     cells = {}
     for name, groups in values.items():
         cell = {
@@ -99,7 +102,7 @@ def shown_p(value: float) -> str:
 
 
 def _pooled(parts: Sequence[Part]) -> dict[str, dict[str, float]]:
-    """Entries of one variant together, weighted by their positions; the largest 99th percentile of them."""
+    """Pool a variant's entries, weighted by their positions; its p99_kl is their largest."""
     pooled = {}
     for name in dict.fromkeys(part["variant"] for part in parts):
         mine = [part for part in parts if part["variant"] == name]
@@ -116,28 +119,12 @@ def _numbers(part: Part) -> dict[str, float]:
     return {key: value for key, value in part.items() if isinstance(value, (int, float))}
 
 
-def provenance(command: str, seed: int) -> dict[str, Any]:
-    """What a reader needs to run it again: command, versions, machine, seed."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+def provenance(command: str, seed: int, device: torch.device) -> dict[str, Any]:
+    """Return what a reader needs to repeat the run: command, versions, machine, seed."""
     return {
         "command": command,
         "versions": versions("lm_eval"),
-        "machine": {
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "instructions": torch.backends.cpu.get_cpu_capability(),
-            "gpu": gpu,
-            "system": f"{platform.system()} {platform.machine()}",
-        },
+        **machine(device),
         "seed": seed,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown"

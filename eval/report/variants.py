@@ -1,12 +1,12 @@
-"""What is compared: pairs of a prefill module and a decode module, from the command line or from a YAML file.
+"""The compared pairs of a prefill module and a decode module, from the command line or from a YAML file.
 
     variants:
-      - {name: base, model: demo}                                  # one model, used as it is
+      - {name: base, model: demo}                                  # one model for both
       - {name: full fine-tune, model: out/full/math, tasks: [qsun_math]}
       - {name: SUN, prefill: out/sun/math, decode: demo, tasks: [qsun_math]}
       - {name: QSUN int4, prefill: out/sun/math, decode: out/int4, tasks: [qsun_math]}
 
-Entries of one name are one variant: with one prefill module a task, each task is answered by its own.
+Entries with the same name are one variant: if each task has its own prefill module, that one answers it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,11 +26,11 @@ _KEYS = {"name", "model", "prefill", "decode", "base", "tasks", "responses"}
 
 @dataclass(frozen=True)
 class Entry:
-    """One pair and the tasks that it answers.
+    """A pair and the tasks that it answers.
 
     Attributes:
-        name: of the variant. prefill, decode: directories, hub ids or "demo"; the same for a model used as it is.
-        tasks: lm-eval tasks; empty: all that the evaluation asks for.
+        name: of the variant. prefill, decode: directories, hub ids or "demo"; equal for a model that does both.
+        tasks: lm-eval tasks; empty: all tasks of the evaluation.
         responses: .jsonl of prompts and responses, for the divergence at decode positions; may be empty.
         base: full-precision base of the decode module; empty: the one that it names.
     """
@@ -43,22 +43,22 @@ class Entry:
     base: str = ""
 
     def full_precision(self) -> tuple[Path, str]:
-        """The base that the decode module is compared with, directory and name. Raises QsunError for none."""
+        """Return directory and name of the decode module's base. Raises QsunError if there is none."""
         return find_base(self.decode, self.base or None)
 
     @property
     def alone(self) -> bool:
-        """One model used as it is: a base or a fine-tune that decodes for itself."""
+        """Whether one model does both: a base, or a fine-tune that decodes for itself."""
         return self.prefill == self.decode
 
     def answers(self, tasks: Sequence[str]) -> list[str]:
-        """Those of these tasks that this pair is for."""
+        """Return those of the tasks that this pair answers."""
         return [task for task in tasks if not self.tasks or task in self.tasks]
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """All entries, the tasks, and the variant that the others are compared with."""
+    """All entries, the tasks, and the name of the variant to compare the others with."""
 
     entries: tuple[Entry, ...]
     tasks: tuple[str, ...]
@@ -69,20 +69,20 @@ class Matrix:
         pairs = [(entry.name, task) for entry in self.entries for task in entry.answers(self.tasks)]
         for name, task in pairs:
             if pairs.count((name, task)) > 1:
-                raise QsunError(f"two entries named {name!r} answer {task}; give them names or tasks of their own")
+                raise QsunError(f"two entries named {name!r} answer {task}; give them different names or tasks")
 
     def names(self) -> list[str]:
-        """The variants, in the order of their first entries."""
+        """Return the variants in the order of their first entries."""
         return list(dict.fromkeys(entry.name for entry in self.entries))
 
 
 def from_options(
     decode: str, prefill: str | None, full: str | None, tasks: Sequence[str], base: str | None = None
 ) -> Matrix:
-    """Base, full fine-tune, SUN and QSUN, as far as what was given has them.
+    """Return base, full fine-tune, SUN and QSUN, as far as the modules given make them.
 
     Raises:
-        QsunError: a quantized decode module that does not say what base it was made from.
+        QsunError: a quantized decode module does not name its base.
     """
     (_, found), bits = find_base(decode, base), stored_bits(decode)
     entries = [Entry("base", found, found)]
@@ -98,10 +98,10 @@ def from_options(
 
 
 def from_file(path: Path, tasks: Sequence[str] = ()) -> Matrix:
-    """Read a matrix; directories in it are relative to the file. `tasks` replaces those that the file names.
+    """Read a matrix whose directories are relative to the file; `tasks` replaces those of the file.
 
     Raises:
-        QsunError: no YAML, an unknown key, an entry without a model or a pair.
+        QsunError: not YAML, an unknown key, or an entry without a model or a pair.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -122,14 +122,14 @@ def from_file(path: Path, tasks: Sequence[str] = ()) -> Matrix:
     reference = str(values.get("reference") or ("SUN" if "SUN" in names else names[0]))
     if reference not in names:
         raise QsunError(
-            f"{path}: the reference {reference!r} is no variant; use one of {', '.join(dict.fromkeys(names))}"
+            f"{path}: the reference {reference!r} is not a variant; use one of {', '.join(dict.fromkeys(names))}"
         )
     return Matrix(entries, wanted, reference)
 
 
 def _entry(row: Any, path: Path) -> Entry:
     if not isinstance(row, Mapping) or not row.get("name"):
-        raise QsunError(f"{path}: {row!r} is no variant; it needs a name and a model, or a prefill and a decode module")
+        raise QsunError(f"{path}: {row!r} is not a variant; give it a name and a model, or prefill and decode")
     unknown = sorted(set(row) - _KEYS)
     if unknown:
         raise QsunError(f"{path}: variant {row['name']!r} has {unknown[0]!r}; known are {', '.join(sorted(_KEYS))}")
@@ -142,7 +142,7 @@ def _entry(row: Any, path: Path) -> Entry:
         raise QsunError(f"{path}: variant {row['name']!r} needs a model, or a prefill and a decode module")
     responses = row.get("responses")
     if responses and not (path.parent / responses).is_file():
-        raise QsunError(f"{path}: variant {row['name']!r}: responses {responses} is no file beside it")
+        raise QsunError(f"{path}: variant {row['name']!r}: responses {responses} is not a file beside it")
     return Entry(
         str(row["name"]),
         _place(prefill, path),
@@ -162,13 +162,13 @@ def _names(value: Any, where: str) -> tuple[str, ...]:
 
 
 def _place(name: str, path: Path) -> str:
-    """A directory beside the file where there is one; otherwise a name for find_model."""
+    """Return a directory beside the file if it exists, else the name for find_model."""
     beside = path.parent / name
     return str(beside) if beside.is_dir() else str(name)
 
 
 def stored_bits(directory: str) -> int:
-    """Bits of a quantized module's linear layers as its config.json has them, 0 for full precision."""
+    """Return the bits of a quantized module's linear layers from its config.json; 0 for full precision."""
     config = read_json(find_model(directory) / "config.json").get("quantization_config")
     if not config:
         return 0

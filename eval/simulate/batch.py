@@ -1,4 +1,4 @@
-"""What a simulated decode worker holds: rows that step together, prompts that it reads, requests that wait."""
+"""What a simulated decode worker holds: rows that step together, prompts to read, waiting requests, and their KV."""
 
 import heapq
 from collections import defaultdict, deque
@@ -10,7 +10,9 @@ from qsun.eval.simulate.result import RequestTimes
 
 
 class RowBatch:
-    """Rows that step together; contexts only as a sum and a longest one, ends in a heap: a step costs no loop."""
+    """Rows that step together. It keeps the sum and the maximum of their contexts, and a heap of their ends, so that a
+    step needs no loop over rows.
+    """
 
     def __init__(self) -> None:
         self.rows = self.context = self._step = self._count = 0
@@ -28,13 +30,13 @@ class RowBatch:
         self._joined.append(times)
 
     def longest(self) -> int:
-        """The longest context of its rows, of which there are some."""
+        """Return the longest context of the rows; there must be one."""
         while self._longest[0][1] <= self._step:
             heapq.heappop(self._longest)
         return self._step - self._longest[0][0]
 
     def advance(self, now: float) -> list[RequestTimes]:
-        """One step ends: every row has a token more. Gives the rows that are complete."""
+        """End a step, in which every row got a token. Returns the rows that are complete."""
         self._step += 1
         self.context += self.rows
         for times in self._joined:
@@ -63,8 +65,8 @@ class _Prompt:
 class PromptQueue:
     """Prompts that a decode worker reads between its steps, as qsun's in-process engine does.
 
-    Whole prompts of the first one's model that fit in the turn are read side by side, padded to the longest, in one
-    pass; a longer one is read in pieces, and the others come in between.
+    Whole prompts of the first one's model that fit into the turn are read side by side in one pass, padded to the
+    longest. A longer prompt is read in pieces, with others between them.
     """
 
     def __init__(self, turn_tokens: int, curves: Curves):
@@ -78,7 +80,7 @@ class PromptQueue:
         return len(self._prompts)
 
     def turn(self) -> tuple[list[RequestTimes], float]:
-        """Read up to `turn_tokens`. Returns the requests whose prompt is complete, taken out, and seconds."""
+        """Read up to `turn_tokens`. Returns the requests whose prompt is complete, which it removes, and seconds."""
         finished: list[RequestTimes] = []
         left, seconds = self._turn_tokens, 0.0
         while self._prompts and left > 0:
@@ -102,7 +104,7 @@ class PromptQueue:
         return finished, seconds
 
     def _group(self, most: int) -> list[_Prompt]:
-        """The first prompt and those after it that can be read beside it."""
+        """Return the first prompt and those after it that can be read beside it."""
         head = self._prompts[0]
         group: list[_Prompt] = []
         longest = 0
@@ -119,11 +121,11 @@ class PromptQueue:
 
 
 class AdmissionQueue:
-    """Requests in front of a decode worker: in order, or fair.
+    """Requests that wait for a decode worker, admitted in order of arrival or fairly.
 
-    Fair: the model that has been served the fewest tokens is next, as in the in-process engine: prompts count when they
-    are admitted, output as it comes. One that has nothing there starts level with the least served of the others; where
-    there are none, with the most served.
+    Fair: the model that was served the fewest tokens is next, as in the in-process engine. Prompts count when they are
+    admitted, output as it is produced. A model that returns starts level with the least served of the models that have
+    requests here or, without any, with the most served.
     """
 
     def __init__(self, models: tuple[str, ...], fair: bool):
@@ -133,7 +135,7 @@ class AdmissionQueue:
         self._most = 0
 
     def add(self, times: RequestTimes, held: Mapping[str, int]) -> None:
-        """held: requests of each model that the worker has taken in."""
+        """Add a request. held: admitted requests of each model."""
         model = times.request.model
         if not held[model] and not self._queues[model]:
             others = [self._served[m] for m, queue in self._queues.items() if m != model and (held[m] or queue)]
@@ -142,7 +144,7 @@ class AdmissionQueue:
         self._queues[model].append((self._count, times))
 
     def next(self, held: Mapping[str, int], most: int) -> RequestTimes | None:
-        """Whose turn it is, of models with less than `most` requests taken in; it stays until `take`."""
+        """Return the next request of a model with fewer than `most` admitted; it stays in the queue until `take`."""
         able = [model for model, queue in self._queues.items() if queue and held[model] < most]
         if not able:
             return None
@@ -150,7 +152,7 @@ class AdmissionQueue:
         return self._queues[min(able, key=key)][0][1]
 
     def take(self, times: RequestTimes) -> None:
-        """Remove what `next` gave."""
+        """Remove the request that `next` returned."""
         self._queues[times.request.model].popleft()
         self.charge(times.request.model, times.request.prompt_tokens - 1)
 
@@ -161,10 +163,10 @@ class AdmissionQueue:
 
 
 class KvBudget:
-    """KV of a decode worker's rows, those whose prompt is being read included.
+    """KV of a decode worker's rows, including those whose prompt is being read.
 
     Args:
-        limit: tokens; None for no limit. batches: that share it equally.
+        limit: tokens; None for no limit. batches: how many share it equally.
         rectangle: each row takes what the longest one needs, as in the in-process engine; else its prompt and output.
     """
 
@@ -188,10 +190,10 @@ class KvBudget:
             self._needs[batch].remove(self._need(times))
 
     def _need(self, times: RequestTimes) -> int:
-        """The engine never feeds the last token."""
+        """Return tokens of one request; the engine never feeds the last one."""
         return kv_tokens(times) - self._rectangle
 
 
 def kv_tokens(times: RequestTimes) -> int:
-    """That a request takes from its admission to its end."""
+    """Return the tokens of KV that a request takes from its admission to its end."""
     return times.request.prompt_tokens + times.request.output_tokens

@@ -16,20 +16,20 @@ from qsun.eval.simulate.result import SimulationResult
 from qsun.eval.simulate.simulation import simulate
 
 _WARM_UP = 0.2  # share of a simulation's requests
-_LIVES = 8  # a simulation lasts as many times as a request stays at a full decode worker, so that queues can grow
-_KEEPS_UP = 0.97  # of the tokens that arrive, or the queue grows
-_TOLERANCE = 1.02  # of a rate that is searched
+_LIVES = 8  # a simulation lasts as many lifetimes of a request at a full decode worker, so that queues can grow
+_KEEPS_UP = 0.97  # share of the arriving tokens; with less the queue grows
+_TOLERANCE = 1.02  # of a rate that is found
 _MOST_WORKERS = 4096
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """What every simulation of one scenario shares.
+    """What all simulations of a comparison share.
 
     Attributes:
         target: share of the requests that must keep the service level.
-        requests: of each simulation, and more where they arrive within a few of their own lives; the first fifth is not
-            counted.
+        requests: of each simulation; more where they would arrive within a few of their own lifetimes. The first fifth
+            is not measured.
     """
 
     workload: Workload
@@ -43,18 +43,18 @@ class Scenario:
         if not 0 < self.target <= 1:
             raise QsunError(f"goodput target {self.target:g} is out of range; use more than 0, up to 1")
         if self.requests < 10:
-            raise QsunError(f"requests {self.requests} are too few to measure; use 10 or more")
+            raise QsunError(f"requests {self.requests} is too few to measure; use 10 or more")
 
     def at_skew(self, skew: float) -> "Scenario":
         return replace(self, workload=replace(self.workload, skew=skew))
 
     def run(self, kind: str, workers: int, rate: float) -> SimulationResult:
-        """One simulation."""
+        """Run one simulation."""
         trace = self.workload.trace(rate, max(self.requests, math.ceil(_LIVES * rate * self.life())))
         return self._simulate(kind, workers, trace, self.workload.shares(), _WARM_UP)
 
     def replay(self, kind: str, workers: int, trace: Sequence[TracedRequest]) -> SimulationResult:
-        """A given trace, all of it counted; expected loads are the shares of its requests."""
+        """Simulate a given trace and measure all of it; expected loads are the shares of its requests."""
         counts = Counter(request.model for request in trace)
         shares = {model: count / len(trace) for model, count in counts.items()}
         return self._simulate(kind, workers, trace, shares, 0.0)
@@ -67,7 +67,7 @@ class Scenario:
         return simulate(trace, system, self.curves, warm_up=warm_up, seed=self.workload.seed)
 
     def serves(self, result: SimulationResult, tpot_ms: float = math.inf) -> bool:
-        """Is the service level kept by enough requests, the mean TPOT by all together, and does no queue grow?"""
+        """Return whether enough requests keep the service level, the mean TPOT is kept, and no queue grows."""
         arrived = sum(t.request.output_tokens for t in result.measured)
         span = result.times[-1].request.arrival - result.measured[0].request.arrival
         return (
@@ -77,7 +77,7 @@ class Scenario:
         )
 
     def life(self) -> float:
-        """Seconds that a request of mean length takes at a full bf16 worker."""
+        """Return the seconds that a request of mean length takes at a full bf16 worker."""
         outputs, step = _full_step(self.workload, self.curves, self.deployment.max_batch)
         return outputs * step
 
@@ -85,7 +85,7 @@ class Scenario:
 def default_level(
     workload: Workload, curves: Curves, max_batch: int, ttft_ms: float = 0.0, tpot_ms: float = 0.0
 ) -> ServiceLevel:
-    """Bounds that a system keeps unless queues grow; those that are given, above 0, instead.
+    """Return bounds that a system keeps unless queues grow, or those given (above 0).
 
     TPOT: twice SUN's step with a full batch. TTFT: ten such TPOTs and four prefills of a long prompt (95th percentile).
     """
@@ -96,7 +96,7 @@ def default_level(
 
 
 def _full_step(workload: Workload, curves: Curves, max_batch: int) -> tuple[float, float]:
-    """Mean output tokens, and seconds of SUN's step with a full batch of requests half way."""
+    """Return mean output tokens, and seconds of SUN's step with a full batch of half-finished requests."""
     sample = workload.trace(1.0, 1000)
     outputs = statistics.fmean(request.output_tokens for request in sample)
     context = statistics.fmean(request.prompt_tokens for request in sample) + outputs / 2
@@ -105,38 +105,38 @@ def _full_step(workload: Workload, curves: Curves, max_batch: int) -> tuple[floa
 
 @dataclass(frozen=True)
 class Capacity:
-    """The highest rate that a system serves well, and how it looks there."""
+    """The highest rate that a system serves well, and the simulation at that rate."""
 
     rate: float
     result: SimulationResult
 
     def tokens_per_s(self, all_workers: bool = False) -> float:
-        """For each decode worker, or for each worker."""
+        """Return the throughput of a decode worker, or averaged over all workers."""
         system = self.result.system
         return self.result.steady_tokens_per_s() / (system.workers if all_workers else len(system.decode))
 
 
 def mean_tpot_ms(result: SimulationResult) -> float:
-    """Over requests; 0 where all are of one token."""
+    """Return the mean over requests; 0 if all have a single token."""
     tpots = result.tpots_ms()
     return math.fsum(tpots) / len(tpots) if tpots else 0.0
 
 
 def capacity(scenario: Scenario, kind: str, workers: int, tpot_ms: float = math.inf) -> Capacity | None:
-    """As `highest_rate`; None also where the workers do not hold their modules or a request, at whatever rate."""
+    """Return `highest_rate`; None also if the workers cannot hold their modules or a request at any rate."""
     try:
         return highest_rate(scenario, kind, workers, tpot_ms)
-    except DoesNotFit:  # not a lower rate instead, whose shorter trace lacks the one request that is too long
+    except DoesNotFit:  # a lower rate has a shorter trace, which may lack the one request that is too long
         return None
 
 
 def highest_rate(scenario: Scenario, kind: str, workers: int, tpot_ms: float = math.inf) -> Capacity | None:
-    """Search the highest rate, to 2%, at which `scenario.serves`; None where even a lone request is too slow.
+    """Search the highest rate, to 2%, that the scenario serves; None if even a lone request is too slow.
 
     Args:
-        tpot_ms: and at which the mean TPOT is no more than this.
+        tpot_ms: upper bound on the mean TPOT as well.
     Raises:
-        DoesNotFit: the workers do not hold their modules, or not every request.
+        DoesNotFit: the workers cannot hold their modules, or a request.
     """
     first = rate = workers * scenario.deployment.max_batch / scenario.life() / 2
     best: Capacity | None = None
@@ -163,16 +163,16 @@ def _serving(scenario: Scenario, kind: str, workers: int, rate: float, tpot_ms: 
 
 
 def workers_needed(scenario: Scenario, kind: str, rate: float) -> int:
-    """The fewest decode workers, by doubling and halving, that serve a rate.
+    """Search the fewest decode workers that serve a rate, by doubling and bisection.
 
     Raises:
-        QsunError: not even 4096 do; DoesNotFit where not even so many hold the modules and every request.
+        QsunError: 4096 workers do not serve it; DoesNotFit if they cannot hold the modules and every request.
     """
 
     def enough(workers: int) -> bool:
         try:
             return scenario.serves(scenario.run(kind, workers, rate))
-        except DoesNotFit:  # few workers hold many models each; more of them may fit
+        except DoesNotFit:  # few workers hold many models each; more workers may fit
             if workers >= _MOST_WORKERS:
                 raise
             return False
@@ -181,7 +181,7 @@ def workers_needed(scenario: Scenario, kind: str, rate: float) -> int:
     while not enough(high):
         high *= 2
         if high > _MOST_WORKERS:
-            raise QsunError(f"{kind} does not serve {rate:g} requests/s with {_MOST_WORKERS} workers; ease the SLO")
+            raise QsunError(f"{kind} does not serve {rate:g} requests/s with {_MOST_WORKERS} workers; relax the SLO")
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2

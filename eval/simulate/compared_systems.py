@@ -1,7 +1,7 @@
-"""The systems that are compared: conventional disaggregation, SUN and QSUN, on the same number of decode workers.
+"""The compared systems: conventional disaggregation, SUN and QSUN, on the same number of decode workers.
 
-Conventional: every decode worker belongs to one model, whose own fine-tuned decode module it holds in bf16. SUN: every
-decode worker serves all models with the shared bf16 module. QSUN: the same with the module in int4.
+Conventional: every decode worker belongs to one model and holds its fine-tuned decode module in bf16. SUN: every decode
+worker serves all models with the shared bf16 module. QSUN: the same with the module in int4.
 """
 
 import math
@@ -27,12 +27,12 @@ class Deployment:
         max_batch: rows of a decode worker.
         kv_tokens: tokens of KV of a decode worker; None: what `memory_bytes` leaves beside its weights, or no limit.
         memory_bytes: of a decode worker. int4 weights leave more of it for KV, several modules less.
-        prefill_workers: for each model; None: so many that each model's are busy half of the time.
-        prefill_tokens: above 0, there are no prefill workers: decode workers are in-process engines of qsun, which read
-            so many prompt tokens a step, queue fairly and attend to as many tokens as their longest row has.
+        prefill_workers: of each model; None: enough that each model's are busy half of the time.
+        prefill_tokens: above 0 there are no prefill workers: decode workers are qsun's in-process engines, which read
+            this many prompt tokens a step, queue fairly and attend to as many tokens as their longest row has.
         assignment: of decode workers to models in the conventional system: by expected "load", or "equal" numbers.
         policy: of the router, in every system.
-        qsun_variant: the step curve of QSUN: "qsun", or "qsun+head" with an int4 head.
+        qsun_variant: step curve of QSUN: "qsun", or "qsun+head" with an int4 head.
     """
 
     max_batch: int = 64
@@ -49,7 +49,7 @@ class Deployment:
     def system(
         self, kind: str, workers: int, shares: Mapping[str, float], prefill: Mapping[str, int], curves: Curves
     ) -> System:
-        """One of KINDS with `workers` decode workers; prefill workers as given, unless decode workers read prompts."""
+        """Return one of KINDS with `workers` decode workers, and prefill workers unless decode workers read prompts."""
         if kind not in KINDS:
             raise QsunError(f"system {kind!r} is not known; use one of {', '.join(KINDS)}")
         if workers < 1:
@@ -94,12 +94,12 @@ class Deployment:
 
 
 def assign(shares: Mapping[str, float], workers: int, how: str = "load") -> list[tuple[str, ...]]:
-    """Models of each decode worker in the conventional system.
+    """Return the models of each decode worker in the conventional system.
 
-    With a worker for each model or more, "load" gives one to each and every further one to the model with the greatest
-    share for each of its workers; "equal" gives equal numbers, the remainder to the greatest shares. With fewer workers
-    than models some hold several, which take turns: "load" packs the greatest shares first, each where the sum is
-    least; "equal" deals the models round.
+    With at least one worker a model, "load" gives each model one and every further worker to the model with the highest
+    share per worker; "equal" gives equal numbers, the remainder to the largest shares. With fewer workers than models,
+    some hold several models, which take turns: "load" packs the largest shares first, each where the sum is smallest;
+    "equal" deals the models round-robin.
     """
     if how not in ASSIGNMENTS:
         raise QsunError(f"assignment {how!r} is not known; use {' or '.join(ASSIGNMENTS)}")

@@ -1,8 +1,8 @@
-"""How long a decode step and a prefill take: curves that a simulation reads, measured or computed.
+"""How long a decode step and a prefill take: measured or computed curves for a simulation.
 
-Between measured points a curve is a straight line in the batch and in the context. Beyond them: below the smallest
-batch or context it stays as it is there; above the largest it goes on as its last two points do, and `Curves.beyond`
-says so. A prompt shorter than the shortest measured goes back along the first two points' line, to no less than 0.
+A curve is linear in the batch and in the context between measured points. Below the smallest batch or context it is
+constant; above the largest it continues the line of the last two points, and `Curves.beyond` is true. A prompt shorter
+than the shortest measured one follows the line of the first two points, but not below 0.
 """
 
 import json
@@ -19,18 +19,18 @@ from qsun.eval.speed.model_shapes import MODEL_SHAPES, ModelShape
 SUN, QSUN = "sun", "qsun"
 COMPUTED = "computed:"
 _COPY_BYTES_PER_S = 4.3e12  # an H200's copy, as measured; see docs/kernels.md
-_BF16_FLOPS = 989e12  # an H100's or H200's dense peak, as its maker states it
-_INT4_BYTES = 0.516  # of a weight with group 128: 4 bits and a bf16 scale
-_KEPT_SHARE = 0.9  # of a GPU's memory for weights and KV; the rest is activations and the runtime's own
+_BF16_FLOPS = 989e12  # dense peak of an H100 or H200, as NVIDIA states it
+_INT4_BYTES = 0.516  # of a weight in groups of 128: 4 bits and a bf16 scale
+_KEPT_SHARE = 0.9  # of a GPU's memory for weights and KV; activations and the runtime need the rest
 
 
 class DoesNotFit(QsunError):
-    """A decode worker's memory does not hold its modules, or a request; with fewer models each it may."""
+    """A decode worker's memory cannot hold its modules, or a request; with fewer models a worker it may."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """weight_bytes: of a decode module. kv_bytes: of one token's keys and values."""
+    """Bytes of a decode module's weights, and of one token's keys and values."""
 
     weight_bytes: float
     kv_bytes: float
@@ -41,15 +41,14 @@ class Curves:
     """Times of one machine.
 
     Attributes:
-        step: (variant, batch, mean context) -> seconds of a decode step, which gives each row one token. Contexts count
-            the step's own token. Called only with a batch of 1 or more.
-        prefill: tokens -> seconds in which a prefill worker reads so many tokens of one prompt in one pass;
-            prefill(0) is the fixed cost of a pass and is charged only where a prompt is read in pieces.
-        source: where they come from, for reports; says so where nothing was measured.
-        largest: variant -> (batch, context) up to which `step` was measured; empty where it has no limit.
-        footprints: variant -> memory, where it is known.
-        group: (prompts, tokens of the longest) -> seconds of one pass that reads so many prompts side by side, where
-            that was measured.
+        step: (variant, batch of 1 or more, mean context) -> seconds of a decode step, which gives each row one token.
+            Contexts include the step's own token.
+        prefill: tokens -> seconds in which a prefill worker reads this many tokens of one prompt in one pass;
+            prefill(0) is the fixed cost of a pass, charged only if a prompt is read in pieces.
+        source: where the curves come from, for reports; says if nothing was measured.
+        largest: variant -> (batch, context) up to which `step` was measured; empty without a limit.
+        footprints: variant -> memory, if known.
+        group: (prompts, tokens of the longest) -> seconds of one pass that reads them side by side, if measured.
     """
 
     step: Callable[[str, int, float], float]
@@ -60,17 +59,16 @@ class Curves:
     group: Callable[[int, int], float] | None = None
 
     def side_by_side(self, prompts: int, tokens: int) -> float:
-        """Seconds of a pass over several whole prompts, padded to `tokens` each.
+        """Return the seconds of a pass over several whole prompts, padded to `tokens` each.
 
-        Where it was not measured it takes as long as one prompt of all their tokens, which is too long by what each
-        would attend to of the others.
+        If that was not measured, it is the time of one prompt of all their tokens, which overestimates attention.
         """
         if tokens == 0:
             return 0.0
         return self.prefill(prompts * tokens) if self.group is None else self.group(prompts, tokens)
 
     def chunk(self, tokens: int, done: int) -> float:
-        """Seconds of a pass over the next `tokens` of a prompt of which `done` are read already."""
+        """Return the seconds of a pass over the next `tokens` of a prompt after `done` tokens."""
         if tokens == 0:
             return 0.0
         if done == 0:
@@ -78,16 +76,16 @@ class Curves:
         return self.prefill(done + tokens) - self.prefill(done) + self.prefill(0)
 
     def beyond(self, variant: str, batch: int, context: float) -> bool:
-        """Is this outside what was measured, on the large side?"""
+        """Return whether this is larger than anything that was measured."""
         limit = self.largest.get(variant, (math.inf, math.inf))
         return batch > limit[0] or context > limit[1]
 
     def kv_tokens(self, variant: str, memory_bytes: float, modules: int = 1) -> int:
-        """Tokens of KV that fit beside the weights of `modules` decode modules.
+        """Return the tokens of KV that fit beside the weights of `modules` decode modules.
 
         Raises:
-            DoesNotFit: memory that does not hold the weights.
-            QsunError: curves that do not know their bytes.
+            DoesNotFit: the memory cannot hold the weights.
+            QsunError: the curves have no footprint of this variant.
         """
         known = self.footprints.get(variant)
         if known is None:
@@ -96,17 +94,17 @@ class Curves:
         if left < known.kv_bytes:
             needed = modules * known.weight_bytes / _KEPT_SHARE / 1e9
             raise DoesNotFit(
-                f"memory of {memory_bytes / 1e9:.1f} GB does not hold {modules} x {variant}; "
+                f"memory of {memory_bytes / 1e9:.1f} GB cannot hold {modules} x {variant}; "
                 f"use more than {needed:.1f} GB or fewer models a worker"
             )
         return int(left / known.kv_bytes)
 
 
 def load_curves(source: str) -> Curves:
-    """Curves of a speed.json that `qsun bench speed` left, or of "computed:MODEL".
+    """Load the curves of a speed.json of `qsun bench speed`, or compute those of "computed:MODEL".
 
     Raises:
-        QsunError: no such file or model, or a file without what is needed.
+        QsunError: no such file or model, or a file that lacks something.
     """
     if source.startswith(COMPUTED):
         return computed_curves(source.removeprefix(COMPUTED))
@@ -123,7 +121,7 @@ def load_curves(source: str) -> Curves:
 
 
 def measured_curves(result: Mapping[str, Any]) -> Curves:
-    """Curves through the medians of a result of `bench_speed`."""
+    """Return curves through the medians of a result of `bench_speed`."""
     points: dict[str, dict[int, dict[int, float]]] = {}
     for row in result["rows"]:
         by_batch = points.setdefault(row["variant"], {}).setdefault(row["context"], {})
@@ -153,7 +151,7 @@ def measured_curves(result: Mapping[str, Any]) -> Curves:
 
 
 class StepGrid:
-    """Seconds of a step at measured batches and contexts; `largest` of either. Contexts may lack the large batches."""
+    """Seconds of a step at measured batches and contexts; `largest` of both. Contexts may lack the large batches."""
 
     def __init__(self, by_context: Mapping[int, Mapping[int, float]]):
         self._contexts = sorted(by_context)
@@ -162,7 +160,7 @@ class StepGrid:
         self.largest = (min(batches[-1] for batches in self._batches), float(self._contexts[-1]))
 
     def at(self, batch: int, context: float) -> float:
-        """Straight in the batch at the two neighbouring contexts, then straight in the context."""
+        """Interpolate in the batch at the two neighbouring contexts, then in the context."""
         if len(self._contexts) == 1:
             return _line(self._batches[0], self._seconds[0], batch)
         upper = min(max(bisect_right(self._contexts, context), 1), len(self._contexts) - 1)
@@ -171,7 +169,7 @@ class StepGrid:
 
 
 def _line(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
-    """Piecewise straight; flat below the first point, and above the last at least flat."""
+    """Interpolate linearly; constant below the first point, never falling above the last."""
     if x <= xs[0] or len(xs) == 1:
         return ys[0]
     upper = min(bisect_right(xs, x), len(xs) - 1)
@@ -183,7 +181,7 @@ def _line(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
 
 
 def prompt_line(points: Mapping[int, float]) -> Callable[[int], float]:
-    """Seconds of a prefill through measured ones; through one point only, in proportion to the tokens."""
+    """Return a line through measured prefill times; with one point, proportional to the tokens."""
     tokens = sorted(points)
     seconds = [points[n] for n in tokens]
     if len(tokens) == 1:
@@ -195,10 +193,10 @@ def prompt_line(points: Mapping[int, float]) -> Callable[[int], float]:
 
 
 def computed_curves(name: str) -> Curves:
-    """Floors of an H200 by bytes and operations: NOT measured; no kernel reaches them.
+    """Return lower bounds for an H200 from bytes and operations. They are NOT measured; no kernel reaches them.
 
     A step reads every weight and all keys and values once at copy bandwidth; a prefill takes the longer of that and its
-    operations at peak. Blocks in bf16 or int4 (group 128), the head in bf16.
+    operations at peak. Blocks are in bf16 or int4 (group 128), the head in bf16.
     """
     shape = MODEL_SHAPES.get(name)
     if shape is None or shape.ranks > 1:
@@ -223,5 +221,5 @@ def computed_curves(name: str) -> Curves:
 
 
 def _weights(shape: ModelShape) -> tuple[int, int]:
-    """Weights of all blocks, and of the head."""
+    """Return the number of weights of all blocks, and of the head."""
     return shape.layers * sum(N * K for N, K in shape.linear_layers().values()), shape.vocab * shape.hidden

@@ -1,7 +1,7 @@
-"""The in-process engine on a trace: shared decode against partitioned decode in turns, and what a simulation predicts.
+"""The in-process engine on a trace: shared against partitioned decode, and what a simulation predicts for both.
 
 Both systems run the same requests on the same engine code in real time, one after the other, round by round. The
-simulation is given step and prefill times that were measured on this engine before each round.
+simulation gets step and prefill times that were measured on this engine before each round.
 """
 
 import statistics
@@ -14,9 +14,11 @@ from qsun.engine.engine import Engine, EngineConfig
 from qsun.errors import QsunError
 from qsun.eval.load.percentiles import spread
 from qsun.eval.load.workload import TracedRequest
+from qsun.eval.output.table import Table
 from qsun.eval.simulate.curves import SUN, Curves, StepGrid, prompt_line
 from qsun.eval.simulate.simulation import simulate
 from qsun.eval.simulate.system import DecodeWorker, System
+from qsun.progress import Progress
 from qsun.runtime.decode_module import DecodeModule
 from qsun.runtime.prefill_module import PrefillModule
 
@@ -25,13 +27,14 @@ _BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _CONTEXTS = (16, 64, 128, 256, 448)
 _PROMPTS = (1, 8, 32, 64, 128, 256, 448)
 _TIMED = 12
+_LABELS = {"tokens_per_s": "tokens/s", "tpot_ms": "mean TPOT, ms", "ttft_ms": "mean TTFT, ms"}
 
 
 class EngineComparison:
-    """Runs of one set of modules.
+    """Runs of one set of modules, measured and predicted.
 
     Args:
-        prefills: by model name. max_batch, prefill_tokens: of the engine.
+        prefills: prefill module of each model. max_batch, prefill_tokens: settings of the engine.
     """
 
     def __init__(
@@ -45,7 +48,7 @@ class EngineComparison:
         self.max_batch, self.prefill_tokens = max_batch, prefill_tokens
 
     def engine(self, partitioned: bool = False, prefill_tokens: int = 0) -> Engine:
-        """Without a prefix cache: a simulation has none."""
+        """Return an engine without a prefix cache, as in the simulation."""
         turn = prefill_tokens or self.prefill_tokens
         config = EngineConfig(self.max_batch, 0, 0, turn, max_waiting=1 << 20, partitioned=partitioned)
         engine = Engine(self.decode, config)
@@ -54,7 +57,7 @@ class EngineComparison:
         return engine
 
     def probe(self) -> "Probe":
-        """Seconds of whole engine steps, Python included, by longest context and rows; and of reading prompts."""
+        """Time whole engine steps, with their Python, by longest context and rows; and the reading of prompts."""
         contexts = [c for c in _CONTEXTS if c + 2 * _TIMED < self._positions]
         batches = [rows for rows in _BATCHES if rows <= self.max_batch]
         steps = {c: {rows: self._step_seconds(rows, c) for rows in batches} for c in contexts}
@@ -69,7 +72,7 @@ class EngineComparison:
         return self.engine().positions
 
     def _step_seconds(self, rows: int, context: int) -> float:
-        """Rows of unequal lengths: attention may be faster where all are equal, which rows in use seldom are."""
+        """Time steps of rows of unequal lengths, as in use: attention may be faster if all are equal."""
         length = max(2, context - _TIMED // 2)
         engine, model = self.engine(prefill_tokens=rows * length), next(iter(self.prefills))
         for number in range(rows):
@@ -78,9 +81,9 @@ class EngineComparison:
         return statistics.fmean(_seconds(engine.step) for _ in range(_TIMED))
 
     def _prompt_seconds(self, rows: int, tokens: int) -> float:
-        """Of all that requests cost beside three decode steps: taken in, prompts read side by side, let go.
+        """Time everything that requests cost beside three decode steps: admission, reading side by side, release.
 
-        Others decode meanwhile, as they do in use: weights and prompts are then not in the processor's caches.
+        Others decode meanwhile, as in use: weights and prompts are then not in the processor's caches.
         """
         model, turns = next(iter(self.prefills)), _TIMED // 2 + 1
         engine = self.engine(prefill_tokens=max(self.prefill_tokens, rows * tokens))
@@ -103,7 +106,7 @@ class EngineComparison:
         return max(1e-6, statistics.fmean(beside[1:]))
 
     def run(self, trace: Sequence[TracedRequest], partitioned: bool) -> dict[str, Any]:
-        """The trace in real time. Raises QsunError where a request fails."""
+        """Run the trace in real time. Raises QsunError if a request fails."""
         engine = self.engine(partitioned)
         first: dict[int, float] = {}
         last: dict[int, float] = {}
@@ -126,7 +129,7 @@ class EngineComparison:
         return _summary(trace, first, last)
 
     def predict(self, trace: Sequence[TracedRequest], curves: Curves, partitioned: bool) -> dict[str, Any]:
-        """What the simulation says of the same run."""
+        """Simulate the same run."""
         worker = DecodeWorker(
             tuple(self.prefills),
             turns=partitioned,
@@ -141,14 +144,14 @@ class EngineComparison:
 
 
 class Probe(NamedTuple):
-    """Measured seconds: of steps by longest context and rows, of reading by tokens of each prompt and prompts."""
+    """Measured seconds: of steps by longest context and rows, of reading by tokens a prompt and number of prompts."""
 
     steps: dict[int, dict[int, float]]
     prompts: dict[int, dict[int, float]]
 
 
 def curves_of(probes: Sequence[Probe]) -> Curves:
-    """Means over the probes of all rounds, as a run is as long as the sum of its steps, hiccups included."""
+    """Return the means of all rounds' probes: the length of a run is the sum of its steps, slow ones included."""
     steps = StepGrid(_means([probe.steps for probe in probes]))
     prompts = _means([probe.prompts for probe in probes])
 
@@ -168,17 +171,18 @@ def _means(tables: Sequence[dict[int, dict[int, float]]]) -> dict[int, dict[int,
     return {a: {b: statistics.fmean(t[a][b] for t in tables) for b in row} for a, row in tables[0].items()}
 
 
-def study(
-    runs: EngineComparison, trace: Sequence[TracedRequest], rounds: int, progress: Callable[[str, int, int], None]
+def compare_in_rounds(
+    runs: EngineComparison, trace: Sequence[TracedRequest], rounds: int, progress: Progress
 ) -> dict[str, Any]:
-    """Rounds of step times and of both systems; medians over rounds, each round's ratio, the prediction of both.
+    """Run rounds of step times and of both systems, after a warm-up of each.
 
-    A run of each that is not counted comes first: first uses of a shape are slow.
+    Returns:
+        Medians over rounds, each round's ratio and the prediction, by system.
     """
     probes: list[Probe] = []
     measured: dict[str, list[dict[str, Any]]] = {SHARED: [], PARTITIONED: []}
     for number, name in enumerate(measured):
-        progress("to warm up", number, 3 * rounds + 2)
+        progress("warm-up", number, 3 * rounds + 2)
         runs.run(trace, name == PARTITIONED)
     for number in range(rounds):
         progress("step times", 3 * number + 2, 3 * rounds + 2)
@@ -191,7 +195,7 @@ def study(
     result: dict[str, Any] = {"requests": len(trace), "rounds": rounds, "systems": {}}
     for name, each in measured.items():
         predicted = runs.predict(trace, curves, name == PARTITIONED)
-        middle = {key: statistics.median(one[key] for one in each) for key in ("tokens_per_s", "tpot_ms", "ttft_ms")}
+        middle = {key: statistics.median(one[key] for one in each) for key in _LABELS}
         result["systems"][name] = {
             "measured": middle,
             "rounds": each,
@@ -199,28 +203,25 @@ def study(
             "predicted_over_measured": {key: predicted[key] / middle[key] for key in middle},
         }
     pairs = list(zip(measured[SHARED], measured[PARTITIONED], strict=True))
-    result["shared_over_partitioned"] = {
-        key: [ours[key] / theirs[key] for ours, theirs in pairs] for key in ("tokens_per_s", "tpot_ms", "ttft_ms")
-    }
+    result["shared_over_partitioned"] = {key: [ours[key] / theirs[key] for ours, theirs in pairs] for key in _LABELS}
     progress("done", 3 * rounds + 2, 3 * rounds + 2)
     return result
 
 
-def table(result: Mapping[str, Any]) -> str:
-    """For the screen and the documents."""
-    lines = [
-        "| decode | tokens/s | mean TPOT, ms | mean TTFT, ms | predicted tokens/s | predicted TPOT | predicted TTFT |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def report_text(result: Mapping[str, Any]) -> str:
+    """Return lines for a terminal."""
+    rows = []
     for name, one in result["systems"].items():
-        real, said, off = one["measured"], one["predicted"], one["predicted_over_measured"]
-        cells = [f"{real['tokens_per_s']:.0f}", f"{real['tpot_ms']:.2f}", f"{real['ttft_ms']:.1f}"]
-        cells += [f"{said[key]:.4g} ({100 * (off[key] - 1):+.0f}%)" for key in ("tokens_per_s", "tpot_ms", "ttft_ms")]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        measured, predicted, off = one["measured"], one["predicted"], one["predicted_over_measured"]
+        errors = [f"{predicted[key]:.4g} ({100 * (off[key] - 1):+.0f}%)" for key in _LABELS]
+        rows.append([name, *(f"{measured[key]:.4g}" for key in _LABELS), *errors])
+    columns = ["decode", *_LABELS.values(), *(f"predicted {label}" for label in _LABELS.values())]
     ratios = result["shared_over_partitioned"]
-    for key, label in (("tokens_per_s", "tokens/s"), ("tpot_ms", "TPOT"), ("ttft_ms", "TTFT")):
-        lines.append(f"shared over partitioned, {label}, by round: " + ", ".join(f"{r:.2f}" for r in ratios[key]))
-    return "\n".join(lines)
+    by_round = [
+        f"shared over partitioned, {label}, by round: " + ", ".join(f"{ratio:.2f}" for ratio in ratios[key])
+        for key, label in _LABELS.items()
+    ]
+    return "\n".join([Table(columns, rows).text(), *by_round])
 
 
 def _summary(trace: Sequence[TracedRequest], first: Mapping[int, float], last: Mapping[int, float]) -> dict[str, Any]:
@@ -241,7 +242,7 @@ def _summary(trace: Sequence[TracedRequest], first: Mapping[int, float], last: M
 
 
 def _request(number: int, request: TracedRequest) -> engine_requests.Request:
-    """Tokens that differ from request to request; what they say is all the same to the time they take."""
+    """Return a request with tokens of its own; what they mean does not affect the time."""
     tokens = tuple(3 + (number * 7 + place * 13) % 100 for place in range(request.prompt_tokens))
     sampling = engine_requests.Sampling(request.output_tokens, ignore_eos=True)
     return engine_requests.Request(str(number), request.model, tokens, sampling)

@@ -1,4 +1,4 @@
-"""What a simulation returns: the times of every request, the load of every worker, and statistics over both."""
+"""The result of a simulation: times of every request, load of every worker, and statistics of both."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from qsun.eval.simulate.system import System
 
 @dataclass
 class RequestTimes:
-    """One request in seconds from the start of the trace. worker: index of its decode worker."""
+    """Times of one request, in seconds from the start of the trace. worker: index of its decode worker."""
 
     request: TracedRequest
     prefilled: float = 0.0
@@ -28,14 +28,14 @@ class RequestTimes:
 
     @property
     def tpot(self) -> float | None:
-        """Seconds between tokens; None for a single one."""
+        """Seconds between tokens; None for a single token."""
         tokens = self.request.output_tokens
         return (self.last - self.first) / (tokens - 1) if tokens > 1 else None
 
 
 @dataclass(frozen=True)
 class WorkerLoad:
-    """What one worker did. busy: seconds; rows: of all its steps together; beyond: steps outside the curves."""
+    """Work of one worker. busy: seconds; rows: summed over its steps; beyond: steps outside the measured curves."""
 
     busy: float
     steps: int = 0
@@ -62,17 +62,17 @@ class SimulationResult:
 
     @property
     def seconds(self) -> float:
-        """From the first arrival to the last token."""
+        """Seconds from the first arrival to the last token."""
         return max(times.last for times in self.times) - self.times[0].request.arrival
 
     def tokens_per_s(self) -> float:
-        """Output tokens of all requests over `seconds`."""
+        """Return the output tokens of all requests over `seconds`."""
         return sum(times.request.output_tokens for times in self.times) / self.seconds
 
     def steady_tokens_per_s(self) -> float:
-        """Output tokens between the first measured arrival and the last arrival, over that time: no ramp, no tail.
+        """Return output tokens a second between the first measured arrival and the last one, without ramp and tail.
 
-        A request's tokens count as spread evenly from its first to its last. All arriving at once: tokens_per_s().
+        A request's tokens are spread evenly from its first to its last. If all arrive at once: tokens_per_s().
         """
         begin, end = self.measured[0].request.arrival, self.times[-1].request.arrival
         if end <= begin:
@@ -86,25 +86,25 @@ class SimulationResult:
         return [1000 * times.ttft for times in self.measured]
 
     def goodput(self, level: ServiceLevel) -> float:
-        """Share of measured requests that kept the level."""
+        """Return the share of measured requests within the service level."""
         tpots = (times.tpot for times in self.measured)
         pairs = ((1000 * t.ttft, tpot and 1000 * tpot) for t, tpot in zip(self.measured, tpots, strict=True))
         return level.count(pairs) / len(self.measured)
 
     def utilisation(self) -> float:
-        """Mean share of `seconds` in which a decode worker was busy."""
+        """Return the mean share of `seconds` in which a decode worker was busy."""
         return statistics.fmean(load.busy for load in self.decode) / self.seconds
 
     def mean_batch(self) -> float:
-        """Rows of a step, over all steps of all workers."""
+        """Return the mean rows of a step, over all steps of all workers."""
         return sum(load.rows for load in self.decode) / max(1, sum(load.steps for load in self.decode))
 
     def beyond(self) -> float:
-        """Share of decode steps with a batch or context larger than the curves have."""
+        """Return the share of decode steps with a batch or context larger than the measured ones."""
         return sum(load.beyond for load in self.decode) / max(1, sum(load.steps for load in self.decode))
 
     def summary(self, level: ServiceLevel) -> dict[str, Any]:
-        """For reports; rates are steady ones."""
+        """Return the numbers for reports."""
         tokens, served = self.steady_tokens_per_s(), self.goodput(level)
         return {
             "system": self.system.name,
@@ -127,7 +127,7 @@ class SimulationResult:
 
 
 def _between(times: RequestTimes, begin: float, end: float) -> float:
-    """Tokens of a request from `begin` to `end`."""
+    """Return the tokens of a request from `begin` to `end`."""
     if times.request.output_tokens == 1 or times.last == times.first:
         return times.request.output_tokens * (begin <= times.last <= end)
     inside = max(0.0, min(times.last, end) - max(times.first, begin))

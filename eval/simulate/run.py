@@ -12,7 +12,7 @@ from qsun.eval.simulate.curves import Curves
 from qsun.eval.simulate.result import RequestTimes, WorkerLoad
 from qsun.eval.simulate.system import POWER_OF_TWO, ROUND_ROBIN, DecodeWorker, System
 
-Process = Generator[Any, Any, None]
+Steps = Generator[Any, Any, None]  # what simpy runs as a process
 
 
 class SimulationRun:
@@ -24,7 +24,7 @@ class SimulationRun:
         self.times = [RequestTimes(request) for request in trace]
         self._random = random.Random(seed)
         self._turn = dict.fromkeys((request.model for request in trace), 0)
-        self._workers = [_Decoding(self, index, worker) for index, worker in enumerate(system.decode)]
+        self._workers = [_DecodeProcess(self, index, worker) for index, worker in enumerate(system.decode)]
         self._serving = {
             model: [worker for worker in self._workers if model in worker.kind.models] for model in self._turn
         }
@@ -44,7 +44,7 @@ class SimulationRun:
     def prefill_loads(self) -> dict[str, list[WorkerLoad]]:
         return {model: [WorkerLoad(busy) for busy in loads] for model, loads in self._prefill_busy.items()}
 
-    def _arrive(self) -> Process:
+    def _arrive(self) -> Steps:
         for times in self.times:
             delay = times.request.arrival - self.env.now
             if delay > 0:
@@ -54,7 +54,7 @@ class SimulationRun:
             else:
                 self._route(times)
 
-    def _prefill(self, model: str, index: int) -> Process:
+    def _prefill(self, model: str, index: int) -> Steps:
         while True:
             times = yield self._prompts[model].get()
             seconds = self.curves.chunk(times.request.prompt_tokens - 1, 0)
@@ -66,7 +66,7 @@ class SimulationRun:
             else:
                 self._route(times)
 
-    def _transfer(self, times: RequestTimes) -> Process:
+    def _transfer(self, times: RequestTimes) -> Steps:
         yield self.env.timeout(self.system.transfer_ms / 1000)
         self._route(times)
 
@@ -83,7 +83,7 @@ class SimulationRun:
         chosen.submit(times)
 
 
-class _Decoding:
+class _DecodeProcess:
     """A decode worker."""
 
     def __init__(self, run: SimulationRun, index: int, kind: DecodeWorker):
@@ -108,7 +108,7 @@ class _Decoding:
             self._wake.succeed()
             self._wake = None
 
-    def run(self) -> Process:
+    def run(self) -> Steps:
         env = self._run.env
         while True:
             self._admit()
@@ -128,7 +128,7 @@ class _Decoding:
                     self._release(times)
 
     def _admit(self) -> None:
-        """Take in while there is room. Whose turn it is, is not overtaken for want of KV."""
+        """Admit requests while there is room. A request that lacks KV is not overtaken."""
         most = self.kind.max_batch_per_model or self.kind.max_batch
         while sum(self._held.values()) < self.kind.max_batch:
             times = self._waiting.next(self._held, most)
@@ -146,7 +146,7 @@ class _Decoding:
                 self._prompts.add(times)
 
     def _read(self) -> float:
-        """Seconds of this step's prompt work; prompts that it completes join their batch."""
+        """Return the seconds of this step's prompt work; completed prompts join their batch."""
         finished, seconds = self._prompts.turn()
         for times in finished:
             times.prefilled = self._run.env.now + seconds
@@ -166,7 +166,7 @@ class _Decoding:
         self._batches[model if self.kind.turns else ""].join(times)
 
     def _share(self, times: RequestTimes) -> str:
-        """The part of the KV that a request takes from: the engine gives each of its batches one."""
+        """Return the share of the KV that a request takes from: the engine gives each of its batches one."""
         return times.request.model if self._apart else ""
 
     def _release(self, times: RequestTimes) -> None:

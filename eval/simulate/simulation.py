@@ -1,17 +1,17 @@
 """A discrete-event simulation of prefill and decode workers that serve several models.
 
-`simulate(trace, system, curves)` replays a trace of requests and gives every request's times. Nothing in it is random
-but the choices of the `power_of_two` policy, which are seeded: the same arguments give the same times.
+`simulate(trace, system, curves)` replays a trace and returns every request's times. Only the choices of the
+`power_of_two` policy are random, and they are seeded: the same arguments give the same times.
 
-What happens to a request of n prompt tokens and m output tokens (the seam of qsun):
-1. It waits for a prefill worker of its model, first come first served, which reads n - 1 tokens (`curves.prefill`).
-   Where the system has no prefill workers, a decode worker reads them itself, see `DecodeWorker.prefill_tokens`.
-2. `transfer_ms` later the policy chooses among the decode workers that serve its model. There it waits for a place in
+A request of n prompt tokens and m output tokens (split at qsun's seam):
+1. It waits, first come first served, for a prefill worker of its model, which reads n - 1 tokens (`curves.prefill`).
+   Without prefill workers a decode worker reads them itself (`DecodeWorker.prefill_tokens`).
+2. `transfer_ms` later the policy chooses one of the decode workers that serve its model. There it waits for a place in
    the batch and for KV of n + m tokens, which it keeps to its end; nothing is evicted.
-3. It joins between two steps and takes part in m of them. The first gives its first token and attends to n tokens.
+3. It joins between two steps and takes part in m of them. The first one gives its first token and attends to n tokens.
 
-A decode worker's step costs `curves.step(variant, rows, mean context of the rows)` and `step_overhead_ms`. All tokens
-of a step come at its end.
+A decode worker's step takes `curves.step(variant, rows, mean context of the rows)` and `step_overhead_ms`. All tokens
+of a step arrive at its end.
 """
 
 import itertools
@@ -35,8 +35,8 @@ def simulate(
         warm_up: share of the requests, from the first, that statistics leave out.
         seed: of the power_of_two policy.
     Raises:
-        DoesNotFit: a request that a worker of its model can never hold.
-        QsunError: an empty or unordered trace, or a model that nobody serves.
+        DoesNotFit: a request is too long for a worker of its model.
+        QsunError: an empty or unordered trace, or a model that no worker serves.
     """
     if not trace:
         raise QsunError("the trace has no requests; give 1 or more")

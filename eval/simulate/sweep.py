@@ -1,4 +1,4 @@
-"""`qsun simulate`: every system at given rates, on a given trace, or at its capacity, over skews."""
+"""`qsun simulate`: every system at given rates, on a given trace, or at its capacity, by skew."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from qsun.eval.simulate.curves import SUN
 from qsun.progress import Progress
 
 SAME_TPOT = 1.05  # "with TPOT within 5%"
-_NEEDED_SHARE = 0.9  # of a capacity: at the very edge one worker more or less would be luck
+_NEEDED_SHARE = 0.9  # of a capacity: at the very edge, one worker more or less would be chance
 
 
 def simulation_result(
@@ -25,11 +25,11 @@ def simulation_result(
     trace: Sequence[TracedRequest] | None,
     progress: Progress,
 ) -> dict[str, Any]:
-    """What simulate.json holds.
+    """Return the content of simulate.json.
 
     Args:
         rates: empty: search each system's capacity, and the fewest workers that serve `need` (see `over_skew`).
-        trace: instead of skews and rates.
+        trace: replaces skews and rates.
     """
     level, deployment, workload = scenario.level, scenario.deployment, scenario.workload
     if trace is not None:
@@ -53,7 +53,7 @@ def simulation_result(
 
 
 def by_count(trace: Sequence[TracedRequest]) -> tuple[str, ...]:
-    """Models of a trace, the busiest first."""
+    """Return the models of a trace, the busiest first."""
     return tuple(model for model, _ in Counter(request.model for request in trace).most_common())
 
 
@@ -78,10 +78,10 @@ def _at_rates(
 def over_skew(
     scenario: Scenario, workers: int, skews: Sequence[float], rate: float | None, progress: Progress
 ) -> list[dict[str, Any]]:
-    """Capacity of every system at every skew, and the decode workers that each needs for one rate.
+    """Find the capacity of every system at every skew, and the decode workers that each needs for one rate.
 
     Args:
-        rate: that the fewest workers are searched for; None: 90% of SUN's capacity at the first skew.
+        rate: rate to find the fewest workers for; None: 90% of SUN's capacity at the first skew.
     Returns:
         A row for each skew and system: `SimulationResult.summary` at its capacity, with "rate", "skew", "ratio"
         (tokens/s of a decode worker over the conventional system's), "ratio_same_tpot" (the same where the mean TPOT is
@@ -108,9 +108,9 @@ def over_skew(
 
 
 def _reference_rate(scenario: Scenario, workers: int, conventional: Capacity | None) -> float:
-    found = highest_rate(scenario, SUN, workers) or conventional  # that SUN does not fit must be said as it is
+    found = highest_rate(scenario, SUN, workers) or conventional  # DoesNotFit of SUN reaches the user
     if found is None:
-        raise QsunError("no system keeps the SLO at any rate; ease --slo-ttft or --slo-tpot")
+        raise QsunError("no system keeps the SLO at any rate; relax --slo-ttft or --slo-tpot")
     return _NEEDED_SHARE * found.rate
 
 
@@ -134,9 +134,9 @@ def _row(
 def where_ratio(
     rows: Sequence[Mapping[str, Any]], kind: str, wanted: float, key: str = "ratio_same_tpot"
 ) -> float | None:
-    """The least skew, straight between those simulated, at which a system's ratio reaches `wanted`; None: nowhere.
+    """Return the smallest skew, interpolated, at which a system's ratio reaches `wanted`; None if it never does.
 
-    Where the skew before has no ratio there is nothing to draw a line from: it is then the simulated skew itself.
+    If the previous skew has no ratio to interpolate from, it is the simulated skew itself.
     """
     before: tuple[float, float] | None = None
     for skew, ratio in ((row["skew"], row[key]) for row in rows if row["system"] == kind):

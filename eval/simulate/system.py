@@ -1,4 +1,4 @@
-"""What a simulation is given: decode and prefill workers, and the policy that routes between them."""
+"""A simulated system: decode and prefill workers, and the policy that routes between them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,20 +15,20 @@ class DecodeWorker:
     """One decode worker: a GPU, or the thread of an in-process engine.
 
     Attributes:
-        variant: which step curve its decode modules have.
-        models: that it serves.
-        turns: one batch for each of its models, because each has a decode module of its own; a step then runs each of
-            them once, one after the other. Otherwise one batch holds rows of all models: the shared decode module.
-        max_batch: rows at once, of all its models together; those whose prompt it is still reading count.
+        variant: step curve of its decode modules.
+        models: models that it serves.
+        turns: one batch a model, because each has its own decode module; a step then runs the batches one after the
+            other. Otherwise one batch holds rows of all models: the shared decode module.
+        max_batch: rows at once of all models together, including those whose prompt is being read.
         max_batch_per_model: rows of one model at once.
         kv_tokens: prompt and output tokens of its rows at once.
-        prefill_tokens: 0 where prompts are read elsewhere. Else this worker reads them itself, as qsun's in-process
-            engine: a step is first up to so many prompt tokens, and then the decode step of all running rows, those
-            whose prompt has just been completed included. Whole prompts of one model are read side by side.
-        fair: waiting requests of the least served model are admitted first, instead of in order of arrival.
-        padded: a step attends in every row to as many tokens as the longest row has, as the in-process engine's does;
-            `curves.step` is then given the longest context instead of the mean, and each row takes as much of
-            `kv_tokens` as the longest one needs. With `turns` each batch has an equal share of them.
+        prefill_tokens: 0 if prompts are read elsewhere. Otherwise this worker reads them itself, as qsun's in-process
+            engine does: a step first reads up to this many prompt tokens, and then decodes all running rows, including
+            those whose prompt it has just completed. Whole prompts of one model are read side by side.
+        fair: admit waiting requests of the least served model first, instead of in order of arrival.
+        padded: every row of a step attends to as many tokens as the longest row has, as in the in-process engine;
+            `curves.step` gets the longest context instead of the mean, and each row takes as much of `kv_tokens` as the
+            longest one needs. With `turns` each batch has an equal share of them.
     """
 
     models: tuple[str, ...]
@@ -44,13 +44,13 @@ class DecodeWorker:
 
 @dataclass(frozen=True)
 class System:
-    """Workers and what joins them.
+    """Workers and how requests get from one to the next.
 
     Attributes:
-        prefill: model -> prefill workers of its own; empty where decode workers read prompts themselves.
-        policy: of the router, among decode workers that serve the model: the least outstanding tokens (prompt and
-            output of requests sent there and not finished), the lesser of two drawn at random, or round robin by model.
-        transfer_ms: from the end of a prefill until its KV is at the decode worker; it keeps neither of them busy.
+        prefill: model -> its prefill workers; empty if decode workers read prompts themselves.
+        policy: of the router, among the decode workers that serve the model: the least outstanding tokens (prompt and
+            output of requests sent there and not finished), the lesser of two random workers, or round robin by model.
+        transfer_ms: from the end of a prefill until its KV is at the decode worker; neither of them is busy meanwhile.
         step_overhead_ms: added to each step of a decode worker.
     """
 
@@ -71,7 +71,9 @@ class System:
             if min(sizes) < 1:
                 raise QsunError(f"system {self.name}: a decode worker with a limit of {min(sizes)}; use 1 or more")
             if not self.prefill and worker.prefill_tokens < 1:
-                raise QsunError(f"system {self.name} reads prompts nowhere; give prefill workers or prefill_tokens")
+                raise QsunError(
+                    f"system {self.name} has no worker to read prompts; give prefill ones or prefill_tokens"
+                )
 
     @property
     def workers(self) -> int:

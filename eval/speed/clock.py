@@ -80,11 +80,3 @@ def copy_bandwidth(device: torch.device, size_bytes: int) -> float:
     target = torch.empty_like(source)
     calls = [lambda: target.copy_(source)]
     return 2 * source.numel() * 8 / interleaved({"copy": calls}, device, rounds=9)["copy"]
-
-
-def machine(device: torch.device, threads: int) -> dict[str, str]:
-    """Describe the machine and torch, for a result."""
-    if device.type == "cuda":
-        return {"machine": torch.cuda.get_device_name(), "torch": torch.__version__}
-    capability = torch.backends.cpu.get_cpu_capability()
-    return {"machine": f"CPU, {capability}, {threads} thread{'s' * (threads > 1)}", "torch": torch.__version__}

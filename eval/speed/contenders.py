@@ -1,4 +1,4 @@
-"""What `qsun bench speed` lets compete: a decode module in bfloat16 and in int4, of one size and one set of weights."""
+"""The contenders of `qsun bench speed`: the same decode module in bfloat16 and in int4."""
 
 import copy
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
+from qsun.engine.slot_cache import kv_bytes_per_token
 from qsun.errors import QsunError
 from qsun.eval.speed.model_shapes import MODEL_SHAPES, ModelShape
 from qsun.memory import available_bytes
@@ -25,7 +26,7 @@ DTYPE = torch.bfloat16
 GRID = Grid(bits=4, group_size=128, sym=True, scale_dtype=DTYPE)
 SUN, QSUN, QSUN_HEAD = "sun", "qsun", "qsun+head"
 HEADS = ("bf16", "int4", "both")
-_ROWS = 8192  # of a matrix that are drawn or quantized at once: the head in float32 would take gigabytes
+_ROWS = 8192  # of a matrix to draw or quantize at once: the whole head in float32 would take gigabytes
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Contenders:
     Attributes:
         name: for titles. decode: variant -> causal LM; the variants are SUN, QSUN and QSUN_HEAD (lm_head in int4 too).
         prefill: the causal LM, in bfloat16, that reads prompts for all of them.
-        head: variant -> "bf16" or "int4", how its lm_head is stored.
+        head: variant -> how its lm_head is stored, "bf16" or "int4".
     """
 
     name: str
@@ -45,7 +46,7 @@ class Contenders:
 
 
 def made_contenders(shape: str, head: str, device: torch.device, seed: int = 0) -> Contenders:
-    """Random weights of a known model's sizes in bfloat16, and the same weights rounded to nearest in int4.
+    """Make random weights of a known model's sizes in bfloat16, and round the same weights to int4.
 
     Raises:
         QsunError: an unknown shape, a shape of several GPUs, or an unknown head.
@@ -67,19 +68,19 @@ def made_contenders(shape: str, head: str, device: torch.device, seed: int = 0) 
 
 
 def known_shape(name: str) -> ModelShape:
-    """The sizes of a known model that fits one device. Raises QsunError for another name."""
+    """Return the sizes of a known model that fits one device. Raises QsunError for another name."""
     sizes = MODEL_SHAPES.get(name)
     if sizes is None or sizes.ranks > 1:
         known = ", ".join(name for name, known in MODEL_SHAPES.items() if known.ranks == 1)
-        raise QsunError(f"shape {name!r} is not known here; use one of {known}")
+        raise QsunError(f"shape {name!r} is not known; use one of {known}")
     return sizes
 
 
 def loaded_contenders(directory: str, base: str | None, device: torch.device) -> Contenders:
-    """A decode module on disk against its base; without a base, against its own weights dequantized to bfloat16.
+    """Load a decode module and its base; without a base, its own weights dequantized to bfloat16.
 
     Raises:
-        QsunError: a decode module that is not quantized, or a base that is, or that has another shape.
+        QsunError: the decode module is not quantized, or the base is, or its shape differs.
     """
     quantized: Any = load_decode(directory, device, DTYPE).model
     if not any(isinstance(module, QuantLinear) for module in quantized.modules()):
@@ -101,7 +102,7 @@ def loaded_contenders(directory: str, base: str | None, device: torch.device) ->
 
 
 def shape_config(name: str, shape: ModelShape) -> Any:
-    """transformers' config of a known shape: Qwen3 for names that begin with it, else Llama."""
+    """Return transformers' config of a known shape: Qwen3 for names that begin with it, else Llama."""
     family = "qwen3" if name.startswith("qwen3") else "llama"
     return AutoConfig.for_model(
         family,
@@ -118,7 +119,7 @@ def shape_config(name: str, shape: ModelShape) -> Any:
 
 
 def random_model(config: Any, device: torch.device, seed: int) -> Any:
-    """A causal LM in bfloat16 whose activations neither vanish nor overflow: norms are 1, rows of unit variance."""
+    """Make a causal LM in bfloat16 with stable activations: norms are 1, rows have unit variance."""
     model = empty_model(config)
     generator = torch.Generator(device).manual_seed(seed)
     for name, parameter in list(model.named_parameters()):
@@ -137,9 +138,9 @@ def random_model(config: Any, device: torch.device, seed: int) -> Any:
 
 
 def quantized_model(full: Any, config: Any) -> Any:
-    """The same model with the linear layers of its blocks rounded to int4 (group 128, symmetric), a block at a time.
+    """Return the model with the linear layers of its blocks rounded to int4 (group 128, symmetric).
 
-    Everything else, the head of tied embeddings too, is shared with the full model and takes no memory.
+    Everything else, including the head of tied embeddings, is shared with the full model and takes no memory.
     """
     architecture = architecture_of(config.model_type)
     keep_dense = _bytes(full) < available_bytes() / 2
@@ -158,7 +159,7 @@ def quantized_model(full: Any, config: Any) -> Any:
 
 
 def with_int4_head(model: Any) -> Any:
-    """A second view of a model whose output projection is int4 as well; blocks and embedding are shared."""
+    """Return a view of a model with an int4 output projection; blocks and embedding are shared."""
     view = copy.copy(model)
     view._modules = dict(model._modules)
     head = model.lm_head
@@ -167,14 +168,14 @@ def with_int4_head(model: Any) -> Any:
 
 
 def rounded(weight: Tensor) -> Quantized:
-    """(N, K) weights to nearest, a few rows at a time."""
+    """Round (N, K) weights to nearest, a few rows at a time."""
     parts = [rtn(rows, GRID, scale_search=False) for rows in weight.split(_ROWS)]
     q, scales, zeros = (torch.cat([part[i] for part in parts], min(i, 1)) for i in range(3))  # type: ignore[misc]
     return Quantized(q, scales, zeros)
 
 
 def dequantized_model(quantized: DecodeModule) -> Any:
-    """The same function in plain bfloat16 linear layers, in place: what a decode module without a base is held to."""
+    """Turn quantized layers into plain bfloat16 ones, in place: the reference of a module without a base."""
     model: Any = quantized.model
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLinear):
@@ -187,12 +188,12 @@ def dequantized_model(quantized: DecodeModule) -> Any:
 
 
 def head_of(model: Any) -> str:
-    """How the output projection is stored."""
+    """Return how the output projection is stored."""
     return f"int{model.lm_head.bits}" if isinstance(model.lm_head, QuantLinear) else "bf16"
 
 
 def weight_bytes(model: Any, rows: int) -> int:
-    """Bytes of weights that one decode step of `rows` rows reads: every matrix once, of the embedding `rows` rows."""
+    """Return the bytes of weights that a decode step reads: every matrix once, and `rows` rows of the embedding."""
     total = 0
     for module in model.modules():
         if isinstance(module, nn.Embedding):
@@ -204,14 +205,13 @@ def weight_bytes(model: Any, rows: int) -> int:
     return total
 
 
-def kv_bytes(config: Any, batch: int, context: int, itemsize: int = DTYPE.itemsize) -> int:
-    """Bytes of keys and values of `batch` rows of `context` tokens."""
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * batch * context * config.num_key_value_heads * width * itemsize
+def kv_bytes(config: Any, batch: int, context: int) -> int:
+    """Return the bytes of keys and values of `batch` rows of `context` tokens."""
+    return batch * context * kv_bytes_per_token(config, DTYPE)
 
 
 def check_memory(needed: int, free: int, what: str, fix: str) -> None:
-    """Raises QsunError where `needed` bytes are more than are free."""
+    """Raise QsunError if more bytes are needed than are free."""
     if needed > free:
         raise QsunError(f"{what} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; {fix}")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qsun.engine.slot_cache import kv_shape
 from qsun.errors import QsunError
 from qsun.eval.load.percentiles import percentile
 from qsun.eval.speed.clock import copy_bandwidth
@@ -19,9 +20,9 @@ from qsun.runtime.decode_step import DecodeStep
 from qsun.runtime.sampling import Sampler
 from qsun.runtime.seam import prefilled_rows
 
-_WARM_UP, _LEAST = 2, 3  # steps of each contender: not timed, and timed whatever the clock says
+_WARM_UP, _LEAST = 2, 3  # steps of each contender: not timed, and timed at least
 _PREFILL_CHUNK = 2048  # as generation's default
-_COPY_BYTES = {"cpu": 512 << 20, "cuda": 1 << 30}  # beyond the last cache, of servers too
+_COPY_BYTES = {"cpu": 512 << 20, "cuda": 1 << 30}  # larger than any last-level cache
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,15 @@ class StepTiming:
     """One decode module at one batch and context.
 
     Attributes:
-        variant, lm_head: which decode module, and how its output projection is stored.
-        context: tokens that the median step attends to, its own included.
-        prefill_ms: in which the bf16 prefill module reads one prompt of `context` tokens, the same for all variants.
+        variant, lm_head: decode module, and how its output projection is stored.
+        context: tokens that the median step attends to, including its own.
+        prefill_ms: time in which the bf16 prefill module reads one prompt of `context` tokens; equal for all variants.
         ttft_ms: prefill_ms and one step of this batch, which gives the first token.
-        tpot_ms, tpot_p95_ms: of a step, which gives every row of the batch one token.
-        ratio_to_sun: SUN's TPOT over this one's: times as fast.
-        weight_bytes, kv_bytes: that a step must read.
+        tpot_ms, tpot_p95_ms: time of a step, which gives every row of the batch one token.
+        ratio_to_sun: SUN's TPOT over this one.
+        weight_bytes, kv_bytes: bytes that a step must read.
         floor_ms: those bytes at copy bandwidth. bandwidth_percent: floor over TPOT.
-        steps: timed.
+        steps: how many were timed.
     """
 
     variant: str
@@ -59,9 +60,9 @@ class StepTiming:
 
 @dataclass(frozen=True)
 class Points:
-    """What to measure: every batch at every context; `steps` of each contender, fewer beyond `seconds` a point.
+    """What to measure: every batch at every context, `steps` of each contender, fewer after `seconds` a point.
 
-    prompts: lengths, besides the contexts, of which the prefill is timed: its curve for `qsun simulate`.
+    prompts: further lengths to time the prefill of, for the curves of `qsun simulate`.
     """
 
     batches: Sequence[int] = (1, 4, 16, 64)
@@ -88,7 +89,7 @@ def bench_speed(contenders: Contenders, points: Points, note: Note = lambda _: N
         {"model", "copy_gb_per_s", "rows": [StepTiming as dict], "prefill": [{"tokens", "ms"}]}. Points that do not
         fit in memory are left out with a note.
     Raises:
-        QsunError: a context beyond the model's positions, or no point that fits.
+        QsunError: a context is longer than the model's positions, or no point fits.
     """
     config = contenders.prefill.config
     limit = config.max_position_embeddings - points.steps - _WARM_UP
@@ -140,10 +141,10 @@ def prefill_seconds(model: Any, context: int, seconds: float) -> float:
 
 
 def step_seconds(models: Mapping[str, Any], batch: int, context: int, points: Points) -> dict[str, list[float]]:
-    """Seconds of single decode steps of each model; they take turns step by step.
+    """Return the seconds of single decode steps of each model; they take turns step by step.
 
-    A step is what `generate` does for a token: the decode module over its own cache and the greedy choice. The caches
-    hold random keys and values, and grow as in use; the middle step attends to `context` tokens.
+    A step is what `generate` does for a token: the decode module over its own cache, and the greedy choice. The caches
+    hold random keys and values and grow as in use; the middle step attends to `context` tokens.
     """
     first: Any = next(iter(models.values()))
     device = first.model.embed_tokens.weight.device
@@ -165,13 +166,12 @@ def step_seconds(models: Mapping[str, Any], batch: int, context: int, points: Po
 
 
 def filled_step(model: Any, batch: int, filled: int, steps: int) -> DecodeStep:
-    """A decode step over random keys and values of `filled` tokens a row, with room for `steps` more."""
+    """Return a decode step over random keys and values of `filled` tokens a row, with room for `steps` more."""
     weight = model.model.embed_tokens.weight
-    config, device = model.config, weight.device
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    device = weight.device
+    layers, heads, width = kv_shape(model.config)
     cache = DecodeCache(batch, filled, -(-(filled + steps) // 64) * 64, weight, device.type == "cuda")
-    shape = (2, config.num_key_value_heads, filled, width)
-    drawn = [torch.randn(shape, device=device).to(DTYPE) for _ in range(config.num_hidden_layers)]
+    drawn = [torch.randn(2, heads, filled, width, device=device).to(DTYPE) for _ in range(layers)]
     for row in range(batch):
         cache.place(row, [(layer[0], layer[1]) for layer in drawn])
     return DecodeStep(model, cache, torch.zeros(batch, dtype=torch.int64, device=device))
@@ -210,7 +210,7 @@ def _rows(
 
 
 def _free_with_copies(models: Mapping[str, Any], batch: int, device: torch.device) -> int:
-    """Free memory once the dequantized copies, which a first step of this batch makes on a CPU, are there."""
+    """Return the free memory after a first step of this batch, which makes dequantized copies on a CPU."""
     if device.type == "cpu":
         for model in models.values():
             filled_step(model, batch, 0, 1)(torch.zeros(batch, dtype=torch.int64))

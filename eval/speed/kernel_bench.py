@@ -2,30 +2,37 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qsun.errors import QsunError
+from qsun.eval.output.table import Table
 from qsun.eval.speed.clock import copy_bandwidth, interleaved
 from qsun.eval.speed.kernel_peers import CPU_CONTENDERS, CUDA_CONTENDERS, Product
 from qsun.eval.speed.model_shapes import MODEL_SHAPES
+from qsun.figure import new_figure, tidy
 from qsun.model.quantized import Quantized
 from qsun.progress import Note
 
 CPU = torch.device("cpu")
 OURS = ("bf16", "ours")
+_COLUMNS = {
+    **{name: f"{{{name}}}" for name in ("model", "layer", "N", "K", "M", "kernel")},
+    "us": "{microseconds:.1f}",
+    "x bf16": "{ratio_to_bf16:.2f}",
+    "% copy": "{bandwidth_percent:.1f}",
+}
 _BEYOND_CACHES_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # of packed int4 weights, in all copies of a matrix
 _WRONG = 0.2  # relative error beyond rounding; humming quantizes the weights itself
 
 
 @dataclass(frozen=True)
 class KernelTiming:
-    """One contender at one shape and M; bandwidth_percent is of the copy bandwidth measured in this run."""
+    """One contender at one shape and M; bandwidth_percent is relative to the copy bandwidth of this run."""
 
     model: str
     layer: str
@@ -68,13 +75,13 @@ def bench_kernels(
     """Time every contender at every layer shape.
 
     Args:
-        layers: (model, layer, N, K); `layers_of` makes them.
+        layers: (model, layer, N, K), from `layers_of`.
         rows: values of M.
         note: called with what is left out and why.
     Returns:
         {"copy_gb_per_s", "rows": [KernelTiming as dict], "geometric_mean": {kernel: {M: ratio to bf16}}}.
     Raises:
-        QsunError: a contender whose product is wrong.
+        QsunError: a contender computes a wrong product.
     """
     device, group_size = kind.device, kind.group_size
     bandwidth = copy_bandwidth(device, (1 << 30) if device.type == "cuda" else (128 << 20))
@@ -176,24 +183,31 @@ def mean_ratios(rows: Sequence[KernelTiming]) -> dict[str, dict[int, float]]:
     }
 
 
-def plot_kernels(result: dict[str, Any], title: str, path: Path) -> None:
-    """Plot the speed-up over bf16 against M, the geometric mean over shapes, one line for each kernel."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+def kernel_figure(result: Mapping[str, Any], title: str) -> Any:
+    """Draw the speed-up over bf16 by M, the geometric mean over shapes, one line a kernel."""
+    figure = new_figure(8, 4.5)
     axes = figure.subplots()
     for kernel, by_rows in result["geometric_mean"].items():
         style: dict[str, Any] = {"color": "black", "linestyle": "--"} if kernel == "bf16" else {"marker": "o"}
         axes.plot(list(by_rows), list(by_rows.values()), label=kernel, linewidth=1.6, **style)
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(by_rows), [str(M) for M in by_rows])
-    axes.set_ylim(bottom=0)
     axes.set_xlabel("rows M (requests in the decode batch)")
     axes.set_ylabel("times as fast as bf16")
     axes.set_title(title)
-    axes.grid(alpha=0.25)
+    tidy(axes)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    return figure
+
+
+def report_text(result: Mapping[str, Any]) -> str:
+    """Return lines for a terminal."""
+    means = [
+        f"geometric mean of {kernel} over bf16: " + "  ".join(f"M={M}: {ratio:.2f}" for M, ratio in by_rows.items())
+        for kernel, by_rows in result["geometric_mean"].items()
+    ]
+    head = f"{result['machine']}, torch {result['torch']}, copy {result['copy_gb_per_s']:.0f} GB/s"
+    return "\n".join([head, Table.of(result["rows"], _COLUMNS).text(), *means])
 
 
 def _line(medians: dict[str, float]) -> str:

@@ -46,7 +46,7 @@ def tinygemm(weights: Quantized, group_size: int, dtype: torch.dtype) -> Callabl
 
 
 def gemlite(weights: Quantized, group_size: int, dtype: torch.dtype) -> Callable[[], Product]:
-    """gemlite's GemLiteLinear, as its helper packs HQQ weights."""
+    """Build gemlite's GemLiteLinear, packed as its helper packs HQQ weights."""
     from gemlite.core import DType, GemLiteLinear
 
     kind = DType.BF16 if dtype == torch.bfloat16 else DType.FP16

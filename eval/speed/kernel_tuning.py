@@ -39,7 +39,7 @@ def search(start: KernelLaunch, offered: Iterable[KernelLaunch], timer: Timer) -
     pool = list(dict.fromkeys([start, *offered]))
     times = timer([start])
     if start not in times:
-        raise QsunError(f"the launch in use, {start}, does not give the right product on this GPU; please report this")
+        raise QsunError(f"the launch in use, {start}, gives a wrong product on this GPU; please report this")
     best, first = start, times[start]
     improved = True
     while improved:

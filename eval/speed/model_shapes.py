@@ -1,11 +1,11 @@
-"""Sizes of known models, so that speed can be measured with nothing downloaded."""
+"""Sizes of known models, to measure speed without a download."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A decoder-only Transformer's sizes. ranks: of tensor parallelism; layer shapes are those of one rank."""
+    """Sizes of a decoder-only Transformer. ranks: of tensor parallelism; layer shapes are those of one rank."""
 
     hidden: int
     layers: int
@@ -18,7 +18,7 @@ class ModelShape:
     ranks: int = 1
 
     def linear_layers(self) -> dict[str, tuple[int, int]]:
-        """(N, K) of each matrix of a block as a decode step runs them: q, k and v merged, gate and up merged."""
+        """Return (N, K) of each matrix of a block as a decode step runs them: q, k, v and gate, up are merged."""
         heads = self.head_dim * self.heads // self.ranks
         kv = self.head_dim * self.kv_heads // self.ranks
         inner = self.intermediate // self.ranks

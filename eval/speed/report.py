@@ -1,59 +1,60 @@
-"""What `qsun bench speed` shows of its rows: a table and a picture."""
+"""Table and picture of `qsun bench speed`."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from qsun.eval.output.table import Table
 from qsun.eval.speed.contenders import QSUN, QSUN_HEAD, SUN
+from qsun.figure import new_figure, tidy
 
-_LABELS = {SUN: "SUN, bf16", QSUN: "QSUN, head bf16", QSUN_HEAD: "QSUN, head quantized"}
-_STYLES: dict[str, dict[str, Any]] = {SUN: {"color": "black"}, QSUN: {"color": "C0"}, QSUN_HEAD: {"color": "C1"}}
+_STYLES: dict[str, dict[str, Any]] = {
+    SUN: {"color": "black", "label": "SUN, bf16"},
+    QSUN: {"color": "C0", "label": "QSUN, head bf16"},
+    QSUN_HEAD: {"color": "C1", "label": "QSUN, head quantized"},
+}
+_COLUMNS = {
+    **{name: f"{{{name}}}" for name in ("variant", "lm_head", "batch", "context")},
+    "TTFT ms": "{ttft_ms:.1f}",
+    "TPOT ms": "{tpot_ms:.2f}",
+    "p95 ms": "{tpot_p95_ms:.2f}",
+    "tokens/s": "{tokens_per_s:.1f}",
+    "x SUN": "{ratio_to_sun:.2f}",
+    "weights MB": "{weight_mb:.0f}",
+    "KV MB": "{kv_mb:.0f}",
+    "floor ms": "{floor_ms:.2f}",
+    "% of copy": "{bandwidth_percent:.0f}",
+}
 
 
-def table(result: dict[str, Any]) -> str:
-    """Lines for a terminal: one row a variant and point."""
-    lines = [
-        f"{result['model']} on {result['machine']}, torch {result['torch']}, copy {result['copy_gb_per_s']:.1f} GB/s",
-        f"{'variant':<11}{'lm_head':<8}{'batch':>6}{'context':>8}{'TTFT ms':>10}{'TPOT ms':>9}{'p95 ms':>9}"
-        f"{'tokens/s':>10}{'x SUN':>7}{'weights GB':>11}{'KV GB':>7}{'floor ms':>9}{'% copy':>7}{'steps':>6}",
-    ]
-    lines += [
-        f"{row['variant']:<11}{row['lm_head']:<8}{row['batch']:>6}{row['context']:>8}{row['ttft_ms']:>10.1f}"
-        f"{row['tpot_ms']:>9.2f}{row['tpot_p95_ms']:>9.2f}{row['tokens_per_s']:>10.1f}{row['ratio_to_sun']:>7.2f}"
-        f"{row['weight_bytes'] / 1e9:>11.3f}{row['kv_bytes'] / 1e9:>7.3f}{row['floor_ms']:>9.2f}"
-        f"{row['bandwidth_percent']:>7.1f}{row['steps']:>6}"
-        for row in result["rows"]
-    ]
-    return "\n".join(lines)
+def speed_table(result: Mapping[str, Any]) -> Table:
+    """Return one row a variant and point."""
+    sizes = ({"weight_mb": row["weight_bytes"] / 1e6, "kv_mb": row["kv_bytes"] / 1e6} for row in result["rows"])
+    return Table.of([row | size for row, size in zip(result["rows"], sizes, strict=True)], _COLUMNS)
 
 
-def plot_speed(result: dict[str, Any], path: Path) -> None:
-    """Save `speed_figure`."""
-    speed_figure(result).savefig(path, dpi=130, metadata={"Software": None})
+def report_text(result: Mapping[str, Any]) -> str:
+    """Return lines for a terminal."""
+    copy = f"copy {result['copy_gb_per_s']:.1f} GB/s"
+    return f"{result['model']} on {result['machine']}, torch {result['torch']}, {copy}\n{speed_table(result).text()}"
 
 
 def speed_figure(result: Mapping[str, Any]) -> Any:
-    """TPOT against batch (upper row) and times as fast as SUN (lower), measured and by bytes; a panel per context."""
-    from matplotlib.figure import Figure
-
+    """Draw TPOT by batch (upper row) and the speed-up over SUN (lower), measured and by bytes; a panel a context."""
     rows = result["rows"]
     contexts = sorted({row["context"] for row in rows})
-    figure = Figure(figsize=(1.5 + 3.6 * len(contexts), 6.5), layout="constrained")
+    figure = new_figure(1.5 + 3.6 * len(contexts), 6.5)
     panels = figure.subplots(2, len(contexts), squeeze=False, sharex=True)
     for column, context in enumerate(contexts):
         above, below = panels[0][column], panels[1][column]
         here = [row for row in rows if row["context"] == context]
         floors = {row["batch"]: row["floor_ms"] for row in here if row["variant"] == SUN}
         for variant in dict.fromkeys(row["variant"] for row in here):
-            mine = [row for row in here if row["variant"] == variant]
-            _lines(above, below, mine, floors)
+            _draw([row for row in here if row["variant"] == variant], _STYLES[variant], above, below, floors)
         above.set_title(f"context {context}")
         below.set_xscale("log", base=2)
         below.set_xticks(list(floors), [str(batch) for batch in floors])
         below.set_xlabel("batch")
-        for axes in (above, below):
-            axes.set_ylim(bottom=0)
-            axes.grid(alpha=0.25)
+        tidy(above, below)
     panels[0][0].set_ylabel("TPOT, ms (median; bar to p95)")
     panels[1][0].set_ylabel("times as fast as SUN\n(dashed: by bytes)")
     panels[0][0].legend(fontsize=8)
@@ -61,22 +62,13 @@ def speed_figure(result: Mapping[str, Any]) -> Any:
     return figure
 
 
-def _lines(above: Any, below: Any, rows: list[dict[str, Any]], sun_floors: dict[int, float]) -> None:
+def _draw(
+    rows: list[Mapping[str, Any]], style: dict[str, Any], above: Any, below: Any, floors: Mapping[int, float]
+) -> None:
+    """Draw one variant; floors: SUN's by batch."""
     batches, medians = [row["batch"] for row in rows], [row["tpot_ms"] for row in rows]
     tails = [row["tpot_p95_ms"] - row["tpot_ms"] for row in rows]
-    variant = rows[0]["variant"]
-    style = _STYLES[variant]
-    above.errorbar(
-        batches,
-        medians,
-        [[0] * len(tails), tails],
-        label=_LABELS[variant],
-        marker="o",
-        capsize=3,
-        linewidth=1.6,
-        **style,
-    )
-    below.plot(batches, [row["ratio_to_sun"] for row in rows], marker="o", linewidth=1.6, **style)
-    below.plot(
-        batches, [sun_floors[row["batch"]] / row["floor_ms"] for row in rows], linestyle="--", linewidth=1, **style
-    )
+    by_bytes = [floors[row["batch"]] / row["floor_ms"] for row in rows]
+    above.errorbar(batches, medians, [[0] * len(tails), tails], marker="o", capsize=3, linewidth=1.6, **style)
+    below.plot(batches, [row["ratio_to_sun"] for row in rows], marker="o", linewidth=1.6, color=style["color"])
+    below.plot(batches, by_bytes, linestyle="--", linewidth=1, color=style["color"])

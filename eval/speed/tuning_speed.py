@@ -1,4 +1,4 @@
-"""Seconds of a tuning step: a prefill module against the full fine-tune, the same batches in turns."""
+"""Seconds of a tuning step: a prefill module against the full fine-tune, in turns on the same batches."""
 
 import statistics
 import tempfile
@@ -22,10 +22,10 @@ def compare_tuning(
     batch_size: int = 32,
     device: str | None = None,
 ) -> dict[str, Any]:
-    """Forward, backward and optimizer step of both, taking turns.
+    """Time forward, backward and optimizer step of both, in turns.
 
     Args:
-        decode: decode module; a quantized one is compared with the fine-tune of its full-precision base.
+        decode: decode module; a quantized one is compared with the full fine-tune of its base.
     Returns:
         {"sun", "full": median seconds of a step, "ratio": SUN over full fine-tune, the median of the pairs, "steps"}.
     """
@@ -47,7 +47,7 @@ def compare_tuning(
                 tuner.train_step()
                 _finish(tuner.processes.device)
                 taken[how].append(time.perf_counter() - started)
-    sun, full = (taken[how][2:] for how in ("sun", "full"))  # the first steps make what the others reuse
+    sun, full = (taken[how][2:] for how in ("sun", "full"))  # the first steps allocate what the others reuse
     ratio = statistics.median(a / b for a, b in zip(sun, full, strict=True))
     return {"sun": statistics.median(sun), "full": statistics.median(full), "ratio": ratio, "steps": steps}
 

@@ -1,4 +1,4 @@
-"""A study's modules as a matrix for `qsun eval`, so that the same pairs can be asked by lm-eval."""
+"""A study's modules as a matrix for `qsun eval`, which scores the same pairs with lm-eval."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from qsun.eval.study.study import ALIGNED_METHOD, Study, decoder, module
 
 
 def write_matrix(study: Study, out: Path, seed: int = 0) -> Path:
-    """`out`/matrix.yaml: base, full fine-tune, SUN, and QSUN by bits, aligned and not, of one seed."""
+    """Write `out`/matrix.yaml: base, full fine-tune, SUN, and QSUN by bits, aligned and not, of one seed."""
     rows: list[dict[str, Any]] = [{"name": "base", "model": "demo"}]
     for task in TASKS:
         responses = f"seed{seed}/{task}-valid.jsonl"

@@ -1,7 +1,6 @@
-"""Compare quantization passes by the divergence they cause on held-out text, each in a directory of its own."""
+"""Quantization passes compared by divergence on held-out text and CPU seconds."""
 
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 
 from qsun.config import QuantConfig
 from qsun.eval.harness.divergence import log_probabilities, mean_divergence, read_windows
+from qsun.progress import Note
 from qsun.quantization.run import quantize
 from qsun.runtime.decode_module import load_decode
 
@@ -23,14 +23,14 @@ def compare_passes(
     settings: dict[str, int],
     windows: tuple[int, int],
     threads: int,
-    progress: Callable[[str], None] = lambda _: None,
+    note: Note = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """One row a method and grid: kl_x1000, bits_per_weight, cpu_seconds, seconds.
+    """Quantize with every method and grid; return rows with kl_x1000, bits_per_weight, cpu_seconds, seconds.
 
     Args:
         grids: such as "4s" (4 bits, symmetric) or "2a" (2 bits, asymmetric).
         settings: group_size, samples and seq_len of every row.
-        windows: how many validation windows, and tokens in each.
+        windows: number of validation windows, and tokens in each.
     """
     torch.set_num_threads(threads)
     ids = read_windows(valid, model, *windows)
@@ -49,5 +49,5 @@ def compare_passes(
                 {"method": method, "grid": grid, **settings, "kl_x1000": divergence}
                 | {key: report[key] for key in ("bits_per_weight", "cpu_seconds", "seconds")}
             )
-            progress(f"{method} {grid}: KL x1000 {divergence:.3f}, {report['cpu_seconds']:.1f} CPU s")
+            note(f"{method} {grid}: KL x1000 {divergence:.3f}, {report['cpu_seconds']:.1f} CPU s")
     return rows

@@ -6,8 +6,10 @@ from statistics import fmean, stdev
 from typing import Any
 
 from qsun.demo.tasks import HARD_TASKS, TASKS
+from qsun.eval.output.table import Table
 from qsun.eval.report.paired import Paired, compare
 from qsun.eval.study.study import ALIGNED_METHOD
+from qsun.figure import new_figure, save_figure
 
 
 class Scores:
@@ -56,7 +58,7 @@ def markdown(scores: Scores) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+    return Table(header, rows).markdown()
 
 
 def _percent(value: float) -> str:
@@ -141,10 +143,8 @@ def _at(scores: Scores, how: str, steps: int) -> float:
 
 def plot_bits(scores: Scores, path: Path) -> None:
     """Mean exact match against bits: packaged text, decode positions, aligned; a panel a pass."""
-    from matplotlib.figure import Figure
-
     methods, bits = scores.study["methods"], sorted(scores.study["bits"])
-    figure = Figure(figsize=(2.6 * len(methods) + 0.6, 3.4), layout="constrained")
+    figure = new_figure(2.6 * len(methods) + 0.6, 3.4)
     panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
     kinds = (
         ("text", "0.5", "packaged text"),
@@ -179,15 +179,13 @@ def plot_bits(scores: Scores, path: Path) -> None:
         axes.set_ylim(0, 103)
     panels[0].set_ylabel("exact match, %, mean of tasks")
     panels[-1].legend(fontsize=8, loc="lower right")
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    save_figure(figure, path)
 
 
 def plot_curve(scores: Scores, path: Path) -> None:
     """Mean exact match against the budget of SUN and of the full fine-tune."""
-    from matplotlib.figure import Figure
-
     budgets = [*scores.study["curve"], scores.study["steps"]]
-    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    figure = new_figure(5, 3.4)
     axes = figure.subplots()
     for how, label, colour in (("full", "full fine-tune", "0.35"), ("sun", "SUN", "tab:orange")):
         axes.plot(budgets, [100 * _at(scores, how, s) for s in budgets], marker="o", color=colour, label=label)
@@ -197,4 +195,4 @@ def plot_curve(scores: Scores, path: Path) -> None:
     axes.set_ylabel("exact match, %, mean of tasks")
     axes.set_ylim(0, 103)
     axes.legend()
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    save_figure(figure, path)

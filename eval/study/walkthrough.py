@@ -1,16 +1,17 @@
-"""`qsun demo`: the whole of SUN on the embedded base, everything measured in the run.
+"""`qsun demo`: SUN and QSUN from end to end on the embedded base, everything measured in the run.
 
-tune a prefill module for each task, quantize the base behind them -> exact match of base, full fine-tune, SUN and QSUN
-on held-out examples -> one decode batch that serves all tasks.
+Tune a prefill module for each task, quantize the base behind them; measure exact match of base, full fine-tune, SUN and
+QSUN on held-out examples; then serve all tasks from one decode batch.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from qsun.config import QuantConfig
 from qsun.demo.tasks import TASKS, TaskExample, examples, write_jsonl
 from qsun.engine.generation import generate
 from qsun.eval.harness.exact_match import Score, exact_match
+from qsun.eval.output.table import Table
+from qsun.figure import new_figure
 from qsun.progress import Progress
 from qsun.quantization.run import quantize
 from qsun.runtime.decode_module import DecodeModule, load_decode
@@ -43,8 +46,8 @@ FULL = Effort(steps=700, batch_size=32, train=8192, test=500)
 QUICK = Effort(steps=200, batch_size=24, train=4800, test=200)
 
 
-def tell_story(out: Path, effort: Effort, seed: int = 0, progress: Progress = lambda *_: None) -> dict[str, Any]:
-    """Run everything under `out`, which must be new or empty; modules, data and reports stay there.
+def run_walkthrough(out: Path, effort: Effort, seed: int = 0, progress: Progress = lambda *_: None) -> dict[str, Any]:
+    """Run all steps under `out`, which must be new or empty and keeps the modules, data and reports.
 
     Returns:
         {"exact_match": {task: {variant: {"rate", "stderr"}}}, "mixed_batch", "bits_per_weight", "test_examples", ...}
@@ -75,7 +78,7 @@ def tell_story(out: Path, effort: Effort, seed: int = 0, progress: Progress = la
         scores[task] = {}
         for variant, (prefill, decode) in zip(VARIANTS, pairs, strict=True):
             scores[task][variant] = exact_match(task, test, prefill, decode)
-            step(f"{task}: {variant} answered {scores[task][variant].rate:.1%} rightly")
+            step(f"{task}: {variant} answered {scores[task][variant].rate:.1%} correctly")
     mixed = mixed_batch(modules, int4, seed)
     step("one decode batch served all tasks")
     return {
@@ -92,7 +95,7 @@ def tell_story(out: Path, effort: Effort, seed: int = 0, progress: Progress = la
 
 
 def _make_modules(out: Path, effort: Effort, seed: int, step: Callable[[str], None]) -> dict[str, Any]:
-    """Data, tuned modules and the decode module. A small model leaves cores idle, so two modules are tuned at a time.
+    """Make data, tuned modules and the decode module; two modules are tuned at a time, because each uses one core.
 
     Returns:
         The report of the quantization.
@@ -106,7 +109,7 @@ def _make_modules(out: Path, effort: Effort, seed: int, step: Callable[[str], No
         jobs = {
             pool.submit(_tune, out, task, how, effort, seed): f"{task}: {label}"
             for task in TASKS
-            for how, label in (("prefill", "prefill module tuned"), ("full", "full fine-tune, to compare with"))
+            for how, label in (("prefill", "prefill module tuned"), ("full", "full fine-tune tuned"))
         }
         for job in as_completed(jobs):
             job.result()
@@ -137,10 +140,10 @@ def _load(directory: Path) -> PrefillModule:
 
 
 def mixed_batch(modules: dict[str, PrefillModule], decode: DecodeModule, seed: int, each: int = 8) -> dict[str, Any]:
-    """One decode batch with prompts of every task, against the same prompts one at a time.
+    """Decode prompts of every task in one batch, and the same prompts one at a time.
 
     Returns:
-        {"rows", "equal": rows whose tokens are those of the prompt alone, "shown": one (task, prompt, answer) a task}.
+        {"rows", "equal": rows with the same answer as alone, "shown": one example a task with prompt and answer}.
     """
     drawn = [(task, example) for task in modules for example in examples(task, "test", each, seed + 1)]
     Random(seed).shuffle(drawn)
@@ -160,19 +163,17 @@ def mixed_batch(modules: dict[str, PrefillModule], decode: DecodeModule, seed: i
     }
 
 
-def plot_story(result: dict[str, Any], path: Path) -> None:
-    """Exact match of every variant, a group of bars a task, with standard errors."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
+def walkthrough_figure(result: Mapping[str, Any]) -> Any:
+    """Draw the exact match of every variant with standard errors, a group of bars a task."""
+    figure = new_figure(8, 4.2)
     axes = figure.subplots()
     width = 0.8 / len(VARIANTS)
     tasks = list(result["exact_match"])
-    for number, (variant, colour) in enumerate(zip(VARIANTS, ("0.75", "0.35", "tab:orange", "tab:blue"), strict=True)):
+    for number, (variant, color) in enumerate(zip(VARIANTS, ("0.75", "0.35", "tab:orange", "tab:blue"), strict=True)):
         cells = [result["exact_match"][task][variant] for task in tasks]
         places = [index + (number - (len(VARIANTS) - 1) / 2) * width for index in range(len(tasks))]
         rates, errors = [100 * cell["rate"] for cell in cells], [100 * cell["stderr"] for cell in cells]
-        bars = axes.bar(places, rates, width * 0.92, yerr=errors, color=colour, label=variant, capsize=2)
+        bars = axes.bar(places, rates, width * 0.92, yerr=errors, color=color, label=variant, capsize=2)
         axes.bar_label(bars, fmt="%.0f", fontsize=8, padding=2)
     axes.set_xticks(range(len(tasks)), tasks)
     axes.set_ylim(0, 112)
@@ -181,4 +182,23 @@ def plot_story(result: dict[str, Any], path: Path) -> None:
         f"One shared decode module, {len(tasks)} tasks ({result['steps']} tuning steps, seed {result['seed']})"
     )
     axes.legend(ncols=len(VARIANTS), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    return figure
+
+
+def report_text(result: Mapping[str, Any]) -> str:
+    """Return lines for a terminal."""
+    match, mixed = result["exact_match"], result["mixed_batch"]
+    rows = [
+        [task, *(f"{100 * cells[v]['rate']:.1f} ± {100 * cells[v]['stderr']:.1f}" for v in VARIANTS)]
+        for task, cells in match.items()
+    ]
+    rows.append(["average", *(f"{100 * fmean(cells[v]['rate'] for cells in match.values()):.1f}" for v in VARIANTS)])
+    lines = [
+        f"exact match on {result['test_examples']} held-out examples a task, ± standard error:",
+        Table(["", *VARIANTS], rows).text(),
+        f"one decode batch of {mixed['rows']} prompts of {len(match)} prefill modules: {mixed['equal']} answers equal "
+        f"those of the prompt alone ({result['bits_per_weight']:.2f} bits a decode weight)",
+    ]
+    return "\n".join(
+        [*lines, *(f"  {row['task']:<5} {row['prompt']!r} -> {row['answer']!r}" for row in mixed["shown"])]
+    )

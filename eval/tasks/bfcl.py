@@ -1,7 +1,7 @@
-"""Function calls as the Berkeley Function Calling Leaderboard (BFCL) asks for and checks them.
+"""Prompts and checks of the Berkeley Function Calling Leaderboard (BFCL).
 
-Source: Gorilla, berkeley-function-call-leaderboard, ast_checker, version 4: calls are compared with lists of acceptable
-values, by parsing alone. Ours takes a number for an equal number, int or float, and does not look at type declarations.
+Source: Gorilla, berkeley-function-call-leaderboard, ast_checker, version 4: calls are parsed and compared with lists of
+acceptable values. Here equal ints and floats are equal, and type declarations are ignored.
 """
 
 import ast
@@ -26,7 +26,7 @@ class Call:
 
 
 def prompt_of(question: str, functions: Sequence[Mapping[str, Any]]) -> str:
-    """Functions as JSON, the question, and what is asked for."""
+    """Return a prompt with the functions as JSON, the question, and the wanted form of the answer."""
     listed = "\n".join(json.dumps(function) for function in functions)
     return (
         f"You can call these functions:\n{listed}\n\nQuestion: {question}\n\n"
@@ -35,10 +35,10 @@ def prompt_of(question: str, functions: Sequence[Mapping[str, Any]]) -> str:
 
 
 def parse_calls(answer: str) -> list[Call] | None:
-    """Calls from a JSON list (or one object) of {"name", "arguments"}, or from Python calls `f(a=1), g(b="x")`.
+    """Parse a JSON list (or one object) of {"name", "arguments"}, or Python calls `f(a=1), g(b="x")`.
 
-    Text in the first code fence counts, where there is one. Python is parsed and never run: arguments are literals with
-    names.
+    If there is a code fence, only the text in the first one counts. Python is never run: arguments must be literals
+    with names.
 
     Returns:
         None for anything else.
@@ -51,7 +51,7 @@ def parse_calls(answer: str) -> list[Call] | None:
         pass
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python has opinions on what models write
+            warnings.simplefilter("ignore")  # SyntaxWarning for what models write
             return list(_from_python(text)) if text else None
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         return None
@@ -92,9 +92,10 @@ def _dotted(node: ast.expr) -> str:
 
 
 def check_answer(answer: str, truth: Sequence[Mapping[str, Mapping[str, Any]]]) -> bool:
-    """Whether an answer makes the expected calls, in any order, each once.
+    """Return whether an answer makes the expected calls, each once, in any order.
 
-    truth: [{name: {parameter: [acceptable values]}}], as in BFCL's possible_answer.
+    Args:
+        truth: [{name: {parameter: [acceptable values]}}], as in BFCL's possible_answer.
     """
     calls = parse_calls(answer)
     if calls is None or len(calls) != len(truth):
@@ -104,7 +105,7 @@ def check_answer(answer: str, truth: Sequence[Mapping[str, Mapping[str, Any]]]) 
 
 
 def _all_matched(fits: Sequence[Sequence[bool]]) -> bool:
-    """Whether every row can have a column of its own among its true ones (augmenting paths)."""
+    """Return whether each row can be matched with a different true column (augmenting paths)."""
     owner: dict[int, int] = {}
 
     def place(row: int, seen: set[int]) -> bool:
@@ -125,7 +126,7 @@ def _fits(call: Call, expected: Mapping[str, Mapping[str, Any]]) -> bool:
 
 
 def _fields_fit(values: Mapping[str, Any], parameters: Mapping[str, Any]) -> bool:
-    """Every given value is acceptable, and what is left out may be."""
+    """Return whether every given value is acceptable and every missing one optional."""
     return set(values) <= set(parameters) and all(
         any(_equal(values[key], option) for option in _options(acceptable))
         if key in values
@@ -139,7 +140,7 @@ def _options(acceptable: Any) -> list[Any]:
 
 
 def _equal(value: Any, option: Any) -> bool:
-    """Of a value and one acceptable value, whose nested dicts are lists of acceptable values again."""
+    """Compare a value with an acceptable one, whose nested dicts hold lists of acceptable values again."""
     if isinstance(option, Mapping):
         return isinstance(value, Mapping) and _fields_fit(value, option)
     if isinstance(option, (list, tuple)):

@@ -1,6 +1,6 @@
-"""Public benchmarks over copies of their data on this machine: GSM8K, HumanEval, and three categories of BFCL.
+"""Public benchmarks from local copies of their data: GSM8K, HumanEval, and three categories of BFCL.
 
-`--metadata data_dir=DIR` says where: DIR/gsm8k, DIR/humaneval and DIR/bfcl_v4, each with the files of its publisher.
+`--metadata data_dir=DIR` names the folder of gsm8k, humaneval and bfcl_v4, each with its publisher's files.
 """
 
 import gzip
@@ -17,12 +17,12 @@ from qsun.eval.tasks.sandbox import run_program
 
 
 def gsm8k(data_dir: str | None = None, **_: Any) -> dict[str, Dataset]:
-    """{"train", "test"}: rows with question and answer."""
+    """Return {"train", "test"}: rows with question and answer."""
     return {name: Dataset.from_list(_rows(data_dir, f"gsm8k/{name}.jsonl")) for name in ("train", "test")}
 
 
 def humaneval(data_dir: str | None = None, **_: Any) -> dict[str, Dataset]:
-    """{"test"}: rows with prompt, test and entry_point."""
+    """Return {"test"}: rows with prompt, test and entry_point."""
     return {"test": Dataset.from_list(_rows(data_dir, "humaneval/HumanEval.jsonl.gz"))}
 
 
@@ -34,7 +34,7 @@ def pass_at_1(row: dict[str, str], answers: list[str]) -> dict[str, float]:
 
 def _bfcl(category: str) -> Callable[..., dict[str, Dataset]]:
     def load(data_dir: str | None = None, **_: Any) -> dict[str, Dataset]:
-        """{"test"}: rows with id, prompt and truth, the acceptable calls as JSON."""
+        """Return {"test"}: rows with id, prompt and truth, the acceptable calls as JSON."""
         file = f"BFCL_v4_{category}.json"
         truths = {row["id"]: row["ground_truth"] for row in _rows(data_dir, f"bfcl_v4/possible_answer/{file}")}
         rows = [
@@ -54,7 +54,7 @@ bfcl_simple, bfcl_multiple, bfcl_parallel = _bfcl("simple_python"), _bfcl("multi
 
 
 def calls_match(row: dict[str, str], answers: list[str]) -> dict[str, float]:
-    """Whether the answer makes the expected calls."""
+    """Score whether the answer makes the expected calls."""
     return {"acc": float(check_answer(answers[0], json.loads(row["truth"])))}
 
 

@@ -1,18 +1,18 @@
-"""Run a program that a language model wrote, where it can do little harm, and learn whether it reached its end.
+"""Run a program that a language model wrote with little risk, and find out whether it reached its end.
 
-The program runs in a Python process of its own (sandbox_child.py), isolated from the environment and site settings,
-in an empty directory, with nothing to read on stdin. What bounds it:
+The program runs in its own Python process (sandbox_child.py), isolated from the environment and site settings, in an
+empty directory, with an empty stdin. Its bounds:
 
-* everywhere: CPU seconds, wall seconds, memory, processes, output; not one byte into a file; Python's functions that
-  start processes, send signals or change files are taken away; the process group is killed at the end;
-* Linux 5.13 and later, by Landlock: no file is written, made, renamed, removed or executed, from 6.7 no TCP, from 6.12
-  no signal to other processes;
+* everywhere: CPU seconds, wall seconds, memory, processes, output; not a byte may be written to a file; Python's
+  functions that start processes, send signals or change files are removed; the process group is killed at the end;
+* Linux 5.13 and later, by Landlock: no file can be written, created, renamed, removed or executed; from 6.7 no TCP;
+  from 6.12 no signals to other processes;
 * Linux that allows user namespaces: no network at all;
-* started by root: it becomes `nobody`, if that user can read Python's library. Otherwise it stays root, whom the limit
-  on processes does not bind.
+* started by root: it becomes `nobody` if that user can read Python's library. Otherwise it stays root, to whom the
+  limit on processes does not apply.
 
-Reading files is not prevented. This keeps accidents and careless programs from doing damage; for programs that attack,
-put the whole evaluation into a virtual machine.
+Reading files is not prevented. This stops accidents and careless programs; for hostile programs, run the whole
+evaluation in a virtual machine.
 """
 
 import json
@@ -33,7 +33,7 @@ _CHILD = Path(__file__).with_name("sandbox_child.py")
 
 @dataclass(frozen=True)
 class SandboxLimits:
-    """What a program may use. processes counts threads too, and all that the same user runs."""
+    """What a program may use. processes includes threads, and everything else that the same user runs."""
 
     cpu_seconds: int = 5
     wall_seconds: float = 15.0
@@ -44,23 +44,23 @@ class SandboxLimits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whether a program ran to its end, and why not: a limit, or the last line it wrote."""
+    """Whether a program ran to its end; if not, the limit that it hit or the last line that it wrote."""
 
     passed: bool
     reason: str = ""
 
 
 def run_program(program: str, limits: SandboxLimits | None = None) -> Outcome:
-    """Run Python source to its end. A program that leaves early, whatever its exit status, has not passed.
+    """Run Python source. A program that exits early has not passed, whatever its exit status.
 
-    The child writes a random token once the last statement is done; only that counts. A program that searches its own
-    process for the token could forge it: this holds against mistakes, not against attacks.
+    The child writes a random token after the last statement; only that counts. A program that searches its own process
+    for the token could forge it: this protects against mistakes, not against attacks.
     """
     limits = limits or SandboxLimits()
     token = secrets.token_hex(16)
     command = [sys.executable, "-I", str(_CHILD), json.dumps(asdict(limits))]
     with tempfile.TemporaryDirectory() as empty, tempfile.TemporaryFile() as source:
-        Path(empty).chmod(0o755)  # `nobody` may look into it
+        Path(empty).chmod(0o755)  # for `nobody`
         source.write(f"{token}\n".encode() + program.encode("utf-8", "replace"))
         source.seek(0)
         child = subprocess.Popen(  # noqa: S603
@@ -75,7 +75,7 @@ def run_program(program: str, limits: SandboxLimits | None = None) -> Outcome:
         try:
             written, reason = _read(child, token.encode(), limits)
         finally:
-            with suppress(ProcessLookupError):  # before wait: until then the number belongs to this group
+            with suppress(ProcessLookupError):  # before wait: afterwards the number may be reused
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
             assert child.stdout is not None
@@ -89,7 +89,7 @@ def run_program(program: str, limits: SandboxLimits | None = None) -> Outcome:
 
 
 def _read(child: "subprocess.Popen[bytes]", token: bytes, limits: SandboxLimits) -> tuple[bytes, str]:
-    """What the child wrote until its token, its end or a limit, and the limit's name."""
+    """Return what the child wrote until its token, its end or a limit, and the limit's name."""
     assert child.stdout is not None
     deadline, written = time.monotonic() + limits.wall_seconds, b""
     while token not in written:

@@ -1,6 +1,6 @@
-"""The other side of sandbox.py: give up all that is not needed, then run the program from stdin. Standard library only.
+"""The child of sandbox.py: give up all privileges, then run the program from stdin. Standard library only.
 
-sandbox_child.py LIMITS < TOKEN and the program; LIMITS is sandbox.Limits as JSON.
+sandbox_child.py LIMITS < token line and program; LIMITS is SandboxLimits as JSON.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ _CREATE_RULESET, _RESTRICT_SELF = 444, 446  # Landlock's system calls, the same 
 _EXECUTE, _WRITE_FILE, _REMOVE_AND_MAKE, _TRUNCATE = 1 << 0, 1 << 1, 0b1111_1111_1 << 4, 1 << 14
 _BOTH = 0b11  # of TCP: bind and connect; of scopes: abstract sockets and signals
 
-_TAKEN_AWAY = {
+_REMOVED = {
     "os": """abort chmod chown execv execve fchmod fchown fork forkpty kill killpg lchown link mkdir mkfifo mknod popen
         posix_spawn posix_spawnp remove rename replace rmdir setpgid setsid symlink system truncate unlink""",
     "_posixsubprocess": "fork_exec",
@@ -29,7 +29,7 @@ _TAKEN_AWAY = {
 
 
 def limit_resources(limits: dict[str, Any]) -> None:
-    """Hard limits, which the program cannot raise again."""
+    """Set hard limits, which the program cannot raise."""
     cpu = int(limits["cpu_seconds"])
     for kind, value in (
         (resource.RLIMIT_CPU, cpu),
@@ -44,7 +44,7 @@ def limit_resources(limits: dict[str, Any]) -> None:
 
 
 def leave_root() -> None:
-    """Become `nobody`, if that user can read Python's own library; a program could not import anything otherwise."""
+    """Become `nobody` if that user can read Python's library; otherwise a program could not import anything."""
     if os.geteuid() != 0:
         return
     try:
@@ -64,7 +64,7 @@ def leave_root() -> None:
 
 
 def leave_network_and_files() -> None:
-    """What Linux lets a process give up without root; a kernel without it refuses, and the other bounds remain."""
+    """Give up what Linux lets a process give up without root; a kernel without support leaves the other bounds."""
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None, use_errno=True)
@@ -82,13 +82,13 @@ def leave_network_and_files() -> None:
         os.close(ruleset)
 
 
-def take_away() -> None:
-    """Functions that no solution needs. A program that reaches around this meets the limits of the kernel."""
+def remove_functions() -> None:
+    """Remove functions that no solution needs; the kernel's limits hold for programs that get around this."""
 
     def refused(*_: Any, **__: Any) -> None:
         raise PermissionError("not allowed here")
 
-    for module, names in _TAKEN_AWAY.items():
+    for module, names in _REMOVED.items():
         loaded = __import__(module)
         for name in names.split():
             if hasattr(loaded, name):
@@ -98,17 +98,17 @@ def take_away() -> None:
 def main() -> None:
     limits = json.loads(sys.argv[1])
     sys.argv[1:] = []
-    token = sys.stdin.buffer.readline().strip().decode()  # not an argument, which the program could read
+    token = sys.stdin.buffer.readline().strip().decode()  # an argument would be visible to the program
     source = sys.stdin.buffer.read()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     write, leave = os.write, os._exit
     leave_root()
     leave_network_and_files()
     limit_resources(limits)
-    take_away()
+    remove_functions()
     module = types.ModuleType("program")
     sys.modules["program"] = module
-    exec(compile(source, "<program>", "exec"), module.__dict__)  # noqa: S102  what all of this is for
+    exec(compile(source, "<program>", "exec"), module.__dict__)  # noqa: S102  the purpose of this file
     sys.stdout.flush()
     write(1, token.encode())
     leave(0)

@@ -295,7 +295,7 @@ def test_a_wrong_pair_and_a_missing_base_are_refused(tiny_model, int4, tmp_path)
     made = json.loads((tmp_path / "moved/qsun.json").read_text())
     (tmp_path / "moved/qsun.json").write_text(json.dumps(made | {"base": "gone-base"}))
     with pytest.raises(
-        qsun.QsunError, match="names gone-base as its base, which is not here; give --model_args prefill"
+        qsun.QsunError, match="names gone-base as its base, which was not found; give --model_args prefill"
     ):
         QsunLM(decode=str(tmp_path / "moved"), device="cpu")
     with pytest.raises(qsun.QsunError, match="has no tokenizer"):

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from qsun.errors import QsunError
-from qsun.eval.load.client import NOT_SENT, Planned, Record, Target, send
+from qsun.eval.load.client import NOT_SENT, PlannedRequest, Record, Target, send
 from qsun.eval.load.generator import closed_loop, open_loop
 from qsun.eval.load.plan import Pieces, PromptSource, plan, probe_pieces, read_prompts, served_models
 from qsun.eval.load.report import geometric_means, load_summary, ratios
@@ -22,7 +22,7 @@ FOUR = Lengths("fixed", 4)
 
 
 def due(arrival=0.0, model="math", tokens=4):
-    return Planned(arrival, model, {"prompt": "a b c"}, tokens)
+    return PlannedRequest(arrival, model, {"prompt": "a b c"}, tokens)
 
 
 def quiet(*_):
@@ -93,7 +93,7 @@ def test_what_is_too_much_is_counted_and_not_delayed(serving):
         ("cut short", "cut short"),
         ("error in the stream", "error in the stream"),
         ("connection broken", "connection broken"),
-        ("not JSON", "not JSON"),
+        ("not JSON", "an event is not JSON"),
         ("not a stream", "not a stream"),
         ("silence", "deadline"),
     ],
@@ -128,17 +128,18 @@ def test_faults_are_counted_by_kind_and_spoil_nothing_else(serving, fault, kind)
 def test_events_of_another_shape_are_faults_of_their_requests_alone(serving, event):
     with serving(fault={"code": "odd event"}, odd=event) as server:
         records = opened(Target(server.url), [due(model=model, tokens=6) for model in ("math", "code", "tool")])
-    assert [r.error for r in records] == ["", "not understood", ""]
-    assert load_summary([records], ServiceLevel(), 1)["errors"] == {"not understood": 1}
+    assert [bool(r.error) for r in records] == [False, True, False]
+    assert records[1].error.startswith(("choices are not", "usage.", "an event is not JSON"))
+    assert load_summary([records], ServiceLevel(), 1)["errors"] == {records[1].error: 1}
 
 
 def test_an_event_that_nests_too_deep(serving):
     with serving(fault={"math": "odd event"}, odd="[" * 100_000) as server:
-        assert opened(Target(server.url), [due(tokens=6)])[0].error == "not JSON"
+        assert opened(Target(server.url), [due(tokens=6)])[0].error == "an event is not JSON"
 
 
 @pytest.mark.parametrize(
-    ("raised", "kind"), [(httpx.InvalidURL("x"), "no address"), (httpx.StreamClosed(), "connection broken")]
+    ("raised", "kind"), [(httpx.InvalidURL("x"), "invalid address"), (httpx.StreamClosed(), "connection broken")]
 )
 def test_what_httpx_raises_beside_its_http_errors(raised, kind):
     def fail(_):
@@ -164,7 +165,7 @@ def test_bodies_and_the_api_key(serving, endpoint):
     with serving() as server:
         target = Target(server.url + "/v1/", endpoint, "secret", {"ignore_eos": True})
         what = {"messages": [{"role": "user", "content": "a b"}]} if endpoint == "chat" else {"prompt": "a b"}
-        record = opened(target, [Planned(0.0, "math", what, 5)])[0]
+        record = opened(target, [PlannedRequest(0.0, "math", what, 5)])[0]
         _, headers, body = server.seen[0]
     assert (record.error, record.output_tokens) == ("", 5)
     assert record.ttft_ms >= 19  # the role, which comes at once in a chat, is no token
@@ -213,12 +214,12 @@ def test_a_plan_is_the_workloads_trace_and_repeats():
     planned = plan(workload, PromptSource("completions"), 5.0, 40, 10, "x")
     assert planned == plan(workload, PromptSource("completions"), 5.0, 40, 10, "x")
     other = plan(workload, PromptSource("completions"), 5.0, 40, 10, "y")
-    assert all(a.what != b.what or len(a.what["prompt"]) < 4 for a, b in zip(planned, other, strict=True))
+    assert all(a.fields != b.fields or len(a.fields["prompt"]) < 4 for a, b in zip(planned, other, strict=True))
     trace = workload.trace(5.0, 50)
     assert [(p.arrival, p.model, p.max_tokens) for p in planned] == [
         (r.arrival, r.model, r.output_tokens) for r in trace
     ]
-    assert [len(p.what["prompt"].split()) for p in planned] == [request.prompt_tokens for request in trace]
+    assert [len(p.fields["prompt"].split()) for p in planned] == [request.prompt_tokens for request in trace]
     assert [p.warm_up for p in planned] == [True] * 10 + [False] * 40
 
 
@@ -228,7 +229,7 @@ def test_prompts_of_a_file(tmp_path):
     rows = read_prompts(path, "completions")
     workload = Workload(("a",), 0, FOUR, FOUR)
     assert plan(workload, PromptSource("completions", rows=rows), math.inf, 1, 0, "x") == [
-        Planned(0.0, "tool", {"prompt": "x"}, 3)
+        PlannedRequest(0.0, "tool", {"prompt": "x"}, 3)
     ]
     assert read_prompts(path, "chat")[0]["messages"] == [{"role": "user", "content": "x"}]
     for text, problem in (
@@ -296,7 +297,7 @@ def test_a_server_that_answers_nothing_wins_nothing():
     assert (means["tokens_per_s"], means["goodput"], means["ttft_ms_p50"]) == (0.0, 0.0, pytest.approx(1.0))
 
 
-def test_waiting_for_a_failure_is_no_time_of_serving():
+def test_waiting_for_a_failure_does_not_count_as_serving():
     stuck = Record(2.0, "a", False, 2.0, ended=122.0, error="deadline")
     summary = load_summary([[made(1.0, 0.1, 0.1, 31), stuck]], ServiceLevel(), 1)
     assert summary["seconds"] == pytest.approx(3.1)
@@ -393,7 +394,7 @@ def test_command_as_json_with_a_key_and_a_second_server(serving, cli, tmp_path):
         (("--rate", "1", "--endpoint", "embeddings"), "endpoint 'embeddings'"),
         (("--rate", "1", "--requests", "0"), "requests 0"),
         (("--rate", "1", "--skew", "-1"), "skew -1"),
-        (("--rate", "1", "--extra-body", "[]"), "no JSON object"),
+        (("--rate", "1", "--extra-body", "[]"), "not a JSON object"),
         (("--rate", "1", "--deadline", "0"), "deadline 0"),
         (("--rate", "1", "--slo-tpot", "0"), "slo-tpot 0"),
         (("--rate", "1", "--decode-workers", "0"), "decode-workers 0"),
@@ -405,7 +406,9 @@ def test_command_names_what_is_wrong(cli, options, problem):
     assert problem in " ".join(answer.err.split())
 
 
-def test_an_address_that_is_none():
+def test_an_invalid_address():
     for url in ("localhost", "http://[::1", "http://127.0.0.1:port"):
-        with pytest.raises(QsunError, match=r"^url '.*' is no http address.*; use one such as http://127.0.0.1:8000$"):
+        with pytest.raises(
+            QsunError, match=r"^url '.*' is not an http address; use one such as http://127.0.0.1:8000$"
+        ):
             Target(url)

@@ -68,7 +68,7 @@ def test_a_report_of_two_variants(cli, folder, tmp_path, demo_tokenizer):
     assert sum(p.stat().st_mtime_ns != before for p, before in parts.items()) == 1
     assert json.loads((out / "report.json").read_text())["accuracy"] == report["accuracy"]
     other = cli("eval", *pair, "--tasks", "qsun_code", "-o", out, "--resume")
-    assert other.code == 2 and "begun with another" in other.err
+    assert other.code == 2 and "started with another" in other.err
 
 
 def test_a_matrix_of_responses_needs_no_tasks(cli, folder, tmp_path):
@@ -102,14 +102,14 @@ def test_every_pair_is_checked_though_the_prefill_module_is_loaded_once(cli, fol
         (("--decode", "demo", "--matrix", "x.yaml"), "give either --decode"),
         (("--decode", "demo"), "nothing to evaluate"),
         (("--decode", "nowhere", "--tasks", "qsun_code"), "nowhere is not a directory"),
-        (("--decode", "demo", "--tasks", "qsun_maths"), "task 'qsun_maths' is not known to lm-eval; near it are qsun"),
+        (("--decode", "demo", "--tasks", "qsun_maths"), "task 'qsun_maths' is not known to lm-eval; similar are qsun"),
         (("--decode", "demo", "--tasks", "humaneval_local"), "allow that with --allow-code-execution"),
         (("--decode", "demo", "--text", "x.txt", "--windows", "4"), "--windows '4' is not of the form 64x256"),
-        (("--decode", "demo", "--speed", "llama-9"), "shape 'llama-9' is not known here; use one of llama"),
-        (("--decode", "demo", "--speed", "qsun.json"), "qsun.json is no speed.json"),
+        (("--decode", "demo", "--speed", "llama-9"), "shape 'llama-9' is not known; use one of llama"),
+        (("--decode", "demo", "--speed", "qsun.json"), "qsun.json is not a speed.json"),
         (("--decode", "demo", "--tasks", "qsun_code", "--device", "tpu9"), "device 'tpu9' is not known"),
         (("--decode", "demo", "--tasks", "qsun_code", "--dtype", "int7"), "--dtype"),
-        (("--matrix", "x.yaml", "--prefill", "demo"), "leave --prefill, --full-ft and --base out"),
+        (("--matrix", "x.yaml", "--prefill", "demo"), "omit --prefill, --full-ft and --base"),
         (("--decode", "demo", "--speed", "modules"), "needs a quantized decode module"),
     ],
 )
@@ -181,4 +181,4 @@ def test_a_resumed_run_is_held_to_what_lies_behind_its_paths(cli, folder, tmp_pa
         _shift(tmp_path / changed)
     what = f"file {file}" if file else f"module {tmp_path / changed}"
     other = cli("eval", *options, "--resume")
-    assert other.code == 2 and f"error: {what} has changed since {tmp_path / 'out'} was begun" in other.err
+    assert other.code == 2 and f"error: {what} has changed since {tmp_path / 'out'} was started" in other.err

@@ -4,6 +4,7 @@ import math
 from html.parser import HTMLParser
 
 import pytest
+import torch
 
 from qsun.eval.report.pages import markdown, page, tables
 from qsun.eval.report.plots import plots
@@ -52,7 +53,11 @@ def report():
         for b in (1, 4)
     ]
     speed = {"model": "m", "machine": "c", "rows": rows}
-    return summarize(MATRIX, parts()) | {"provenance": provenance("qsun eval <x>", 3), "settings": {}, "speed": speed}
+    return summarize(MATRIX, parts()) | {
+        "provenance": provenance("qsun eval <x>", 3, torch.device("cpu")),
+        "settings": {},
+        "speed": speed,
+    }
 
 
 def test_rates_errors_and_comparisons():
@@ -98,11 +103,11 @@ def test_pages_hold_every_number_and_need_nothing_else():
     text = page(made, pictures)
     reader = Reader()
     reader.feed(text)
-    assert not reader.open and reader.cells == sum(len(row) for _, rows in tables(made).values() for row in rows)
+    assert not reader.open and reader.cells == sum(len(row) for table in tables(made).values() for row in table.rows)
     assert len(reader.sources) == 2 and all(source.startswith("data:image/png") for source in reader.sources)
     assert "<int4>" not in text and "&lt;int4&gt;" in text and "&lt;x&gt;" in text
     plain = markdown(made, list(pictures))
     for cell in ("75.0 ± 25.0", "-12.5", "$ qsun eval <x>", "![Accuracy by task", "250.000"):
         assert cell in plain, cell
-    for _, rows in tables(made).values():
-        assert all(cell in plain for row in rows for cell in row)
+    for table in tables(made).values():
+        assert all(cell in plain for row in table.rows for cell in row)

@@ -68,7 +68,7 @@ def test_extra_prompt_lengths_are_used():
 
 def test_memory_holds_weights_first(curves):
     assert curves.kv_tokens(SUN, 2e9) == 800_000
-    with pytest.raises(QsunError, match="does not hold 2 x sun"):
+    with pytest.raises(QsunError, match="cannot hold 2 x sun"):
         curves.kv_tokens(SUN, 2e9, modules=2)
     with pytest.raises(QsunError, match="give --kv-tokens"):
         Curves(lambda *_: 1.0, lambda _: 1.0, "s").kv_tokens(SUN, 1e9)

@@ -29,11 +29,11 @@ def test_both_systems_run_the_trace_and_are_predicted(cli, tmp_path):
         assert ratios == [a[key] / b[key] for a, b in zip(ours, theirs, strict=True)]
 
 
-def test_a_table_for_people_and_one_line_for_a_mistake(cli):
+def test_a_table_on_the_screen_and_one_line_for_a_mistake(cli):
     answer = cli("bench", "engine", "--requests", 2, "--rounds", 1, "--output", "fixed:2", "--max-batch", 1)
     assert answer.code == 0, answer.err
-    assert "| shared |" in answer.out
-    assert "shared over partitioned, TPOT, by round" in answer.out
+    assert "\nshared " in answer.out
+    assert "shared over partitioned, mean TPOT, ms, by round" in answer.out
     wrong = cli("bench", "engine", "--output", "some")
     assert wrong.code == 2
     assert "'some'" in wrong.err
@@ -53,8 +53,10 @@ def test_means_over_rounds_are_found_again_at_the_measured_points():
 def test_a_probe_times_what_the_engine_does(talking_model):
     """Every point is there, within the limits of positions, rows and turn, and more rows take longer."""
     decode = load_decode(str(talking_model))
-    study = EngineComparison(decode, {"a": load_prefill(str(talking_model), decode)}, max_batch=8, prefill_tokens=64)
-    probe = study.probe()
+    comparison = EngineComparison(
+        decode, {"a": load_prefill(str(talking_model), decode)}, max_batch=8, prefill_tokens=64
+    )
+    probe = comparison.probe()
     assert all(list(by_rows) == [1, 2, 4, 8] for by_rows in probe.steps.values())
     assert list(probe.prompts[8]) == [1, 2, 4, 8]
     assert list(probe.prompts[32]) == [1, 2]

@@ -242,7 +242,7 @@ def test_what_cannot_be_simulated(trace, system, problem):
 def test_systems_that_are_none():
     for made, problem in (
         (lambda: System("s", ()), "no decode workers"),
-        (lambda: System("s", (DecodeWorker(("m",)),)), "reads prompts nowhere"),
+        (lambda: System("s", (DecodeWorker(("m",)),)), "has no worker to read prompts"),
         (lambda: shared(("m",), max_batch=0), "limit of 0"),
         (lambda: System("s", (DecodeWorker(("m",)),), {"m": 1}, "best"), "policy 'best'"),
     ):

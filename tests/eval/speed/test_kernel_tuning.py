@@ -39,7 +39,7 @@ def test_launches_that_are_wrong_are_never_chosen():
 
     best, _, _ = search(start, candidates(8, 512, 1024, 128), only_slow)
     assert best.stages in (start.stages, 6)
-    with pytest.raises(QsunError, match="does not give the right product"):
+    with pytest.raises(QsunError, match="gives a wrong product"):
         search(start, [], lambda launches: {})
 
 
@@ -69,4 +69,4 @@ def test_a_table_is_written_added_to_and_read(tmp_path, monkeypatch):
 def test_no_gpu_is_one_line(cli):
     answer = cli("bench", "tune-kernels")
     assert answer.code == 2
-    assert "torch sees no CUDA device" in answer.err
+    assert "no CUDA device" in answer.err

@@ -6,7 +6,7 @@ import pytest
 
 from qsun.demo.tasks import TASKS
 from qsun.eval.harness.exact_match import Score
-from qsun.eval.study import story
+from qsun.eval.study import walkthrough
 from qsun.eval.study.walkthrough import VARIANTS, Effort
 
 
@@ -17,9 +17,9 @@ def test_rate_and_standard_error():
 
 
 @pytest.mark.slow
-def test_the_whole_story(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr(story, "QUICK", Effort(steps=12, batch_size=16, train=200, test=20))
-    answer = cli("demo", "--quick", "-o", tmp_path / "story", "--json")
+def test_the_whole_walkthrough(cli, tmp_path, monkeypatch):
+    monkeypatch.setattr(walkthrough, "QUICK", Effort(steps=12, batch_size=16, train=200, test=20))
+    answer = cli("demo", "--quick", "-o", tmp_path / "demo", "--json")
     assert answer.code == 0, answer.err
     result = json.loads(answer.out)
     assert list(result["exact_match"]) == list(TASKS)
@@ -29,8 +29,8 @@ def test_the_whole_story(cli, tmp_path, monkeypatch):
     mixed = result["mixed_batch"]
     assert mixed["equal"] == mixed["rows"] == 24
     assert {row["task"] for row in mixed["shown"]} == set(TASKS)
-    assert json.loads((tmp_path / "story/story.json").read_text()) == result
-    assert (tmp_path / "story/story.png").read_bytes().startswith(b"\x89PNG")
-    again = cli("demo", "--quick", "-o", tmp_path / "story")
+    assert json.loads((tmp_path / "demo/demo.json").read_text()) == result
+    assert (tmp_path / "demo/demo.png").read_bytes().startswith(b"\x89PNG")
+    again = cli("demo", "--quick", "-o", tmp_path / "demo")
     assert again.code == 2
     assert "exists" in again.err
