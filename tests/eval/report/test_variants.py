@@ -56,7 +56,7 @@ def test_a_file_names_directories_beside_it(tmp_path):
         ("a: [", "matrix.yaml: while parsing"),
         ("[]", "has no list of variants"),
         ("variants: []", "has no list of variants"),
-        ("variants: [1]", "1 is no variant"),
+        ("variants: [1]", "1 is not a variant"),
         ("variants: [{name: x, modell: demo}]", "variant 'x' has 'modell'; known are base, decode, model, name"),
         ("variants: [{name: x, prefill: demo}]", "'x' needs a model, or a prefill and a decode module"),
         ("variants: [{name: x, model: 5}]", "model is 5; write a string"),
@@ -67,10 +67,10 @@ def test_a_file_names_directories_beside_it(tmp_path):
             "has the task 'u', which `tasks` does not list",
         ),
         ("{variants: [{name: x, model: demo}, {name: x, model: P}], tasks: [t]}", "two entries named 'x' answer t"),
-        ("variants: [{name: x, model: demo, responses: no.jsonl}]", "responses no.jsonl is no file"),
+        ("variants: [{name: x, model: demo, responses: no.jsonl}]", "responses no.jsonl is not a file"),
         (
             "{variants: [{name: x, model: demo}], tasks: [t], reference: y}",
-            "the reference 'y' is no variant; use one of x",
+            "the reference 'y' is not a variant; use one of x",
         ),
     ],
 )
