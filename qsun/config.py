@@ -243,10 +243,3 @@ class QuantConfig(Settings):
 def check_one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if not any(value == choice and type(value) is type(choice) for choice in allowed):
         raise QsunError(f"{name} {value!r} is not supported; use one of {', '.join(str(a) for a in allowed)}")
-
-
-def check_between(name: str, value: Any, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise QsunError(f"{name} {value!r} is out of range; use a number from {low} to {high}")
-    if isinstance(low, int) and not isinstance(value, int):
-        raise QsunError(f"{name} {value!r} is not a whole number")

@@ -4,7 +4,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,6 +13,8 @@ from qsun.tuning.config import TuneConfig
 from qsun.tuning.job import prepare_tuning
 from qsun.tuning.processes import Processes
 from qsun.tuning.tuner import Tuner
+
+_BASELINES: dict[str, Literal["none", "full"]] = {"sun": "none", "full": "full"}
 
 
 def compare_tuning(
@@ -38,7 +40,7 @@ def compare_tuning(
                 TuneConfig(steps=steps + 2, batch_size=batch_size, baseline=baseline),
                 device,
             )
-            for how, baseline in (("sun", "none"), ("full", "full"))
+            for how, baseline in _BASELINES.items()
         }
         taken: dict[str, list[float]] = {how: [] for how in tuners}
         for _ in range(steps + 2):

@@ -1,18 +1,17 @@
 """The settings of tuning: built from the command line, YAML or Python, validated here, saved with the result."""
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Literal, Self
 
-from qsun.config import DTYPES, check_between, check_one_of
+from pydantic import Field, model_validator
+
+from qsun.config import Dtype, Settings
 from qsun.errors import QsunError
 
-BASELINES = ("none", "full")
+_Count = Annotated[int, Field(ge=0, le=1 << 40)]
+_Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-@dataclass(frozen=True)
-class TuneConfig:
+class TuneConfig(Settings):
     """Everything that decides a prefill module, apart from its base, its decode module and the data.
 
     Attributes:
@@ -33,51 +32,31 @@ class TuneConfig:
         dtype: of the forward pass; auto is float32 on a CPU and the base's own on a GPU. Master weights are float32.
     """
 
-    epochs: int = 3
-    steps: int = 0
-    lr: float = 0.0
-    batch_size: int = 16
-    grad_accum: int = 1
+    epochs: Annotated[int, Field(ge=1, le=100_000)] = 3
+    steps: _Count = 0
+    lr: Annotated[float, Field(ge=0, le=10)] = 0.0
+    batch_size: Annotated[int, Field(ge=1, le=1 << 20)] = 16
+    grad_accum: Annotated[int, Field(ge=1, le=1 << 20)] = 1
     grad_checkpoint: bool = False
     shard: bool = False
-    max_len: int = 2048
-    warmup: float = 0.05
-    min_lr: float = 0.05
-    clip: float = 1.0
-    weight_decay: float = 0.0
-    lora_rank: int = 0
-    eval_every: int = 0
-    valid_fraction: float = 0.05
-    valid_examples: int = 256
-    baseline: str = "none"
-    seed: int = 0
-    dtype: str = "auto"
+    max_len: Annotated[int, Field(ge=2, le=1 << 20)] = 2048
+    warmup: _Fraction = 0.05
+    min_lr: _Fraction = 0.05
+    clip: Annotated[float, Field(ge=1e-9, le=1e9)] = 1.0
+    weight_decay: _Fraction = 0.0
+    lora_rank: Annotated[int, Field(ge=0, le=4096)] = 0
+    eval_every: _Count = 0
+    valid_fraction: Annotated[float, Field(ge=0, le=0.9)] = 0.05
+    valid_examples: _Count = 256
+    baseline: Literal["none", "full"] = "none"
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
+    dtype: Dtype = "auto"
 
-    def __post_init__(self) -> None:
-        check_one_of("baseline", self.baseline, BASELINES)
-        check_one_of("dtype", self.dtype, DTYPES)
-        check_one_of("grad_checkpoint", self.grad_checkpoint, (True, False))
-        check_one_of("shard", self.shard, (True, False))
-        for name, low, high in (
-            ("epochs", 1, 100_000),
-            ("steps", 0, 1 << 40),
-            ("lr", 0.0, 10.0),
-            ("batch_size", 1, 1 << 20),
-            ("grad_accum", 1, 1 << 20),
-            ("max_len", 2, 1 << 20),
-            ("warmup", 0.0, 1.0),
-            ("min_lr", 0.0, 1.0),
-            ("clip", 1e-9, 1e9),
-            ("weight_decay", 0.0, 1.0),
-            ("lora_rank", 0, 4096),
-            ("eval_every", 0, 1 << 40),
-            ("valid_fraction", 0.0, 0.9),
-            ("valid_examples", 0, 1 << 40),
-            ("seed", 0, 2**32 - 1),
-        ):
-            check_between(name, getattr(self, name), low, high)
+    @model_validator(mode="after")
+    def _adapter_or_full(self) -> Self:
         if self.fine_tune and self.lora_rank:
             raise QsunError(f"baseline full tunes all weights, but lora_rank is {self.lora_rank}; leave one out")
+        return self
 
     @property
     def fine_tune(self) -> bool:
@@ -87,15 +66,3 @@ class TuneConfig:
     def peak_lr(self, hidden_size: int) -> float:
         """Return lr, or one that falls with the model's width: 3e-3 at 128 (docs/tuning.md), 5 times that for LoRA."""
         return self.lr or 3e-3 * (128 / hidden_size) ** 1.5 * (5 if self.lora_rank else 1)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "TuneConfig":
-        """Build settings from plain values. Raises QsunError for an unknown key or an invalid value."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        unknown = sorted(map(str, set(values) - known))
-        if unknown:
-            raise QsunError(f"unknown setting {unknown[0]!r}; known are: {', '.join(sorted(known))}")
-        return cls(**values)

@@ -1,6 +1,5 @@
 """LoRA prefill modules against peft: ours load there, theirs load here, with the same logits."""
 
-import dataclasses
 import json
 
 import pytest
@@ -25,7 +24,7 @@ def few(tmp_path_factory):
 @pytest.fixture(scope="module")
 def adapter(talking_model, few, tmp_path_factory):
     out = tmp_path_factory.mktemp("lora") / "out"
-    return out, qsun.tune(talking_model, out, few, dataclasses.replace(FAST, lora_rank=3), device="cpu")
+    return out, qsun.tune(talking_model, out, few, FAST.replace(lora_rank=3), device="cpu")
 
 
 def test_ours_loads_in_peft(adapter, talking_model):

@@ -1,6 +1,5 @@
 """Tuning with weights that are shared out over two processes: it gives what one process gives, and each holds half."""
 
-import dataclasses
 import json
 from itertools import pairwise
 
@@ -61,7 +60,7 @@ def test_two_processes_give_the_gradients_the_curve_and_the_weights_of_one(case,
     settings, gradients = CASES[case], tmp_path / "g"
     done = in_two_processes(decode, tmp_path / "out", few, gradients, -1, json.dumps({"shard": True} | settings))
     assert done.returncode == 0, done.stderr
-    config = dataclasses.replace(FAST, **settings)
+    config = FAST.replace(**settings)
     expected = first_gradients(decode, tmp_path / "again", few, config)
     ours = gathered([f"{gradients}.{rank}" for rank in range(2)])
     assert ours.keys() == expected.keys()

@@ -1,6 +1,5 @@
 """`tune` from data to a directory: what is written, what it is worth, and that a stopped run goes on as if never."""
 
-import dataclasses
 import json
 import os
 import random
@@ -124,7 +123,7 @@ def test_against_an_int4_decode_module(int4, data, tmp_path):
 
 def test_alignment_starts_where_the_module_was(tuned, int4, data, tmp_path):
     out, before = tuned
-    report = qsun.tune(int4, tmp_path / "a", data, dataclasses.replace(FAST, lr=1e-4), init=out, device="cpu")
+    report = qsun.tune(int4, tmp_path / "a", data, FAST.replace(lr=1e-4), init=out, device="cpu")
     assert report["valid_loss"][0][1] < 0.6 * before["valid_loss"][0][1]
     made, first = (json.loads((d / "qsun.json").read_text()) for d in (tmp_path / "a", out))
     assert made["lineage"] == [first["fingerprint"]]
@@ -132,7 +131,7 @@ def test_alignment_starts_where_the_module_was(tuned, int4, data, tmp_path):
 
 
 def test_the_conventional_fine_tune(few, tmp_path):
-    config = dataclasses.replace(FAST, steps=20, baseline="full")
+    config = FAST.replace(steps=20, baseline="full")
     report = qsun.tune("demo", tmp_path / "full", few, config, device="cpu")
     assert report["best_valid_loss"] < report["valid_loss"][0][1]
     ours = load_file(tmp_path / "full" / "model.safetensors")
@@ -159,7 +158,7 @@ def small(talking_model, few, tmp_path_factory):
 
 @pytest.mark.parametrize("again", [{"grad_accum": 2}, {"grad_checkpoint": True}, {"grad_accum": 9}])
 def test_pieces_and_recomputation_change_nothing_that_matters(again, small, talking_model, few, tmp_path):
-    report = qsun.tune(talking_model, tmp_path / "out", few, dataclasses.replace(FAST, **again), device="cpu")
+    report = qsun.tune(talking_model, tmp_path / "out", few, FAST.replace(**again), device="cpu")
     for ours, theirs in zip(report["train_loss"], small[1]["train_loss"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
 
@@ -167,14 +166,14 @@ def test_pieces_and_recomputation_change_nothing_that_matters(again, small, talk
 def test_the_same_seed_gives_the_same_bytes(small, talking_model, few, tmp_path):
     qsun.tune(talking_model, tmp_path / "out", few, FAST, device="cpu")
     assert weights_of(tmp_path / "out") == weights_of(small[0])
-    qsun.tune(talking_model, tmp_path / "other", few, dataclasses.replace(FAST, seed=1), device="cpu")
+    qsun.tune(talking_model, tmp_path / "other", few, FAST.replace(seed=1), device="cpu")
     assert weights_of(tmp_path / "other") != weights_of(small[0])
 
 
 @pytest.mark.parametrize("settings", [{}, {"dtype": "bfloat16"}, {"lora_rank": 2}])
 @pytest.mark.parametrize("step", [1, 3, 5])
 def test_a_stopped_run_goes_on_as_if_it_had_not(step, settings, talking_model, few, tmp_path):
-    config = dataclasses.replace(FAST, **settings)
+    config = FAST.replace(**settings)
     whole = qsun.tune(talking_model, tmp_path / "whole", few, config, device="cpu")
     with pytest.raises(KeyboardInterrupt):
         qsun.tune(talking_model, tmp_path / "out", few, config, device="cpu", progress=stop_after(step))
@@ -200,7 +199,7 @@ def test_a_run_cannot_go_on_with_other_settings(talking_model, few, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         qsun.tune(talking_model, tmp_path / "out", few, FAST, device="cpu", progress=stop_after(1))
     with pytest.raises(qsun.ResumeError, match=r"lr was 0\.003 and is now 0\.001"):
-        qsun.tune(talking_model, tmp_path / "out", few, dataclasses.replace(FAST, lr=1e-3), device="cpu", resume=True)
+        qsun.tune(talking_model, tmp_path / "out", few, FAST.replace(lr=1e-3), device="cpu", resume=True)
     with pytest.raises(qsun.QsunError, match="holds an interrupted run"):
         qsun.tune(talking_model, tmp_path / "out", few, FAST, device="cpu")
 
@@ -225,7 +224,7 @@ def test_a_loss_that_is_no_number_is_an_error(talking_model, few, tmp_path):
     with pytest.raises(
         qsun.QsunError, match=r"loss is (nan|inf) after step \d of 6; use a lower --lr than 10"
     ) as caught:
-        qsun.tune(talking_model, tmp_path / "out", few, dataclasses.replace(FAST, lr=10.0, dtype="float16", steps=6))
+        qsun.tune(talking_model, tmp_path / "out", few, FAST.replace(lr=10.0, dtype="float16", steps=6))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -233,7 +232,7 @@ def test_a_loss_that_is_no_number_is_an_error(talking_model, few, tmp_path):
 def test_prompts_of_one_token_teach_nothing_and_break_nothing(talking_model, tmp_path):
     rows = sums(4) + [{"prompt": "", "response": "a"}] * 4  # only <s>
     train, valid = write_jsonl(tmp_path / "train.jsonl", rows), write_jsonl(tmp_path / "valid.jsonl", sums(3, seed=1))
-    config = dataclasses.replace(FAST, batch_size=1, steps=8)
+    config = FAST.replace(batch_size=1, steps=8)
     report = qsun.tune(talking_model, tmp_path / "out", train, config, eval_data=valid, device="cpu")
     assert len(report["train_loss"]) == 8
 
