@@ -24,8 +24,8 @@ Examples:
   curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"model": "math", "prompt": "calc 12+8>"}'
 
 Each prefill module is a model of the API; without --prefill the base itself is, as "base". SIGTERM and Ctrl-C let
-running requests finish. /metrics is Prometheus', /health and /ready are for whoever watches. Without --api-keys it
-listens on this machine only.
+running requests finish, a second one ends them. /metrics is for Prometheus, /health and /ready for probes. Without
+--api-keys it listens on this machine only.
 """
 
 
@@ -34,24 +34,30 @@ def serve(
     prefill: list[str] = typer.Option([], help="NAME=DIR of a prefill module; may be repeated."),
     host: str = typer.Option("127.0.0.1", help="Address to listen on."),
     port: int = typer.Option(8000, min=0, max=65535, help="Port; 0 takes a free one."),
-    api_keys: Path | None = typer.Option(None, help="File with an API key on each line."),
+    api_keys: Path | None = typer.Option(None, help="File with an API key on each line; # begins a comment."),
+    cors_origin: list[str] = typer.Option([], help="Web origin that may call the API, or '*'; may be repeated."),
+    tool_format: str = typer.Option(
+        "", help="How the model calls tools: hermes, mistral or llama3. Default: its chat template's."
+    ),
     max_batch: int = typer.Option(64, min=1, help="Requests that prefill or decode at a time."),
     kv_memory: str = typer.Option("auto", help="Memory for KV, such as 2GiB. Default: a quarter of what is free."),
-    prefix_cache: str = typer.Option("256MiB", help="Memory for prompts' beginnings; 0: none."),
+    prefix_cache: str = typer.Option("256MiB", help="Memory for KV of prompt prefixes; 0: none."),
     prefill_tokens: int = typer.Option(512, min=1, help="Prompt tokens read between two decode steps."),
     max_waiting: int = typer.Option(256, min=1, help="Requests in the queue; more are answered 429."),
     max_tokens: int = typer.Option(0, min=0, help="Longest answer. Default: what the model has positions for."),
     default_tokens: int = typer.Option(
-        1024, min=0, help="Longest answer of a chat that sets no max_tokens; 0: all positions, and KV is kept for them."
+        1024, min=0, help="Longest answer of a chat that sets no max_tokens; 0: all positions. KV is reserved for it."
     ),
-    timeout: float = typer.Option(600.0, help="Seconds until a request is given up."),
+    timeout: float = typer.Option(600.0, help="Time limit of a request, in seconds."),
     max_body: str = typer.Option("1MiB", help="Longest body of a request."),
     drain: float = typer.Option(30.0, min=1, help="Seconds that running requests have to finish at the end."),
     dtype: str | None = typer.Option(None, help="Of activations: float32, bfloat16 ... Default: the decode module's."),
     device: str | None = typer.Option(None, help="cpu, cuda, cuda:1 ... Default: a GPU where there is one."),
     threads: int = typer.Option(0, min=0, help="CPU threads. Default: as torch chooses, one for each core."),
-    admin: bool = typer.Option(False, "--admin", help="POST and DELETE /admin/models: modules come and go."),
-    partitioned: bool = typer.Option(False, "--partitioned", help="Decode each model apart, to compare with."),
+    admin: bool = typer.Option(False, "--admin", help="Add and remove modules by POST and DELETE /admin/models."),
+    partitioned: bool = typer.Option(
+        False, "--partitioned", help="Decode each model in batches of its own, to compare."
+    ),
     as_json: bool = typer.Option(False, "--json", help="When ready, print one JSON object on stdout."),
 ) -> None:
     import asyncio
@@ -60,6 +66,7 @@ def serve(
     named = _named(prefill)
     from qsun.engine.engine import EngineConfig
     from qsun.serve.api.completions import ServeLimits
+    from qsun.serve.http.cors import with_cors
     from qsun.serve.http.guard import Guard, GuardConfig
     from qsun.serve.http.keys import check_exposed, read_keys
     from qsun.serve.http.server import Draining, HttpProcess, listen
@@ -67,7 +74,8 @@ def serve(
     keys = read_keys(api_keys)
     check_exposed(host, keys)
     guard = GuardConfig(api_keys=keys, max_body_bytes=byte_count("max-body", max_body))
-    limits = ServeLimits(max_tokens, timeout, default_tokens)
+    asked: Any = {"seconds": timeout, "tool_format": tool_format}
+    limits = ServeLimits(max_tokens=max_tokens, default_tokens=default_tokens, **asked)
     kv_bytes = 0 if kv_memory == "auto" else byte_count("kv-memory", kv_memory)
     prefix_bytes = byte_count("prefix-cache", prefix_cache)
     config = EngineConfig(max_batch, kv_bytes, prefix_bytes, prefill_tokens, max_waiting, partitioned)
@@ -78,7 +86,8 @@ def serve(
         guarded = Guard(app, guard)
         draining = Draining(serving.drain, lambda: guarded.running, lambda: drain, lambda: serving.thread.stop(0))
         try:
-            asyncio.run(HttpProcess(guarded, bound, draining).serve(lambda url: _announce(url, serving, as_json)))
+            process = HttpProcess(with_cors(guarded, cors_origin), bound, draining)
+            asyncio.run(process.serve(lambda url: _announce(url, serving, as_json)))
         finally:
             serving.thread.stop()  # a second signal leaves it running, and a thread inside torch aborts the process
 
@@ -89,7 +98,7 @@ serve.__doc__ = _EXAMPLES
 def _load(
     decode: str, named: dict[str, str], config: Any, limits: Any, where: tuple[str | None, str | None, int], admin: bool
 ) -> tuple[Any, Any]:
-    """The state and the application, all modules loaded."""
+    """Load all modules. Returns the server's state and its application."""
     dtype, device, threads = where
     import torch
 

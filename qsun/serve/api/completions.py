@@ -1,48 +1,51 @@
-"""From a body of OpenAI's API to requests of the engine, and from its updates to an answer or a stream."""
+"""From a body of OpenAI's API to requests of the engine, and from their updates to an answer or a stream."""
 
 import asyncio
 import secrets
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from qsun.data.chat import render_prompt
+from pydantic import Field
+
+from qsun.config import Settings
 from qsun.engine.engine import Engine
 from qsun.engine.requests import Full, Refused, Request, Sampling, Update
 from qsun.engine.thread import SHUTTING_DOWN, EngineThread
 from qsun.errors import QsunError
-from qsun.model.locate import encode
 from qsun.runtime.sampling import row_seed
-from qsun.serve.api.answers import DONE, Answer, Choice, event
-from qsun.serve.api.bodies import MOST_CHOICES, ChatBody, CompletionBody
+from qsun.serve.api.answers.answer import Answer, Choice, Style
+from qsun.serve.api.answers.chat import ChatAnswer
+from qsun.serve.api.answers.completion import CompletionAnswer
+from qsun.serve.api.bodies.chat import ChatBody
+from qsun.serve.api.bodies.completion import CompletionBody
+from qsun.serve.api.bodies.fields import MOST_CHOICES
+from qsun.serve.api.prompts import Prompts, context_exceeded
+from qsun.serve.api.structured import Grammars, call_schema
 from qsun.serve.api.token_text import Spelling
+from qsun.serve.api.tools.formats import FORCED, FORMATS, ToolFormat, format_of
+from qsun.serve.api.tools.parser import ToolParser
 from qsun.serve.http.errors import HttpError, busy
 
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 
 
-@dataclass(frozen=True)
-class ServeLimits:
+class ServeLimits(Settings):
     """What one request may ask for.
 
     Attributes:
-        max_tokens: of one answer; 0: as many as the model has positions for. seconds: until it is given up.
-        default_tokens: of a chat that names no number; 0: as many as there is room for. KV for all is kept free: with
+        max_tokens: of one answer; 0: as many as the model has positions for. seconds: time limit of a request.
+        default_tokens: of a chat that names no number; 0: as many as there is room for. KV for all is reserved: with
             a large number few requests fit at a time.
+        tool_format: in which the model calls tools; "": the chat template's.
     """
 
-    max_tokens: int = 0
-    seconds: float = 600.0
-    default_tokens: int = 1024
-
-    def __post_init__(self) -> None:
-        if min(self.max_tokens, self.default_tokens) < 0 or not self.seconds > 0:
-            raise QsunError(
-                f"max_tokens {self.max_tokens}, default_tokens {self.default_tokens} and seconds {self.seconds:g} are "
-                "out of range; use 0 or more"
-            )
+    max_tokens: Annotated[int, Field(ge=0)] = 0
+    seconds: Annotated[float, Field(gt=0)] = 600.0
+    default_tokens: Annotated[int, Field(ge=0)] = 1024
+    tool_format: Literal["", "hermes", "mistral", "llama3"] = ""
 
 
 @dataclass(frozen=True)
@@ -53,37 +56,42 @@ class Reply:
     updates: AsyncGenerator[Update, None]
     choices: dict[str, Choice]
 
-    def take(self, update: Update) -> Choice:
-        """Raises HttpError where the request failed."""
+    def _choice(self, update: Update) -> Choice:
+        """Return the choice of an update. Raises HttpError where the request failed."""
         if update.finish in ("timeout", "error"):
             status = 504 if update.finish == "timeout" else 503 if update.error == SHUTTING_DOWN else 500
             raise HttpError(status, update.error)
-        choice = self.choices[update.request]
-        choice.take(update)
-        return choice
+        return self.choices[update.request]
 
     async def whole(self) -> dict[str, Any]:
         async with aclosing(self.updates) as updates:
             async for update in updates:
-                self.take(update)
+                self._choice(update).take(update)
         return self.answer.whole()
 
-    async def stream(self, with_usage: bool) -> AsyncGenerator[bytes, None]:
-        """Server-sent events. A failure is an event of its own, and no [DONE] follows it."""
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        """Yield server-sent events. A failure is an event of its own, and no [DONE] follows it."""
         async with aclosing(self.updates) as updates:
-            for opening in self.answer.opening():
-                yield opening
+            for event in self.answer.opening():
+                yield event
             try:
                 async for update in updates:
-                    chunk = self.answer.chunk(self.take(update), update)
-                    if chunk is not None:
-                        yield chunk
+                    for event in self.answer.events(self._choice(update), update):
+                        yield event
             except HttpError as failure:
-                yield event(failure.body())
+                yield self.answer.failure(failure)
                 return
-        if with_usage:
-            yield self.answer.usage_chunk()
-        yield DONE
+        for event in self.answer.closing():
+            yield event
+
+
+def _sampling(settings: dict[str, Any]) -> Sampling:
+    """Return settings for the engine. Raises HttpError 400 for one that it does not have."""
+    known = Sampling.__dataclass_fields__.keys()
+    for name in settings.keys() - known:
+        if settings[name] not in (None, False, 0, (), {}) and (name, settings[name]) != ("repetition_penalty", 1.0):
+            raise HttpError(400, f"{name.replace('new_', '')} is not supported; leave it out")
+    return Sampling(**{name: value for name, value in settings.items() if name in known})
 
 
 class Completions:
@@ -91,13 +99,21 @@ class Completions:
 
     def __init__(self, engine: Engine, thread: EngineThread, limits: ServeLimits):
         self.engine, self.thread, self.limits = engine, thread, limits
+        model: Any = engine.decode.model
+        self.prompts = Prompts(engine.tokenizer, engine.positions)
+        self._grammars = Grammars(engine.tokenizer, model.config.vocab_size, engine.eos)
         self._spelling = Spelling(engine.tokenizer)
 
-    async def start(self, body: CompletionBody | ChatBody) -> Reply:
-        """Queue the requests of a body, all or none. Raises HttpError for what cannot be answered."""
+    async def start(self, body: CompletionBody | ChatBody, answer_type: Callable[..., Answer] = ChatAnswer) -> Reply:
+        """Queue the requests of a body, all or none. Raises HttpError for what cannot be answered.
+
+        Args:
+            answer_type: the format of the answer to a chat.
+        """
         try:
-            prompts = await asyncio.to_thread(self._prompts, body)
-            requests = self._requests(body, prompts)
+            form = self._tool_format(body)
+            prompts = await self._tokens(body)
+            requests = await self._requests(body, prompts, form)
             updates = await self.thread.submit(requests)
         except Full as full:
             raise busy(str(full), self._retry_seconds()) from None
@@ -105,62 +121,131 @@ class Completions:
             raise HttpError(503 if self.thread.failure else 404, str(refused), "model") from None
         except QsunError as error:
             raise HttpError(400, str(error).replace("max_new_tokens", "max_tokens")) from None
-        chat, lengths = isinstance(body, ChatBody), [len(prompt) for prompt in prompts]
-        answer = Answer(chat, body.model, lengths, body.n or 1, self._spelling, body.return_token_ids)
+        answer = self._answer(body, prompts, form, answer_type)
         choices = {request.id: choice for request, choice in zip(requests, answer.choices, strict=True)}
         return Reply(answer, updates, choices)
 
-    def _prompts(self, body: CompletionBody | ChatBody) -> list[list[int]]:
-        tokenizer = self.engine.tokenizer
-        given: Sequence[str | list[int]]
-        if isinstance(body, ChatBody):
-            given = [render_prompt(tokenizer, [message.plain() for message in body.messages])]
+    def _tool_format(self, body: CompletionBody | ChatBody) -> ToolFormat | None:
+        """Return the format in which the answer may call tools."""
+        if not isinstance(body, ChatBody) or not body.usable_tools:
+            return None
+        if self.limits.tool_format:
+            form = FORMATS[self.limits.tool_format]
         else:
-            given = body.prompts
-        if tokenizer is None and any(isinstance(prompt, str) for prompt in given):
-            raise QsunError("the model has no tokenizer; give prompts as token ids")
-        return [encode(tokenizer, prompt) if isinstance(prompt, str) else prompt for prompt in given]
+            form = format_of(getattr(self.engine.tokenizer, "chat_template", None))
+        return FORCED if body.forced_tools else form
 
-    def _requests(self, body: CompletionBody | ChatBody, prompts: list[list[int]]) -> list[Request]:
-        n = body.n or 1
-        if len(prompts) * n > MOST_CHOICES:
-            raise HttpError(400, f"{len(prompts)} prompts x n {n} is over the limit of {MOST_CHOICES} answers", "n")
-        seed = secrets.randbits(32) if body.seed is None else body.seed
-        return [
-            Request(
-                uuid.uuid4().hex,
-                body.model,
-                tuple(prompts[number // n]),
-                Sampling(
-                    max_new_tokens=self._max_tokens(body, len(prompts[number // n])),
-                    temperature=1.0 if body.temperature is None else body.temperature,
-                    top_p=1.0 if body.top_p is None else body.top_p,
-                    top_k=body.top_k,
-                    seed=row_seed(seed, number),
-                    stop=body.stops,
-                    ignore_eos=body.ignore_eos,
-                    logprobs=body.wanted_logprobs,
-                ),
-                self.limits.seconds,
+    async def _tokens(self, body: CompletionBody | ChatBody) -> list[list[int]]:
+        if isinstance(body, ChatBody):
+            return [await self.prompts.of_conversation(body)]
+        return await self.prompts.of_texts(body.prompt)
+
+    async def _requests(
+        self, body: CompletionBody | ChatBody, prompts: list[list[int]], form: ToolFormat | None
+    ) -> list[Request]:
+        if len(prompts) * body.n > MOST_CHOICES:
+            raise HttpError(
+                400, f"{len(prompts)} prompts x n {body.n} is over the limit of {MOST_CHOICES} answers", "n"
             )
-            for number in range(len(prompts) * n)
-        ]
+        seed = secrets.randbits(32) if body.seed is None else body.seed
+        schema = self._schema(body)
+        requests = []
+        for number in range(len(prompts) * body.n):
+            prompt = prompts[number // body.n]
+            settings = self._settings(body, len(prompt)) | {"seed": row_seed(seed, number)}
+            if form is not None and form.special:
+                settings["skip_special_tokens"] = False
+            if schema is not None:
+                settings["constraint"] = await asyncio.to_thread(self._grammars.json, schema)
+            requests.append(
+                Request(
+                    uuid.uuid4().hex,
+                    body.model,
+                    tuple(prompt),
+                    _sampling(settings),
+                    self.limits.seconds,
+                )
+            )
+        return requests
+
+    def _schema(self, body: CompletionBody | ChatBody) -> dict[str, Any] | None:
+        """Return the JSON schema that the answer must satisfy; None: any text."""
+        if not isinstance(body, ChatBody):
+            return None
+        forced = body.forced_tools
+        schema = call_schema([tool.function.model_dump() for tool in forced]) if forced else body.schema_of_answer
+        if schema is not None and (body.min_tokens or body.ignore_eos):
+            raise HttpError(400, "min_tokens and ignore_eos exclude a structured answer; leave them out", "min_tokens")
+        return schema
+
+    def _settings(self, body: CompletionBody | ChatBody, prompt_tokens: int) -> dict[str, Any]:
+        echo = isinstance(body, CompletionBody) and body.echo
+        return {
+            "max_new_tokens": self._max_tokens(body, prompt_tokens),
+            "min_new_tokens": body.min_tokens,
+            "temperature": 1.0 if body.temperature is None else body.temperature,
+            "top_p": body.top_p,
+            "top_k": max(body.top_k, 0),
+            "min_p": body.min_p,
+            "frequency_penalty": body.frequency_penalty,
+            "presence_penalty": body.presence_penalty,
+            "repetition_penalty": body.repetition_penalty,
+            "logit_bias": body.logit_bias,
+            "stop": tuple(body.stop),
+            "stop_token_ids": tuple(body.stop_token_ids),
+            "ignore_eos": body.ignore_eos,
+            "logprobs": body.wanted_logprobs,
+            "prompt_logprobs": body.wanted_logprobs if echo else None,
+        }
 
     def _max_tokens(self, body: CompletionBody | ChatBody, prompt_tokens: int) -> int:
         chat = isinstance(body, ChatBody)
         asked = (body.max_completion_tokens if isinstance(body, ChatBody) else None) or body.max_tokens
-        most = self.limits.max_tokens
+        most, positions = self.limits.max_tokens, self.engine.positions
+        if asked == 0:
+            asked = 1  # echo alone: the token that the engine gives is left out
         if asked is None and not chat:
             asked = _DEFAULT_COMPLETION_TOKENS if not most else min(most, _DEFAULT_COMPLETION_TOKENS)
         if asked is None:
-            room = min(self.engine.positions, self.engine.budget_tokens) + 1 - prompt_tokens
+            room = min(positions, self.engine.budget_tokens) + 1 - prompt_tokens
             limits = [limit for limit in (most, self.limits.default_tokens) if limit]
-            return max(1, min([room, *limits]))
+            asked = max(1, min([room, *limits]))
         if most and asked > most:
             raise HttpError(400, f"max_tokens {asked} is over this server's limit of {most}", "max_tokens")
+        if prompt_tokens + asked - 1 > positions:
+            raise context_exceeded(positions, str(prompt_tokens), asked, "messages" if chat else "prompt")
         return asked
 
+    def _answer(
+        self,
+        body: CompletionBody | ChatBody,
+        prompts: Sequence[Sequence[int]],
+        form: ToolFormat | None,
+        answer_type: Callable[..., Answer],
+    ) -> Answer:
+        options = body.stream_options
+        style = Style(
+            self._spelling,
+            body.return_token_ids,
+            options is not None and options.include_usage,
+            options is not None and options.continuous_usage_stats,
+        )
+        if isinstance(body, CompletionBody):
+            answer = CompletionAnswer(body.model, prompts, body.n, style)
+            answer.echo, answer.no_tokens = body.echo, body.max_tokens == 0
+            answer.prompt_texts = [
+                prompt if isinstance(prompt, str) else self._text(prompt) for prompt in body.prompt if body.echo
+            ]
+            return answer
+        most = None if body.parallel_tool_calls else 1
+        parsers = [None if form is None else ToolParser(form, most) for _ in range(body.n)]
+        return answer_type(body.model, prompts, body.n, style, parsers)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        tokenizer = self.engine.tokenizer
+        return "" if tokenizer is None else tokenizer.decode(tokens)
+
     def _retry_seconds(self) -> float:
-        """About when the queue will have moved on by a tenth."""
+        """Return about when the queue will have moved on by a tenth."""
         state = self.thread.state
         return min(60.0, 0.1 * state.waiting / max(state.finished_per_second, 1e-3))

@@ -1,17 +1,22 @@
 """How a single token is written: its text, and the bytes that it stands for."""
 
 import re
+from functools import cache
 from typing import Any
+
+from tokenizers.pre_tokenizers import ByteLevel
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # SentencePiece's name of a byte that no piece has
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's
 
 
+@cache
 def _byte_alphabet() -> dict[str, int]:
-    """Bytes by their character in GPT-2's byte-level alphabet: their own where it can be seen, else a later one."""
-    seen = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in seen]
-    return {chr(byte): byte for byte in seen} | {chr(256 + place): byte for place, byte in enumerate(hidden)}
+    """Return bytes by their character in GPT-2's alphabet: their own where it is printable, else one past 255."""
+    characters = sorted(ByteLevel.alphabet())
+    own = {character: ord(character) for character in characters if ord(character) < 256}
+    hidden = sorted(set(range(256)) - set(own.values()))
+    return own | dict(zip(characters[len(own) :], hidden, strict=True))
 
 
 class Spelling:

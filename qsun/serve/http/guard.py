@@ -9,9 +9,11 @@ import hmac
 import re
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, Field
+
+from qsun.config import Settings
 from qsun.errors import QsunError
 from qsun.serve.http.errors import HttpError, busy
 
@@ -26,8 +28,16 @@ _FEWEST_KEY_CHARACTERS = 8
 _OPEN_BODY_BYTES = 1 << 12  # requests to open paths have no use for a body
 
 
-@dataclass(frozen=True)
-class GuardConfig:
+def _checked_key(key: str) -> str:
+    if len(key) < _FEWEST_KEY_CHARACTERS or not key.isascii() or not key.isprintable() or " " in key:
+        raise QsunError(  # in these words alone: the key itself must not be in an error
+            f"an API key of {len(key)} characters is invalid; use {_FEWEST_KEY_CHARACTERS} or more printable ASCII "
+            "characters without spaces"
+        )
+    return key
+
+
+class GuardConfig(Settings):
     """Limits of the HTTP side.
 
     Attributes:
@@ -37,21 +47,10 @@ class GuardConfig:
         max_requests: answered at a time; more get 429. Health and metrics do not count.
     """
 
-    api_keys: tuple[str, ...] = ()
-    max_body_bytes: int = 1 << 20
-    body_seconds: float = 30.0
-    max_requests: int = 1024
-
-    def __post_init__(self) -> None:
-        for key in self.api_keys:
-            if len(key) < _FEWEST_KEY_CHARACTERS or not key.isascii() or not key.isprintable() or " " in key:
-                raise QsunError(
-                    f"an API key of {len(key)} characters is invalid; use {_FEWEST_KEY_CHARACTERS} or more "
-                    "printable ASCII characters without spaces"
-                )
-        for name in ("max_body_bytes", "body_seconds", "max_requests"):
-            if not getattr(self, name) > 0:
-                raise QsunError(f"{name} {getattr(self, name)} is out of range; use more than 0")
+    api_keys: tuple[Annotated[str, AfterValidator(_checked_key)], ...] = Field(default=(), repr=False)
+    max_body_bytes: Annotated[int, Field(gt=0)] = 1 << 20
+    body_seconds: Annotated[float, Field(gt=0)] = 30.0
+    max_requests: Annotated[int, Field(gt=0)] = 1024
 
 
 class Guard:

@@ -1,4 +1,4 @@
-"""Log-probabilities, offsets and usage in an answer: tokens that are part of a character, prompts and their choices."""
+"""Answers in each format, whole and as streams: log-probabilities, offsets, calls of tools, token counts."""
 
 import json
 
@@ -8,8 +8,13 @@ from transformers import PreTrainedTokenizerFast
 
 from qsun.engine.requests import TokenLogprob, Update
 from qsun.runtime.row_text import RowText
-from qsun.serve.api.answers import Answer
+from qsun.serve.api.answers.answer import Style
+from qsun.serve.api.answers.chat import ChatAnswer
+from qsun.serve.api.answers.completion import CompletionAnswer
+from qsun.serve.api.answers.response import ResponseAnswer
 from qsun.serve.api.token_text import Spelling
+from qsun.serve.api.tools.formats import HERMES
+from qsun.serve.api.tools.parser import ToolParser
 
 TEXT = "a€b é!"
 
@@ -33,28 +38,32 @@ def updates_of(tokenizer, tokens):
         yield Update("r", (token,), text, "length" if last else "", "", (TokenLogprob(token, -0.5, ((token, -0.5),)),))
 
 
-def answers(tokenizer, chat):
+def streamed(answer, update):
+    return [json.loads(event.split(b"data: ", 1)[1]) for event in answer.events(answer.choices[0], update)]
+
+
+def answers(tokenizer, answer_type):
     """The same answer whole, and by its chunks."""
     tokens = tokenizer(TEXT)["input_ids"]
-    answer = Answer(chat, "m", [3], 1, Spelling(tokenizer), False)
-    chunks = []
-    for update in updates_of(tokenizer, tokens):
-        answer.choices[0].take(update)
-        chunks.append(json.loads(answer.chunk(answer.choices[0], update)[6:])["choices"][0])
+    answer = answer_type("m", [[1, 2, 3]], 1, Style(Spelling(tokenizer)))
+    chunks = [event["choices"][0] for update in updates_of(tokenizer, tokens) for event in streamed(answer, update)]
     return answer.whole()["choices"][0], chunks
 
 
 def test_bytes_of_tokens_join_to_the_text(byte_level):
-    whole, chunks = answers(byte_level, chat=True)
+    whole, chunks = answers(byte_level, ChatAnswer)
     assert whole["message"]["content"] == TEXT
-    for entries in (whole["logprobs"]["content"], [e for c in chunks for e in c["logprobs"]["content"]]):
+    for entries in (
+        whole["logprobs"]["content"],
+        [e for c in chunks if c["logprobs"] for e in c["logprobs"]["content"]],
+    ):
         assert bytes(byte for entry in entries for byte in entry["bytes"]).decode() == TEXT
         assert entries[1]["bytes"] == [0xE2]  # of the euro sign
         assert entries[1]["top_logprobs"][0]["bytes"] == [0xE2]
 
 
 def test_offsets_lie_in_the_text_and_a_stream_gives_the_same(byte_level):
-    whole, chunks = answers(byte_level, chat=False)
+    whole, chunks = answers(byte_level, CompletionAnswer)
     offsets = whole["logprobs"]["text_offset"]
     assert offsets == [0, 1, 1, 1, 2, 3, 4, 4, 5]
     assert offsets == [place for chunk in chunks for place in chunk["logprobs"]["text_offset"]]
@@ -62,7 +71,7 @@ def test_offsets_lie_in_the_text_and_a_stream_gives_the_same(byte_level):
 
 
 def test_cached_tokens_add_up_over_prompts_and_not_over_choices():
-    answer = Answer(False, "m", [70, 80], 2, Spelling(None), False)
+    answer = CompletionAnswer("m", [[1] * 70, [1] * 80], 2, Style(Spelling(None)))
     for choice, cached in zip(answer.choices, (64, 64, 0, 32), strict=True):
         choice.take(Update("r", (1,), "", "length", "", (), cached))
     assert answer.usage()["prompt_tokens_details"] == {"cached_tokens": 96}
@@ -86,3 +95,88 @@ def test_pieces_and_bytes_of_sentencepiece():
     spelling = Spelling(Pieces("\N{LOWER ONE EIGHTH BLOCK}the", "<0xE2>", "end"))
     assert [spelling.bytes(token) for token in range(3)] == [b" the", b"\xe2", b"end"]
     assert Spelling(None).bytes(0) == b""
+
+
+CALLING = ["Sure", "\n<tool", '_call>{"name": "add", "argu', 'ments": {"a": 1}}</tool_call>', "\n"]
+
+
+def calling(answer_type, n=1, **more):
+    """An answer that calls a tool, and all events of its stream."""
+    parsers = [ToolParser(HERMES) for _ in range(n)]
+    answer = answer_type("m", [[1, 2, 3]], n, Style(Spelling(None)), parsers, **more)
+    events = [json.loads(event.split(b"data: ", 1)[1]) for event in answer.opening()]
+    for number, text in enumerate(CALLING):
+        events += streamed(answer, Update("r", (5,), text, "eos" if number == len(CALLING) - 1 else ""))
+    return answer, events
+
+
+def test_a_chat_calls_tools_whole_and_in_a_stream():
+    answer, events = calling(ChatAnswer)
+    (choice,) = answer.whole()["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("Sure", "tool_calls")
+    assert call["function"] == {"name": "add", "arguments": '{"a": 1}'}
+    deltas = [event["choices"][0]["delta"] for event in events]
+    assert "".join(delta.get("content") or "" for delta in deltas) == "Sure"
+    assert [c for delta in deltas for c in delta.get("tool_calls", [])] == [{"index": 0} | call]
+    assert [event["choices"][0]["finish_reason"] for event in events][-2:] == [None, "tool_calls"]
+
+
+def test_an_answer_that_was_cut_off_says_so_although_it_calls():
+    answer = ChatAnswer("m", [[1]], 1, Style(Spelling(None)), [ToolParser(HERMES)])
+    answer.choices[0].take(Update("r", (5,), '<tool_call>{"name": "add"}</tool_call>', "length"))
+    assert answer.whole()["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_response_calls_tools_whole_and_in_a_stream():
+    answer, events = calling(ResponseAnswer, settings={"instructions": None})
+    body = answer.whole()
+    message, call = body["output"]
+    assert (body["status"], message["content"][0]["text"]) == ("completed", "Sure")
+    assert (call["type"], call["name"], call["arguments"]) == ("function_call", "add", '{"a": 1}')
+    assert body["usage"] == {"input_tokens": 3, "input_tokens_details": {"cached_tokens": 0}, "output_tokens": 5,
+                             "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 8}  # fmt: skip
+    events += [json.loads(event.split(b"data: ", 1)[1]) for event in answer.closing()]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert [event["type"].removeprefix("response.") for event in events] == [
+        "created", "in_progress", "output_item.added", "content_part.added", "output_text.delta",
+        "output_item.added", "function_call_arguments.delta", "function_call_arguments.done", "output_item.done",
+        "output_text.done", "content_part.done", "output_item.done", "completed",
+    ]  # fmt: skip
+    assert events[-1]["response"]["output"] == body["output"]
+    done = {event["output_index"]: event["item"] for event in events if event["type"].endswith("output_item.done")}
+    assert [done[0], done[1]] == body["output"]
+
+
+def test_a_response_that_says_nothing_has_an_empty_message():
+    answer = ResponseAnswer("m", [[1]], 1, Style(Spelling(None)), settings={})
+    answer.choices[0].take(Update("r", (5,), "", "length"))
+    body = answer.whole()
+    assert (body["status"], body["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+    assert body["output"][0]["content"][0]["text"] == ""
+
+
+def test_token_counts_in_every_chunk_where_they_are_wanted():
+    answer = ChatAnswer("m", [[1, 2]], 1, Style(Spelling(None), include_usage=True, continuous_usage=True))
+    events = [event for i in range(3) for event in streamed(answer, Update("r", (5,), "x", "length" if i == 2 else ""))]
+    assert [event["usage"]["completion_tokens"] for event in events] == [1, 2, 3, 3]
+
+
+def test_an_echo_puts_the_prompt_before_the_answer():
+    answer = CompletionAnswer("m", [[7, 8, 9]], 1, Style(Spelling(Pieces(*"?" * 7, "a", "bc", "d", "e"))))
+    answer.echo, answer.prompt_texts = True, ["abcd"]
+    choice = answer.choices[0]
+    choice.take(Update("r", (10,), "e", "length", "", (TokenLogprob(10, -0.5, ((10, -0.5),)),)))
+    choice.prompt_logprobs += [TokenLogprob(8, -1.0, ((9, -0.1),)), TokenLogprob(9, -2.0, ((9, -2.0),))]
+    body = answer.whole()["choices"][0]
+    assert body["text"] == "abcde"
+    assert body["logprobs"] == {
+        "tokens": ["a", "bc", "d", "e"],
+        "token_logprobs": [None, -1.0, -2.0, -0.5],
+        "top_logprobs": [None, {"d": -0.1}, {"d": -2.0}, {"e": -0.5}],
+        "text_offset": [0, 1, 3, 4],
+    }
+    answer.no_tokens = True  # max_tokens 0
+    alone = answer.whole()["choices"][0]
+    assert (alone["text"], alone["finish_reason"]) == ("abcd", "length")
+    assert alone["logprobs"]["tokens"] == ["a", "bc", "d"]

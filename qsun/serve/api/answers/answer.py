@@ -1,0 +1,151 @@
+"""What whole answers and streams have in common: choices as they grow, ids, and token counts."""
+
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from qsun.engine.requests import TokenLogprob, Update
+from qsun.serve.api.token_text import Spelling
+from qsun.serve.api.tools.parser import Call, ToolParser
+from qsun.serve.http.errors import HttpError
+from qsun.serve.http.wire import DONE_EVENT, encode_event
+
+REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
+
+
+@dataclass
+class Choice:
+    """One answer as it grows.
+
+    Attributes:
+        parser: where the answer may call tools. text: what the client sees of it, without calls.
+        offsets: of each token: the length of the model's text before it.
+        prompt_logprobs: of all of the prompt's tokens but the first, which nothing predicts.
+    """
+
+    index: int
+    prompt: Sequence[int]
+    parser: ToolParser | None = None
+    text: str = ""
+    calls: list[Call] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish: str = ""
+    cached_tokens: int = 0
+    offsets: list[int] = field(default_factory=list)
+    _written: int = 0
+
+    def take(self, update: Update) -> tuple[str, list[Call]]:
+        """Add what came. Returns the new content and calls for the client to see."""
+        self.offsets += [self._written] * len(update.tokens)
+        self._written += len(update.text)
+        self.tokens += update.tokens
+        self.logprobs += update.logprobs
+        self.prompt_logprobs += getattr(update, "prompt_logprobs", ())
+        self.finish = update.finish
+        self.cached_tokens += update.cached_tokens
+        content, calls = update.text, list[Call]()
+        if self.parser is not None:
+            content, calls = self.parser.feed(update.text, bool(update.finish))
+        self.text += content
+        self.calls += calls
+        return content, calls
+
+    @property
+    def reason(self) -> str | None:
+        reason = REASONS.get(self.finish)
+        return "tool_calls" if reason == "stop" and self.calls else reason
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a client wants its answer.
+
+    Attributes:
+        include_usage, continuous_usage: token counts at the end of a stream, and in all of its chunks.
+    """
+
+    spelling: Spelling
+    token_ids: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+
+
+class Answer:
+    """Builds the JSON of one request's answer, whole or in chunks; a subclass for each of OpenAI's formats.
+
+    Args:
+        prompts: tokens of each prompt; its n choices share it.
+        parsers: one for each choice where the answer may call tools.
+    """
+
+    prefix: ClassVar[str]
+    kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
+
+    def __init__(
+        self,
+        model: str,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        style: Style,
+        parsers: Sequence[ToolParser | None] | None = None,
+    ):
+        self.style, self._n = style, n
+        parsers = parsers or [None] * (len(prompts) * n)
+        self.choices = [Choice(i, prompts[i // n], parser) for i, parser in enumerate(parsers)]
+        self.head = {
+            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "object": self.kind,
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def whole(self) -> dict[str, Any]:
+        return self.head | {"choices": [self.choice(choice) for choice in self.choices], "usage": self.usage()}
+
+    def choice(self, choice: Choice) -> dict[str, Any]:
+        """Return a finished choice."""
+        raise NotImplementedError
+
+    def opening(self) -> Iterator[bytes]:
+        """Yield the events that a stream begins with."""
+        yield from ()
+
+    def events(self, choice: Choice, update: Update) -> Iterator[bytes]:
+        """Take an update, and yield what the client gets to see of it."""
+        raise NotImplementedError
+
+    def closing(self) -> Iterator[bytes]:
+        """Yield the events that end a stream."""
+        if self.style.include_usage:
+            yield self.chunk([], self.usage())
+        yield DONE_EVENT
+
+    def failure(self, error: HttpError) -> bytes:
+        """Return the event that ends a stream that failed."""
+        return encode_event(error.body())
+
+    def chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
+        body = self.head | {"object": self.chunk_kind, "choices": choices}
+        if usage is None and self.style.continuous_usage:
+            usage = self.usage()
+        return encode_event(body | ({} if usage is None else {"usage": usage}))
+
+    def usage(self) -> dict[str, Any]:
+        n = self._n
+        prompt = sum(len(choice.prompt) for choice in self.choices[::n])  # n choices share one prompt
+        completion = sum(len(choice.tokens) for choice in self.choices)
+        cached = sum(max(c.cached_tokens for c in self.choices[i : i + n]) for i in range(0, len(self.choices), n))
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def token_ids(self, tokens: Sequence[int]) -> dict[str, Any]:
+        return {"token_ids": list(tokens)} if self.style.token_ids else {}

@@ -1,0 +1,91 @@
+"""The routes that generate text, whole or as a stream, until the client leaves."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from functools import partial
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from qsun.serve.api.answers.answer import Answer
+from qsun.serve.api.answers.chat import ChatAnswer
+from qsun.serve.api.answers.response import ResponseAnswer
+from qsun.serve.api.bodies.chat import ChatBody
+from qsun.serve.api.bodies.completion import CompletionBody
+from qsun.serve.api.bodies.responses import ResponsesBody
+from qsun.serve.api.completions import Completions
+from qsun.serve.api.errors import DESCRIBED
+from qsun.serve.http.errors import HttpError
+from qsun.serve.http.wire import KEEP_ALIVE
+
+KEEP_ALIVE_SECONDS = 15.0
+
+
+def add_generation_routes(app: FastAPI, completions: Completions, check_open: Callable[[], None]) -> None:
+    async def answer(
+        body: CompletionBody | ChatBody, http: Request, kind: Callable[..., Answer] = ChatAnswer
+    ) -> Response:
+        check_open()
+        reply = await completions.start(body, kind)
+        if body.stream:
+            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            return StreamingResponse(kept_alive(reply.stream()), media_type="text/event-stream", headers=headers)
+        return JSONResponse(await _unless_gone(http, reply.whole()))
+
+    @app.post("/v1/completions", responses=DESCRIBED, response_class=JSONResponse)
+    async def complete(body: CompletionBody, http: Request) -> Response:
+        return await answer(body, http)
+
+    @app.post("/v1/chat/completions", responses=DESCRIBED, response_class=JSONResponse)
+    async def chat(body: ChatBody, http: Request) -> Response:
+        return await answer(body, http)
+
+    @app.post("/v1/responses", responses=DESCRIBED, response_class=JSONResponse)
+    async def respond(body: ResponsesBody, http: Request) -> Response:
+        """OpenAI's Responses API for text and functions. Nothing is stored between requests."""
+        return await answer(body.as_chat(), http, partial(ResponseAnswer, settings=body.settings()))
+
+
+async def kept_alive(
+    stream: AsyncGenerator[bytes, None], seconds: float = KEEP_ALIVE_SECONDS
+) -> AsyncGenerator[bytes, None]:
+    """Pass a stream on, with a comment whenever it is silent, so that proxies do not take it for dead.
+
+    It is closed at once when the client leaves, and not when the garbage collector finds it.
+    """
+    piece = asyncio.ensure_future(anext(stream))
+    try:
+        while True:
+            done, _ = await asyncio.wait([piece], timeout=seconds)
+            if not done:
+                yield KEEP_ALIVE
+                continue
+            try:
+                data = piece.result()
+            except StopAsyncIteration:
+                return
+            yield data
+            piece = asyncio.ensure_future(anext(stream))
+    finally:
+        piece.cancel()
+        await asyncio.wait([piece])
+        await stream.aclose()
+
+
+async def _unless_gone(http: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
+    """Return the work's result; if the client leaves first, cancel the work."""
+
+    async def gone() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise HttpError(499, "the client closed the connection")
+        return working.result()
+    finally:
+        watching.cancel()
+        working.cancel()
