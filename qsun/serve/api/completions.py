@@ -19,12 +19,12 @@ from qsun.runtime.sampling import row_seed
 from qsun.serve.api.answers.answer import Answer, Choice, Style
 from qsun.serve.api.answers.chat import ChatAnswer
 from qsun.serve.api.answers.completion import CompletionAnswer
+from qsun.serve.api.answers.token_text import Spelling
 from qsun.serve.api.bodies.chat import ChatBody
 from qsun.serve.api.bodies.completion import CompletionBody
 from qsun.serve.api.bodies.fields import MOST_CHOICES
 from qsun.serve.api.prompts import Prompts, context_exceeded
 from qsun.serve.api.structured import Grammars, call_schema
-from qsun.serve.api.token_text import Spelling
 from qsun.serve.api.tools.formats import FORCED, FORMATS, ToolFormat, format_of
 from qsun.serve.api.tools.parser import ToolParser
 from qsun.serve.http.errors import HttpError, busy

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qsun.errors import QsunError
-from qsun.serve.api.token_text import Spelling
+from qsun.serve.api.answers.token_text import Spelling
 
 _LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # free spaces need not end
 

@@ -12,7 +12,7 @@ from qsun.serve.api.answers.answer import Style
 from qsun.serve.api.answers.chat import ChatAnswer
 from qsun.serve.api.answers.completion import CompletionAnswer
 from qsun.serve.api.answers.response import ResponseAnswer
-from qsun.serve.api.token_text import Spelling
+from qsun.serve.api.answers.token_text import Spelling
 from qsun.serve.api.tools.formats import HERMES
 from qsun.serve.api.tools.parser import ToolParser
 

@@ -82,7 +82,7 @@ def test_a_second_signal_does_not_wait(number):
         (["--kv-memory", "much"], "--kv-memory 'much' is not a size"),
         (["--kv-memory", "1KB"], "kv_bytes 1000 holds no request"),
         (["--api-keys", "/nonexistent"], "cannot be read"),
-        (["--timeout", "0"], "seconds 0"),
+        (["--timeout", "0"], "seconds 0.0 is out of range"),
         (["--dtype", "float31"], "dtype 'float31' is not known"),
         (["--host", "203.0.113.7", "--api-keys", "KEYS"], "cannot listen on 203.0.113.7"),
     ],

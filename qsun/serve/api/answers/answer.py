@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from qsun.engine.requests import TokenLogprob, Update
-from qsun.serve.api.token_text import Spelling
+from qsun.serve.api.answers.token_text import Spelling
 from qsun.serve.api.tools.parser import Call, ToolParser
 from qsun.serve.http.errors import HttpError
 from qsun.serve.http.wire import DONE_EVENT, encode_event
