@@ -11,12 +11,12 @@ from qsun.cli.terminal import screen
 
 def route(
     file: Path = typer.Argument(..., help="cluster.yaml: modules, workers, policy and limits (docs/routing.md)."),
-    check: bool = typer.Option(False, "--check", help="Check the file, the modules and the workers, and leave."),
+    check: bool = typer.Option(False, "--check", help="Check the file, the modules and the workers, and exit."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
 ) -> None:
-    """Serve many models from running vLLM workers: prefill workers of each model, decode workers for all.
+    """Serve many models from running vLLM workers: prefill workers for each model, shared decode workers.
 
-    SIGHUP reads the file again, SIGTERM finishes the requests at work and leaves.
+    SIGHUP reloads the file, SIGTERM finishes running requests and exits.
 
     Examples:
 
@@ -28,12 +28,13 @@ def route(
 
     from qsun.serve.cluster.file import read_cluster
     from qsun.serve.cluster.modules import ModuleChecks
-    from qsun.serve.router.process import RouterProcess, keys_of
+    from qsun.serve.http.keys import read_keys
+    from qsun.serve.router.process import RouterProcess
 
     screen.show_log()
     cluster = read_cluster(file)
     cluster.need_running_workers()
-    cluster.guard_config(keys_of(cluster))  # raises where a key is not taken
+    cluster.guard_config(read_keys(cluster.listen.api_keys))  # raises for an invalid key
     checks = ModuleChecks()
     names = checks.names(cluster)
     if check:
@@ -46,7 +47,7 @@ def route(
 
 
 def _checked(cluster: Any, names: Any, as_json: bool) -> bool:
-    """Print what each worker says of itself. Returns whether all are as the cluster's file has them."""
+    """Print what each worker reports. Return whether all of them match the cluster file."""
     import asyncio
 
     from qsun.serve.router.check import check_workers

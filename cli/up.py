@@ -71,12 +71,13 @@ def _print(file: Path, as_json: bool) -> None:
 def _serve(file: Path, logs: Path, as_json: bool) -> None:
     import asyncio
 
+    from qsun.serve.http.keys import read_keys
     from qsun.serve.launch.launcher import LocalCluster, check_environment
     from qsun.serve.launch.processes import WorkerDied, WorkerProcesses, last_lines
-    from qsun.serve.router.process import keys_of
 
     cluster, names, checks, commands = _planned(file)
-    cluster.guard_config(keys_of(cluster))  # raises for an invalid key, before workers take minutes to start
+    # raises for an invalid key, before workers take minutes to start
+    cluster.guard_config(read_keys(cluster.listen.api_keys))
     environment = dict(os.environ)
     probed = environment | cluster.launch.environment  # as the workers will have it: PYTHONPATH may name vLLM
     check_environment(cluster.launch.python or sys.executable, cluster.launch.kernels, probed)

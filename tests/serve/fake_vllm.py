@@ -16,6 +16,8 @@ import uvicorn
 
 GARBAGE = "garbage "
 OWN_WEIGHTS = "decode module alone"
+NOT_NULL = ("ignore_eos", "include_reasoning", "length_penalty", "min_tokens", "skip_special_tokens")  # vLLM: 400
+CONSTRAINTS = ("response_format", "structured_outputs", "guided_json", "min_tokens")  # of an answer, not of a prompt
 
 
 def word(module, prompt, place):
@@ -70,6 +72,8 @@ class FakeWorker:
         handshakes_to_fail: of each pair's first requests.
         extra_prompt_tokens: by which it miscounts.
         prefix_caching: a decode worker that caches by cache_salt and prompt.
+        unreachable: engine ids of the prefill workers whose KV cache a decode worker cannot load.
+        hides_tools: it leaves tools out of the prompt where the tool choice is none.
         seen: bodies that it got. started, finished, cancelled: counts of them.
     """
 
@@ -83,6 +87,7 @@ class FakeWorker:
         self.handshakes_to_fail = 0
         self.prefix_caching, self.prefix_cache = False, {}
         self.healthy, self.extra_prompt_tokens = True, 0
+        self.unreachable, self.hides_tools = set(), False
         self.max_model_len = 4096
         self.handshakes = {}
         self.seen, self.started, self.finished, self.cancelled = [], 0, 0, 0
@@ -146,8 +151,12 @@ class FakeWorker:
         if body["model"] != self.served_name:
             await answer(send, {"error": {"message": f"The model `{body['model']}` does not exist."}}, 404)
             return
+        null = [name for name in NOT_NULL if name in body and body[name] is None]
+        if null:
+            await answer(send, {"error": {"message": f"{null[0]}: input should be valid"}}, 400)
+            return
         await asyncio.sleep(self.first_seconds)
-        prompt = prompt_of(body)
+        prompt = prompt_of(body, self.hides_tools)
         if self.role == "prefill":
             await self._prefill(scope, body, prompt, send)
         else:
@@ -156,6 +165,7 @@ class FakeWorker:
 
     async def _prefill(self, scope, body, prompt, send):
         assert body["max_tokens"] == 1 and body["stream"] is False
+        assert not any(name in body for name in CONSTRAINTS) and body.get("tool_choice", "none") == "none"
         wanted = body["kv_transfer_params"]
         assert wanted["do_remote_decode"] is True and wanted["do_remote_prefill"] is False
         request_id = f"{dict(scope['headers'])[b'x-request-id'].decode()}-{uuid.uuid4().hex}"
@@ -195,6 +205,9 @@ class FakeWorker:
             if self.handshakes[pair] <= self.handshakes_to_fail:
                 await answer(send, {"error": {"message": "KV load failed: handshake"}}, 500)
                 return
+            if pair in self.unreachable:
+                await answer(send, {"error": {"message": "KV load failed: no route"}}, 500)
+                return
         source = self._source(body, prompt)
         count = body.get("max_completion_tokens") or body["max_tokens"]
         words = [GARBAGE if source is None else word(source, prompt, place) for place in range(count)]
@@ -221,6 +234,8 @@ class FakeWorker:
     async def _stream(self, scope, body, prompt, words, send):
         chat = "chat" in scope["path"]
         head = {"id": "x", "object": "chunk", "model": self.served_name}
+        if body.get("stream_options", {}).get("continuous_usage_stats"):
+            head["usage"] = usage(prompt, 1)
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
         for place, text in enumerate(words):
             await self._token(place)
@@ -252,9 +267,12 @@ class FakeWorker:
         return kind | {"model": body["model"], "choices": [choice], "usage": counts}
 
 
-def prompt_of(body):
+def prompt_of(body, hides_tools=False):
+    """What a worker renders, as text or token ids."""
     if "messages" in body:
-        return json.dumps(body["messages"])
+        hidden = hides_tools and body.get("tool_choice") == "none"
+        tools = [] if hidden else body.get("tools", [])
+        return json.dumps([*body["messages"], *tools])
     return tuple(body["prompt"]) if isinstance(body["prompt"], list) else body["prompt"]
 
 

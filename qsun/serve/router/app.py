@@ -1,4 +1,4 @@
-"""The router in front of vLLM workers: OpenAI's API for clients, one transfer of KV cache per request behind it."""
+"""The router in front of vLLM workers: OpenAI's API for clients, one KV transfer for each request behind it."""
 
 import time
 from collections.abc import AsyncIterator
@@ -37,7 +37,7 @@ class Router:
         await self._guard(scope, receive, send)
 
     def apply(self, cluster: Cluster, names: ServedNames, api_keys: tuple[str, ...]) -> None:
-        """Take on another file. Requests in flight keep their workers and their limits.
+        """Apply another file. Running requests keep their workers and their limits.
 
         Raises:
             QsunError: an invalid key; nothing has changed then.
@@ -52,6 +52,7 @@ class Router:
             Route(COMPLETIONS, generate, methods=["POST"]),
             Route(CHAT, generate, methods=["POST"]),
             Route("/v1/models", self._models),
+            Route("/v1/models/{model:path}", self._model),
             Route("/health", self._health),
             Route("/ready", self._ready),
             Route("/metrics", self._metrics),
@@ -67,17 +68,23 @@ class Router:
             await self.state.client.aclose()
 
     async def _models(self, _: Request) -> Response:
-        cards = [
-            {"id": model, "object": "model", "created": self._started, "owned_by": "qsun"}
-            for model in self.state.cluster.models
-        ]
+        cards = [self._card(model) for model in self.state.cluster.models]
         return JSONResponse({"object": "list", "data": cards})
+
+    async def _model(self, request: Request) -> Response:
+        model = request.path_params["model"]
+        if model not in self.state.cluster.models:
+            raise HttpError(404, f"model {model!r:.100} is not served", param="model")
+        return JSONResponse(self._card(model))
+
+    def _card(self, model: str) -> dict[str, Any]:
+        return {"id": model, "object": "model", "created": self._started, "owned_by": "qsun"}
 
     async def _health(self, _: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
     async def _ready(self, _: Request) -> Response:
-        """200 once every model has a warm pair of workers; what is missing, and why, in any case."""
+        """200 once every model has a warm pair of workers; the body says what is missing, and why."""
         waiting = self.state.fleet.without_a_pair()
         ready = not waiting and not self.state.draining
         state = {
@@ -96,6 +103,7 @@ class Router:
             "model": worker.model,
             "state": worker.state,
             "circuit": worker.breaker.state,
+            "suspected": worker.suspected,
             "reason": worker.reason,
             "in_flight": worker.in_flight,
             "outstanding_tokens": worker.outstanding_tokens,
@@ -109,7 +117,7 @@ class Router:
 
 
 async def _error_answer(_: Request, error: Exception) -> Response:
-    """Errors in OpenAI's words, those of Starlette (no such path or method) too."""
+    """Return an error in OpenAI's format, also for those of Starlette (no such path or method)."""
     if isinstance(error, HTTPException):
         error = HttpError(error.status_code, error.detail)
     assert isinstance(error, HttpError)

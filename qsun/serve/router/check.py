@@ -1,4 +1,4 @@
-"""`qsun route --check`: is every worker of a cluster there, with the module that it should have?"""
+"""`qsun route --check`: whether every worker of a cluster answers and serves its module."""
 
 import asyncio
 from typing import Any
@@ -13,7 +13,7 @@ from qsun.serve.router.workers.worker import Worker
 
 
 async def check_workers(cluster: Cluster, names: ServedNames) -> dict[str, Any]:
-    """Ask each worker once. Returns {"ok", "workers": [{url, role, model, served_name, fault}]}."""
+    """Ask each worker once. Return {"ok", "workers": [{url, role, model, served_name, fault}]}."""
     fleet = Fleet()
     fleet.update(cluster, names)
     seconds = cluster.health.timeout_seconds
@@ -27,7 +27,7 @@ async def _checked(client: httpx.AsyncClient, worker: Worker, seconds: float) ->
         async with asyncio.timeout(seconds):
             fault = await identity_fault(client, worker)
     except TimeoutError:
-        fault = f"does not answer: nothing within {seconds:g} seconds"
+        fault = f"does not answer within {seconds:g} seconds"
     except httpx.HTTPError as error:
         fault = f"does not answer: {error or type(error).__name__}"
     return {

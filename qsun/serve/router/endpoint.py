@@ -7,55 +7,56 @@ import time
 from contextlib import AsyncExitStack, aclosing
 
 from qsun.serve.cluster.schema import RequestLimits
-from qsun.serve.http.cancellation import end
 from qsun.serve.http.errors import HttpError
 from qsun.serve.http.guard import ClientStalled, Message, Receive, Send
-from qsun.serve.http.wire import encode_event
-from qsun.serve.router.exchange.exchange import Answer, Exchange
+from qsun.serve.http.wire import DONE_EVENT, encode_event
+from qsun.serve.router.exchange.exchange import Exchange, WorkerAnswer
 from qsun.serve.router.exchange.request import RoutedRequest, read_request
 from qsun.serve.router.exchange.state import RouterState
 from qsun.serve.router.exchange.worker_http import WorkerFailed
 
 logger = logging.getLogger(__name__)
 
-_DONE = b"data: [DONE]\n\n"
 _UNKNOWN_MODEL = "-"
 
 
 class GenerationEndpoint:
-    """An ASGI application behind the guard: a client that leaves ends the request at the worker, too."""
+    """An ASGI application behind the guard. A client that disconnects ends its request at the worker, too."""
 
     def __init__(self, state: RouterState):
         self._state = state
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         first = await receive()  # the guard hands the body over in one message
-        way = _Way(send)
-        work = asyncio.create_task(self._serve(scope, bytes(first.get("body", b"")), way.send))
-        gone = asyncio.create_task(_disconnected(receive))
+        response = _Response(send)
+        work = asyncio.create_task(self._serve(scope, bytes(first.get("body", b"")), response.send))
+        disconnect = asyncio.create_task(_disconnected(receive))
         cut_off = asyncio.create_task(self._state.cut_off.wait())
+        tasks = [work, disconnect, cut_off]
         try:
-            await asyncio.wait([work, gone, cut_off], return_when=asyncio.FIRST_COMPLETED)
-            if way.said_all:  # a server reports a disconnect after the last byte, too: what is left is to count
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if response.complete:  # servers report a disconnect after the last byte, too: only counting is left
                 await asyncio.wait([work])
-            left = gone.done()
+            disconnected = disconnect.done()
         finally:
-            await end([work, gone, cut_off])
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
         if not work.cancelled():
             work.result()
-        elif not left:
-            await way.go_down()
+        elif not disconnected:
+            await response.cut_off()
 
     async def _serve(self, scope: Message, body: bytes, send: Send) -> None:
-        """Answer one request, and count how it ended."""
+        """Answer one request, and count its outcome."""
         state, limits, arrived = self._state, self._state.cluster.limits, time.monotonic()
         model, outcome = _UNKNOWN_MODEL, "client_gone"
         try:
             if state.draining:
-                raise HttpError(503, "the router is going down; try another one", headers={"Retry-After": "1"})
+                raise HttpError(503, "the router is shutting down; try another one", headers={"Retry-After": "1"})
             request = read_request(scope["path"], body, state.cluster.models, limits)
             model = request.model
-            async with state.admission.place(limits.deadline_seconds):
+            async with state.admission.slot(model, limits.deadline_seconds):
                 outcome = await self._exchange(request, limits, scope["state"]["request_id"], arrived, send)
         except HttpError as error:
             outcome = str(error.status)
@@ -66,7 +67,7 @@ class GenerationEndpoint:
         except ClientStalled:
             raise
         except Exception:
-            outcome = "500"  # a fault of ours, and not of a client that left
+            outcome = "500"  # our own fault, and not a client that left
             raise
         finally:
             state.metrics.requests.labels(model, outcome).inc()
@@ -74,86 +75,87 @@ class GenerationEndpoint:
     async def _exchange(
         self, request: RoutedRequest, limits: RequestLimits, request_id: str, arrived: float, send: Send
     ) -> str:
-        state = self._state
+        metrics = self._state.metrics
         deadline = arrived + limits.deadline_seconds
-        exchange = Exchange(
-            state.client, state.fleet, state.health, state.metrics, limits, request, request_id, deadline
-        )
+        exchange = Exchange(self._state, limits, request, request_id, deadline)
         async with AsyncExitStack() as stack:
             try:
                 async with asyncio.timeout(max(deadline - time.monotonic(), 0.001)):
                     answer = await exchange.start(stack)
             except TimeoutError:
                 raise exchange.overdue() from None
-            state.metrics.prompt_tokens.labels(request.model).inc(exchange.prompt_tokens)
+            metrics.prompt_tokens.labels(request.model).inc(exchange.prompt_tokens)
             try:
                 if answer.events is not None:
                     return await self._stream(answer, exchange, request, request_id, arrived, send)
                 return await _send_whole(answer, send)
             finally:
-                state.metrics.tokens.labels(request.model).inc(exchange.tokens)
+                metrics.tokens.labels(request.model).inc(exchange.tokens)
 
     async def _stream(
-        self, answer: Answer, exchange: Exchange, request: RoutedRequest, request_id: str, arrived: float, send: Send
+        self,
+        answer: WorkerAnswer,
+        exchange: Exchange,
+        request: RoutedRequest,
+        request_id: str,
+        arrived: float,
+        send: Send,
     ) -> str:
-        """Pass events on as they come. One that breaks ends with an error event and without [DONE]."""
+        """Pass events on as they come. A stream that breaks ends with an error event and without [DONE]."""
         assert answer.events is not None
         metrics, first = self._state.metrics, time.monotonic()
         metrics.ttft.labels(request.model).observe(first - arrived)
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        outcome, last = "ok", _DONE
+        outcome, last = "ok", DONE_EVENT
         try:
             async with aclosing(answer.events) as events:
                 async for event in events:
                     await send({"type": "http.response.body", "body": encode_event(event), "more_body": True})
         except WorkerFailed as failed:
             logger.warning("request %s broke off after %d tokens: %s", request_id, exchange.tokens, failed)
-            self._state.health.blame(failed)
+            self._state.health.report_failure(failed)
             outcome = "broken_stream"
-            last = _error_event(HttpError(502, "the worker failed after the answer had begun; what came is not whole"))
+            last = encode_event(HttpError(502, "the worker failed during the answer, which is incomplete").body())
         except HttpError as error:
-            outcome, last = str(error.status), _error_event(error)
+            outcome, last = str(error.status), encode_event(error.body())
         if outcome == "ok" and exchange.tokens > 1:
             metrics.tpot.labels(request.model).observe((time.monotonic() - first) / (exchange.tokens - 1))
         await send({"type": "http.response.body", "body": last, "more_body": False})
         return outcome
 
 
-class _Way:
-    """The way to the client, and how far the answer has come on it."""
+class _Response:
+    """The response to a client, and how much of it has been sent."""
 
     def __init__(self, send: Send):
         self._send = send
-        self.started = self.streaming = self.said_all = False
+        self.started = self.streaming = self.complete = False
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.started = True
         else:
             self.streaming = message.get("more_body", False)
-            self.said_all = not self.streaming
+            self.complete = not self.streaming
         await self._send(message)
 
-    async def go_down(self) -> None:
-        """Tell a client whose answer is not whole that there will be no more of it."""
-        error = HttpError(503, "the router went down before the answer was whole", headers={"Retry-After": "1"})
+    async def cut_off(self) -> None:
+        """Tell a client whose answer is incomplete that no more of it will come."""
+        message = "the router shut down before the answer was complete"
+        error = HttpError(503, message, headers={"Retry-After": "1"})
         if not self.started:
             raise error
         if self.streaming:
-            await self._send({"type": "http.response.body", "body": _error_event(error), "more_body": False})
+            await self._send({"type": "http.response.body", "body": encode_event(error.body()), "more_body": False})
 
 
-async def _send_whole(answer: Answer, send: Send) -> str:
+async def _send_whole(answer: WorkerAnswer, send: Send) -> str:
     body = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
     return "ok" if answer.status == 200 else str(answer.status)
-
-
-def _error_event(error: HttpError) -> bytes:
-    return encode_event(error.body())
 
 
 async def _disconnected(receive: Receive) -> None:

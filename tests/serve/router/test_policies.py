@@ -71,7 +71,7 @@ def test_partition_gives_each_model_the_same_number_of_workers_or_one_more():
 
 
 def test_an_unknown_policy():
-    with pytest.raises(QsunError, match=r"'random' is not known; use one of least_outstanding_tokens, power_of_two"):
+    with pytest.raises(QsunError, match=r"'random' is unknown; use one of least_outstanding_tokens, power_of_two"):
         make_policy("random")
 
 

@@ -113,12 +113,12 @@ def test_reload_by_sighup_and_drain_by_sigterm(modules):
 
                 file.write_text("models: [")
                 process.send_signal(signal.SIGHUP)
-                await until(lambda: any("was not taken, the old one stays" in line for line in process.log))
+                await until(lambda: any("is not applied, the previous file stays" in line for line in process.log))
                 assert (await complete(client, "math")).status_code == 200
 
                 write(home, {"decode": [second], "math": workers["math"], "code": workers["code"]})
                 process.send_signal(signal.SIGHUP)
-                await until(lambda: any("was taken: 3 workers" in line for line in process.log))
+                await until(lambda: any("is applied: 3 workers" in line for line in process.log))
                 await until_ready(client)
                 before = first.started
                 answer = await complete(client, "code")
@@ -165,7 +165,7 @@ def test_a_request_that_outlasts_the_drain_is_cut_off(modules):
                 assert json.loads(last[6:])["error"]["code"] == 503
                 answer = await whole
                 assert answer.status_code == 503
-                assert "went down" in answer.json()["error"]["message"]
+                assert "shut down" in answer.json()["error"]["message"]
                 assert await asyncio.wait_for(process.wait(), 15) == 0
 
     run(scenario, 4 * START_SECONDS)

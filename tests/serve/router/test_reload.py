@@ -38,7 +38,7 @@ def test_a_reload_with_a_faulty_key_changes_nothing_and_says_so(tmp_path, caplog
             (tmp_path / "cluster.yaml").write_text(json.dumps(values))
             with caplog.at_level(logging.ERROR):
                 await process.reload()
-            assert "was not taken, the old one stays: an API key of" in caplog.text
+            assert "is not applied, the previous file stays: an API key of" in caplog.text
             assert await r.metric("qsun_router_reloads_total", outcome="refused") == 1
             assert list(r.state.fleet) == workers
             assert r.state.cluster is old
@@ -69,7 +69,7 @@ def test_a_model_that_is_removed_while_its_request_waits_for_a_worker_is_not_ser
 def test_more_places_let_in_whoever_waits_for_one():
     async def scenario():
         limits = {"concurrent_requests": 1, "queue_seconds": 20}
-        async with rig(models=("math",), limits=limits) as r, r.state.admission.place():
+        async with rig(models=("math",), limits=limits) as r, r.state.admission.slot():
             task = asyncio.create_task(r.complete())
             await until(lambda: r.state.admission.waiting == 1)
             r.apply(limits={"concurrent_requests": 2})

@@ -87,7 +87,7 @@ def test_a_stream_that_hangs_ends_at_the_deadline():
 def test_a_request_waits_for_a_place_no_longer_than_its_deadline():
     async def scenario():
         limits = {"concurrent_requests": 1, "queue_seconds": 20, "deadline_seconds": 0.3}
-        async with rig(models=("math",), limits=limits) as r, r.state.admission.place():
+        async with rig(models=("math",), limits=limits) as r, r.state.admission.slot():
             started = time.monotonic()
             answer = await r.complete()
             assert answer.status_code == 429
@@ -97,26 +97,45 @@ def test_a_request_waits_for_a_place_no_longer_than_its_deadline():
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_a_worker_that_hangs_until_the_deadline_counts_against_its_circuit(role):
+def test_a_worker_that_hangs_gets_no_more_requests_and_its_circuit_opens(role):
+    """One request finds out. The others go elsewhere at once, and a tiny request settles that it hangs."""
+
     async def scenario():
-        health = {"failures": 2, "cool_down_seconds": 60.0}
+        health = {"cool_down_seconds": 60.0, "warm_up_seconds": 0.5}
         async with rig(models=("math",), prefill=2, health=health, limits={"deadline_seconds": 0.5}) as r:
             hung = r.prefill["math"][0] if role == "prefill" else r.decode[0]
             hung.first_seconds = 60.0
             codes = [(await r.complete()).status_code for _ in range(8)]
-            assert sorted(codes) == [200] * 6 + [504] * 2
-            assert state_of(r, hung).breaker.state == "open"
-            assert [w.url for w in r.state.fleet if w.breaker.failures] == [hung.url]
+            assert sorted(codes) == [200] * 7 + [504]
+            await until(lambda: state_of(r, hung).breaker.state == "open")
+            assert [w.url for w in r.state.fleet if w.breaker.state != "closed"] == [hung.url]
 
     run(scenario)
 
 
-def test_a_worker_that_was_asked_when_the_time_was_nearly_over_is_not_blamed():
+def test_a_worker_that_is_slow_but_sound_keeps_its_circuit():
+    """Six answers miss the deadline at once, and three failures open a circuit; but it answers a tiny request."""
+
+    async def scenario():
+        async with rig(models=("math",), decode=1, limits={"deadline_seconds": 0.6}) as r:
+            r.decode[0].token_seconds = 0.05
+            asked = [asyncio.create_task(r.complete(max_tokens=100)) for _ in range(6)]
+            assert [(await task).status_code for task in asked] == [504] * 6
+            slow = state_of(r, r.decode[0])
+            assert (slow.state, slow.breaker.state) == ("ready", "closed")
+            assert (await r.complete(max_tokens=2)).status_code == 200
+            await until(lambda: not slow.suspected)
+            assert slow.breaker.failures == 0
+
+    run(scenario)
+
+
+def test_a_worker_that_was_asked_when_the_time_was_nearly_over_is_not_suspected():
     async def scenario():
         async with rig(models=("math",), decode=1, limits={"deadline_seconds": 1.0}) as r:
             r.prefill["math"][0].first_seconds = 0.7
             r.decode[0].first_seconds = 60.0
             assert (await r.complete()).status_code == 504
-            assert not any(worker.breaker.failures for worker in r.state.fleet)
+            assert not any(worker.suspected or worker.breaker.failures for worker in r.state.fleet)
 
     run(scenario)

@@ -7,7 +7,7 @@ import pytest
 
 from qsun.serve.router.check import check_workers
 from qsun.serve.router.exchange.health import identity_fault
-from tests.serve.routing import rig, run, until
+from tests.serve.routing import expected, rig, run, until
 
 
 def state_of(r, fake):
@@ -18,7 +18,7 @@ async def shaking_hands(r, prefill, decode):
     """A handshake of this pair that has come as far as the decode worker, which holds it at its gate."""
     decode.gate = asyncio.Event()
     r.forget()
-    r.state.health.doubt(state_of(r, prefill), state_of(r, decode))
+    r.state.health.require_warm_up(state_of(r, prefill), state_of(r, decode))
     await until(lambda: decode.started == 1)
 
 
@@ -99,6 +99,32 @@ def test_a_prefill_worker_that_refuses_the_warm_up_is_blamed():
     run(scenario)
 
 
+def test_a_partition_between_two_workers_costs_neither_of_them_the_others():
+    """Both answer the router. The decode worker serves the other model on, and the model goes to another worker."""
+
+    async def scenario():
+        health = {"failures": 3, "warm_up_attempts": 2, "interval_seconds": 0.1}
+        async with rig(decode=2, health=health) as r:
+            math, cut_off = r.prefill["math"][0], r.decode[0]
+            cut_off.unreachable.add(math.engine_id)
+            answers = await asyncio.gather(*(r.complete() for _ in range(8)))
+            assert [answer.json()["choices"][0]["text"] for answer in answers] == [expected("math", "a b c d", 4)] * 8
+            refused = cut_off.started
+            await until(lambda: cut_off.started > refused + 8)  # warm-ups that fail, again and again
+            state = state_of(r, cut_off)
+            assert (state.state, state.breaker.state) == ("ready", "closed")
+            assert state_of(r, math).breaker.state == "closed"
+            assert (math.url, cut_off.url) not in r.state.fleet.warm
+            r.forget()
+            for _ in range(4):
+                assert (await r.complete("code")).json()["choices"][0]["text"] == expected("code", "a b c d", 4)
+            assert any(body["prompt"] == "a b c d" for body in cut_off.seen)
+            cut_off.unreachable.clear()
+            await r.ready()
+
+    run(scenario)
+
+
 def test_a_pair_that_hangs_lets_the_others_have_a_turn():
     async def scenario():
         health = {"warm_up_seconds": 0.5, "warm_up_attempts": 50, "warm_up_at_once": 1}
@@ -115,9 +141,9 @@ def test_a_pair_that_left_while_it_waited_for_its_turn_is_not_asked():
             (math,), (code,) = r.prefill["math"], r.prefill["code"]
             source, target = state_of(r, code), state_of(r, r.decode[0])
             math.first_seconds = 60.0
-            r.state.health.doubt(state_of(r, math), target)
+            r.state.health.require_warm_up(state_of(r, math), target)
             await until(lambda: math.started == 1)
-            r.state.health.doubt(source, target)
+            r.state.health.require_warm_up(source, target)
             await until(lambda: (source, target) in r.state.health._warm_ups)
             del r.prefill["code"]
             r.apply()
@@ -144,7 +170,7 @@ def test_check_gives_up_on_a_worker_that_hangs():
             found = await asyncio.wait_for(check_workers(r.cluster(health={"timeout_seconds": 0.5}), r.names), 10)
             faults = {worker["url"]: worker["fault"] for worker in found["workers"]}
             assert faults[r.prefill["math"][0].url] is None
-            assert faults[r.decode[0].url] == "does not answer: nothing within 0.5 seconds"
+            assert faults[r.decode[0].url] == "does not answer within 0.5 seconds"
             r.decode[0].check_seconds = 0.0
 
     run(scenario)

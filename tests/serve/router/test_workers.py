@@ -30,14 +30,14 @@ def test_the_circuit_opens_cools_down_is_probed_and_closes():
 
 def test_a_worker_carries_what_is_not_done_yet():
     worker = Worker("http://w", "decode", "qsun-0", Breaker(3, 10.0))
-    with worker.carrying(100) as burden, worker.carrying(10):
-        burden.done(30)
+    with worker.handling(100) as load, worker.handling(10):
+        load.done(30)
         assert (worker.in_flight, worker.outstanding_tokens) == (2, 80)
-        burden.done(1000)  # more than was announced
+        load.done(1000)  # more than was announced
         assert worker.outstanding_tokens == 10
     assert (worker.in_flight, worker.outstanding_tokens, worker.taken) == (0, 0, 2)
     try:
-        with worker.carrying(5):
+        with worker.handling(5):
             raise OSError
     except OSError:
         assert worker.outstanding_tokens == 0

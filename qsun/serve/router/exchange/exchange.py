@@ -1,7 +1,7 @@
-"""One request through the cluster: prefill, decode, and again on other workers until the client gets its first byte.
+"""One request through the cluster: prefill, decode, and retries on other workers until the client gets its first byte.
 
-From then on there is no second try: the client has seen text that another attempt would not repeat. A stream that
-breaks later ends with an error event and without [DONE].
+After that there is no retry: the client has seen text that another attempt need not repeat. A stream that breaks later
+ends with an error event and without [DONE].
 """
 
 import asyncio
@@ -18,12 +18,11 @@ import httpx
 
 from qsun.serve.cluster.schema import RequestLimits
 from qsun.serve.http.errors import HttpError
-from qsun.serve.http.wire import DONE, BrokenStream, data_events, parse_event
-from qsun.serve.router.exchange.health import HealthChecks
-from qsun.serve.router.exchange.metrics import RouterMetrics
+from qsun.serve.http.wire import DONE, BrokenStream, data_events, parse_event, usage_count
 from qsun.serve.router.exchange.request import RoutedRequest
-from qsun.serve.router.exchange.transfer import decode_body, prompt_tokens_of
-from qsun.serve.router.exchange.worker_answers import completion_tokens, failure_in, for_client, tokens_in
+from qsun.serve.router.exchange.state import RouterState
+from qsun.serve.router.exchange.transfer import decode_body
+from qsun.serve.router.exchange.worker_answers import checked_tokens, for_client
 from qsun.serve.router.exchange.worker_http import (
     Prefilled,
     RequestRefused,
@@ -33,44 +32,47 @@ from qsun.serve.router.exchange.worker_http import (
     prefill,
     read_json,
 )
-from qsun.serve.router.workers.fleet import Fleet
 from qsun.serve.router.workers.policies import Demand
-from qsun.serve.router.workers.worker import Burden, Worker
+from qsun.serve.router.workers.worker import TokenLoad, Worker
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Answer:
-    """What the client gets: a whole JSON answer, or the events of a stream."""
+class WorkerAnswer:
+    """A worker's answer for the client: a whole body, or the events of a stream."""
 
     status: int = 200
     body: dict[str, Any] | bytes | None = None
     events: AsyncGenerator[dict[str, Any], None] | None = None
 
 
-class Exchange:
-    """A request on its way. `deadline` is a time of `time.monotonic`.
+@dataclass(frozen=True)
+class _Transfer:
+    """An attempt whose prefill is done: KV cache of `source`, which `target` decodes. load: what it has left to do."""
 
+    source: Worker
+    target: Worker
+    filled: Prefilled
+    load: TokenLoad
+
+
+class Exchange:
+    """A request on its way through the cluster.
+
+    Args:
+        limits: those at its arrival. deadline: a time of `time.monotonic`.
     Attributes:
-        tokens: that came so far. prompt_tokens: as the workers count them.
+        tokens: received so far. prompt_tokens: as the workers count them.
     """
 
     def __init__(
-        self,
-        client: httpx.AsyncClient,
-        fleet: Fleet,
-        health: HealthChecks,
-        metrics: RouterMetrics,
-        limits: RequestLimits,
-        request: RoutedRequest,
-        request_id: str,
-        deadline: float,
+        self, state: RouterState, limits: RequestLimits, request: RoutedRequest, request_id: str, deadline: float
     ):
-        self._client, self._fleet, self._health, self._metrics = client, fleet, health, metrics
+        self._state, self._fleet, self._health = state, state.fleet, state.health
         self._limits, self._request, self._request_id, self._deadline = limits, request, request_id, deadline
         self._tried: set[Worker] = set()
-        self._asked: Worker | None = None  # the worker whose answer is being waited for,
+        self._asked: Worker | None = None  # the worker whose answer is awaited,
         self._asked_at = 0.0  # and since when
         self.tokens = self.prompt_tokens = 0
 
@@ -78,11 +80,11 @@ class Exchange:
     def _left(self) -> float:
         return max(self._deadline - time.monotonic(), 0.001)
 
-    async def start(self, stack: AsyncExitStack) -> Answer:
-        """Everything up to the first byte for the client. What has to stay open until the last one goes on the stack.
+    async def start(self, stack: AsyncExitStack) -> WorkerAnswer:
+        """Run until there is a first byte for the client. The stack holds what must stay open until the last one.
 
         Raises:
-            HttpError: no worker, or every attempt failed.
+            HttpError: there is no worker, or every attempt failed.
         """
         last = ""
         for number in range(1, self._limits.attempts + 1):
@@ -91,7 +93,7 @@ class Exchange:
                 return await self._attempt(attempt, f"{self._request_id[:64]}.{number}.{uuid.uuid4().hex[:8]}")
             except RequestRefused as refused:
                 await attempt.aclose()
-                return Answer(refused.status, refused.body)
+                return WorkerAnswer(refused.status, refused.body)
             except WorkerFailed as failed:
                 await attempt.aclose()
                 self._note(failed)
@@ -100,54 +102,54 @@ class Exchange:
         raise HttpError(502, f"{self._limits.attempts} attempts failed, the last one at a {_without_url(last)}")
 
     def _note(self, failed: WorkerFailed) -> None:
-        logger.warning("request %s: %s; starting again at prefill", self._request_id, failed)
+        logger.warning("request %s: %s; retrying from prefill", self._request_id, failed)
         self._tried.add(failed.worker)
-        self._metrics.retries.labels(failed.cause).inc()
+        self._state.metrics.retries.labels(failed.cause).inc()
         if failed.cause == "no_transfer":
-            self._metrics.missing_transfers.labels(self._request.model).inc()
-        self._health.blame(failed)
+            self._state.metrics.missing_transfers.labels(self._request.model).inc()
+        self._health.report_failure(failed)
 
     def overdue(self) -> HttpError:
-        """For an answer that did not begin within the deadline. A worker that was asked and hangs has failed.
+        """Return the error for an answer that did not begin within the deadline.
 
-        Not so one that was asked late: the queue, or other workers, took the time. And a single request that was only
-        long does no harm: failures in a row open a circuit.
+        The awaited worker is suspected of hanging if it had half of the time; before, the queue or other workers took
+        it.
         """
         if self._asked is not None and time.monotonic() - self._asked_at >= self._limits.deadline_seconds / 2:
             detail = f"no answer within the deadline of {self._limits.deadline_seconds:g} seconds"
-            self._health.blame(WorkerFailed(self._asked, "timeout", detail))
-        return self._over()
+            self._health.report_failure(WorkerFailed(self._asked, "timeout", detail))
+        return self._late()
 
-    async def _attempt(self, stack: AsyncExitStack, attempt_id: str) -> Answer:
+    async def _attempt(self, stack: AsyncExitStack, attempt_id: str) -> WorkerAnswer:
         request = self._request
-        self._asked = None
+        self._asked, self.tokens = None, 0
         source = await self._prefill_worker()
         self._asked, self._asked_at = source, time.monotonic()
-        with source.carrying(request.prompt_tokens):
+        with source.handling(request.prompt_tokens):
             seconds = min(self._limits.prefill_seconds, self._left)
-            filled = await prefill(self._client, source, request, attempt_id, seconds)
-        self._health.praise(source, filled.engine_id)
+            filled = await prefill(self._state.client, source, request, attempt_id, seconds)
+        self._health.report_success(source, filled.engine_id)
         self.prompt_tokens = prompt_tokens = filled.prompt_tokens or request.prompt_tokens
-        demand = Demand(request.model, prompt_tokens)
-        target = self._fleet.choose_decode(source, demand, self._tried)
+        target = self._fleet.choose_decode(source, Demand(request.model, prompt_tokens), self._tried)
         if target is None:
             raise WorkerFailed(source, "no_decode_worker", "no decode worker is left that is warm with it")
         self._asked, self._asked_at = target, time.monotonic()
         max_tokens = request.max_tokens or self._most_tokens(target, prompt_tokens)
         body = decode_body(request, target.served_name, source.served_name, filled.params, max_tokens)
-        burden = stack.enter_context(target.carrying(prompt_tokens + max_tokens))
+        load = stack.enter_context(target.handling(prompt_tokens + max_tokens))
         read_seconds = min(self._limits.stall_seconds, self._left) if request.stream else self._left
         timeout = httpx.Timeout(read_seconds, connect=min(10.0, self._left))
         try:
-            opening = opened(self._client, target, request.path, body, attempt_id, timeout)
+            opening = opened(self._state.client, target, request.path, body, attempt_id, timeout)
             response = await stack.enter_async_context(opening)
-            return await self._first(stack, source, target, response, burden, filled)
+            load.done(prompt_tokens)
+            return await self._first(stack, _Transfer(source, target, filled, load), response)
         except WorkerFailed as failed:
-            self._doubt(source, failed)
+            failed.source = source
             raise
 
     async def _prefill_worker(self) -> Worker:
-        """A prefill worker that has a decode worker; waits for one to become usable."""
+        """Return a prefill worker that has a decode worker; wait for one to become usable."""
         demand = Demand(self._request.model, self._request.prompt_tokens)
         until = time.monotonic() + min(self._limits.no_worker_seconds, self._left)
         while (chosen := self._fleet.choose_prefill(demand, self._tried)) is None:
@@ -160,119 +162,91 @@ class Exchange:
         return chosen
 
     def _most_tokens(self, worker: Worker, prompt_tokens: int) -> int:
-        """Of a chat that leaves it open: the limit, or what the worker's context has room for."""
+        """Return max_tokens for a chat that leaves it open: the limit, or what the worker's context has left."""
         room = (worker.max_model_len or prompt_tokens + self._limits.max_tokens) - prompt_tokens
         return max(1, min(self._limits.max_tokens, room))
 
-    async def _first(
-        self,
-        stack: AsyncExitStack,
-        source: Worker,
-        target: Worker,
-        response: httpx.Response,
-        burden: Burden,
-        filled: Prefilled,
-    ) -> Answer:
-        """A whole answer, or a stream up to the event that shows that it is one: until then another try is possible."""
-        burden.done(filled.prompt_tokens or self._request.prompt_tokens)
+    async def _first(self, stack: AsyncExitStack, transfer: _Transfer, response: httpx.Response) -> WorkerAnswer:
+        """Return a whole answer, or a stream once an event shows that tokens come: a retry is possible until then."""
         if not self._request.stream:
-            answer = await read_json(target, response)
-            _check(target, answer, filled)
-            self.tokens = completion_tokens(answer) or tokens_in(answer)
-            self._health.praise(target)
-            return Answer(body=for_client(answer, self._request))
+            answer = await read_json(transfer.target, response)
+            self._count(transfer, answer)
+            self._health.report_success(transfer.target)
+            return WorkerAnswer(body=for_client(answer, self._request))
         events = await stack.enter_async_context(aclosing(data_events(response.aiter_bytes())))
         opening: list[dict[str, Any]] = []
-        while not opening or not _is_begun(opening[-1]):
-            event = await _next(target, events)
+        while not opening or not (self.tokens or _finishes(opening[-1])):
+            event = await self._next(transfer, events)
             if event is None:
-                raise WorkerFailed(target, "broken", "its stream ended before a token came")
-            _check(target, event, filled)
+                raise WorkerFailed(transfer.target, "broken", "its stream ended before a token came")
             opening.append(event)
-        self._health.praise(target)
-        return Answer(events=self._relay(source, target, opening, events, burden))
+        self._health.report_success(transfer.target)
+        return WorkerAnswer(events=self._relay(transfer, opening, events))
 
     async def _relay(
-        self,
-        source: Worker,
-        target: Worker,
-        opening: list[dict[str, Any]],
-        events: AsyncIterator[bytes],
-        burden: Burden,
+        self, transfer: _Transfer, opening: list[dict[str, Any]], events: AsyncIterator[bytes]
     ) -> AsyncGenerator[dict[str, Any], None]:
-        """Events as the client sees them. Ends only where the worker said that it is done; else raises WorkerFailed."""
+        """Yield events for the client, and return at [DONE].
+
+        Raises:
+            WorkerFailed: the stream broke. HttpError: the deadline is over.
+        """
         begun = deque(opening)
         while True:
-            event = begun.popleft() if begun else await self._following(source, target, events)
+            event = begun.popleft() if begun else await self._following(transfer, events)
             if event is None:
                 return
-            count = tokens_in(event)
-            burden.done(count)
-            self.tokens = completion_tokens(event) or self.tokens + count
             shown = for_client(event, self._request)
             if shown is not None:
                 yield shown
             if time.monotonic() > self._deadline:
-                raise self._over()
+                raise self._late()
 
-    async def _following(self, source: Worker, target: Worker, events: AsyncIterator[bytes]) -> dict[str, Any] | None:
-        """The next event after the opening; None after the last one."""
+    async def _following(self, transfer: _Transfer, events: AsyncIterator[bytes]) -> dict[str, Any] | None:
+        """Return the next event after the opening; None at [DONE]."""
         try:
             async with asyncio.timeout(self._left):
-                event = await _next(target, events)
-            if event is not None:
-                _check(target, event, None)
+                return await self._next(transfer, events)
         except TimeoutError:
-            raise self._over() from None
+            raise self._late() from None
         except WorkerFailed as failed:
-            self._doubt(source, failed)
+            failed.source = transfer.source
             raise
+
+    async def _next(self, transfer: _Transfer, events: AsyncIterator[bytes]) -> dict[str, Any] | None:
+        """Return the next event of a stream, checked and counted; None at [DONE]."""
+        try:
+            data = await anext(events)
+            event = None if data == DONE else parse_event(data)
+        except StopAsyncIteration:
+            raise WorkerFailed(transfer.target, "broken", "its stream ended without [DONE]") from None
+        except BrokenStream as broken:
+            raise WorkerFailed(transfer.target, "broken", str(broken)) from None
+        except httpx.HTTPError as error:
+            raise WorkerFailed(transfer.target, cause_of(error), str(error) or type(error).__name__) from error
+        if event is not None:
+            self._count(transfer, event)
         return event
 
-    def _over(self) -> HttpError:
+    def _count(self, transfer: _Transfer, answer: dict[str, Any]) -> None:
+        """Count the tokens of an answer or event. Raises WorkerFailed if it is not valid."""
+        try:
+            count = checked_tokens(answer, transfer.filled.prompt_tokens)
+            self.tokens = usage_count(answer, "completion_tokens") or self.tokens + count
+        except BrokenStream as broken:
+            raise WorkerFailed(transfer.target, "broken", str(broken)) from None
+        transfer.load.done(count)
+
+    def _late(self) -> HttpError:
         return HttpError(504, f"the deadline of {self._limits.deadline_seconds:g} seconds is over")
 
-    def _doubt(self, source: Worker, failed: WorkerFailed) -> None:
-        """A decode worker that fails in these ways may not have got the KV cache."""
-        if failed.worker.role == "decode" and failed.cause in ("status_5xx", "broken"):
-            self._health.doubt(source, failed.worker)
 
-
-def _is_begun(event: dict[str, Any]) -> bool:
-    """Whether an event shows that the worker generates.
-
-    The first one of a chat does not: vLLM sends the role before it looks whether the KV cache came.
-    """
-    return tokens_in(event) > 0 or any(choice.get("finish_reason") for choice in event["choices"])
-
-
-async def _next(worker: Worker, events: AsyncIterator[bytes]) -> dict[str, Any] | None:
-    """The next event of a stream; None after [DONE]."""
-    try:
-        data = await anext(events)
-        return None if data == DONE else parse_event(data)
-    except StopAsyncIteration:
-        raise WorkerFailed(worker, "broken", "its stream ended without [DONE]") from None
-    except (BrokenStream, httpx.HTTPError) as error:
-        raise _broken(worker, error) from error
-
-
-def _check(worker: Worker, answer: dict[str, Any], filled: Prefilled | None) -> None:
-    """Raise WorkerFailed where an answer is not to be trusted."""
-    failure = failure_in(answer)
-    if failure:
-        raise WorkerFailed(worker, "broken", failure)
-    theirs = prompt_tokens_of(answer)
-    if filled and theirs and filled.prompt_tokens and theirs != filled.prompt_tokens:
-        detail = f"it reads {theirs} prompt tokens where the prefill worker read {filled.prompt_tokens}"
-        raise WorkerFailed(worker, "broken", detail)
-
-
-def _broken(worker: Worker, error: BrokenStream | httpx.HTTPError) -> WorkerFailed:
-    cause = cause_of(error) if isinstance(error, httpx.HTTPError) else "broken"
-    return WorkerFailed(worker, cause, str(error) or type(error).__name__)
+def _finishes(event: dict[str, Any]) -> bool:
+    """Return whether an event ends a choice. A chat's first event shows nothing: vLLM sends the role before it knows
+    whether the KV cache came."""
+    return any(choice.get("finish_reason") for choice in event["choices"])
 
 
 def _without_url(message: str) -> str:
-    """A client need not know where the workers are."""
+    """Remove addresses: clients need not know where the workers are."""
     return " ".join(word for word in message.split() if "://" not in word)

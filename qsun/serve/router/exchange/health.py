@@ -1,14 +1,14 @@
-"""Is each worker there, is it the one that it should be, and has each pair shaken hands? Asked in the background.
+"""Background checks: whether each worker answers, serves its module, and can exchange KV cache with each other one.
 
-A worker is used once it answers /health and lists the served name of its module under /v1/models. A pair is used once
-it has answered a tiny request together: the first handshake of two NIXL agents has 5 seconds and may miss them, and a
-user's request must not be the one to find out. The same request is the probe that closes a circuit.
+A worker is used once it answers /health and lists the served name of its module at /v1/models. A pair is used once it
+is warm, which means that it has answered a tiny request together: the first handshake of two NIXL agents has a limit of
+5 seconds and may fail, and a user's request must not be the one to find out. The same request is the probe that closes
+a circuit, and that tells a worker that hangs from one that is only slow.
 """
 
 import asyncio
 import contextlib
 import logging
-import math
 import random
 import sys
 import uuid
@@ -18,11 +18,11 @@ from typing import Any, TypeVar
 import httpx
 
 from qsun.serve.cluster.schema import Health
-from qsun.serve.http.admission import Admission
-from qsun.serve.http.cancellation import end
+from qsun.serve.http.wire import BrokenStream
+from qsun.serve.router.exchange.admission import Admission
 from qsun.serve.router.exchange.request import COMPLETIONS, RoutedRequest
 from qsun.serve.router.exchange.transfer import decode_body
-from qsun.serve.router.exchange.worker_answers import failure_in
+from qsun.serve.router.exchange.worker_answers import checked_tokens
 from qsun.serve.router.exchange.worker_http import RequestRefused, WorkerFailed, cause_of, opened, prefill, read_json
 from qsun.serve.router.workers.fleet import Fleet
 from qsun.serve.router.workers.worker import State, Worker
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _OWN_FAULT = ("connect", "timeout", "broken", "status_5xx", "no_transfer")
+_TRANSFER_FAULT = ("broken", "status_5xx")  # of a decode worker: the KV cache may not have come
 _CHECKS_APART_SECONDS = 0.1  # at least, however often requests fail
 _WARM_UP = RoutedRequest(
     path=COMPLETIONS,
@@ -45,20 +46,20 @@ _WARM_UP = RoutedRequest(
 
 
 class HealthChecks:
-    """One task a worker; `blame`, `praise` and `doubt` take in what requests find out."""
+    """One task for each worker. Requests report here how workers treat them."""
 
     def __init__(self, client: httpx.AsyncClient, fleet: Fleet, config: Health):
         self._client, self._fleet = client, fleet
         self._tasks: dict[Worker, asyncio.Task[None]] = {}
         self._wake: dict[Worker, asyncio.Event] = {}
         self._warm_ups: dict[tuple[Worker, Worker], asyncio.Task[None]] = {}
-        self._turns = Admission(config.warm_up_at_once, most_waiting=sys.maxsize, wait_seconds=math.inf)
-        self.take(config)
+        self._turns = Admission(config.warm_up_at_once, most_waiting=sys.maxsize)
+        self.configure(config)
 
-    def take(self, config: Health) -> None:
-        """Go by other settings from now on, for the handshakes that wait for their turn, too."""
+    def configure(self, config: Health) -> None:
+        """Use other settings from now on, also for warm-ups that wait for their turn."""
         self.config = config
-        self._turns.bound(config.warm_up_at_once, most_waiting=sys.maxsize, wait_seconds=math.inf)
+        self._turns.limit(config.warm_up_at_once, most_waiting=sys.maxsize)
 
     def watch(self) -> None:
         """Start tasks for workers that joined, end those of workers that left."""
@@ -73,20 +74,46 @@ class HealthChecks:
     async def stop(self) -> None:
         tasks = [*self._tasks.values(), *self._warm_ups.values()]
         self._tasks.clear()
-        await end(tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    def praise(self, worker: Worker, engine_id: str | None = None) -> None:
-        """A request succeeded there. Another engine than before is a new process: its pairs are cold."""
+    def report_success(self, worker: Worker, engine_id: str | None = None) -> None:
+        """A request succeeded at a worker. An unknown engine is a new process, whose pairs are cold."""
         worker.breaker.succeed()
+        worker.suspected = False
         if engine_id is not None and engine_id not in worker.engine_ids:
             if worker.engine_ids:
-                logger.info("%s worker %s is a new process: its pairs shake hands again", worker.role, worker.url)
-                self._fleet.cool(worker)
+                logger.info("%s worker %s is a new process: its pairs warm up again", worker.role, worker.url)
+                self._fleet.forget_pairs(worker)
                 self._wake_up([worker])
             worker.engine_ids.add(engine_id)
 
-    def blame(self, failed: WorkerFailed) -> None:
-        """A request failed there."""
+    def report_failure(self, failed: WorkerFailed) -> None:
+        """A request failed at a worker.
+
+        A timeout makes the worker a suspect: it may hang, or be sound and slow, and a probe decides. If a decode worker
+        may have failed to get a KV cache, the pair is cold until it has warmed up again; further failures of a pair
+        that is cold already are not counted, as they may be the fault of the network between the two.
+        """
+        worker, source = failed.worker, failed.source
+        if failed.cause == "timeout":
+            worker.suspected = True
+            self._wake_up([worker])
+        elif source is None or failed.cause not in _TRANSFER_FAULT:
+            self._count(failed)
+        else:
+            if self._is_warm((source, worker)):
+                self._count(failed)
+            self.require_warm_up(source, worker)
+
+    def require_warm_up(self, source: Worker, target: Worker) -> None:
+        """Mark a pair as cold, and warm it up again."""
+        self._fleet.warm.discard((source.url, target.url))
+        self._wake_up([source, target])
+
+    def _count(self, failed: WorkerFailed) -> None:
+        """Count a failure against a worker's circuit."""
         worker = failed.worker
         if failed.cause == "wrong_worker":
             self._set(worker, "refused", str(failed))
@@ -94,11 +121,6 @@ class HealthChecks:
             logger.warning("circuit of %s worker %s is open: %s", worker.role, worker.url, failed)
             self._set(worker, "down", str(failed))
         self._wake_up([worker])
-
-    def doubt(self, prefill_worker: Worker, decode_worker: Worker) -> None:
-        """A KV cache may not have come over: the pair has to shake hands again before it is used."""
-        self._fleet.warm.discard((prefill_worker.url, decode_worker.url))
-        self._wake_up([prefill_worker, decode_worker])
 
     def _wake_up(self, workers: Iterable[Worker]) -> None:
         for worker in workers:
@@ -112,7 +134,7 @@ class HealthChecks:
             if worker.breaker.state != "open":
                 await self._check(worker)
             await asyncio.sleep(min(_CHECKS_APART_SECONDS, self.config.interval_seconds))
-            pause = self.config.interval_seconds * random.uniform(0.8, 1.2)  # so that checks do not come in step
+            pause = self.config.interval_seconds * random.uniform(0.8, 1.2)  # so that checks spread out
             if worker.breaker.state == "open":
                 pause = min(pause, worker.breaker.cool_down_seconds)
             with contextlib.suppress(TimeoutError):
@@ -124,12 +146,14 @@ class HealthChecks:
             async with asyncio.timeout(self.config.timeout_seconds):
                 wrong = await identity_fault(self._client, worker)
         except TimeoutError:
-            self.blame(WorkerFailed(worker, "timeout", f"health check: no answer in {self.config.timeout_seconds:g} s"))
+            self._count(
+                WorkerFailed(worker, "timeout", f"health check: no answer in {self.config.timeout_seconds:g} s")
+            )
             self._wake[worker].clear()
             return
         except httpx.HTTPError as error:
-            self.blame(WorkerFailed(worker, cause_of(error), f"health check: {type(error).__name__}"))
-            if isinstance(error, httpx.ConnectError):  # nobody listens: no need to wait for more failures
+            self._count(WorkerFailed(worker, cause_of(error), f"health check: {type(error).__name__}"))
+            if isinstance(error, httpx.ConnectError):  # nothing listens: more failures would tell nothing new
                 self._set(worker, "down", "connection refused")
             self._wake[worker].clear()
             return
@@ -147,65 +171,85 @@ class HealthChecks:
             log("%s worker %s is %s%s", worker.role, worker.url, state, f": {reason}" if reason else "")
         worker.state, worker.reason = state, reason
         if state != "ready":
-            self._fleet.cool(worker)
+            self._fleet.forget_pairs(worker)
             worker.engine_ids.clear()
+            worker.suspected = False
         self._fleet.changed()
 
     def _warm_up_pairs(self, worker: Worker) -> None:
         for partner in self._fleet.partners(worker):
             pair = (worker, partner) if worker.role == "prefill" else (partner, worker)
-            # a probe is what closes a circuit, so a warm pair needs one too while one of its circuits is not closed
-            settled = (pair[0].url, pair[1].url) in self._fleet.warm and all(w.breaker.state == "closed" for w in pair)
-            if settled or pair in self._warm_ups or not _may_warm(pair):
-                continue
-            task = self._warm_ups[pair] = asyncio.create_task(self._warm_up(*pair))
-            task.add_done_callback(lambda _, pair=pair: self._warm_ups.pop(pair, None))  # type: ignore[misc]
+            if self._needs_warm_up(pair) and pair not in self._warm_ups:
+                task = self._warm_ups[pair] = asyncio.create_task(self._warm_up(*pair))
+                task.add_done_callback(lambda _, pair=pair: self._warm_ups.pop(pair, None))  # type: ignore[misc]
+
+    def _is_warm(self, pair: tuple[Worker, Worker]) -> bool:
+        return (pair[0].url, pair[1].url) in self._fleet.warm
+
+    def _needs_warm_up(self, pair: tuple[Worker, Worker]) -> bool:
+        """Return whether a pair is cold, or needs a probe because of a circuit or a suspicion, and can be asked."""
+        sound = all(worker.breaker.state == "closed" and not worker.suspected for worker in pair)
+        return not (sound and self._is_warm(pair)) and _may_warm(pair)
 
     async def _warm_up(self, source: Worker, target: Worker) -> None:
-        """Requests through a pair until one succeeds. Retries are expected: the first handshake has 5 seconds."""
+        """Send requests through a pair until one succeeds. Retries are expected: the first handshake may time out."""
         failed: WorkerFailed | None = None
-        for attempt in range(self.config.warm_up_attempts):
+        pair = source, target
+        attempts = 1 if self._is_warm(pair) else self.config.warm_up_attempts  # a probe of a pair that worked is clear
+        for attempt in range(attempts):
             if attempt:
                 await asyncio.sleep(min(0.1 * 2 ** (attempt - 1), 2.0))
-            async with self._turns.place():  # for one attempt only: a pair that hangs lets the others have a turn
-                if not _may_warm((source, target)):
+            async with self._turns.slot():  # for one attempt only: a pair that hangs lets the others have a turn
+                if not self._needs_warm_up(pair):
                     return
                 epochs = source.epoch, target.epoch
-                failed = await self._handshake_failure(source, target)
+                failed = await self._try_pair(source, target)
             if epochs != (source.epoch, target.epoch):
-                failed = None  # one of the processes may be gone: what this attempt found out says nothing of the next
-            elif failed is None and _may_warm((source, target)):
+                failed = None  # a process may have been replaced, so this attempt says nothing about the next one
+            elif failed is None and _may_warm(pair):
                 logger.info("pair %s and %s is warm", source.url, target.url)
                 self._fleet.warm.add((source.url, target.url))
                 self._fleet.changed()
                 return
         if failed is not None:
-            logger.warning("pair %s and %s is not warm: %s", source.url, target.url, failed)
-            self.blame(failed)
+            self._warm_up_failed(pair, failed)
 
-    async def _handshake_failure(self, source: Worker, target: Worker) -> WorkerFailed | None:
+    def _warm_up_failed(self, pair: tuple[Worker, Worker], failed: WorkerFailed) -> None:
+        source, target = pair
+        logger.warning("pair %s and %s is not warm: %s", source.url, target.url, failed)
+        self._fleet.warm.discard((source.url, target.url))
+        worker = failed.worker
+        if worker.suspected and failed.cause == "timeout":
+            worker.breaker.trip()  # it does not even answer a tiny request
+            self._set(worker, "down", str(failed))
+        elif worker is source or not any(url == target.url for _, url in self._fleet.warm):
+            self._count(failed)  # else it works with other prefill workers, and the network to this one may be at fault
+
+    async def _try_pair(self, source: Worker, target: Worker) -> WorkerFailed | None:
         request_id = f"warm-up.{uuid.uuid4().hex[:8]}"
         seconds = self.config.warm_up_seconds
         try:
             asked = prefill(self._client, source, _WARM_UP, request_id, seconds)
-            filled = await _by(source, asked, seconds)
-            self.praise(source, filled.engine_id)
+            filled = await _within(seconds, source, asked)
+            self.report_success(source, filled.engine_id)
             body = decode_body(_WARM_UP, target.served_name, source.served_name, filled.params, 1)
-            await _by(target, self._decode(target, body, request_id, seconds), seconds)
+            await _within(seconds, target, self._decode(target, body, request_id, seconds))
         except WorkerFailed as failed:
             return failed
-        self.praise(target)
+        self.report_success(target)
         return None
 
     async def _decode(self, target: Worker, body: dict[str, Any], request_id: str, seconds: float) -> None:
         async with opened(self._client, target, COMPLETIONS, body, request_id, httpx.Timeout(seconds)) as response:
-            failure = failure_in(await read_json(target, response))
-        if failure:
-            raise WorkerFailed(target, "broken", failure)
+            answer = await read_json(target, response)
+        try:
+            checked_tokens(answer)
+        except BrokenStream as broken:
+            raise WorkerFailed(target, "broken", str(broken)) from None
 
 
-async def _by(worker: Worker, asked: Coroutine[Any, Any, _T], seconds: float) -> _T:
-    """One half of a handshake: a hang or a refusal in it is the fault of the worker that was asked, not of its mate."""
+async def _within(seconds: float, worker: Worker, asked: Coroutine[Any, Any, _T]) -> _T:
+    """Await one half of a warm-up. A timeout or refusal is the fault of the worker that was asked, not of the other."""
     try:
         async with asyncio.timeout(seconds):
             return await asked
@@ -220,9 +264,9 @@ def _may_warm(pair: tuple[Worker, Worker]) -> bool:
 
 
 async def identity_fault(client: httpx.AsyncClient, worker: Worker) -> str | None:
-    """Why a worker that answers must not be used; None where it is the one that it should be.
+    """Return why a worker that answers must not be used; None if it serves its module.
 
-    The caller bounds the time: httpx's own timeouts, 5 seconds by default, might be over before the file's.
+    The caller limits the time: httpx's own timeouts of 5 seconds might end before the one in the file.
     """
     health = await client.get(worker.url + "/health", timeout=None)
     if health.status_code != 200:
@@ -233,7 +277,7 @@ async def identity_fault(client: httpx.AsyncClient, worker: Worker) -> str | Non
     try:
         cards = {str(card["id"]): card for card in listed.json()["data"]}
     except (ValueError, KeyError, TypeError):
-        return "/v1/models is no list of models; is it vLLM?"
+        return "/v1/models is not a list of models; is it vLLM?"
     card = cards.get(worker.served_name)
     if card is None:
         return (

@@ -1,4 +1,4 @@
-"""Prometheus metrics of the router, in a registry of its own. Labels come from the cluster file, never from clients."""
+"""Prometheus metrics of the router, in their own registry. Labels come from the cluster file, never from clients."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -10,13 +10,13 @@ _STATES = ("unchecked", "ready", "refused", "down")
 
 
 class RouterMetrics:
-    """Counters that are raised where things happen, and gauges that are read off the fleet when scraped."""
+    """Counters that the router increments, and gauges that are computed from the fleet when scraped."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         model, ttft, tpot = ["model"], _TTFT_SECONDS, _TPOT_SECONDS
         self.requests = Counter(
-            "qsun_router_requests", "Requests by model and how they ended", ["model", "outcome"], registry=registry
+            "qsun_router_requests", "Requests by model and outcome", ["model", "outcome"], registry=registry
         )
         self.retries = Counter("qsun_router_retries", "Attempts that failed, by cause", ["cause"], registry=registry)
         self.missing_transfers = Counter(
@@ -29,28 +29,32 @@ class RouterMetrics:
         self.tokens = Counter("qsun_router_generated_tokens", "Tokens passed to clients", model, registry=registry)
         self.ttft = Histogram(
             "qsun_router_ttft_seconds",
-            "Until the first event of a stream",
+            "Time to the first event of a stream",
             model,
             buckets=ttft,
             registry=registry,
         )
         self.tpot = Histogram(
-            "qsun_router_tpot_seconds", "Between tokens of a stream", model, buckets=tpot, registry=registry
+            "qsun_router_tpot_seconds", "Time between tokens of a stream", model, buckets=tpot, registry=registry
         )
-        self.in_flight = Gauge("qsun_router_in_flight", "Requests at work", registry=registry)
-        self.queued = Gauge("qsun_router_queued", "Requests that wait", registry=registry)
-        self.reloads = Counter("qsun_router_reloads", "Reloads of the file", ["outcome"], registry=registry)
+        self.in_flight = Gauge("qsun_router_in_flight", "Running requests", registry=registry)
+        self.queued = Gauge("qsun_router_queued", "Waiting requests", registry=registry)
+        self.reloads = Counter("qsun_router_reloads", "Reloads of the cluster file", ["outcome"], registry=registry)
         worker = ["url", "role"]
-        self._state = Gauge("qsun_router_worker_state", "1 for the state", [*worker, "state"], registry=registry)
-        self._circuit = Gauge("qsun_router_circuit_open", "1 where requests are kept away", worker, registry=registry)
-        self._outstanding = Gauge("qsun_router_outstanding_tokens", "Tokens left to do", worker, registry=registry)
+        self._state = Gauge(
+            "qsun_router_worker_state", "1 for the current state", [*worker, "state"], registry=registry
+        )
+        self._circuit = Gauge("qsun_router_circuit_open", "1 if the circuit is not closed", worker, registry=registry)
+        self._outstanding = Gauge(
+            "qsun_router_outstanding_tokens", "Tokens not yet computed", worker, registry=registry
+        )
         self._at_worker = Gauge("qsun_router_worker_in_flight", "Requests at a worker", worker, registry=registry)
-        self._warm = Gauge("qsun_router_warm_pairs", "Pairs whose handshake is done", registry=registry)
+        self._warm = Gauge("qsun_router_warm_pairs", "Warm pairs of workers", registry=registry)
 
     def render(self, fleet: Fleet) -> bytes:
-        """The text that Prometheus scrapes."""
+        """Return the text that Prometheus scrapes."""
         for gauge in (self._state, self._circuit, self._outstanding, self._at_worker):
-            gauge.clear()  # of workers that left
+            gauge.clear()  # workers may have left
         for worker in fleet:
             labels = (worker.url, worker.role)
             for state in _STATES:

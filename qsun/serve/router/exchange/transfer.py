@@ -1,14 +1,17 @@
-"""The bodies of one transfer of KV cache: to the prefill worker, and with what it answers to the decode worker.
+"""The two bodies of one KV transfer: to the prefill worker, and with what it answers to the decode worker.
 
 A prefill worker computes the prompt's KV cache and answers with transfer parameters that name its blocks. A decode
-worker that gets them reads those blocks, computes the last prompt token itself and generates. vLLM checks none of it:
+worker reads those blocks, computes the last prompt token itself and generates. vLLM checks none of this:
 
-* without parameters a decode worker computes the prompt with its own weights and answers 200: such a request is never
-  sent (`transfer_of` raises), but for a prompt of one token, of whose KV cache nothing is used: the decode worker
-  computes the last prompt token in any case, and the answer is the same with and without them;
-* with parameters that name no blocks its engine stops on an assertion: they count as missing;
-* parameters that were used before, or were invented, read somebody's blocks: they exist in no other place than between
-  the two requests of one attempt.
+* without parameters a decode worker computes the prompt with its own weights and answers 200. The router never sends
+  such a request (`transfer_of` raises), except for a prompt of one token: the decode worker computes the last prompt
+  token in any case, so the answer is the same;
+* parameters that name no blocks stop its engine on an assertion: they count as missing;
+* parameters that were used before or invented read another request's KV blocks: they exist only between the two
+  requests of one attempt.
+
+Both workers must render the same prompt, so `tools` goes to both. Tool choice, response format and other constraints
+are for the answer only: the prefill worker's single token is thrown away, and needs no grammar and no tool parser.
 
 Facts: vLLM's NixlConnector (nixl/pull_scheduler.py), and a real vLLM (tests/vllm).
 """
@@ -16,19 +19,32 @@ Facts: vLLM's NixlConnector (nixl/pull_scheduler.py), and a real vLLM (tests/vll
 from collections.abc import Mapping
 from typing import Any
 
+from qsun.serve.http.wire import usage_count
 from qsun.serve.router.exchange.request import CHAT, RoutedRequest
 
-# what only shapes the answer; the prefill worker's is thrown away
-_ANSWER_ONLY = (
-    "stream_options",
-    "stream_interval",
-    "min_tokens",
-    "logprobs",
-    "top_logprobs",
-    "logprob_token_ids",
-    "return_token_ids",
+# these only shape the answer, and the prefill worker's is thrown away
+_ANSWER_ONLY = frozenset(
+    {
+        "stream_options",
+        "stream_interval",
+        "min_tokens",
+        "logprobs",
+        "top_logprobs",
+        "logprob_token_ids",
+        "return_token_ids",
+        "response_format",
+        "structured_outputs",
+        "guided_json",
+        "guided_regex",
+        "guided_choice",
+        "guided_grammar",
+        "guided_decoding_backend",
+        "thinking_token_budget",
+        "tool_choice",
+        "parallel_tool_calls",
+    }
 )
-# refused where a request is read, and never sent: with it vLLM drops the transferred KV cache without a word
+# refused when a request is read, and never sent: with it vLLM silently drops the transferred KV cache
 _NEVER = "prompt_logprobs"
 _WANTED: dict[str, Any] = {
     "do_remote_decode": True,
@@ -47,22 +63,25 @@ class NoTransfer(Exception):
 
 
 def prefill_body(request: RoutedRequest, served_name: str) -> dict[str, Any]:
-    """What the prefill worker gets: the whole prompt, one token to generate, and the wish for transfer parameters."""
+    """Return the body for the prefill worker: the whole prompt, one token, and the wish for transfer parameters."""
     body = {key: value for key, value in request.body.items() if key not in _ANSWER_ONLY and key != _NEVER}
     body |= {"model": served_name, "stream": False, "max_tokens": 1, "kv_transfer_params": dict(_WANTED)}
     if request.path == CHAT:
         body["max_completion_tokens"] = 1
+        if "tools" in body:
+            body["tool_choice"] = "none"  # vLLM still writes the tools into the prompt, and parses no calls
     return body
 
 
 def transfer_of(answer: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Transfer parameters of a prefill worker's answer; None where the prompt is one token and has none.
+    """Return the transfer parameters of a prefill worker's answer; None for a prompt of one token without any.
 
     Raises:
         NoTransfer: they are missing, or name no blocks.
+        BrokenStream: the answer's token count is invalid.
     """
     params = answer.get("kv_transfer_params")
-    if params is None and prompt_tokens_of(answer) == 1:
+    if params is None and usage_count(answer, "prompt_tokens") == 1:
         return None
     if not isinstance(params, dict):
         raise NoTransfer("it answered without kv_transfer_params; is it a kv_producer?")
@@ -74,24 +93,16 @@ def transfer_of(answer: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _has_blocks(ids: object) -> bool:
-    """Block ids are a list, or one list a group of layers."""
+    """Block ids are a list, or one list for each group of layers."""
     return isinstance(ids, list) and any(group if isinstance(group, list) else True for group in ids)
-
-
-def prompt_tokens_of(answer: Mapping[str, Any]) -> int | None:
-    """The number of prompt tokens that a worker counted."""
-    usage = answer.get("usage")
-    count = usage.get("prompt_tokens") if isinstance(usage, dict) else None
-    return count if isinstance(count, int) else None
 
 
 def decode_body(
     request: RoutedRequest, served_name: str, prefill_name: str, params: dict[str, Any] | None, max_tokens: int
 ) -> dict[str, Any]:
-    """What the decode worker gets: the client's request, and the prompt's KV cache.
+    """Return the body for the decode worker: the client's request and the prompt's KV cache.
 
-    The cache salt keeps the prefix caches of modules apart: the same prompt has another KV cache in each. It is sent
-    whether the worker caches or not.
+    The cache salt separates the modules in a prefix cache: the same prompt has another KV cache in each of them.
     """
     body = dict(request.body) | {"model": served_name, "cache_salt": prefill_name[:_SALT_CHARACTERS]}
     body.pop(_NEVER, None)
@@ -101,5 +112,7 @@ def decode_body(
     if params is not None:
         body["kv_transfer_params"] = params
     if request.stream:
-        body["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
+        # with tools the two workers get different bodies, so the first event must show that the prompt is the same
+        usage = {"include_usage": True} | ({"continuous_usage_stats": True} if "tools" in body else {})
+        body["stream_options"] = {**body.get("stream_options", {}), **usage}
     return body

@@ -1,4 +1,4 @@
-"""HTTP to a worker: the prefill of a prompt, the opening of an answer, and what each failure means."""
+"""HTTP requests to workers: prefill a prompt, open an answer, and classify each failure."""
 
 import json
 from collections.abc import AsyncIterator, Mapping
@@ -8,30 +8,34 @@ from typing import Any
 
 import httpx
 
+from qsun.serve.http.wire import BrokenStream, usage_count
 from qsun.serve.router.exchange.request import RoutedRequest
-from qsun.serve.router.exchange.transfer import NoTransfer, prefill_body, prompt_tokens_of, transfer_of
+from qsun.serve.router.exchange.transfer import NoTransfer, prefill_body, transfer_of
 from qsun.serve.router.workers.worker import Worker
 
-# not the user's mistake: it serves other weights or wants a key; or it is only full or slow
+# not the user's mistake: the worker serves other weights or needs a key, or it is only full or slow
 _WRONG_WORKER = (401, 403, 404)
 _TRY_ANOTHER = (408, 409, 425, 429)
 _LARGEST_ANSWER_BYTES = 1 << 26
 
 
 class WorkerFailed(Exception):
-    """An attempt failed before the client got a byte; another one may succeed.
+    """An attempt failed before the client got a byte; another attempt may succeed.
 
     Args:
         cause: one word for metrics. detail: for the log.
+    Attributes:
+        source: the prefill worker whose KV cache a decode worker was to read.
     """
 
     def __init__(self, worker: Worker, cause: str, detail: str):
         super().__init__(f"{worker.role} worker {worker.url}: {detail}")
         self.worker, self.cause = worker, cause
+        self.source: Worker | None = None
 
 
 class RequestRefused(Exception):
-    """A worker found the request wrong: the client gets its status and reason, and no other worker is asked."""
+    """A worker refused the request as wrong: the client gets its status and reason, and no other worker is tried."""
 
     def __init__(self, status: int, body: bytes):
         super().__init__(f"status {status}")
@@ -44,7 +48,7 @@ class Prefilled:
 
     Attributes:
         params: name its blocks, for one use; None for a prompt of one token without any.
-        prompt_tokens: as the worker counted them.
+        prompt_tokens: the worker's count.
         engine_id: of the worker's process.
     """
 
@@ -56,7 +60,7 @@ class Prefilled:
 async def prefill(
     client: httpx.AsyncClient, worker: Worker, request: RoutedRequest, request_id: str, seconds: float
 ) -> Prefilled:
-    """Have a prompt computed.
+    """Have a prefill worker compute a prompt within a time.
 
     Raises:
         WorkerFailed, RequestRefused
@@ -65,11 +69,12 @@ async def prefill(
     async with opened(client, worker, request.path, body, request_id, httpx.Timeout(seconds)) as response:
         answer = await read_json(worker, response)
     try:
-        params = transfer_of(answer)
+        params, prompt_tokens = transfer_of(answer), usage_count(answer, "prompt_tokens")
     except NoTransfer as missing:
         raise WorkerFailed(worker, "no_transfer", str(missing)) from None
-    engine_id = None if params is None else str(params["remote_engine_id"])
-    return Prefilled(params, prompt_tokens_of(answer), engine_id)
+    except BrokenStream as broken:
+        raise WorkerFailed(worker, "broken", str(broken)) from None
+    return Prefilled(params, prompt_tokens, None if params is None else str(params["remote_engine_id"]))
 
 
 @asynccontextmanager
@@ -81,9 +86,9 @@ async def opened(
     request_id: str,
     timeout: httpx.Timeout,
 ) -> AsyncIterator[httpx.Response]:
-    """POST to a worker; the block sees a response of status 200 whose body has not been read.
+    """POST to a worker; the block gets a response of status 200 whose body has not been read.
 
-    Leaving the block closes the connection of an unfinished answer, upon which vLLM ends the request.
+    Leaving the block closes the connection of an unfinished answer, which makes vLLM end the request.
     """
     headers = {"X-Request-Id": request_id, "Accept-Encoding": "identity"}
     try:
@@ -106,13 +111,13 @@ async def _refuse(worker: Worker, response: httpx.Response) -> None:
 
 
 async def read_json(worker: Worker, response: httpx.Response) -> dict[str, Any]:
-    """The JSON object of a whole answer. Raises WorkerFailed where it is none."""
+    """Return the JSON object of a whole answer. Raises WorkerFailed for anything else."""
     try:
         answer = json.loads(await _read(worker, response))
     except (ValueError, RecursionError):
         answer = None
     if not isinstance(answer, dict):
-        raise WorkerFailed(worker, "broken", "its answer is no JSON object")
+        raise WorkerFailed(worker, "broken", "its answer is not a JSON object")
     return answer
 
 
@@ -129,9 +134,9 @@ async def _read(worker: Worker, response: httpx.Response) -> bytes:
 
 
 def cause_of(error: httpx.HTTPError) -> str:
-    """One word for metrics."""
+    """Return the kind of a failure, one word for metrics."""
     if isinstance(error, httpx.PoolTimeout):
-        return "busy"  # our own connections are all taken: no worker's fault
+        return "busy"  # all of our own connections are in use, which is not the worker's fault
     if isinstance(error, httpx.TimeoutException):
         return "timeout"
     return "connect" if isinstance(error, httpx.ConnectError) else "broken"

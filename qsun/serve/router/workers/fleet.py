@@ -1,4 +1,4 @@
-"""All workers of a cluster: which pair of a prefill and a decode worker takes a request, and what joins and leaves."""
+"""All workers of a cluster: which pair of a prefill and a decode worker gets a request, and which join and leave."""
 
 import asyncio
 import contextlib
@@ -14,11 +14,11 @@ logger = logging.getLogger(__name__)
 
 
 class Fleet:
-    """Workers by pool, and the pairs whose first handshake is behind them.
+    """Workers by pool, and the pairs that are warm.
 
     Attributes:
-        prefill: workers of each model. decode: workers of all.
-        warm: pairs (prefill URL, decode URL) that have answered together; only these are used.
+        prefill: workers of each model. decode: workers of all models.
+        warm: pairs (prefill URL, decode URL) that have answered a request together; only these are used.
     """
 
     def __init__(self) -> None:
@@ -31,20 +31,20 @@ class Fleet:
         self._changed = asyncio.Event()
 
     def __iter__(self) -> Iterator[Worker]:
-        """Every worker of the file."""
+        """Iterate over every worker of the file."""
         for workers in self.prefill.values():
             yield from workers
         yield from self.decode
 
     def update(self, cluster: Cluster, names: ServedNames) -> list[Worker]:
-        """Take on a file. Workers that stay keep their state, others leave once they are idle. Returns the new ones."""
+        """Apply a file. Workers that stay keep their state, others leave once they are idle. Return the new ones."""
         known = {_identity(worker): worker for worker in self}
         wanted = {_identity(worker): worker for worker in _workers(cluster, names)}
         placed = {identity: known.get(identity, worker) for identity, worker in wanted.items()}
         joined = [worker for identity, worker in placed.items() if identity not in known]
         for identity, worker in known.items():
             if identity not in wanted:
-                self._dismiss(worker)
+                self._remove(worker)
         self.prefill = {model: [w for w in placed.values() if w.model == model] for model in cluster.models}
         self.decode = [worker for worker in placed.values() if worker.role == "decode"]
         for worker in self:
@@ -55,25 +55,26 @@ class Fleet:
         self.changed()
         return joined
 
-    def _dismiss(self, worker: Worker) -> None:
+    def _remove(self, worker: Worker) -> None:
         worker.leaving = True
-        self.cool(worker)
+        self.forget_pairs(worker)
         self.leaving = [other for other in [*self.leaving, worker] if other.in_flight]
         logger.info("%s worker %s leaves; %d requests in flight finish", worker.role, worker.url, worker.in_flight)
 
     def choose_prefill(self, demand: Demand, tried: Collection[Worker]) -> Worker | None:
-        """A prefill worker of the model that has a warm decode worker; one that was not tried where there is one."""
-        pool = self.prefill.get(demand.model, ())  # none where a reload has removed the model
-        usable = [worker for worker in pool if worker.usable and self._mates(worker, demand)]
-        fresh = [w for w in usable if w not in tried and any(mate not in tried for mate in self._mates(w, demand))]
-        return self._policy(demand.model).choose(fresh or usable, demand)
+        """Return a prefill worker of the model that has a warm decode worker; one not tried before if there is one."""
+        pool = self.prefill.get(demand.model, ())  # none if a reload has removed the model
+        usable = [worker for worker in pool if worker.usable and self._warm_decode(worker, demand)]
+        untried = [w for w in usable if w not in tried and any(d not in tried for d in self._warm_decode(w, demand))]
+        return self._policy(demand.model).choose(_unsuspected(untried or usable), demand)
 
     def choose_decode(self, prefill: Worker, demand: Demand, tried: Collection[Worker]) -> Worker | None:
-        """A decode worker that is warm with this prefill worker."""
-        usable = self._mates(prefill, demand)
-        return self._policy(None).choose([worker for worker in usable if worker not in tried] or usable, demand)
+        """Return a decode worker that is warm with this prefill worker; one not tried before if there is one."""
+        usable = self._warm_decode(prefill, demand)
+        untried = [worker for worker in usable if worker not in tried]
+        return self._policy(None).choose(_unsuspected(untried or usable), demand)
 
-    def _mates(self, prefill: Worker, demand: Demand) -> list[Worker]:
+    def _warm_decode(self, prefill: Worker, demand: Demand) -> list[Worker]:
         return [
             worker
             for worker in self.decode
@@ -86,36 +87,40 @@ class Fleet:
         return self._policies.setdefault(pool, make_policy(self._policy_name))
 
     def partners(self, worker: Worker) -> list[Worker]:
-        """Workers of the other role that it may be paired with."""
+        """Return the workers of the other role that it may be paired with."""
         if worker.role == "prefill":
             return [d for d in self.decode if d.models is None or worker.model in d.models]
         models = self.prefill if worker.models is None else worker.models
         return [prefill for model in models for prefill in self.prefill.get(model, [])]
 
-    def cool(self, worker: Worker) -> None:
-        """Its process may be another one from now on: every pair with it has to shake hands again."""
+    def forget_pairs(self, worker: Worker) -> None:
+        """Mark all pairs of a worker as cold, because its process may be a new one."""
         worker.epoch += 1
         self.warm = {pair for pair in self.warm if worker.url not in pair}
 
     def without_a_pair(self) -> list[str]:
-        """Models that no pair of workers can answer now."""
-        return [model for model in self.prefill if self.choose_first(model) is None]
+        """Return the models that no pair of workers can serve now."""
+        return [model for model in self.prefill if not self._has_a_pair(model)]
 
-    def choose_first(self, model: str) -> Worker | None:
-        """Any usable prefill worker of a model, without a turn of the policy."""
+    def _has_a_pair(self, model: str) -> bool:
         demand = Demand(model, 0)
-        return next((w for w in self.prefill[model] if w.usable and self._mates(w, demand)), None)
+        return any(worker.usable and self._warm_decode(worker, demand) for worker in self.prefill[model])
 
     def changed(self) -> None:
-        """Wake those who wait for a worker."""
+        """Wake the requests that wait for a worker."""
         self._changed.set()
         self._changed = asyncio.Event()
 
     async def wait_for_change(self, seconds: float) -> None:
-        """Return when a worker's state or a pair has changed, or after so many seconds."""
+        """Return when the state of a worker or a pair has changed, or after this time."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(seconds, 0.0)):
                 await self._changed.wait()
+
+
+def _unsuspected(workers: list[Worker]) -> list[Worker]:
+    """Return the workers that are not suspected of hanging, or all if every one is."""
+    return [worker for worker in workers if not worker.suspected] or workers
 
 
 def _workers(cluster: Cluster, names: ServedNames) -> Iterator[Worker]:

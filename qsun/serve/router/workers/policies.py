@@ -1,6 +1,6 @@
-"""Which of several workers takes a request: one small class a policy, over plain numbers, without HTTP.
+"""Policies that choose a worker for a request: one small class each, over plain numbers, without HTTP.
 
-Each pool has a policy of its own: the decode workers one, the prefill workers of each model another.
+Each pool has its own instance: one for the decode workers, one for the prefill workers of each model.
 """
 
 import random
@@ -15,8 +15,8 @@ class Candidate(Protocol):
     """A worker as a policy sees it.
 
     Attributes:
-        outstanding_tokens: of requests in flight: estimated prompt tokens, and what each may still generate.
-        taken: requests it ever got.
+        outstanding_tokens: of requests in flight: estimated prompt tokens, and the most that each may still generate.
+        taken: number of requests that it ever got.
         models: that it serves; None for all.
     """
 
@@ -31,7 +31,7 @@ W = TypeVar("W", bound=Candidate)
 
 @dataclass(frozen=True)
 class Demand:
-    """A request as a policy sees it: its model, and how many tokens it brings."""
+    """A request as a policy sees it: its model and its prompt tokens."""
 
     model: str
     tokens: int
@@ -39,19 +39,19 @@ class Demand:
 
 class Policy(Protocol):
     def choose(self, workers: Sequence[W], request: Demand) -> W | None:
-        """One of the workers, or None where none of them may take it."""
+        """Return one of the workers, or None if none of them may serve the request."""
         ...
 
 
 class LeastOutstandingTokens:
-    """The worker with the least left to do; of equals the one that got the fewest requests."""
+    """The worker with the fewest outstanding tokens; among equals the one that got the fewest requests."""
 
     def choose(self, workers: Sequence[W], request: Demand) -> W | None:
         return min(workers, key=lambda worker: (worker.outstanding_tokens, worker.taken), default=None)
 
 
 class PowerOfTwo:
-    """The less loaded of two workers drawn at random: nearly as even, and steady where routers share workers."""
+    """The less loaded of two workers drawn at random: nearly as even, and stable if routers share the workers."""
 
     def __init__(self, seed: int | None = None):
         self._random = random.Random(seed)
@@ -62,7 +62,7 @@ class PowerOfTwo:
 
 
 class RoundRobin:
-    """The worker whose last turn is longest ago, whatever its load."""
+    """The worker whose last request is the oldest, regardless of load."""
 
     def __init__(self) -> None:
         self._turn = 0
@@ -77,7 +77,7 @@ class RoundRobin:
 
 
 class Partitioned:
-    """Conventional disaggregation, for comparison: a decode worker takes requests of its own models only."""
+    """Conventional disaggregation, for comparison: a decode worker serves its own models only."""
 
     def __init__(self) -> None:
         self._among = LeastOutstandingTokens()
@@ -96,12 +96,12 @@ _POLICIES: dict[str, type[Policy]] = {
 
 
 def make_policy(name: str) -> Policy:
-    """A policy by its name in cluster.yaml. Raises QsunError for an unknown one."""
+    """Return a policy by its name in cluster.yaml. Raises QsunError for an unknown name."""
     if name not in _POLICIES:
-        raise QsunError(f"policy {name!r} is not known; use one of {', '.join(_POLICIES)}")
+        raise QsunError(f"policy {name!r} is unknown; use one of {', '.join(_POLICIES)}")
     return _POLICIES[name]()
 
 
 def partition(workers: Sequence[str], models: Sequence[str]) -> dict[str, frozenset[str]]:
-    """Models of each decode worker where the file assigns none: worker i is for model i modulo their number."""
+    """Return the models of each decode worker if the file assigns none: worker i serves model i modulo their number."""
     return {url: frozenset([models[i % len(models)]]) for i, url in enumerate(workers)}

@@ -1,4 +1,4 @@
-"""What the router knows of one worker: whether it is what it should be, whether it answers, how much it has to do."""
+"""What the router knows of one worker: its identity, whether it answers, and its load."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ Circuit = Literal["closed", "open", "half_open"]
 
 
 class Breaker:
-    """A circuit breaker: opens after `failures` in a row; after a cool-down one probe decides whether it closes."""
+    """A circuit breaker: opens after `failures` in a row; after a cool-down a probe decides whether it closes."""
 
     def __init__(self, failures: int, cool_down_seconds: float, clock: Callable[[], float] = time.monotonic):
         self.limit, self.cool_down_seconds, self._clock = failures, cool_down_seconds, clock
@@ -28,12 +28,16 @@ class Breaker:
         self.failures = 0
         self._opened_at = None
 
+    def trip(self) -> None:
+        """Open the circuit now."""
+        self._opened_at = self._clock()
+
     def fail(self) -> bool:
-        """Count a failure. True where it opens the circuit, or keeps it open after a probe."""
+        """Count a failure. Return whether it opens the circuit, or keeps it open after a probe."""
         self.failures += 1
         opens = self.state == "half_open" or (self._opened_at is None and self.failures >= self.limit)
         if opens:
-            self._opened_at = self._clock()
+            self.trip()
         return opens
 
 
@@ -41,16 +45,16 @@ class Worker:
     """One vLLM worker.
 
     Attributes:
-        url, role: where it is, and what for.
-        served_name: the name that it must serve: that of the module of this pool.
+        served_name: the model name that it must serve, which identifies the module of its pool.
         model: of a prefill worker; None for a decode worker.
-        models: that a decode worker takes; None for all.
-        state: ready once its identity was checked. refused: it serves something else. down: it does not answer.
+        models: that a decode worker serves; None for all.
+        state: ready: its identity is checked. refused: it serves another module. down: it does not answer.
         reason: for its state, for people.
-        leaving: no longer in the file; what it has in flight may finish.
+        suspected: a request to it timed out, and no probe has shown yet whether it hangs or is only slow.
+        leaving: no longer in the file; its running requests may finish.
         outstanding_tokens, in_flight, taken: its load (see policies.py).
-        max_model_len: tokens of prompt and answer together, as it says itself.
-        epoch: raised whenever its process may have become another one; what was found out before is of the past.
+        max_model_len: prompt and answer together, in tokens, as it reports.
+        epoch: raised whenever its process may be a new one, which invalidates earlier findings.
         engine_ids: of a prefill worker's process (several with data parallelism); a new one is a restart.
     """
 
@@ -67,7 +71,7 @@ class Worker:
         self.model, self.models = model, models
         self.state: State = "unchecked"
         self.reason = "not yet checked"
-        self.leaving = False
+        self.suspected = self.leaving = False
         self.outstanding_tokens = self.in_flight = self.taken = 0
         self.max_model_len: int | None = None
         self.epoch = 0
@@ -78,27 +82,27 @@ class Worker:
         return self.state == "ready" and not self.leaving and self.breaker.state == "closed"
 
     @contextmanager
-    def carrying(self, tokens: int) -> Iterator["Burden"]:
-        """A request is at this worker, with so many tokens to do, until the block is left."""
-        burden = Burden(self, tokens)
+    def handling(self, tokens: int) -> Iterator["TokenLoad"]:
+        """Count a request of so many tokens as this worker's load within the block."""
+        load = TokenLoad(self, tokens)
         self.in_flight += 1
         self.taken += 1
         self.outstanding_tokens += tokens
         try:
-            yield burden
+            yield load
         finally:
             self.in_flight -= 1
-            self.outstanding_tokens -= burden.left
+            self.outstanding_tokens -= load.left
 
 
-class Burden:
-    """What one request still has to do at a worker."""
+class TokenLoad:
+    """The tokens that one request still needs from a worker."""
 
     def __init__(self, worker: Worker, tokens: int):
         self._worker, self.left = worker, tokens
 
     def done(self, tokens: int) -> None:
-        """So many tokens have come. More than were announced are not counted."""
+        """Subtract tokens that have arrived, down to 0."""
         tokens = min(tokens, self.left)
         self.left -= tokens
         self._worker.outstanding_tokens -= tokens
