@@ -171,8 +171,9 @@ def test_a_slow_prefill_worker_is_given_up():
             slow.first_seconds = 30.0
             for _ in range(3):
                 assert (await r.complete()).json()["choices"][0]["text"] == expected("math", "a b c d", 4)
-            assert slow.cancelled == slow.started >= 1
-            assert await r.metric("qsun_router_retries_total", cause="timeout") == slow.started
+            asked = [body for body in slow.seen if body["prompt"] == "a b c d"]
+            assert len(asked) == slow.cancelled == 1  # the first request finds out, and the others go elsewhere
+            assert await r.metric("qsun_router_retries_total", cause="timeout") == 1
 
     run(scenario)
 

@@ -162,7 +162,8 @@ def test_a_users_mistake_passes_through_and_is_not_tried_again():
         ({"max_tokens": True}, "max_tokens"),
         ({"prompt": "word " * 100}, "prompt"),
         ({"stream": 1}, "stream"),
-        ({"stream_options": {}}, "stream_options"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"truncate_prompt_tokens": -1}, "truncate_prompt_tokens"),
     ],
     ids=lambda value: json.dumps(value)[:30],
 )
