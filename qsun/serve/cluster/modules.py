@@ -1,4 +1,4 @@
-"""The modules of a cluster on disk: do the pairs fit, and under which name must a worker serve each of them."""
+"""The modules of a cluster on disk: whether they are compatible, and the name under which a worker serves each."""
 
 import logging
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class ServedNames:
     """Model names that vLLM workers serve.
 
     Attributes:
-        decode: that of every decode worker.
+        decode: of all decode workers.
         prefill: of each model's prefill workers. Two models may share a module.
     """
 
@@ -30,22 +30,22 @@ class ServedNames:
 
 
 def served_name(fingerprint: str) -> str:
-    """`--served-model-name` of a worker: a worker with other weights does not know it, and answers 404."""
+    """Return a worker's `--served-model-name`: one with other weights does not know it, and answers 404."""
     return f"qsun-{fingerprint[:_NAME_DIGITS]}"
 
 
 class ModuleChecks:
-    """Fingerprints and pair checks, kept until a file of the module changes, so that a reload is quick."""
+    """Fingerprints and pair checks, cached until a file of the module changes, so that a reload is quick."""
 
     def __init__(self) -> None:
         self._fingerprints: dict[Path, tuple[_State, str]] = {}
         self._pairs: set[tuple[Path, _State, Path, _State]] = set()
 
     def names(self, cluster: Cluster) -> ServedNames:
-        """Check every pair and name every module.
+        """Check every pair and return the name of every module.
 
         Raises:
-            QsunError: a directory that is no module, a LoRA adapter, or a pair that does not fit.
+            QsunError: a directory that is not a module, a LoRA adapter, or an incompatible pair.
         """
         decode = _directory("decode", cluster.decode.module)
         prefill = {model: _directory(f"models.{model}", pool.module) for model, pool in cluster.models.items()}
@@ -65,7 +65,7 @@ class ModuleChecks:
 
     def _check(self, prefill: Path, decode: Path) -> None:
         if not (prefill / "config.json").exists() and (prefill / "adapter_config.json").exists():
-            raise QsunError(f"{prefill} is a LoRA adapter, which a worker cannot serve as a module; merge it first")
+            raise QsunError(f"{prefill} is a LoRA adapter, which a worker cannot serve by itself; merge it first")
         key = (prefill, _state(prefill), decode, _state(decode))
         if key in self._pairs:
             return
@@ -83,6 +83,6 @@ def _directory(where: str, module: str) -> Path:
 
 
 def _state(directory: Path) -> _State:
-    """Of every file: name, size and time of the last change."""
+    """Return the name, size and time of the last change of every file."""
     files = sorted(path for path in directory.iterdir() if path.is_file())
     return tuple((path.name, stat.st_size, stat.st_mtime_ns) for path in files for stat in [path.stat()])

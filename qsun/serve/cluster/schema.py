@@ -1,11 +1,11 @@
-"""The sections of cluster.yaml: which workers serve which modules, how requests are shared out, and every limit.
+"""The sections of cluster.yaml: which workers serve which modules, how requests are distributed, and every limit.
 
     listen: {host: 127.0.0.1, port: 8000}
     decode: {module: out/demo-int4, workers: [http://127.0.0.1:8201, http://127.0.0.1:8202]}
     models:
       math: {module: out/math, workers: [http://127.0.0.1:8101]}
 
-A number in place of the list of workers is for `qsun up`, which starts that many.
+A number instead of a list of workers is for `qsun up`, which starts that many.
 """
 
 import re
@@ -13,21 +13,17 @@ from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
+from qsun.config import Dtype, Section, Settings
 from qsun.errors import QsunError
 from qsun.serve.http.guard import GuardConfig
 
 PolicyName = Literal["least_outstanding_tokens", "power_of_two", "round_robin", "partitioned"]
-Count = Annotated[int, Field(strict=True, ge=1, le=1 << 40)]
-Seconds = Annotated[float, Field(strict=True, gt=0, le=86400, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=1 << 40)]
+Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
+Names = Annotated[tuple[str, ...], Field(strict=False)]  # YAML has lists
 _MOST_WORKERS = 1024
-
-
-class Section(BaseModel):
-    """A mapping of cluster.yaml: unknown keys are errors, values do not change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 def _worker_url(value: object) -> str:
@@ -46,7 +42,7 @@ def _worker_entries(value: object) -> object:
     if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _MOST_WORKERS:
         return value
     if not isinstance(value, (list, tuple)) or not 1 <= len(value) <= _MOST_WORKERS:
-        raise ValueError("use a list of URLs, or for `qsun up` how many workers to start")
+        raise ValueError("use a list of URLs, or for `qsun up` the number of workers to start")
     return [{"url": entry} if isinstance(entry, str) else entry for entry in value]
 
 
@@ -54,10 +50,11 @@ class WorkerEntry(Section):
     """A running vLLM worker. `models` assigns a decode worker under the policy `partitioned`."""
 
     url: Annotated[str, BeforeValidator(_worker_url)]
-    models: tuple[str, ...] | None = None
+    models: Names | None = None
 
 
-Workers = Annotated[tuple[WorkerEntry, ...] | int, BeforeValidator(_worker_entries)]
+Entries = Annotated[tuple[WorkerEntry, ...], Field(strict=False)]
+Workers = Annotated[Entries | int, BeforeValidator(_worker_entries)]
 
 
 class Pool(Section):
@@ -73,66 +70,66 @@ class Pool(Section):
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """Of the running workers; empty for a number."""
+        """URLs of the running workers; empty for a number."""
         return () if isinstance(self.workers, int) else tuple(worker.url for worker in self.workers)
 
 
 class Listen(Section):
     """Attributes:
-    api_keys: file of keys, one a line; any of them opens the API.
-    without_keys: serve without keys on an address that others can reach.
+    api_keys: file of API keys, one per line.
+    without_keys: serve without keys on an address that other machines can reach.
     """
 
     host: str = "127.0.0.1"
-    port: Annotated[int, Field(strict=True, ge=0, le=65535)] = 8000
-    api_keys: Path | None = None
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    api_keys: Annotated[Path, Field(strict=False)] | None = None
     without_keys: bool = False
 
 
 class RequestLimits(Section):
-    """Bounds of every request, and of what waits.
+    """Limits of every request, and of the queue.
 
     Attributes:
-        body_bytes, prompt_tokens, max_tokens: of one request; text is taken for a token every 4 characters.
-        concurrent_requests: at work at once; queued_requests wait for at most queue_seconds, the rest gets 429.
-        deadline_seconds: of a request from its arrival to its last byte.
+        body_bytes, prompt_tokens, max_tokens: of one request; 4 characters of text count as a token.
+        concurrent_requests: running at once; queued_requests wait for at most queue_seconds, and more get 429.
+        deadline_seconds: from a request's arrival to its last byte.
         prefill_seconds: of one attempt at a prefill worker.
         stall_seconds: between two pieces of a stream.
-        attempts: how often a request starts at prefill.
-        no_worker_seconds: how long a request waits for a pair of workers to become usable.
-        drain_seconds: after SIGTERM, for requests at work.
+        attempts: times that a request starts from prefill.
+        no_worker_seconds: that a request waits for a usable pair of workers.
+        drain_seconds: after SIGTERM, for running requests.
     """
 
     body_bytes: Count = 1 << 20
     prompt_tokens: Count = 1 << 17
     max_tokens: Count = 1 << 14
     concurrent_requests: Count = 256
-    queued_requests: Annotated[int, Field(strict=True, ge=0)] = 256
+    queued_requests: Annotated[int, Field(ge=0)] = 256
     queue_seconds: Seconds = 30.0
     deadline_seconds: Seconds = 600.0
     prefill_seconds: Seconds = 120.0
     stall_seconds: Seconds = 60.0
-    attempts: Annotated[int, Field(strict=True, ge=1, le=20)] = 4
+    attempts: Annotated[int, Field(ge=1, le=20)] = 4
     no_worker_seconds: Seconds = 10.0
     drain_seconds: Seconds = 30.0
 
 
 class Health(Section):
-    """Checks in the background, circuit breaker, warm-up.
+    """Background checks, circuit breaker, warm-up.
 
     Attributes:
-        failures: in a row, after which a worker's circuit opens; after cool_down_seconds it is probed.
+        failures: in a row, which open a worker's circuit; after cool_down_seconds it is probed.
         warm_up_attempts: of a pair before it waits for the next check. warm_up_seconds: for each of its two workers.
-        warm_up_at_once: attempts at a time.
+        warm_up_at_once: concurrent warm-ups.
     """
 
     interval_seconds: Seconds = 5.0
     timeout_seconds: Seconds = 5.0
-    failures: Annotated[int, Field(strict=True, ge=1, le=1000)] = 3
+    failures: Annotated[int, Field(ge=1, le=1000)] = 3
     cool_down_seconds: Seconds = 10.0
-    warm_up_attempts: Annotated[int, Field(strict=True, ge=1, le=100)] = 5
+    warm_up_attempts: Annotated[int, Field(ge=1, le=100)] = 5
     warm_up_seconds: Seconds = 60.0
-    warm_up_at_once: Annotated[int, Field(strict=True, ge=1, le=256)] = 4
+    warm_up_at_once: Annotated[int, Field(ge=1, le=256)] = 4
 
 
 def _variable(name: object) -> object:
@@ -142,40 +139,40 @@ def _variable(name: object) -> object:
 
 
 class LaunchSettings(Section):
-    """How `qsun up` starts workers on this machine; nothing else reads it.
+    """How `qsun up` starts workers on this machine.
 
     Attributes:
-        python: of the environment that has vLLM, and qsun for its plugin; None: the one that runs `qsun up`.
-        device: where workers compute and hand KV cache over.
-        kernels: of a quantized decode module, in vLLM: ours (its plugin) or vLLM's own.
-        dtype, max_model_len, max_num_seqs, kv_cache_memory_bytes, gpu_memory_utilization, tensor_parallel_size: as
-            vLLM's options of these names; None: vLLM's default.
+        python: interpreter of the environment that has vLLM, and qsun for its plugin; None: that of `qsun up`.
+        device: where workers compute and transfer KV cache.
+        kernels: of a quantized decode module: ours (the plugin) or vLLM's own.
+        dtype, max_model_len, max_num_seqs, kv_cache_memory_bytes, gpu_memory_utilization, tensor_parallel_size: vLLM's
+            options of these names; None: vLLM's default.
         eager: neither torch.compile nor CUDA graphs; None: on a CPU.
         threads: OpenMP threads of a worker on a CPU.
-        gpus: that workers take one after another, tensor_parallel_size each, and from the start again where they are
-            too few; None: 0, 1, 2 ..., or those of CUDA_VISIBLE_DEVICES where `qsun up` has it.
-        first_port: each worker takes two ports from here on; None: free ones.
+        gpus: assigned in order, tensor_parallel_size to each worker, and again from the start if they are too few;
+            None: 0, 1, 2 ..., or the entries of CUDA_VISIBLE_DEVICES if it is set.
+        first_port: each worker uses two ports from here on; None: free ones.
         start_seconds: until all workers must answer.
-        prefill_arguments, decode_arguments: further options of such workers.
-        environment: set for every worker, over what qsun sets.
+        prefill_arguments, decode_arguments: further vLLM options.
+        environment: variables of every worker, which override those that qsun sets.
     """
 
     python: str | None = None
     device: Literal["cpu", "cuda"] = "cuda"
     kernels: Literal["qsun", "vllm"] = "qsun"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Dtype = "auto"
     max_model_len: Count | None = None
     max_num_seqs: Count | None = None
     kv_cache_memory_bytes: Count | None = None
-    gpu_memory_utilization: Annotated[float, Field(strict=True, gt=0, le=1)] | None = None
-    tensor_parallel_size: Annotated[int, Field(strict=True, ge=1, le=64)] = 1
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
+    tensor_parallel_size: Annotated[int, Field(ge=1, le=64)] = 1
     eager: bool | None = None
     threads: Count = 1
-    gpus: Annotated[tuple[Annotated[int, Field(strict=True, ge=0)], ...], Field(min_length=1)] | None = None
-    first_port: Annotated[int, Field(strict=True, ge=1024, le=65535)] | None = None
+    gpus: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False)] | None = None
+    first_port: Annotated[int, Field(ge=1024, le=65535)] | None = None
     start_seconds: Seconds = 900.0
-    prefill_arguments: tuple[str, ...] = ()
-    decode_arguments: tuple[str, ...] = ()
+    prefill_arguments: Names = ()
+    decode_arguments: Names = ()
     environment: dict[Annotated[str, BeforeValidator(_variable)], str] = Field(default_factory=dict)
 
     @property
@@ -183,8 +180,8 @@ class LaunchSettings(Section):
         return self.device == "cpu" if self.eager is None else self.eager
 
 
-class Cluster(Section):
-    """The whole file."""
+class Cluster(Settings):
+    """The whole cluster file."""
 
     listen: Listen = Listen()
     policy: PolicyName = "least_outstanding_tokens"
@@ -195,7 +192,7 @@ class Cluster(Section):
     launch: LaunchSettings = LaunchSettings()
 
     def need_running_workers(self) -> None:
-        """Raise QsunError where a pool has a number in place of URLs."""
+        """Raise QsunError if a pool has a number in place of URLs."""
         for name, pool in (("decode", self.decode), *((f"models.{name}", pool) for name, pool in self.models.items())):
             if isinstance(pool.workers, int):
                 raise QsunError(
@@ -204,6 +201,6 @@ class Cluster(Section):
                 )
 
     def guard_config(self, api_keys: tuple[str, ...]) -> GuardConfig:
-        """Limits of the HTTP side. What is over the queue's bound is refused there, and not here."""
+        """Return the limits of the HTTP side, above those of the queue, which refuses requests itself."""
         at_once = self.limits.concurrent_requests + self.limits.queued_requests
         return GuardConfig(api_keys=api_keys, max_body_bytes=self.limits.body_bytes, max_requests=at_once + 64)
