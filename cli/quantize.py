@@ -90,7 +90,7 @@ def quantize(
 def _warn_of_unserved(served: list[str], covered: tuple[str, ...], model: str) -> None:
     """Warn of served prefill modules whose task calibration does not see. Raises QsunError for one that cannot fit."""
     from qsun.model.pairing import check_pair
-    from qsun.quantization.prefill_streams import unserved
+    from qsun.quantization.prefill_activations import unserved
 
     for name in served:
         check_pair(name, model)
@@ -120,7 +120,6 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
         lines.append(f"prompt tokens read by {plan['prefill_modules']} prefill modules: {plan['prefill_tokens']}")
     for label, key in (
         ("output", "output_bytes"),
-        ("disk while running", "disk_bytes"),
         ("peak RAM, estimated", "peak_ram_bytes"),
         ("peak VRAM, estimated", "peak_vram_bytes"),
     ):

@@ -10,6 +10,9 @@ from typing import Any
 
 from qsun.errors import QsunError
 
+BLOCKS = "model.layers."
+ATTENTION_END, MLP_END = 1, 3  # numbers of the stages that end the halves of a block
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -19,19 +22,22 @@ class Stage:
         layers: names inside the block.
         producer: what makes the input, where an inverse channel scale can be folded: a norm, or a linear layer's rows.
         rows: which part of the producing linear layer's output rows is meant: (part, parts).
+        ends_half: its output is what attention, or the MLP, gives to the residual stream.
     """
 
     layers: tuple[str, ...]
     producer: str | None = None
     rows: tuple[int, int] = (0, 1)
+    ends_half: bool = False
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model family as the walk sees it. All of them keep their blocks in model.layers.
+    """A model family, block by block. All of them keep their blocks in model.layers.
 
     Attributes:
-        attention, mlp: the two halves of a block, each ending in the linear layer of stages[1] and stages[3].
+        stages: in forward order; those numbered ATTENTION_END and MLP_END end the two halves of a block.
+        attention, mlp: the two halves.
         norm_offset: RMSNorm multiplies by (offset + weight): 1 in Gemma.
         output_added: the halves' outputs are added to the residual as they are (no norm between).
         masks_by_type: the model's forward takes one attention mask for each of config.layer_types, not one for all.
@@ -45,14 +51,24 @@ class Architecture:
     mlp: str = "mlp"
 
     def linear_names(self) -> list[str]:
+        """Return the names of a block's linear layers, inside the block."""
         return [name for stage in self.stages for name in stage.layers]
+
+    def all_linear_names(self, blocks: int) -> list[str]:
+        """Return the full names of the linear layers of so many blocks."""
+        return [block_prefix(index) + name for index in range(blocks) for name in self.linear_names()]
+
+
+def block_prefix(index: int) -> str:
+    """Return what the names of a block's tensors begin with."""
+    return f"{BLOCKS}{index}."
 
 
 _ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _MLP_INPUTS = ("mlp.gate_proj", "mlp.up_proj")
 # v_proj never takes a fold for o_proj: prefill modules write V, unscaled (DESIGN: "AWQ trap").
-_OUTPUT = Stage(("self_attn.o_proj",))
-_DOWN = Stage(("mlp.down_proj",), "mlp.up_proj")
+_OUTPUT = Stage(("self_attn.o_proj",), ends_half=True)
+_DOWN = Stage(("mlp.down_proj",), "mlp.up_proj", ends_half=True)
 
 
 def _split(attention_norm: str | None, mlp_norm: str | None, **traits: Any) -> Architecture:
@@ -69,7 +85,7 @@ _PHI3 = Architecture(
         Stage(("self_attn.qkv_proj",), "input_layernorm"),
         _OUTPUT,
         Stage(("mlp.gate_up_proj",), "post_attention_layernorm"),
-        Stage(("mlp.down_proj",), "mlp.gate_up_proj", rows=(1, 2)),
+        Stage(("mlp.down_proj",), "mlp.gate_up_proj", rows=(1, 2), ends_half=True),
     )
 )
 

@@ -1,4 +1,4 @@
-"""Model directories on disk: read tensors by name without loading the model, fingerprint them, write them in streams.
+"""Model directories on disk: read tensors by name without loading the model, and fingerprint them.
 
 Only safetensors is read: a pickle can run code. Bytes are read, not mapped: the mapped pages of a large base would pile
 up in memory.
@@ -19,28 +19,28 @@ from qsun.errors import QsunError
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _COPY_BYTES = 1 << 24
-_STORED_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
+STORED_DTYPES = {  # in the order of safetensors, which writes tensors of a later one first
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I16": torch.int16,
+    "U16": torch.uint16,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
     "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
     "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
 }
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Checkpoint:
-    """The tensors of a Hugging Face model directory.
+    """The tensors of a Hugging Face model directory, or of one safetensors file.
 
     Attributes:
         directory: where they are.
@@ -50,11 +50,10 @@ class Checkpoint:
         QsunError: no such directory, no safetensors, a damaged or missing shard.
     """
 
-    def __init__(self, directory: Path):
-        self.directory = Path(directory)
-        files = _tensor_files(self.directory)
-        # Buffers that old Llama checkpoints hold; every model computes them.
-        self.files = {name: file for name, file in files.items() if not name.endswith(".rotary_emb.inv_freq")}
+    def __init__(self, path: Path):
+        path = Path(path)
+        self.directory = path.parent if path.is_file() else path
+        self.files = dict.fromkeys(read_header(path)[0], path.name) if path.is_file() else _tensor_files(path)
         self.headers: dict[str, dict[str, Any]] = {}
         self._data_start: dict[str, int] = {}
         for file in sorted(set(self.files.values())):
@@ -66,16 +65,6 @@ class Checkpoint:
                 f"{self.directory}: the index says {missing[0]} is in {self.files[missing[0]]}, but it is not; "
                 "download the model again"
             )
-
-    @classmethod
-    def of_file(cls, file: Path) -> "Checkpoint":
-        """The tensors of one safetensors file, whatever its name."""
-        single = cls.__new__(cls)
-        single.directory = file.parent
-        single.headers, start = read_header(file)
-        single.files = dict.fromkeys(single.headers, file.name)
-        single._data_start = {file.name: start}
-        return single
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
@@ -89,7 +78,7 @@ class Checkpoint:
 
     def dtype(self, name: str) -> torch.dtype | None:
         """torch dtype of a floating weight; None for any other tensor."""
-        dtype = _STORED_DTYPES[self.headers[name]["dtype"]]
+        dtype = STORED_DTYPES[self.headers[name]["dtype"]]
         return dtype if dtype in _WEIGHT_DTYPES else None
 
     def size_bytes(self, names: Iterable[str]) -> int:
@@ -117,7 +106,7 @@ class Checkpoint:
         shape = list(self.headers[name]["shape"])
         if rows is not None:
             shape[0] = rows[1] - rows[0]
-        tensor = torch.empty(shape, dtype=_STORED_DTYPES[self.headers[name]["dtype"]])
+        tensor = torch.empty(shape, dtype=STORED_DTYPES[self.headers[name]["dtype"]])
         bytes_of = tensor.view(-1).view(torch.uint8)
         filled = 0
         for piece in self._raw(name, rows):
@@ -160,6 +149,13 @@ class Checkpoint:
 
 
 def _tensor_files(directory: Path) -> dict[str, str]:
+    """The file of each tensor, without the buffers that old Llama checkpoints hold and every model computes."""
+    return {
+        name: file for name, file in _all_tensor_files(directory).items() if not name.endswith(".rotary_emb.inv_freq")
+    }
+
+
+def _all_tensor_files(directory: Path) -> dict[str, str]:
     if not directory.is_dir():
         raise QsunError(f"{directory} is not a directory; give a Hugging Face model directory, or 'demo'")
     index = directory / INDEX_FILE
@@ -199,7 +195,7 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
                 raise ValueError("its header is longer than the file")
             entries = json.loads(file.read(length))
         entries.pop("__metadata__", None)
-        if not all("shape" in entry and entry["dtype"] in _STORED_DTYPES for entry in entries.values()):
+        if not all("shape" in entry and entry["dtype"] in STORED_DTYPES for entry in entries.values()):
             raise ValueError("a tensor without a shape, or of a dtype that safetensors does not have")
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, struct.error) as error:
@@ -207,61 +203,6 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     if 8 + length + end != size:
         raise QsunError(f"{path} is damaged: {size} bytes where its header wants {8 + length + end}; download it again")
     return entries, 8 + length
-
-
-def merge_shards(parts: list[Path], directory: Path, max_shard_bytes: int) -> list[str]:
-    """Join safetensors files into one model.safetensors, or shards and an index, copying bytes in pieces.
-
-    Args:
-        parts: files whose tensor names do not overlap; each stays whole, so a part larger than the limit is one shard.
-    Returns:
-        The names of the files written.
-    """
-    shards: list[list[Path]] = [[]]
-    filled = 0
-    for part in parts:
-        size = part.stat().st_size
-        if shards[-1] and filled + size > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(part)
-        filled += size
-    if len(shards) == 1:
-        _join(shards[0], directory / SINGLE_FILE)
-        return [SINGLE_FILE]
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        entries = _join(shard, directory / name)
-        weight_map |= dict.fromkeys(entries, name)
-        total += max(entry["data_offsets"][1] for entry in entries.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-    return sorted({*weight_map.values(), INDEX_FILE})
-
-
-def _join(parts: list[Path], target: Path) -> dict[str, dict[str, Any]]:
-    entries: dict[str, dict[str, Any]] = {}
-    sources: list[tuple[Path, int]] = []
-    offset = 0
-    for part in parts:
-        header, data_start = read_header(part)
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            entries[name] = {**entry, "data_offsets": [offset + start, offset + end]}
-        offset += part.stat().st_size - data_start
-        sources.append((part, data_start))
-    head = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    with open(target, "wb") as out:
-        out.write(struct.pack("<Q", len(head)) + head)
-        for part, data_start in sources:
-            with open(part, "rb") as file:
-                file.seek(data_start)
-                while piece := file.read(_COPY_BYTES):
-                    out.write(piece)
-    return entries
 
 
 def file_sha256(path: Path) -> str:

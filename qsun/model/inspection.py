@@ -24,8 +24,7 @@ def describe(directory: str | Path) -> dict[str, Any]:
     path = find_model(str(directory))
     checkpoint, config = Checkpoint(path), read_model_config(path)
     model = empty_model(config)
-    names = architecture_of(config.model_type).linear_names()
-    linears = [f"model.layers.{i}.{name}" for i in range(config.num_hidden_layers) for name in names]
+    linears = architecture_of(config.model_type).all_linear_names(config.num_hidden_layers)
     stored = read_json(path / "config.json").get("quantization_config") or {}
     fmt = stored_format(stored) if stored else "full precision"
     integers = set(quantized_layer_names(checkpoint))

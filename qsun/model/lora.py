@@ -130,8 +130,7 @@ def place_adapter(model: Any, adapter: Adapter, prefix: str = "") -> None:
 
 
 def _linear_names(model: Any) -> list[str]:
-    names = architecture_of(model.config.model_type).linear_names()
-    return [f"model.layers.{index}.{name}" for index in range(len(model.model.layers)) for name in names]
+    return architecture_of(model.config.model_type).all_linear_names(len(model.model.layers))
 
 
 def read_adapter(model: Any, directory: Path) -> Adapter:
@@ -166,7 +165,7 @@ def adapter_file(directory: Path) -> Checkpoint:
     """The tensors of an adapter as they are stored. Raises QsunError where there are none, or only pickled ones."""
     if not (directory / ADAPTER_WEIGHTS).is_file():
         raise QsunError(f"{directory} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}; pickled adapters are not read")
-    return Checkpoint.of_file(directory / ADAPTER_WEIGHTS)
+    return Checkpoint(directory / ADAPTER_WEIGHTS)
 
 
 def _read_settings(directory: Path) -> AdapterSettings:

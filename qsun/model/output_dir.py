@@ -1,21 +1,123 @@
-"""The unfinished output: finished blocks wait in OUT.partial until the whole module appears at OUT by one rename."""
+"""The unfinished output, OUT.partial: files are laid out first and filled part by part, and appear by one rename."""
 
 import json
 import os
 import shutil
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from qsun.errors import QsunError, ResumeError
-from qsun.model.checkpoint import read_json
+from qsun.model.checkpoint import INDEX_FILE, SINGLE_FILE, STORED_DTYPES, read_json
 from qsun.model.manifest import write_json
+
+Part = Mapping[str, tuple[str, tuple[int, ...]]]  # the safetensors dtype and the shape of each tensor by name
+MAX_SHARD_BYTES = 4 << 30
+_SMALL_FIRST = list(STORED_DTYPES)
+_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
+
+
+def stored_as(tensor: Tensor) -> tuple[str, tuple[int, ...]]:
+    """Return how safetensors describes a tensor, which may be on the meta device."""
+    return _NAMES[tensor.dtype], tuple(tensor.shape)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A safetensors file: its name, its header, and the first and last byte of each tensor after it."""
+
+    name: str
+    header: bytes
+    spans: dict[str, tuple[int, int]]
+
+    @property
+    def data_bytes(self) -> int:
+        return max((end for _, end in self.spans.values()), default=0)
+
+    @property
+    def size_bytes(self) -> int:
+        return len(self.header) + self.data_bytes
+
+
+def lay_out(parts: Iterable[Part], max_shard_bytes: int | None = None) -> list[Shard]:
+    """Place every tensor of a model in its files: one model.safetensors, or several where they would be too large.
+
+    Parts follow each other, and none is cut: one that is larger than the limit (default: 4 GiB) is a file of its own.
+    Within a part tensors lie as safetensors writes them.
+    """
+    files: list[list[Part]] = [[]]
+    filled = 0
+    for part in parts:
+        size = _shard("", [part]).size_bytes
+        if files[-1] and filled + size > (max_shard_bytes or MAX_SHARD_BYTES):
+            files.append([])
+            filled = 0
+        files[-1].append(part)
+        filled += size
+    if len(files) == 1:
+        return [_shard(SINGLE_FILE, files[0])]
+    return [_shard(f"model-{n:05d}-of-{len(files):05d}.safetensors", file) for n, file in enumerate(files, 1)]
+
+
+def _shard(name: str, parts: list[Part]) -> Shard:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    spans, offset = {}, 0
+    for part in parts:
+        for tensor in sorted(part, key=lambda tensor: (-_SMALL_FIRST.index(part[tensor][0]), tensor)):
+            dtype, shape = part[tensor]
+            end = offset + STORED_DTYPES[dtype].itemsize * torch.Size(shape).numel()
+            entries[tensor] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
+            spans[tensor] = (offset, end)
+            offset = end
+    head = json.dumps(entries, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    return Shard(name, struct.pack("<Q", len(head)) + head, spans)
+
+
+class ShardWriter:
+    """Writes tensors to their places in files that have their full size from the start.
+
+    Args:
+        directory: holds the files, or those that an interrupted run of the same layout began.
+    """
+
+    def __init__(self, directory: Path, shards: list[Shard]):
+        self.directory, self.shards = directory, shards
+        for shard in shards:
+            with open(os.open(directory / shard.name, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+                file.write(shard.header)
+                file.truncate(shard.size_bytes)
+        if len(shards) > 1:
+            weight_map = {tensor: shard.name for shard in shards for tensor in shard.spans}
+            total = sum(shard.data_bytes for shard in shards)
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors; they are on the disk when this returns."""
+        for shard in self.shards:
+            here = sorted(tensors.keys() & shard.spans.keys(), key=shard.spans.__getitem__)
+            if not here:
+                continue
+            with open(self.directory / shard.name, "r+b") as file:
+                for name in here:
+                    start, end = shard.spans[name]
+                    raw = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+                    assert len(raw) == end - start, name
+                    file.seek(len(shard.header) + start)
+                    file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
 
 
 class Workdir:
-    """Parts of an output directory in the making.
+    """An output directory in the making: `module` becomes OUT, beside it lie records of what is finished.
 
     Args:
         out: where the module will appear; must not exist.
@@ -32,7 +134,8 @@ class Workdir:
         check_free(out, resume)
         if self.root.exists():
             self._check_settings(settings)
-        (self.root / "parts").mkdir(parents=True, exist_ok=True)
+        for directory in (self.root / "parts", self.module):
+            directory.mkdir(parents=True, exist_ok=True)
         write_json(self.root / "run.json", settings)
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
@@ -51,15 +154,18 @@ class Workdir:
         return self.root / "parts" / f"{name}.safetensors"
 
     def finished(self, name: str) -> bool:
-        """The record is written after the tensors, so it vouches for them."""
         return self._record(name).exists()
 
+    def note(self, name: str, record: dict[str, Any]) -> None:
+        """Record that a part is finished: after its tensors, for which the record vouches."""
+        write_json(self._record(name), record)
+
     def write(self, name: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-        """Keep a finished part and its record."""
+        """Keep a finished part in a file of its own, and its record."""
         draft = self.part(name).with_suffix(".draft")
         save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, draft, {"format": "pt"})
         draft.replace(self.part(name))
-        write_json(self._record(name), record)
+        self.note(name, record)
 
     def record(self, name: str) -> dict[str, Any]:
         return read_json(self._record(name))
@@ -76,10 +182,10 @@ class Workdir:
     def _record(self, name: str) -> Path:
         return self.root / "parts" / f"{name}.json"
 
-    def fresh_module(self) -> Path:
-        """An empty directory for the files of the finished module."""
-        shutil.rmtree(self.module, ignore_errors=True)
-        self.module.mkdir()
+    def clear(self, keep: Iterable[str] = ()) -> Path:
+        """Delete all files of the module but these, which an interrupted run left. Returns its directory."""
+        for path in set(self.module.iterdir()) - {self.module / name for name in keep}:
+            path.unlink()
         return self.module
 
     def publish(self) -> None:
@@ -94,8 +200,8 @@ def partial_path(out: Path) -> Path:
 
 
 def written_bytes(out: Path) -> int:
-    """Of the parts that an interrupted run has finished."""
-    return sum(file.stat().st_size for file in (partial_path(out) / "parts").glob("*.safetensors"))
+    """Bytes on the disk of what an interrupted run has written; its files have holes."""
+    return sum(512 * file.stat().st_blocks for file in (partial_path(out) / "module").glob("*.safetensors"))
 
 
 def check_free(out: Path, resume: bool) -> None:

@@ -141,7 +141,7 @@ def weights_fingerprint(directory: Path) -> str:
         return own
     adapter = directory / ADAPTER_WEIGHTS
     is_adapter = (directory / ADAPTER).exists() and adapter.is_file()
-    return (Checkpoint.of_file(adapter) if is_adapter else Checkpoint(directory)).fingerprint()
+    return Checkpoint(adapter if is_adapter else directory).fingerprint()
 
 
 def _role_differences(ours: Path, theirs: Path) -> Iterator[str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qsun.errors import QsunError
-from qsun.model.architectures import Architecture, architecture_of
+from qsun.model.architectures import Architecture, architecture_of, block_prefix
 from qsun.model.checkpoint import Checkpoint, read_json
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -44,20 +44,14 @@ class Skeleton:
     def tied(self) -> bool:
         return bool(self.config.tie_word_embeddings)
 
-    def prefix(self, index: int) -> str:
-        return f"model.layers.{index}."
-
     def linear_shapes(self, with_head: bool) -> dict[str, tuple[int, int]]:
         """(out_features, in_features) of each linear layer that can be quantized, by full name."""
-        shapes = {}
-        for index, layer in enumerate(self.layers):
-            for name in self.architecture.linear_names():
-                shapes[self.prefix(index) + name] = weight_shape(layer, name)
-        return shapes | ({"lm_head": weight_shape(self.model, "lm_head")} if with_head else {})
+        names = self.architecture.all_linear_names(len(self.layers)) + (["lm_head"] if with_head else [])
+        return {name: weight_shape(self.model, name) for name in names}
 
     def load_block(self, index: int) -> nn.Module:
         """Block with the checkpoint's weights, in the computation's dtype. Raises QsunError for NaN or Inf."""
-        prefix = self.prefix(index)
+        prefix = block_prefix(index)
         tensors = self.checkpoint.load(self.checkpoint.names(prefix))
         return self.fill(self.layers[index], {name.removeprefix(prefix): t for name, t in tensors.items()}, prefix)
 

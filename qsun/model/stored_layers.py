@@ -5,6 +5,7 @@ from torch import nn
 
 from qsun.config import GROUP_SIZES, LayerSpec
 from qsun.errors import QsunError
+from qsun.model.architectures import block_prefix
 from qsun.model.checkpoint import Checkpoint
 from qsun.model.formats import SUFFIXES, unpack_layer
 from qsun.model.quantized import Quantized
@@ -63,7 +64,7 @@ def bits_per_weight(checkpoint: Checkpoint, shapes: dict[str, tuple[int, int]]) 
 
 def load_quantized_block(skeleton: Skeleton, checkpoint: Checkpoint, index: int, fmt: str) -> nn.Module:
     """A block of a quantized checkpoint with the weights that its integers stand for, in the computation's dtype."""
-    prefix = skeleton.prefix(index)
+    prefix = block_prefix(index)
     tensors = {}
     for name, _ in skeleton.layers[index].named_parameters():
         layer = (prefix + name).removesuffix(".weight")

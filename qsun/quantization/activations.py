@@ -4,12 +4,11 @@ A block is quantized stage by stage, and each stage's inputs depend on the stage
 start for every stage would compute attention four times; instead the input of attention's last linear layer is kept
 once it is known (and the MLP's, where memory allows), and the half it ends is replayed from there.
 
-Decode positions attend to KV that a prefill module wrote. `Stream.share_kv` gives a stream, at the prompts' positions,
-the K and V of another: of a prefill module's (prefill_kv.py), or of the full-precision base's where no prefill module
-is named. That is what a decode module finds in its cache.
+Decode positions attend to KV that a prefill module wrote. `Activations.attend_to` takes K and V at the prompts'
+positions from another source: a prefill module (prefill_activations.py), or the full-precision base where no prefill
+module is named. A decode module finds the same in its cache.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qsun.data.calibration import Sample
-from qsun.model.architectures import Architecture
+from qsun.model.architectures import ATTENTION_END, MLP_END, Architecture
 from qsun.model.skeleton import Skeleton
 from qsun.runtime.decode_cache import CACHE_ARGUMENT
 
@@ -71,47 +70,47 @@ def _pad(samples: list[Sample], device: torch.device) -> Batch:
     return Batch(tokens, (position >= starts) & (position < ends), position < starts, samples[0].module)
 
 
-class KvWriter(Protocol):
-    """What left K and V at the prompts of batches."""
+class KvSource(Protocol):
+    """Has K and V at the prompts of batches."""
 
-    def written(self, number: int) -> "KeptKV":
-        """Of a batch, in the block at hand."""
+    def kv(self, number: int) -> "RecordedKV":
+        """Return those of a batch, in the current block."""
         ...
 
 
-class Stream:
-    """The hidden states of all batches, as one version of the model (quantized or full precision) has them."""
+class Activations:
+    """The hidden states of all batches, as one version of the model (quantized or full precision) computes them."""
 
     def __init__(self, skeleton: Skeleton, batches: list[Batch], hidden: list[Tensor]):
         self.skeleton, self.batches, self.hidden = skeleton, batches, hidden
         self.architecture: Architecture = skeleton.architecture
-        self._kv: dict[int, KeptKV] = {}
-        self._writers: dict[int | None, KvWriter] = {}
+        self._kv: dict[int, RecordedKV] = {}
+        self._sources: dict[int | None, KvSource] = {}
 
-    def share_kv(self, writer: KvWriter, module: int | None = None) -> None:
-        """Attend, at the prompts that prefill module number `module` reads, to the K and V of this writer."""
-        self._writers[module] = writer
+    def attend_to(self, source: KvSource, module: int | None = None) -> None:
+        """Attend to the K and V of this source at the prompts that prefill module number `module` reads."""
+        self._sources[module] = source
 
-    def written(self, number: int) -> "KeptKV":
-        """The K and V that this stream computes in the block at hand."""
+    def kv(self, number: int) -> "RecordedKV":
+        """Return the K and V computed here, in the current block."""
         if number not in self._kv or self._kv[number].keys is None:
-            self.stage_input(1, number)
+            self.stage_input(ATTENTION_END, number)
         return self._kv[number]
 
-    def enter(self, index: int, block: nn.Module) -> None:
+    def start_block(self, index: int, block: nn.Module) -> None:
         """Work on a block; its inputs are the current hidden states."""
         self.index, self.block = index, block
-        self.forget()
+        self.clear()
 
-    def forget(self) -> None:
-        """The block's weights changed: what was kept of its activations no longer holds."""
+    def clear(self) -> None:
+        """Drop what is kept of the block's activations, because its weights changed."""
         self._attention_ends: dict[int, Tensor] = {}
         self._mlp_ends: dict[int, Tensor] = {}
         self._kv.clear()
 
     def stage_input(self, stage: int, batch: int) -> Tensor:
-        """(B, T, K) input of a stage's linear layers, given the block's weights so far."""
-        kept = {1: self._attention_ends, 3: self._mlp_ends}.get(stage, {})
+        """Return the (B, T, K) input of a stage's linear layers, given the block's weights so far."""
+        kept = {ATTENTION_END: self._attention_ends, MLP_END: self._mlp_ends}.get(stage, {})
         if batch in kept:
             return kept[batch]
         module = self.block.get_submodule(self.architecture.stages[stage].layers[0])
@@ -128,52 +127,52 @@ class Stream:
             pass
         finally:
             handle.remove()
-        if stage == 1 or (stage == 3 and self._may_keep(seen[0])):
+        if stage == ATTENTION_END or (stage == MLP_END and self._may_keep(seen[0])):
             kept[batch] = seen[0]
         return seen[0]
 
     def residual(self, stage: int, batch: int) -> Tensor:
-        """The residual stream that the output of stage 1 (attention) or 3 (MLP) is added to."""
-        if stage == 1:
+        """Return the residual stream that the output of ATTENTION_END or MLP_END is added to."""
+        if stage == ATTENTION_END:
             return self.hidden[batch]
-        project = self.block.get_submodule(self.architecture.stages[1].layers[0])
-        return self.hidden[batch] + project(self.stage_input(1, batch))
+        project = self.block.get_submodule(self.architecture.stages[ATTENTION_END].layers[0])
+        return self.hidden[batch] + project(self.stage_input(ATTENTION_END, batch))
 
-    def leave(self) -> None:
+    def finish_block(self) -> None:
         """Carry the hidden states to the end of the block."""
         if any(batch.prefilled.any() for batch in self.batches):
             for number in range(len(self.batches)):  # the KV must be in place before attention is replayed
-                self.stage_input(1, number)
+                self.stage_input(ATTENTION_END, number)
         for number in range(len(self.hidden)):
             output = self._run(number)
             self.hidden[number] = output[0] if isinstance(output, tuple) else output
-        self.forget()
+        self.clear()
 
     def _may_keep(self, example: Tensor) -> bool:
         return len(self.batches) * example.numel() * example.element_size() <= _KEEP_MLP_BYTES
 
-    def _run(self, number: int, until: int = 4) -> Any:
+    def _run(self, number: int, until: int = MLP_END + 1) -> Any:
         arguments = dict(self.skeleton.block_arguments(self.index, self.hidden[number]))
         if self.batches[number].prefilled.any():
             arguments[CACHE_ARGUMENT] = self._cache(number)
         with self._replayed(number, until):
             return self.block(self.hidden[number], **arguments)
 
-    def _cache(self, number: int) -> "KeptKV":
-        writer = self._writers.get(self.batches[number].module)
-        if writer is None:
-            return self._kv.setdefault(number, KeptKV())
-        return _SplicedKV(writer.written(number), self.batches[number].prefilled)
+    def _cache(self, number: int) -> "RecordedKV":
+        source = self._sources.get(self.batches[number].module)
+        if source is None:
+            return self._kv.setdefault(number, RecordedKV())
+        return _SplicedKV(source.kv(number), self.batches[number].prefilled)
 
     @contextmanager
     def _replayed(self, number: int, until: int) -> Iterator[None]:
         """Within, halves of the block that end before stage `until`, and whose last input is known, start there."""
         attention, mlp = self.architecture.attention, self.architecture.mlp
         originals = {attention: getattr(self.block, attention), mlp: getattr(self.block, mlp)}
-        for name, ends, stage in ((attention, self._attention_ends, 1), (mlp, self._mlp_ends, 3)):
+        for name, ends, stage in ((attention, self._attention_ends, ATTENTION_END), (mlp, self._mlp_ends, MLP_END)):
             if number in ends and stage < until:
                 last = self.block.get_submodule(self.architecture.stages[stage].layers[0])
-                setattr(self.block, name, _Replay(last, ends[number], returns_pair=stage == 1))
+                setattr(self.block, name, _Replay(last, ends[number], returns_pair=stage == ATTENTION_END))
         try:
             yield
         finally:
@@ -197,8 +196,8 @@ class _Replay(nn.Module):
         return (output, None) if self.returns_pair else output
 
 
-class KeptKV:
-    """Passed to a block as its KV cache: keeps what attention computed. K, V: (B, heads, T, head_dim)."""
+class RecordedKV:
+    """A block's KV cache that records what attention computed. K, V: (B, heads, T, head_dim)."""
 
     keys: Tensor | None = None
     values: Tensor | None = None
@@ -208,25 +207,20 @@ class KeptKV:
         return keys, values
 
 
-class _SplicedKV(KeptKV):
-    """As a cache that prefill filled: its K and V at the prompt's positions, our own after them.
+class _SplicedKV(RecordedKV):
+    """A cache that prefill filled: its K and V at the prompt's positions, our own after them.
 
-    What was written may be shorter than the batch, but reaches the end of its longest prompt.
+    Those of the prompt may be shorter than the batch, but reach the end of its longest prompt.
     """
 
-    def __init__(self, written: KeptKV, prefilled: Tensor):
-        self.written, self.prefilled = written, prefilled[:, None, :, None]
+    def __init__(self, prompt: RecordedKV, prefilled: Tensor):
+        self.prompt, self.prefilled = prompt, prefilled[:, None, :, None]
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        assert self.written.keys is not None and self.written.values is not None  # the writer ran first
-        return self._splice(self.written.keys, keys), self._splice(self.written.values, values)
+        assert self.prompt.keys is not None and self.prompt.values is not None  # the source ran first
+        return self._splice(self.prompt.keys, keys), self._splice(self.prompt.values, values)
 
     def _splice(self, theirs: Tensor, ours: Tensor) -> Tensor:
         length = theirs.shape[2]
         prompt = torch.where(self.prefilled[:, :, :length], theirs, ours[:, :, :length])
         return torch.cat([prompt, ours[:, :, length:]], 2)
-
-
-def tokens_in(batches: list[Batch]) -> int:
-    """Positions computed, padding included."""
-    return sum(math.prod(batch.tokens.shape) for batch in batches)

@@ -9,16 +9,19 @@ from torch import Tensor, nn
 
 from qsun.config import LayerSpec, QuantConfig
 from qsun.errors import QsunError
-from qsun.model.architectures import Architecture, Stage
+from qsun.model.architectures import Stage, block_prefix
 from qsun.model.quantized import Quantized
-from qsun.model.skeleton import linear_of
-from qsun.quantization.activations import Stream
+from qsun.model.skeleton import Skeleton, linear_of
+from qsun.quantization.activations import Activations
+from qsun.quantization.job import Job
 from qsun.quantization.methods.awq import awq, channel_scales
 from qsun.quantization.methods.gptq import GptqOptions, gptq
 from qsun.quantization.methods.grid import Grid
 from qsun.quantization.methods.moments import Moments
 from qsun.quantization.methods.refined import refined
 from qsun.quantization.methods.rtn import rtn
+
+Step = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -35,54 +38,47 @@ def grid_of(spec: LayerSpec, scale_dtype: torch.dtype) -> Grid:
 
 
 def quantize_block(
-    block: nn.Module,
-    prefix: str,
-    config: QuantConfig,
-    scale_dtype: torch.dtype,
-    architecture: Architecture,
-    stream: Stream | None,
-    full: Stream | None,
-    step: Callable[[str], None],
+    job: Job, index: int, block: nn.Module, ours: Activations | None, full: Activations | None, step: Step
 ) -> dict[str, LayerResult]:
     """Quantize a block's linear layers in place: their weights become what the integers stand for.
 
     Args:
-        block: in full precision, entered by `stream` (which is None for rtn: no calibration).
-        prefix: of layer names, e.g. "model.layers.0.".
-        full: the full-precision model's stream, in its own copy of the block, where a method compares with it.
+        block: in full precision; `ours` has started it (None for rtn: no calibration).
+        full: the full-precision model's activations, in its own copy of the block, where a method compares with it.
         step: called with a layer's name when it is done.
     Returns:
         Results by full layer name; layers that stay in full precision are absent.
     """
-    if config.method.startswith("awq") and stream is not None:
-        fold_scales(block, prefix, config, scale_dtype, architecture, stream)
-        stream.forget()
+    prefix, architecture = block_prefix(index), job.skeleton.architecture
+    if job.config.method.startswith("awq") and ours is not None:
+        fold_scales(job, index, block, ours)
+        ours.clear()
     results: dict[str, LayerResult] = {}
     for number, stage in enumerate(architecture.stages):
-        specs = {name: config.spec_for(prefix + name) for name in stage.layers}
-        wanted = {name: spec for name, spec in specs.items() if spec.quantized}
+        wanted = [name for name in stage.layers if job.specs[prefix + name].quantized]
         if not wanted:
             continue
-        moments = None if stream is None else collect(stream, full, number, architecture)
-        for name, spec in wanted.items():
+        moments = None if ours is None else collect(ours, full, number)
+        for name in wanted:
             linear = linear_of(block, name)
-            result = quantize_layer(linear.weight.data, moments, spec, config, scale_dtype, prefix + name)
+            spec = job.specs[prefix + name]
+            result = quantize_layer(linear.weight.data, moments, spec, job.config, job.scale_dtype, prefix + name)
             linear.weight.data = result.weights.dequantize().to(linear.weight.dtype)
             results[prefix + name] = result
             step(prefix + name)
     return results
 
 
-def collect(stream: Stream, full: Stream | None, number: int, architecture: Architecture) -> Moments:
-    """Second moments of a stage's input over the counted positions of all batches."""
-    writes_residual = number in (1, 3) and architecture.output_added
+def collect(ours: Activations, full: Activations | None, number: int) -> Moments:
+    """Return second moments of a stage's input over the counted positions of all batches."""
+    stage, architecture = ours.architecture.stages[number], ours.architecture
     moments: Moments | None = None
-    for index, batch in enumerate(stream.batches):
+    for index, batch in enumerate(ours.batches):
         x_full = full.stage_input(number, index) if full is not None else None
-        x = stream.stage_input(number, index)
+        x = ours.stage_input(number, index)
         gap = None
-        if full is not None and writes_residual:
-            gap = batch.rows(full.residual(number, index) - stream.residual(number, index))
+        if full is not None and stage.ends_half and architecture.output_added:
+            gap = batch.rows(full.residual(number, index) - ours.residual(number, index))
         moments = moments or Moments.zeros(x.shape[-1], x.device)
         moments.add(batch.rows(x), None if x_full is None else batch.rows(x_full), gap)
     assert moments is not None  # there is always a batch
@@ -122,35 +118,28 @@ def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
     return float(wrong / ((weight @ hessian) * weight).sum().clamp(min=1e-30))
 
 
-def fold_scales(
-    block: nn.Module,
-    prefix: str,
-    config: QuantConfig,
-    scale_dtype: torch.dtype,
-    architecture: Architecture,
-    stream: Stream,
-) -> None:
-    """AWQ's first half, in place: scale input columns up, and what produces the input down by as much."""
-    for number, stage in enumerate(architecture.stages):
-        spec = config.spec_for(prefix + stage.layers[0])
+def fold_scales(job: Job, index: int, block: nn.Module, ours: Activations) -> None:
+    """Do AWQ's first half, in place: scale input columns up, and what produces the input down by as much."""
+    prefix, specs = block_prefix(index), job.specs
+    for number, stage in enumerate(ours.architecture.stages):
+        spec = specs[prefix + stage.layers[0]]
         if stage.producer is None or not spec.quantized:
             continue
         producer = block.get_submodule(stage.producer)
-        if isinstance(producer, nn.Linear) and not config.spec_for(prefix + stage.producer).quantized:
+        if isinstance(producer, nn.Linear) and not specs[prefix + stage.producer].quantized:
             continue  # it is stored in the base's dtype, which could not hold the scaled weights exactly
         linears = [linear_of(block, name) for name in stage.layers]
-        moments = collect(stream, None, number, architecture)
+        moments = collect(ours, None, number)
         weights = [linear.weight.data for linear in linears]
-        scales = channel_scales(weights, moments.hessian(), moments.mean_absolute(), grid_of(spec, scale_dtype))
-        achieved = _divide_producer(producer, scales, stage, architecture, stream)
+        grid = grid_of(spec, job.scale_dtype)
+        scales = channel_scales(weights, moments.hessian(), moments.mean_absolute(), grid)
+        achieved = _divide_producer(producer, scales, stage, job.skeleton)
         for linear in linears:
             linear.weight.data = (linear.weight.data.float() * achieved).to(linear.weight.dtype)
-        stream.forget()
+        ours.clear()
 
 
-def _divide_producer(
-    producer: nn.Module, scales: Tensor, stage: Stage, architecture: Architecture, stream: Stream
-) -> Tensor:
+def _divide_producer(producer: nn.Module, scales: Tensor, stage: Stage, skeleton: Skeleton) -> Tensor:
     """Divide the producer's outputs by scales. Returns the scales that its stored dtype really took."""
     if isinstance(producer, nn.Linear):
         part, parts = stage.rows
@@ -159,12 +148,13 @@ def _divide_producer(
         divided = producer.weight.data[rows].float() / scales[:, None]
         producer.weight.data[rows] = divided.to(producer.weight.dtype)
         if producer.bias is not None:
-            bias = (producer.bias.data[rows].float() / scales).to(stream.skeleton.base_dtype)  # as the file holds it
+            bias = (producer.bias.data[rows].float() / scales).to(skeleton.base_dtype)  # as the file holds it
             producer.bias.data[rows] = bias.to(producer.bias.dtype)
         return scales
     norm: Any = producer
-    old = norm.weight.data.float() + architecture.norm_offset
-    stored = (old / scales - architecture.norm_offset).to(stream.skeleton.base_dtype)
+    offset = skeleton.architecture.norm_offset
+    old = norm.weight.data.float() + offset
+    stored = (old / scales - offset).to(skeleton.base_dtype)
     norm.weight.data = stored.to(norm.weight.dtype)
-    new = stored.float() + architecture.norm_offset
+    new = stored.float() + offset
     return torch.where(new == 0, torch.ones_like(new), old / new)

@@ -15,18 +15,18 @@ from qsun.errors import QsunError
 from qsun.model.checkpoint import Checkpoint
 from qsun.model.formats import check_format
 from qsun.model.locate import DEMO, find_model, load_tokenizer
-from qsun.model.output_dir import check_free, partial_path, written_bytes
+from qsun.model.output_dir import Part, Shard, check_free, lay_out, partial_path, written_bytes
 from qsun.model.quantization_config import check_fused, check_overrides
 from qsun.model.skeleton import EMBEDDING, HEAD, Skeleton
-from qsun.quantization.plan import Plan, check_disk, make_plan
-from qsun.quantization.prefill_streams import PrefillPlan, plan_prefills
+from qsun.quantization.plan import Plan, check_disk, make_plan, output_parts
+from qsun.quantization.prefill_activations import PrefillPlan, plan_prefills
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A checked request: nothing in it can be refused for the user's settings any more."""
+    """A checked request. parts: the tensors of each part of the output; shards: its files."""
 
     name: str
     out: Path
@@ -38,6 +38,8 @@ class Job:
     plan: Plan
     scale_dtype: torch.dtype
     prefill: PrefillPlan
+    parts: dict[str, Part]
+    shards: list[Shard]
 
 
 def prepare(
@@ -79,12 +81,14 @@ def prepare(
         samples = _read_samples(skeleton, config, sources, prefill)
     elif list(calibration_prefill):
         log.warning("%s uses no calibration, so --calib-prefill has no effect", config.method)
-    plan = make_plan(skeleton, checkpoint, config, shapes, specs, samples)
+    parts = output_parts(skeleton, specs, config.format)
+    shards = lay_out(parts.values())
+    plan = make_plan(skeleton, config, specs, samples, shards)
     check_disk(plan, _existing_parent(partial_path(out).parent), written_bytes(out))
     scale_dtype = skeleton.base_dtype if config.scale_dtype == "auto" else getattr(torch, config.scale_dtype)
     if scale_dtype == torch.float32:
         scale_dtype = torch.float16
-    return Job(str(model), out, config, checkpoint, skeleton, specs, samples, plan, scale_dtype, prefill)
+    return Job(str(model), out, config, checkpoint, skeleton, specs, samples, plan, scale_dtype, prefill, parts, shards)
 
 
 def _check_weights(checkpoint: Checkpoint, skeleton: Skeleton, layers: Iterable[str]) -> None:

@@ -1,7 +1,8 @@
-"""What a run will need before it starts: layers, disk, memory. The same numbers are shown by --dry-run and checked."""
+"""What a run writes and needs, known before it starts: the output's tensors, disk, memory. --dry-run shows it."""
 
 import shutil
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,21 @@ import torch
 from qsun.config import LayerSpec, QuantConfig
 from qsun.data.calibration import Calibration, Sample
 from qsun.errors import QsunError
+from qsun.model.architectures import BLOCKS, block_prefix
 from qsun.model.checkpoint import Checkpoint
-from qsun.model.skeleton import EMBEDDING, Skeleton
+from qsun.model.formats import pack_layer
+from qsun.model.output_dir import Part, Shard, stored_as
+from qsun.model.quantized import Quantized
+from qsun.model.skeleton import EMBEDDING, HEAD, Skeleton, weight_shape
 
 _INTERPRETER_BYTES = 480 << 20  # Python with torch and transformers, measured
 _KEPT_MLP_LIMIT = 1 << 30
+REST = "rest"  # the part of all that is outside the blocks
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Estimates in bytes; disk is what the run needs at its peak, output what is left of it.
+    """What a run needs; the peaks are estimates.
 
     prefill_tokens, of the calibration_tokens, are read by the `prefill_modules` that are not the base.
     """
@@ -33,7 +39,6 @@ class Plan:
     dtype: str
     device: str
     output_bytes: int
-    disk_bytes: int
     peak_ram_bytes: int
     peak_vram_bytes: int
 
@@ -41,22 +46,57 @@ class Plan:
         return asdict(self)
 
 
+def block_part(index: int) -> str:
+    """Return the name of a block's part of the output."""
+    return f"block-{index:05d}"
+
+
+def output_parts(skeleton: Skeleton, specs: dict[str, LayerSpec], fmt: str) -> dict[str, Part]:
+    """Return the tensors of each part of the output: one for each block, and the rest."""
+    parts = {
+        block_part(index): _part(skeleton, block_prefix(index), specs, fmt) for index in range(len(skeleton.layers))
+    }
+    return parts | {REST: _part(skeleton, "", specs, fmt)}
+
+
+def _part(skeleton: Skeleton, prefix: str, specs: dict[str, LayerSpec], fmt: str) -> Part:
+    checkpoint, part = skeleton.checkpoint, {}
+    quantized = {name: spec for name, spec in specs.items() if name.startswith(prefix) and spec.quantized}
+    for name in checkpoint.names(prefix):
+        tied = name == HEAD and skeleton.tied
+        if (prefix or not name.startswith(BLOCKS)) and name.removesuffix(".weight") not in quantized and not tied:
+            part[name] = checkpoint.headers[name]["dtype"], checkpoint.shape(name)
+    for name, spec in quantized.items():
+        if prefix or not name.startswith(BLOCKS):
+            packed = _packed(weight_shape(skeleton.model, name), spec, fmt)
+            part |= {f"{name}.{suffix}": stored for suffix, stored in packed.items()}
+    return part
+
+
+@cache
+def _packed(shape: tuple[int, int], spec: LayerSpec, fmt: str) -> Part:
+    """The tensors that `pack_layer` makes of a layer, by suffix, found without computing them."""
+    N, K = shape
+    G = 1 if spec.group_size == -1 else K // spec.group_size
+    q, zeros = (torch.empty(size, dtype=torch.uint8, device="meta") for size in (shape, (G, N)))
+    weights = Quantized(q, torch.empty(G, N, device="meta"), zeros)
+    return {suffix: stored_as(tensor) for suffix, tensor in pack_layer(weights, spec, fmt).items()}
+
+
 def make_plan(
     skeleton: Skeleton,
-    checkpoint: Checkpoint,
     config: QuantConfig,
-    shapes: dict[str, tuple[int, int]],
     specs: dict[str, LayerSpec],
     calibration: Calibration | None,
+    shards: list[Shard],
 ) -> Plan:
-    """Estimate a run over calibration samples (None for a method that needs none)."""
+    """Plan a run over calibration samples (None for a method that needs none)."""
     samples = () if calibration is None else calibration.samples
+    shapes = {name: weight_shape(skeleton.model, name) for name in specs}
     read = [sample for sample in samples if sample.module is not None]
     quantized = [name for name, spec in specs.items() if spec.quantized]
-    output = checkpoint.size_bytes(n for n in checkpoint.names() if n.removesuffix(".weight") not in quantized)
-    output += sum(_layer_bytes(shapes[name], specs[name]) for name in quantized)
     on_gpu = skeleton.device.type == "cuda"
-    working = _working_bytes(skeleton, checkpoint, config, shapes, samples)
+    working = _working_bytes(skeleton, config, shapes, samples)
     return Plan(
         blocks=len(skeleton.layers),
         quantized_layers=len(quantized),
@@ -66,16 +106,15 @@ def make_plan(
         prefill_tokens=sum(sample.prefill_tokens for sample in read),
         dtype=str(skeleton.dtype).removeprefix("torch."),
         device=str(skeleton.device),
-        output_bytes=output,
-        disk_bytes=2 * output,
-        peak_ram_bytes=_INTERPRETER_BYTES + (0 if on_gpu else working) + _largest_part(checkpoint, skeleton),
+        output_bytes=sum(shard.size_bytes for shard in shards),
+        peak_ram_bytes=_INTERPRETER_BYTES + (0 if on_gpu else working) + _largest_part(skeleton.checkpoint),
         peak_vram_bytes=working if on_gpu else 0,
     )
 
 
 def check_disk(plan: Plan, directory: Path, written: int = 0) -> None:
     """Raise QsunError where the output's file system has too little room. written: bytes that are there already."""
-    free, needed = shutil.disk_usage(directory).free, plan.disk_bytes - written
+    free, needed = shutil.disk_usage(directory).free, plan.output_bytes - written
     if free < needed:
         raise QsunError(
             f"{directory} has {free / 1e9:.1f} GB free, but the run needs {needed / 1e9:.1f} GB; "
@@ -83,27 +122,17 @@ def check_disk(plan: Plan, directory: Path, written: int = 0) -> None:
         )
 
 
-def _layer_bytes(shape: tuple[int, int], spec: LayerSpec) -> int:
-    N, K = shape
-    groups = 1 if spec.group_size == -1 else K // spec.group_size
-    return N * K * spec.bits // 8 + groups * N * (16 + spec.bits) // 8 + 4 * K
-
-
-def _largest_part(checkpoint: Checkpoint, skeleton: Skeleton) -> int:
+def _largest_part(checkpoint: Checkpoint) -> int:
     """Raw tensors of a block, or of the embedding, as they are read."""
-    return max(checkpoint.size_bytes(checkpoint.names(skeleton.prefix(0))), checkpoint.size_bytes([EMBEDDING]))
+    return max(checkpoint.size_bytes(checkpoint.names(block_prefix(0))), checkpoint.size_bytes([EMBEDDING]))
 
 
 def _working_bytes(
-    skeleton: Skeleton,
-    checkpoint: Checkpoint,
-    config: QuantConfig,
-    shapes: dict[str, tuple[int, int]],
-    samples: tuple[Sample, ...],
+    skeleton: Skeleton, config: QuantConfig, shapes: dict[str, tuple[int, int]], samples: tuple[Sample, ...]
 ) -> int:
     item = torch.finfo(skeleton.dtype).bits // 8
-    block = sum(N * K for name, (N, K) in shapes.items() if name.startswith(skeleton.prefix(0))) * item
-    vocabulary, hidden = checkpoint.shape(EMBEDDING)
+    block = sum(N * K for name, (N, K) in shapes.items() if name.startswith(block_prefix(0))) * item
+    vocabulary, hidden = skeleton.checkpoint.shape(EMBEDDING)
     if not config.calibrated:
         return 2 * block + max((N * K * 4 for N, K in shapes.values()), default=0)
     tokens = sum(len(sample.tokens) for sample in samples)

@@ -1,32 +1,30 @@
-"""The walk: quantize a model one decoder block at a time, straight from its files, in bounded memory.
+"""Quantize a model one decoder block at a time, straight from its files, in bounded memory.
 
-    plan -> for each block: load, quantize, keep the packed tensors in OUT.partial -> join -> read back and check -> OUT
+    plan -> for each block: load, quantize, write its tensors to their places in OUT.partial -> read back, check -> OUT
 
 Nothing but hidden states is carried from block to block, so memory does not grow with depth. A killed run is continued
 by recomputing the hidden states through the finished blocks, from the very tensors that were written.
 """
 
 import errno
+import hashlib
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from qsun.config import QuantConfig
 from qsun.errors import QsunError
 from qsun.memory import peak_rss_bytes
-from qsun.model.checkpoint import merge_shards
+from qsun.model.checkpoint import INDEX_FILE
 from qsun.model.output_dir import Workdir
 from qsun.progress import Progress
-from qsun.quantization.block_walk import Steps, Walk
+from qsun.quantization.blockwise import BlockwiseQuantizer, ProgressCounter
 from qsun.quantization.finish import read_back, write_module_files
 from qsun.quantization.job import Job, prepare
 from qsun.quantization.report import write_report
-
-MAX_SHARD_BYTES = 4 << 30
 
 
 def quantize(
@@ -62,18 +60,19 @@ def quantize(
 def run(job: Job, resume: bool = False, progress: Progress = lambda *_: None) -> dict[str, Any]:
     """Carry out a prepared job; see `quantize`."""
     started, started_cpu = time.perf_counter(), time.process_time()
+    counter, inputs = ProgressCounter(job, progress), _fingerprints(job)
     try:
-        report = _run(job, resume, Steps(job, progress))
-        report |= {
+        work = Workdir(job.out, _settings(job, inputs), resume)
+        counter.done("fingerprint")
+        report = _quantize(job, work, counter, inputs) | {
             "seconds": round(time.perf_counter() - started, 3),
             "cpu_seconds": round(time.process_time() - started_cpu, 3),
             "peak_rss_bytes": peak_rss_bytes(),
         }
-        work = report.pop("workdir")
         write_report(work.module, report)
         work.publish()
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
             raise QsunError(
                 f"no space left on the disk of {job.out}; finished blocks are kept: free some, and use --resume"
             ) from None
@@ -81,30 +80,31 @@ def run(job: Job, resume: bool = False, progress: Progress = lambda *_: None) ->
     return report
 
 
-def _run(job: Job, resume: bool, steps: Steps) -> dict[str, Any]:
-    fingerprint = job.checkpoint.fingerprint()
-    calibration = None if job.calibration is None else job.calibration.fingerprint
-    modules = [source.fingerprint() for source in job.prefill.modules]
-    settings = {
-        **job.config.to_dict(),
-        "base": fingerprint,
-        "calibration": calibration,
-        "prefill_modules": modules,
-        "compute_dtype": str(job.skeleton.dtype),
-        "device": job.skeleton.device.type,
+def _fingerprints(job: Job) -> dict[str, Any]:
+    return {
+        "base": job.checkpoint.fingerprint(),
+        "calibration": None if job.calibration is None else job.calibration.fingerprint,
+        "prefill_modules": [source.fingerprint() for source in job.prefill.modules],
     }
-    work = Workdir(job.out, settings, resume)
-    steps.done("fingerprint")
-    walk = Walk(job, work, steps)
-    block_errors = walk.blocks()
-    walk.rest()
-    directory = work.fresh_module()
-    names = [walk.part_name(i) for i in range(len(job.skeleton.layers))]
-    merge_shards([work.part(name) for name in [*names, "rest"]], directory, MAX_SHARD_BYTES)
-    records = [work.record(name) for name in [*names, "rest"]]
+
+
+def _settings(job: Job, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Everything that decides the bytes: a resumed run must have the same."""
+    skeleton, layout = job.skeleton, hashlib.sha256(b"".join(shard.header for shard in job.shards))
+    machine = {"compute_dtype": str(skeleton.dtype), "device": skeleton.device.type}
+    return job.config.to_dict() | inputs | machine | {"layout": layout.hexdigest()}
+
+
+def _quantize(job: Job, work: Workdir, counter: ProgressCounter, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Write the module's files and read them back. Returns what the report says of it."""
+    quantizer = BlockwiseQuantizer(job, work, counter)
+    quantizer.run()
+    records = quantizer.records()
+    directory = work.clear(keep=[*(shard.name for shard in job.shards), INDEX_FILE])
     layers = [layer for record in records for layer in record["layers"]]
-    fingerprints = {"base": fingerprint, "calibration": calibration}
-    summary = write_module_files(job, directory, layers, fingerprints, job.prefill.record(fingerprint, modules))
-    read_back(job, directory, {layer: sha for r in records for layer, sha in r["digests"].items()}, walk.probe)
-    steps.done("read back")
-    return {"out": str(job.out), "workdir": work, **summary, "block_errors": block_errors, "plan": job.plan.to_dict()}
+    prefill = job.prefill.record(inputs["base"], inputs["prefill_modules"])
+    summary = write_module_files(job, directory, layers, inputs, prefill)
+    read_back(job, directory, {layer: sha for r in records for layer, sha in r["digests"].items()}, quantizer.probe)
+    counter.done("read back")
+    block_errors = [record["block_error"] for record in records[:-1]]
+    return {"out": str(job.out), **summary, "block_errors": block_errors, "plan": job.plan.to_dict()}

@@ -8,15 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from qsun.figure import new_figure, save_figure
-from qsun.model.checkpoint import Checkpoint, file_sha256, merge_shards
+from qsun.model.checkpoint import Checkpoint, file_sha256
 from qsun.model.lora import Adapter, write_adapter
 from qsun.model.manifest import MANIFEST, MANIFEST_VERSION, copy_base_files, versions, write_json
-from qsun.model.output_dir import Workdir
+from qsun.model.output_dir import ShardWriter, Workdir, lay_out
 from qsun.model.pairing import ADAPTER_WEIGHTS, read_manifest
 from qsun.model.skeleton import EMBEDDING, HEAD, config_json
 from qsun.tuning.job import TuneJob
-
-MAX_SHARD_BYTES = 4 << 30
 
 
 def write_module(job: TuneJob, work: Workdir, tuned: Mapping[str, Tensor], adapter: Adapter | None) -> Path:
@@ -26,12 +24,12 @@ def write_module(job: TuneJob, work: Workdir, tuned: Mapping[str, Tensor], adapt
         tuned: the best weights by parameter name; each is read once.
         adapter: as it was at the start, if one was tuned.
     """
-    directory = work.fresh_module()
+    directory = work.clear()
     if adapter is not None:
         write_adapter(adapter, job.names["base"], tuned, directory)
-        weights = Checkpoint.of_file(directory / ADAPTER_WEIGHTS)
+        weights = Checkpoint(directory / ADAPTER_WEIGHTS)
     else:
-        _write_weights(job, work, tuned, directory)
+        _write_weights(job, tuned, directory)
         shutil.copyfile(job.base / "config.json", directory / "config.json")
         weights = Checkpoint(directory)
     copy_base_files(job.base, directory)
@@ -41,7 +39,7 @@ def write_module(job: TuneJob, work: Workdir, tuned: Mapping[str, Tensor], adapt
     return directory
 
 
-def _write_weights(job: TuneJob, work: Workdir, tuned: Mapping[str, Tensor], directory: Path) -> None:
+def _write_weights(job: TuneJob, tuned: Mapping[str, Tensor], directory: Path) -> None:
     """Write weights in the start's dtypes and names, one block at a time."""
     source = Checkpoint(job.start)
     tied = bool(config_json(job.base).get("tie_word_embeddings"))
@@ -49,13 +47,11 @@ def _write_weights(job: TuneJob, work: Workdir, tuned: Mapping[str, Tensor], dir
     groups: dict[str, list[str]] = {}
     for name in names:
         groups.setdefault(".".join(name.split(".")[:3]), []).append(name)
-    parts = []
-    for number, group in enumerate(groups.values()):
+    parts = [{name: (source.headers[name]["dtype"], source.shape(name)) for name in group} for group in groups.values()]
+    writer = ShardWriter(directory, lay_out(parts))
+    for group in groups.values():
         stored = source.load(group)
-        tensors = {name: tuned[name].to(old.dtype) if name in tuned else old for name, old in stored.items()}
-        work.write(f"out-{number:05d}", tensors, {})
-        parts.append(work.part(f"out-{number:05d}"))
-    merge_shards(parts, directory, MAX_SHARD_BYTES)
+        writer.write({name: tuned[name].to(old.dtype) if name in tuned else old for name, old in stored.items()})
 
 
 def _manifest(job: TuneJob, fingerprint: str, directory: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qsun.data.examples import TokenExample
 from qsun.model.adapter_checkpoint import open_prefill
+from qsun.model.architectures import block_prefix
 from qsun.model.checkpoint import Checkpoint
 from qsun.model.lora import Adapter, place_adapter
 from qsun.model.skeleton import empty_model, read_model_config
@@ -77,7 +78,7 @@ class ShardedModels:
         dtypes: dict[str, torch.dtype] = {}
         shard = partial(self._shard, trained=bool(tuned))
         for index, layer in enumerate(model.model.layers):
-            prefix = f"model.layers.{index}."
+            prefix = block_prefix(index)
             place(prefixes=(prefix,))
             if adapter is not None:
                 place_adapter(model, adapter, prefix)

@@ -249,7 +249,7 @@ class Tuner:
         self.valid_loss = [(step, loss) for step, loss in curve["valid"]]
 
     def _read_shares(self, parts: list[str]) -> SplitTensors:
-        return SplitTensors([Checkpoint.of_file(self.work.part(name)) for name in parts])
+        return SplitTensors([Checkpoint(self.work.part(name)) for name in parts])
 
     def best_weights(self) -> SplitTensors:
         return self._read_shares(self.best_parts)

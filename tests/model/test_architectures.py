@@ -15,8 +15,9 @@ from qsun.data.calibration import Sample
 from qsun.model.architectures import architecture_of
 from qsun.model.checkpoint import Checkpoint
 from qsun.model.skeleton import Skeleton, linear_of
-from qsun.quantization.activations import Stream, make_batches
+from qsun.quantization.activations import Activations, make_batches
 from qsun.quantization.block import fold_scales
+from qsun.quantization.job import prepare
 from tests.tiny_models import FAMILIES, SEQUENCE, random_tokens, reference
 
 CPU = torch.device("cpu")
@@ -31,10 +32,10 @@ def no_grad():
         yield
 
 
-def open_stream(directory: Path, samples: tuple[Sample, ...]) -> Stream:
+def open_activations(directory: Path, samples: tuple[Sample, ...]) -> Activations:
     skeleton = Skeleton(Checkpoint(directory), torch.float32, CPU)
     batches = make_batches(samples, CPU)
-    return Stream(skeleton, batches, skeleton.embed([batch.tokens for batch in batches]))
+    return Activations(skeleton, batches, skeleton.embed([batch.tokens for batch in batches]))
 
 
 def text_samples(rows: int = 3) -> tuple[Sample, ...]:
@@ -56,20 +57,20 @@ def block_inputs_and_outputs(model: Any, tokens: torch.Tensor) -> list[torch.Ten
 @every_family
 def test_the_walk_carries_the_hidden_states_of_transformers(family, tiny_model):
     directory = tiny_model(family)
-    stream = open_stream(directory, text_samples())
-    expected = block_inputs_and_outputs(reference(directory), stream.batches[0].tokens)
-    torch.testing.assert_close(stream.hidden[0], expected[0], **EXACT)
+    ours = open_activations(directory, text_samples())
+    expected = block_inputs_and_outputs(reference(directory), ours.batches[0].tokens)
+    torch.testing.assert_close(ours.hidden[0], expected[0], **EXACT)
     for index, wanted in enumerate(expected[1:]):
-        stream.enter(index, stream.skeleton.load_block(index))
-        stream.leave()
-        torch.testing.assert_close(stream.hidden[0], wanted, **EXACT)
-    assert len(expected) == 1 + len(stream.skeleton.layers)
+        ours.start_block(index, ours.skeleton.load_block(index))
+        ours.finish_block()
+        torch.testing.assert_close(ours.hidden[0], wanted, **EXACT)
+    assert len(expected) == 1 + len(ours.skeleton.layers)
 
 
 @every_family
 def test_each_stage_reads_what_its_layers_read_in_transformers(family, tiny_model):
     directory = tiny_model(family)
-    stream = open_stream(directory, text_samples())
+    ours = open_activations(directory, text_samples())
     model, architecture = reference(directory), architecture_of(family)
     seen: dict[str, torch.Tensor] = {}
     for index in range(len(model.model.layers)):
@@ -78,14 +79,14 @@ def test_each_stage_reads_what_its_layers_read_in_transformers(family, tiny_mode
             model.get_submodule(full_name).register_forward_pre_hook(
                 lambda _, args, key=full_name: seen.__setitem__(key, args[0])
             )
-    model(stream.batches[0].tokens, use_cache=False)
+    model(ours.batches[0].tokens, use_cache=False)
     for index in range(len(model.model.layers)):
-        stream.enter(index, stream.skeleton.load_block(index))
+        ours.start_block(index, ours.skeleton.load_block(index))
         for number, stage in enumerate(architecture.stages):
             for name in stage.layers:
                 expected = seen.pop(f"model.layers.{index}.{name}")
-                torch.testing.assert_close(stream.stage_input(number, 0), expected, **EXACT)
-        stream.leave()
+                torch.testing.assert_close(ours.stage_input(number, 0), expected, **EXACT)
+        ours.finish_block()
     assert not seen
 
 
@@ -95,35 +96,35 @@ def test_the_residual_is_what_a_half_of_the_block_adds_to(family, tiny_model):
     architecture = architecture_of(family)
     if not architecture.output_added:
         pytest.skip("a norm lies between the output and the residual")
-    stream = open_stream(tiny_model(family), text_samples())
-    block = stream.skeleton.load_block(0)
-    stream.enter(0, block)
+    ours = open_activations(tiny_model(family), text_samples())
+    block = ours.skeleton.load_block(0)
+    ours.start_block(0, block)
     outputs = []
     for number in (1, 3):
         project = linear_of(block, architecture.stages[number].layers[0])
-        outputs.append(stream.residual(number, 0) + project(stream.stage_input(number, 0)))
-    torch.testing.assert_close(outputs[0], stream.residual(3, 0), **EXACT)
-    stream.leave()
-    torch.testing.assert_close(outputs[1], stream.hidden[0], **EXACT)
+        outputs.append(ours.residual(number, 0) + project(ours.stage_input(number, 0)))
+    torch.testing.assert_close(outputs[0], ours.residual(3, 0), **EXACT)
+    ours.finish_block()
+    torch.testing.assert_close(outputs[1], ours.hidden[0], **EXACT)
 
 
 @every_family
 def test_a_changed_layer_shows_in_the_stages_after_it(family, tiny_model):
     """Replaying halves of a block must not bring back activations from before a weight changed."""
-    stream = open_stream(tiny_model(family), text_samples())
-    block = stream.skeleton.load_block(0)
+    ours = open_activations(tiny_model(family), text_samples())
+    block = ours.skeleton.load_block(0)
     whole = copy.deepcopy(block)
-    stream.enter(0, block)
+    ours.start_block(0, block)
     for number, stage in enumerate(architecture_of(family).stages):
-        stream.stage_input(number, 0)
+        ours.stage_input(number, 0)
         for name in stage.layers:
             for one in (block, whole):
                 linear_of(one, name).weight.data *= 1.3
-    stream.leave()
-    fresh = open_stream(tiny_model(family), text_samples())
-    fresh.enter(0, whole)
-    fresh.leave()
-    torch.testing.assert_close(stream.hidden[0], fresh.hidden[0], **EXACT)
+    ours.finish_block()
+    fresh = open_activations(tiny_model(family), text_samples())
+    fresh.start_block(0, whole)
+    fresh.finish_block()
+    torch.testing.assert_close(ours.hidden[0], fresh.hidden[0], **EXACT)
 
 
 @every_family
@@ -146,37 +147,37 @@ def test_eight_bits_change_the_logits_little(family, method, tiny_model, token_f
     [*((family, {}) for family in FAMILIES), ("llama", {"attention_bias": True, "mlp_bias": True})],
     ids=[*FAMILIES, "llama with biases"],
 )
-def test_folding_scales_leaves_the_function_alone(family, changes, tiny_model):
+def test_folding_scales_leaves_the_function_alone(family, changes, tiny_model, token_file, tmp_path):
     """AWQ's first half only moves scales. K and V, which prefill modules write unscaled, keep their values."""
     directory = tiny_model(family, **changes)
-    stream = open_stream(directory, text_samples())
-    block = stream.skeleton.load_block(0)
+    ours = open_activations(directory, text_samples())
+    block = ours.skeleton.load_block(0)
     before = copy.deepcopy(block)
-    stream.enter(0, block)
+    ours.start_block(0, block)
     config = qsun.QuantConfig(method="awq", bits=3, group_size=32, format="compressed-tensors")
     architecture = architecture_of(family)
-    fold_scales(block, "model.layers.0.", config, torch.float16, architecture, stream)
+    fold_scales(prepare(directory, tmp_path / "out", config, token_file), 0, block, ours)
     changed = [name for name, p in before.named_parameters() if not torch.equal(p, block.get_parameter(name))]
     assert changed, "the fold found nothing to scale, so this test shows nothing"
     watched = [name for name in architecture.stages[0].layers if not name.endswith("q_proj")]
     for name in [*watched, "self_attn.o_proj"]:
-        outputs = [run_until(stream, one, name) for one in (before, block)]
+        outputs = [run_until(ours, one, name) for one in (before, block)]
         torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4)
     assert not [name for name in changed if name.startswith("self_attn.o_proj")]
     results = []
     for one in (before, block):
-        fresh = open_stream(directory, text_samples())
-        fresh.enter(0, one)
-        fresh.leave()
+        fresh = open_activations(directory, text_samples())
+        fresh.start_block(0, one)
+        fresh.finish_block()
         results.append(fresh.hidden[0])
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
 
 
-def run_until(stream: Stream, block: torch.nn.Module, name: str) -> torch.Tensor:
+def run_until(ours: Activations, block: torch.nn.Module, name: str) -> torch.Tensor:
     """Output of one linear layer of a block."""
     seen: list[torch.Tensor] = []
     handle = block.get_submodule(name).register_forward_hook(lambda _, __, out: seen.append(out))
-    block(stream.hidden[0], **stream.skeleton.block_arguments(0, stream.hidden[0]))
+    block(ours.hidden[0], **ours.skeleton.block_arguments(0, ours.hidden[0]))
     handle.remove()
     return seen[0]
 
@@ -239,12 +240,12 @@ def test_rope_written_by_older_transformers_is_understood(tiny_model, tmp_path):
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
     values |= {"rope_theta": 5000.0, "rope_scaling": {"rope_type": "llama3", **scaling}}
     (directory / "config.json").write_text(json.dumps(values))
-    stream = open_stream(directory, text_samples())
-    expected = block_inputs_and_outputs(reference(directory), stream.batches[0].tokens)
+    ours = open_activations(directory, text_samples())
+    expected = block_inputs_and_outputs(reference(directory), ours.batches[0].tokens)
     for index, wanted in enumerate(expected[1:]):
-        stream.enter(index, stream.skeleton.load_block(index))
-        stream.leave()
-        torch.testing.assert_close(stream.hidden[0], wanted, **EXACT)
+        ours.start_block(index, ours.skeleton.load_block(index))
+        ours.finish_block()
+        torch.testing.assert_close(ours.hidden[0], wanted, **EXACT)
 
 
 def test_rotary_buffers_of_old_llama_checkpoints_are_passed_over(tiny_model, tmp_path):

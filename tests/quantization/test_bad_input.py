@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qsun
+from qsun.model.output_dir import ShardWriter
 from qsun.quantization.job import prepare
 from tests.tiny_models import SEQUENCE, random_tokens
 
@@ -359,31 +360,37 @@ def test_too_little_space_is_seen_before_work_starts(refused, base, monkeypatch)
 
 def test_what_is_written_needs_no_more_space(base, tmp_path, monkeypatch):
     """An interrupted run goes on on a disk that has room for the rest of it."""
-    parts = tmp_path / "out.partial" / "parts"
-    parts.mkdir(parents=True)
+    module = tmp_path / "out.partial" / "module"
+    module.mkdir(parents=True)
     config = qsun.QuantConfig(method="rtn", group_size=32)
-    needed = prepare(base, tmp_path / "fresh", config).plan.disk_bytes
-    (parts / "block-00000.safetensors").write_bytes(b"x" * 10_000)
+    needed = prepare(base, tmp_path / "fresh", config).plan.output_bytes
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, needed - 10_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, needed - 8192))
+    with open(module / "model.safetensors", "wb") as file:
+        file.truncate(needed)  # a hole, as the file of a run that has finished nothing
+    with pytest.raises(qsun.QsunError, match="GB free, but the run needs"):
+        prepare(base, tmp_path / "out", config, resume=True)
+    with open(module / "model.safetensors", "r+b") as file:
+        file.write(b"x" * 8192)
+        os.fsync(file.fileno())
     prepare(base, tmp_path / "out", config, resume=True)
     with pytest.raises(qsun.QsunError, match="GB free, but the run needs"):
         prepare(base, tmp_path / "fresh", config)
 
 
 def test_space_that_runs_out_midway_keeps_what_is_finished(refused, cli, base, tmp_path, monkeypatch):
-    from qsun.model import output_dir as workdir
+    write = ShardWriter.write
 
-    def full_disk(tensors, path, *rest):
-        if "block-00001" in str(path):
+    def full_disk(writer, tensors):
+        if any(name.startswith("model.layers.1.") for name in tensors):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return save_file(tensors, path, *rest)
+        write(writer, tensors)
 
-    monkeypatch.setattr(workdir, "save_file", full_disk)
+    monkeypatch.setattr(ShardWriter, "write", full_disk)
     err = refused(base, *FAST, says="no space left on the disk", leaves=("out.partial",))
     assert "--resume" in err
-    assert (tmp_path / "out.partial" / "parts" / "block-00000.safetensors").exists()
-    monkeypatch.setattr(workdir, "save_file", save_file)
+    assert (tmp_path / "out.partial" / "parts" / "block-00000.json").exists()
+    monkeypatch.setattr(ShardWriter, "write", write)
     assert cli("quantize", base, "-o", tmp_path / "out", *FAST, "--resume").code == 0
     assert cli("quantize", base, "-o", tmp_path / "straight", *FAST).code == 0
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "straight"))

@@ -61,7 +61,7 @@ def written_adapter(base: Path, directory: Path) -> Path:
     tuned = {n: 0.2 * torch.randn_like(p) for n, p in model.named_parameters() if n.endswith("lora_B")}
     write_adapter(adapter, str(base), tuned, directory)
     made = {"kind": "prefill_module", "base_fingerprint": Checkpoint(base).fingerprint()}
-    made["fingerprint"] = Checkpoint.of_file(directory / "adapter_model.safetensors").fingerprint()
+    made["fingerprint"] = Checkpoint(directory / "adapter_model.safetensors").fingerprint()
     (directory / "qsun.json").write_text(json.dumps(made))
     return directory
 

@@ -20,7 +20,7 @@ from qsun.model.architectures import architecture_of
 from qsun.model.skeleton import Skeleton
 from qsun.quantization import activations as stream_module
 from qsun.quantization import block as block_pass
-from qsun.quantization import block_walk as walk
+from qsun.quantization import blockwise as walk
 from qsun.quantization.job import prepare
 from qsun.quantization.methods.moments import Moments
 from qsun.quantization.run import run

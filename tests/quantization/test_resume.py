@@ -12,6 +12,7 @@ import pytest
 
 import qsun
 from qsun.model import output_dir as workdir
+from qsun.model.checkpoint import read_header
 from tests.tiny_models import SEQUENCE, prompt_rows, random_tokens, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("no_picture")
@@ -130,9 +131,13 @@ def test_a_part_without_its_record_is_made_again(calibration, talking_model, tmp
     with pytest.raises(KeyboardInterrupt):
         qsun.quantize(talking_model, out, config, calibration)
     monkeypatch.setattr(workdir, "write_json", write)
-    parts = tmp_path / "out.partial" / "parts"
-    (parts / "block-00001.safetensors").write_bytes(b"half a part")
-    (parts / "rest.draft").write_bytes(b"half a draft")
+    partial = tmp_path / "out.partial"
+    (partial / "parts" / "rest.draft").write_bytes(b"half a draft")
+    (partial / "module" / "config.json").write_text("of the interrupted run")
+    entries, start = read_header(partial / "module" / "model.safetensors")
+    with open(partial / "module" / "model.safetensors", "r+b") as file:
+        file.seek(start + entries["model.layers.1.mlp.up_proj.qweight"]["data_offsets"][0])
+        file.write(b"half a part")
     qsun.quantize(talking_model, out, config, calibration, resume=True)
     qsun.quantize(talking_model, tmp_path / "straight", config, calibration)
     assert published(out) == published(tmp_path / "straight")
@@ -144,7 +149,7 @@ def test_killed_after_the_first_block_and_resumed(method, kind, cli, talking_mod
     source = tmp_path / "calibration.jsonl"
     write_jsonl(source, prompt_rows(12) if kind == "prompts" else [{"text": "what the demo tokenizer reads " * 20}])
     process = subprocess.Popen([sys.executable, "-c", SLOW_RUN, talking_model, tmp_path / "out", source, method])
-    part = tmp_path / "out.partial" / "parts" / "block-00000.safetensors"
+    part = tmp_path / "out.partial" / "parts" / "block-00000.json"
     deadline = time.monotonic() + 120
     try:
         while not part.exists():

@@ -1,4 +1,4 @@
-"""The seam: what the quantized stream holds at decode positions is what a decode module computes."""
+"""The seam: the quantized model's activations at decode positions are what a decode module computes."""
 
 import copy
 from pathlib import Path
@@ -13,7 +13,7 @@ from qsun.model.architectures import Architecture, architecture_of
 from qsun.model.checkpoint import Checkpoint
 from qsun.model.skeleton import Skeleton
 from qsun.quantization import activations as stream_module
-from qsun.quantization.activations import Batch, Stream, make_batches
+from qsun.quantization.activations import Activations, Batch, make_batches
 from qsun.runtime.decode_cache import CACHE_ARGUMENT
 from tests.tiny_models import FAMILIES, random_tokens, reference
 
@@ -80,16 +80,16 @@ def rows_of(batches: list[Batch], sample: Sample) -> tuple[int, int]:
     raise AssertionError("the sample is in no batch")
 
 
-def two_streams(directory: Path, ours: Any) -> tuple[Stream, Stream, list[torch.nn.Module]]:
+def two_activations(directory: Path, ours: Any) -> tuple[Activations, Activations, list[torch.nn.Module]]:
     skeleton = Skeleton(Checkpoint(directory), torch.float32, CPU)
     batches = make_batches(seam_samples(), CPU)
     hidden = skeleton.embed([batch.tokens for batch in batches])
-    stream, full = Stream(skeleton, batches, hidden), Stream(skeleton, batches, list(hidden))
-    stream.share_kv(full)
+    quantized, full = Activations(skeleton, batches, hidden), Activations(skeleton, batches, list(hidden))
+    quantized.attend_to(full)
     blocks = []
     for index, layer in enumerate(ours.model.layers):
         blocks.append(skeleton.fill(skeleton.layers[index], layer.state_dict()))
-    return stream, full, blocks
+    return quantized, full, blocks
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -102,17 +102,17 @@ def test_decode_positions_are_those_of_a_decoder_with_a_prefilled_cache(
     with torch.no_grad():
         model = reference(directory)
         ours = perturbed(model)
-        stream, full, blocks = two_streams(directory, ours)
+        quantized, full, blocks = two_activations(directory, ours)
         expected = [decode_states(model, ours, architecture, s, stepwise=False) for s in seam_samples()]
         for index, block in enumerate(blocks):
-            full.enter(index, stream.skeleton.load_block(index))
-            stream.enter(index, block)
+            full.start_block(index, quantized.skeleton.load_block(index))
+            quantized.start_block(index, block)
             for number in range(4):
-                inputs = [stream.stage_input(number, b) for b in range(len(stream.batches))]
-                compare(stream.batches, inputs, expected, f"{index}.{number}")
-            stream.leave()
-            full.leave()
-            compare(stream.batches, stream.hidden, expected, f"{index}")
+                inputs = [quantized.stage_input(number, b) for b in range(len(quantized.batches))]
+                compare(quantized.batches, inputs, expected, f"{index}.{number}")
+            quantized.finish_block()
+            full.finish_block()
+            compare(quantized.batches, quantized.hidden, expected, f"{index}")
 
 
 def compare(batches: list[Batch], found: list[torch.Tensor], expected: list[dict[str, torch.Tensor]], key: str) -> None:
@@ -135,16 +135,16 @@ def test_token_by_token_decoding_gives_the_same(family, tiny_model):
 
 
 def test_the_prompts_kv_matters(tiny_model):
-    """Without share_kv the quantized model attends to its own prompt, and the comparison above must see that."""
+    """Without attend_to the quantized model attends to its own prompt, and the comparison above must see that."""
     directory = tiny_model("llama")
     with torch.no_grad():
         model = reference(directory)
         ours = perturbed(model)
-        stream, _, blocks = two_streams(directory, ours)
-        alone = Stream(stream.skeleton, stream.batches, list(stream.hidden))
+        quantized, _, blocks = two_activations(directory, ours)
+        alone = Activations(quantized.skeleton, quantized.batches, list(quantized.hidden))
         for index, block in enumerate(blocks):
-            alone.enter(index, block)
-            alone.leave()
+            alone.start_block(index, block)
+            alone.finish_block()
         expected = [decode_states(model, ours, architecture_of("llama"), s, stepwise=False) for s in seam_samples()]
         with pytest.raises(AssertionError):
             compare(alone.batches, alone.hidden, expected, f"{len(blocks) - 1}")

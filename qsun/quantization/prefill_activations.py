@@ -2,8 +2,8 @@
 
 In service the prompt's KV comes from the prefill module of the request's task. Calibration data of several tasks is
 therefore read by several prefill modules, each streamed from its own files (an adapter is merged into a block of its
-base as that is loaded): `PrefillStream.enter` runs one block over all prompts of its module, keeps what attention
-wrote, and lets the block go before the decode module's is loaded.
+base as that is loaded): `PrefillActivations.run_block` runs one block over all prompts of its module, keeps what
+attention wrote, and releases the block before the decode module's is loaded.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from qsun.model.adapter_checkpoint import open_prefill
 from qsun.model.locate import find_model
 from qsun.model.pairing import check_pair
 from qsun.model.skeleton import Skeleton
-from qsun.quantization.activations import Batch, KeptKV
+from qsun.quantization.activations import Batch, RecordedKV
 from qsun.runtime.decode_cache import CACHE_ARGUMENT
 
 
@@ -98,13 +98,13 @@ def unserved(served: Iterable[str], covered: Iterable[str]) -> list[str]:
     return [name for name in served if find_model(name).resolve() not in known]
 
 
-class PrefillStream:
+class PrefillActivations:
     """The hidden states of one prefill module at the prompts it reads, and the KV of the block it is in.
 
     Args:
         skeleton: of the prefill module.
-        number: of the module; batches of other modules are none of its business.
-        batches: those of the decode module's streams.
+        number: of the module; batches of other modules are left out.
+        batches: all of the calibration data.
     """
 
     def __init__(self, skeleton: Skeleton, number: int, batches: list[Batch]):
@@ -113,19 +113,19 @@ class PrefillStream:
         self._places = [i for i, prompt in prompts.items() if prompt.shape[1]]
         embedded = skeleton.embed([prompts[i] for i in self._places]) if self._places else []
         self.hidden: dict[int, Tensor] = dict(zip(self._places, embedded, strict=True))
-        self._kv: dict[int, KeptKV] = {}
+        self._kv: dict[int, RecordedKV] = {}
 
-    def enter(self, index: int) -> None:
+    def run_block(self, index: int) -> None:
         """Run a block over all prompts: keep its KV, and carry the hidden states to its end."""
         self._kv.clear()
         block = self.skeleton.load_block(index)
         for place in self._places:
-            hidden, kept = self.hidden[place], KeptKV()
+            hidden, kept = self.hidden[place], RecordedKV()
             arguments = {**self.skeleton.block_arguments(index, hidden), CACHE_ARGUMENT: kept}
             output = block(hidden, **arguments)
             self.hidden[place] = output[0] if isinstance(output, tuple) else output
             self._kv[place] = kept
 
-    def written(self, number: int) -> KeptKV:
-        """K and V of a batch's prompts in the block entered last; T is that of the batch's longest prompt."""
+    def kv(self, number: int) -> RecordedKV:
+        """Return K and V of a batch's prompts in the block run last; T is that of the batch's longest prompt."""
         return self._kv[number]

@@ -1,0 +1,161 @@
+"""Quantize a model block by block: each is quantized and written, and its output is what the next one reads."""
+
+import copy
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsun.memory import release_freed
+from qsun.model.architectures import block_prefix
+from qsun.model.checkpoint import STORED_DTYPES, Checkpoint
+from qsun.model.formats import pack_layer
+from qsun.model.output_dir import ShardWriter, Workdir
+from qsun.model.quantized import digest
+from qsun.model.skeleton import linear_of
+from qsun.model.stored_layers import load_quantized_block
+from qsun.progress import Progress
+from qsun.quantization.activations import Activations, Batch, make_batches
+from qsun.quantization.block import LayerResult, quantize_block, quantize_layer
+from qsun.quantization.job import Job
+from qsun.quantization.methods.moments import Moments
+from qsun.quantization.plan import REST, block_part
+from qsun.quantization.prefill_activations import PrefillActivations
+
+
+class ProgressCounter:
+    """Counts finished layers for the progress callback."""
+
+    def __init__(self, job: Job, progress: Progress):
+        self.total = sum(spec.quantized for spec in job.specs.values()) + 2
+        self.count, self.progress = 0, progress
+
+    def done(self, label: str, steps: int = 1) -> None:
+        self.count += steps
+        self.progress(label, self.count, self.total)
+
+
+class BlockwiseQuantizer:
+    """The activations of a job, and the output that its blocks are written to."""
+
+    def __init__(self, job: Job, work: Workdir, counter: ProgressCounter):
+        self.job, self.work, self.counter = job, work, counter
+        self.writer = ShardWriter(work.module, job.shards)
+        self.written = Checkpoint(work.module)
+        self.ours: Activations | None = None
+        self.full: Activations | None = None
+        self.prefills: list[PrefillActivations] = []
+        if job.calibration is not None:
+            batches = make_batches(job.calibration.samples, job.skeleton.device)
+            hidden = job.skeleton.embed([batch.tokens for batch in batches])
+            self.ours = Activations(job.skeleton, batches, hidden)
+            base_reads = any(batch.module is None and batch.prefilled.any() for batch in batches)
+            if job.config.method == "refined" or base_reads:
+                self.full = Activations(job.skeleton, batches, list(hidden))
+                self.ours.attend_to(self.full)
+            self._read_prompts(batches)
+
+    def _read_prompts(self, batches: list[Batch]) -> None:
+        """Let both activations, the target of `refined` too, attend to the KV of the prefill modules."""
+        for number, module in enumerate(self.job.prefill.modules):
+            source = PrefillActivations(module.skeleton, number, batches)
+            self.prefills.append(source)
+            for activations in self._both():
+                activations.attend_to(source, number)
+
+    def _both(self) -> list[Activations]:
+        return [activations for activations in (self.ours, self.full) if activations is not None]
+
+    @property
+    def probe(self) -> tuple[Tensor, Tensor] | None:
+        """Tokens of one batch and the quantized model's hidden states after the last block, for the read-back."""
+        if self.ours is None or self.ours.batches[0].prefilled.any():
+            return None
+        return self.ours.batches[0].tokens, self.ours.hidden[0]
+
+    def run(self) -> None:
+        """Quantize every block, then what is outside of them."""
+        for index in range(len(self.job.skeleton.layers)):
+            self._block(index)
+            release_freed()
+        self._rest()
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return what was recorded of each part: its layers, their digests, and the error of the block."""
+        return [self.work.record(name) for name in self.job.parts]
+
+    def _block(self, index: int) -> None:
+        for prefill in self.prefills:
+            prefill.run_block(index)
+        original = self.job.skeleton.load_block(index)
+        if self.full is not None:
+            self.full.start_block(index, original)
+        name = block_part(index)
+        if self.work.finished(name):
+            self._finished_block(index)
+            self.counter.done(f"{name} (kept)", len(self.work.record(name)["layers"]))
+            return
+        block = original if self.full is None else copy.deepcopy(original)
+        if self.ours is not None:
+            self.ours.start_block(index, block)
+        results = quantize_block(self.job, index, block, self.ours, self.full, self.counter.done)
+        for activations in self._both():
+            activations.finish_block()
+        tensors = {block_prefix(index) + key: tensor for key, tensor in block.state_dict().items()}
+        self._keep(name, tensors, results, self._block_error())
+
+    def _finished_block(self, index: int) -> None:
+        """Carry the hidden states through a block as an interrupted run has written it."""
+        if self.ours is not None:
+            block = load_quantized_block(self.job.skeleton, self.written, index, self.job.config.format)
+            self.ours.start_block(index, block)
+        for activations in self._both():
+            activations.finish_block()
+
+    def _keep(
+        self, part: str, tensors: dict[str, Tensor], results: dict[str, LayerResult], error: float | None = None
+    ) -> None:
+        """Write a part, packed layers in their format and all else in the base's dtype, and then its record."""
+        layout, fmt = self.job.parts[part], self.job.config.format
+        stored = {name: tensors[name].to(STORED_DTYPES[layout[name][0]]) for name in layout if name in tensors}
+        for name, result in results.items():
+            packed = pack_layer(result.weights.to(torch.device("cpu")), result.spec, fmt)
+            stored |= {f"{name}.{suffix}": tensor for suffix, tensor in packed.items()}
+        self.writer.write(stored)
+        layers = [{"name": name, **asdict(result.spec), "error": result.error} for name, result in results.items()]
+        digests = {name: digest(result.weights) for name, result in results.items()}
+        self.work.note(part, {"layers": layers, "digests": digests, "block_error": error})
+
+    def _block_error(self) -> float | None:
+        """Return |quantized - full|^2 / |full|^2 of the hidden states after the block."""
+        if self.ours is None or self.full is None:
+            return None
+        wrong = right = 0.0
+        for ours, full, batch in zip(self.ours.hidden, self.full.hidden, self.ours.batches, strict=True):
+            wrong += float((ours - full)[batch.counted].float().square().sum())
+            right += float(full[batch.counted].float().square().sum())
+        return wrong / max(right, 1e-30)
+
+    def _rest(self) -> None:
+        """Write all that is outside the blocks; lm_head quantized if that was asked for."""
+        job, results = self.job, {}
+        if self.work.finished(REST):
+            return
+        if "lm_head" in job.specs:
+            results["lm_head"] = self._quantize_head()
+            self.counter.done("lm_head")
+        copied = [name for name in job.parts[REST] if name in job.checkpoint]
+        self._keep(REST, job.checkpoint.load(copied), results)
+
+    def _quantize_head(self) -> LayerResult:
+        job = self.job
+        weight, moments = linear_of(job.skeleton.head(), "").weight.data, None
+        if self.ours is not None:
+            norm = job.skeleton.final_norm()
+            moments = Moments.zeros(weight.shape[1], weight.device)
+            for number, batch in enumerate(self.ours.batches):
+                rows = batch.rows(norm(self.ours.hidden[number]))
+                full = None if self.full is None else batch.rows(norm(self.full.hidden[number]))
+                moments.add(rows, full)
+        return quantize_layer(weight, moments, job.specs["lm_head"], job.config, job.scale_dtype, "lm_head")
