@@ -40,7 +40,7 @@ oracles:  ## other tools load our modules and give our logits; makes .oracles/* 
 vllm:  ## a real vLLM on this CPU: the plugin in every format, and a cluster through `qsun up`; makes .oracles/vllm
 	tests/vllm/run.sh
 
-gpu:  ## correctness on a CUDA device and the kernel bench, under 9 minutes; results in GPU_OUT
+gpu:  ## correctness on a CUDA device and the kernel bench, under 9 minutes; needs torch, triton, transformers, pytest
 	mkdir -p $(GPU_OUT)
-	$(PYTHON) -m pytest -q -m gpu --junitxml=$(GPU_OUT)/tests.xml
-	$(PYTHON) -m qsun.cli.main bench kernels --device cuda --seconds 1 --minutes 5 -o $(GPU_OUT)
+	$(PYTHON) -m pytest -q --noconftest -m gpu tests/gpu --junitxml=$(GPU_OUT)/tests.xml; status=$$?; \
+	$(PYTHON) tests/gpu/bench.py $(GPU_OUT) && exit $$status

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from qsun.kernels.launch_table import KernelLaunch, choose_launch, dequantize_above_m
+from qsun.kernels.launch_table import KernelLaunch, choose_launch, dequantize_above_m, product_workspace_bytes
 from qsun.kernels.layout import COLUMNS, INTERLEAVED_ROWS, ROWS, ceil_div, padded_rows, tile_group
 from qsun.kernels.matmul_triton import int4_matmul
 from qsun.kernels.nibbles_triton import dequantize_tiles
@@ -69,9 +69,9 @@ def int4_product(
         return y
     launch = launch or choose_launch(M, N, K, group_size, gpu)
     grid = ceil_div(N, launch.block_n), launch.split_k, ceil_div(M, launch.block_m)
-    splits, tickets = launch.split_k if launch.split_k > 1 else 0, grid[0] * grid[2]
-    space = workspace or Workspace.allocate(4 * splits * M * N, tickets, x.device)
-    scratch = space.view((splits, M, N), torch.float32), space.tickets(tickets)
+    partial_bytes, tickets = product_workspace_bytes(M, N, launch)
+    space = workspace or Workspace.allocate(partial_bytes, tickets, x.device)
+    scratch = space.view((partial_bytes // 4,), torch.float32), space.tickets(tickets)
     weights = (words, scales, scales if zeros is None else zeros)
     epilogue = (x if bias is None else bias, x if residual is None else residual)  # absent ones are never read
     int4_matmul[grid](

@@ -128,10 +128,17 @@ def workspace_bytes(M: int, N: int, K: int, group_size: int, gpu: str) -> tuple[
     """Return (bytes, counters) that a Workspace needs for products of up to M rows."""
     limit = dequantize_above_m(gpu)
     dequantized = 2 * N * K if limit < M else 0
-    launches = [(m, choose_launch(m, N, K, group_size, gpu)) for m in range(1, min(M, limit) + 1)]
-    partials = max(4 * launch.split_k * m * N if launch.split_k > 1 else 0 for m, launch in launches)
-    counters = max(ceil_div(N, launch.block_n) * ceil_div(m, launch.block_m) for m, launch in launches)
+    needs = [
+        product_workspace_bytes(m, N, choose_launch(m, N, K, group_size, gpu)) for m in range(1, min(M, limit) + 1)
+    ]
+    partials, counters = (max(sizes) for sizes in zip(*needs, strict=True))
     return max(dequantized, partials), counters
+
+
+def product_workspace_bytes(M: int, N: int, launch: KernelLaunch) -> tuple[int, int]:
+    """Return (bytes, counters) that one product needs."""
+    splits = launch.split_k if launch.split_k > 1 else 0
+    return 4 * splits * M * N, ceil_div(N, launch.block_n) * ceil_div(M, launch.block_m)
 
 
 @lru_cache(maxsize=8)

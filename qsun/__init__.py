@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 from qsun._version import __version__
-from qsun.config import LayerSpec, Override, QuantConfig
 from qsun.errors import QsunError, ResumeError
 
 if TYPE_CHECKING:
+    from qsun.config import LayerSpec, Override, QuantConfig
     from qsun.engine.generation import generate, generate_stream
     from qsun.model.pairing import check_pair
     from qsun.quantization.run import quantize
@@ -37,8 +37,11 @@ __all__ = [
     "tune",
 ]
 
-# torch and transformers take seconds to import; `qsun --help` and configuration errors need neither.
+# torch and transformers take seconds to import, and kernels run without pydantic: everything is imported on first use.
 _HOMES = {
+    "LayerSpec": "qsun.config",
+    "Override": "qsun.config",
+    "QuantConfig": "qsun.config",
     "DecodeModule": "qsun.runtime.decode_module",
     "load_decode": "qsun.runtime.decode_module",
     "QuantLinear": "qsun.runtime.quant_linear",

@@ -1,9 +1,10 @@
 """Errors for users: one line that names the value, the limit and the fix."""
 
 import difflib
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from pydantic import BaseModel, ValidationError
+if TYPE_CHECKING:
+    from pydantic import BaseModel, ValidationError  # kernels and their benches run without it
 
 
 class QsunError(ValueError):
@@ -28,7 +29,7 @@ _MESSAGES = {
 }
 
 
-def one_line(error: ValidationError, root: type[BaseModel]) -> str:
+def one_line(error: "ValidationError", root: "type[BaseModel]") -> str:
     """Describe the first error of a validation: the value, what is allowed, the fix."""
     first = error.errors()[0]
     kind, context = first["type"], first.get("ctx", {})
@@ -55,7 +56,7 @@ def _is_branch(part: object) -> bool:
     return isinstance(part, str) and ("[" in part or part in ("int", "constrained-int", "constrained-float"))
 
 
-def _known(root: type[BaseModel], path: list[str]) -> list[str]:
+def _known(root: "type[BaseModel]", path: list[str]) -> list[str]:
     """The settings of the section that a path leads to."""
     model = root
     for part in path:
@@ -65,8 +66,8 @@ def _known(root: type[BaseModel], path: list[str]) -> list[str]:
     return sorted(model.model_fields)
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+def _models_in(annotation: Any) -> "list[type[BaseModel]]":
+    if isinstance(annotation, type) and hasattr(annotation, "model_fields"):
         return [annotation]
     return [model for argument in get_args(annotation) for model in _models_in(argument)]
 

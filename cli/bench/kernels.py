@@ -105,5 +105,5 @@ def tune_kernels(
     gpu = torch.cuda.get_device_name()
     kind = KernelVariant(group_size, not asym, torch.bfloat16, torch.device("cuda"))
     path = out or table_file(gpu)
-    write_table(search_launches(layers, kind, gpu, gpu_timer, screen.note), gpu, path)
+    search_launches(layers, kind, gpu, gpu_timer, screen.note, lambda shapes: write_table(shapes, gpu, path))
     typer.echo(f"{path}: launches for {gpu}")

@@ -1,10 +1,13 @@
 """Comparable timing: contenders take turns, calls rotate over copies larger than the caches, medians are kept."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+
+_TURN_SECONDS, _MOST_REPLAYS = 0.002, 50  # of a graph in one turn: the gap before its first kernel is then noise
 
 
 def interleaved(
@@ -17,13 +20,15 @@ def interleaved(
 
     Args:
         contenders: name -> calls on different copies of the same data, which together exceed the last cache.
-        rounds: turns of each contender; on a CPU one call a turn, on a GPU a replay of all calls in one CUDA graph.
+        rounds: turns of each contender; on a CPU one call a turn, on a GPU several replays of one graph of all calls.
         seconds: stop early after this long, with at least three turns each.
     """
     for calls in contenders.values():
         for call in calls:  # the first call may compile, or make a dequantized copy: not timed
             call()
-    turns = {name: _graph(calls) if device.type == "cuda" else _in_turn(calls) for name, calls in contenders.items()}
+    turns = {
+        name: _graph(calls, device) if device.type == "cuda" else _in_turn(calls) for name, calls in contenders.items()
+    }
     for turn in turns.values():
         turn()
     taken: dict[str, list[float]] = {name: [] for name in turns}
@@ -50,28 +55,31 @@ def _in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
     return turn
 
 
-def _graph(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
+def _graph(calls: Sequence[Callable[[], object]], device: torch.device) -> Callable[[], float]:
     """Capture all calls in one graph, so that Python's launch overhead is not timed."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for call in calls[:2]:
-            call()  # compile and warm up outside the capture
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.device(device):
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for call in calls[:2]:
+                call()  # compile and warm up outside the capture
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, stream=stream):
+            for call in calls:
+                call()
 
-    def turn() -> float:
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1000 / len(calls)
+    def replays(count: int) -> float:
+        with torch.cuda.device(device):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(count):
+                graph.replay()
+            end.record()
+            end.synchronize()
+        return begin.elapsed_time(end) / 1000 / count
 
-    return turn
+    count = max(2, min(_MOST_REPLAYS, math.ceil(_TURN_SECONDS / replays(1))))
+    return lambda: replays(count) / len(calls)
 
 
 def copy_bandwidth(device: torch.device, size_bytes: int) -> float:

@@ -19,7 +19,7 @@ from qsun.model.skeleton import HEAD, empty_model
 from qsun.quantization.methods.grid import Grid
 from qsun.quantization.methods.rtn import rtn
 from qsun.runtime.decode_module import DecodeModule, load_decode
-from qsun.runtime.fused_projections import merge_block
+from qsun.runtime.fused_projections import merge_block, merge_projections
 from qsun.runtime.quant_linear import QuantLinear
 
 DTYPE = torch.bfloat16
@@ -64,6 +64,7 @@ def made_contenders(shape: str, head: str, device: torch.device, seed: int = 0) 
         decode[QSUN] = quantized
     if head != "bf16":
         decode[QSUN_HEAD] = with_int4_head(quantized)
+    merge_projections(full, config, dense=True)
     return Contenders(shape, decode, full, {name: head_of(model) for name, model in decode.items()})
 
 
@@ -94,6 +95,8 @@ def loaded_contenders(directory: str, base: str | None, device: torch.device) ->
             raise QsunError(f"base {base} is quantized; give the full-precision model")
         if _sizes(full.config) != _sizes(quantized.config):
             raise QsunError(f"base {base} has {_sizes(full.config)}, {directory} has {_sizes(quantized.config)}")
+    if device.type == "cuda":  # where load_decode merges the int4 layers
+        merge_projections(full, full.config, dense=True)
     variant = QSUN if head_of(quantized) == "bf16" else QSUN_HEAD
     decode = {SUN: full, variant: quantized}
     return Contenders(

@@ -22,13 +22,16 @@ from qsun.kernels.launch_table import (
     choose_launch,
     load_launch_table,
     parse_launch_table,
+    product_workspace_bytes,
     shape_key,
 )
 from qsun.kernels.layout import PackedInt4, pack_int4
+from qsun.kernels.workspace import Workspace
+from qsun.progress import Note
 
-Timer = Callable[
-    [Sequence[KernelLaunch]], dict[KernelLaunch, float]
-]  # seconds of each launch that computes the right product
+Shapes = dict[str, dict[str, dict[str, Any]]]  # of a launch table
+# Seconds of each launch that computes the right product.
+Timer = Callable[[Sequence[KernelLaunch]], dict[KernelLaunch, float]]
 _SETTINGS = (("split_k",), ("block_n", "warps"), ("stages",), ("fold",), ("block_m",))
 _COPIES_BYTES = 256 << 20  # of packed weights, beyond any L2
 _GAIN = 0.99  # a launch replaces the best one if it takes less than this fraction of its time
@@ -61,14 +64,16 @@ def tune_kernels(
     kind: KernelVariant,
     gpu: str,
     timer_for: Callable[[int, int, int, KernelVariant], Timer],
-    note: Callable[[str], None] = lambda _: None,
-) -> dict[str, dict[str, dict[str, Any]]]:
+    note: Note = lambda _: None,
+    save: Callable[[Shapes], None] = lambda _: None,
+) -> Shapes:
     """Tune every layer shape for every bucket of M: the "shapes" of a launch table (kernels/launch_table.py).
 
     Args:
         timer_for: makes a timer for (M, N, K, kind); `gpu_timer` on a GPU.
+        save: called with all launches so far whenever one is found.
     """
-    shapes: dict[str, dict[str, dict[str, Any]]] = {}
+    shapes: Shapes = {}
     for _model, _layer, N, K in layers:
         key = shape_key(N, K, kind.group_size)
         if key in shapes:
@@ -80,6 +85,7 @@ def tune_kernels(
             timer = timer_for(M, N, K, kind)
             best, seconds, before = search(start, candidates(M, N, K, kind.group_size), timer)
             shapes[key][str(M)] = dataclasses.asdict(best)
+            save(shapes)
             note(f"{key} M={M}: {1e6 * before:.1f} -> {1e6 * seconds:.1f} us, {best}")
     return shapes
 
@@ -107,21 +113,24 @@ def gpu_timer(M: int, N: int, K: int, kind: KernelVariant) -> Timer:
     x = torch.randn(M, K, device=kind.device).to(kind.dtype)
     wanted = x.float() @ weights.dequantize().t()
 
-    def product(launch: KernelLaunch, held: PackedInt4) -> torch.Tensor:
-        weights = (held.words, held.scales, held.zeros)
-        return int4_triton.int4_product(x, *weights, N, kind.group_size, launch=launch)
-
-    def right(launch: KernelLaunch) -> bool:
-        try:
-            y = product(launch, packed)
-        except (RuntimeError, ValueError):  # out of registers or shared memory
-            return False
-        return bool((y.float() - wanted).norm() < 0.02 * wanted.norm())
+    def product(launch: KernelLaunch, held: PackedInt4, space: Workspace) -> torch.Tensor:
+        return int4_triton.int4_product(x, *held, N, kind.group_size, workspace=space, launch=launch)
 
     def timer(launches: Sequence[KernelLaunch]) -> dict[KernelLaunch, float]:
+        needs = [product_workspace_bytes(M, N, launch) for launch in launches]
+        space = Workspace.allocate(*(max(sizes) for sizes in zip(*needs, strict=True)), kind.device)
+
+        def right(launch: KernelLaunch) -> bool:
+            space.counters.zero_()  # a wrong launch before this one may have left some
+            try:
+                y = product(launch, packed, space)
+            except unusable_launches():
+                return False
+            return bool((y.float() - wanted).norm() < 0.02 * wanted.norm())
+
         names = {str(launch): launch for launch in launches if right(launch)}
         calls = {
-            name: [lambda launch=launch, held=held: product(launch, held) for held in copies]
+            name: [lambda launch=launch, held=held: product(launch, held, space) for held in copies]
             for name, launch in names.items()
         }
         medians = interleaved(calls, kind.device, rounds=9) if calls else {}
@@ -130,13 +139,24 @@ def gpu_timer(M: int, N: int, K: int, kind: KernelVariant) -> Timer:
     return timer
 
 
-def write_table(shapes: dict[str, dict[str, dict[str, Any]]], gpu: str, path: Path) -> None:
+def unusable_launches() -> tuple[type[Exception], ...]:
+    """Return what a launch raises that needs too many registers or too much shared memory, or does not compile."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    plain = (OutOfResources, PTXASError, CompilationError)  # subclasses of Exception alone
+    return (*plain, RuntimeError, ValueError)
+
+
+def write_table(shapes: Shapes, gpu: str, path: Path) -> None:
     """Add tuned shapes to the table at `path`, or to the one in use where there is no file."""
     table = json.loads(path.read_text()) if path.exists() else _as_json(gpu)
     table["shapes"] = table.get("shapes", {}) | shapes
     parse_launch_table(table)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(table, indent=1) + "\n")
+    unfinished = path.with_name(path.name + ".tmp")
+    unfinished.write_text(json.dumps(table, indent=1) + "\n")
+    unfinished.replace(path)
 
 
 def _as_json(gpu: str) -> dict[str, Any]:

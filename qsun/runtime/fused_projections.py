@@ -21,7 +21,7 @@ class Merged:
     kept for that tensor until the last layer has taken its part.
     """
 
-    def __init__(self, layer: QuantLinear, sizes: list[int]):
+    def __init__(self, layer: QuantLinear | nn.Linear, sizes: list[int]):
         self.layer, self.sizes = layer, sizes
         self._kept: tuple[Tensor, tuple[Tensor, ...]] | None = None
 
@@ -49,10 +49,19 @@ class MergedPart(nn.Module):
         return f"part={self.index} of {self.merged.sizes}"
 
 
+class DenseGateUp(nn.Linear):
+    """A full-precision gate and up projection in one product."""
+
+    def silu_mul(self, x: Tensor) -> Tensor:
+        """Return SiLU(gate) * up."""
+        gate, up = self(x).chunk(2, -1)
+        return nn.functional.silu(gate) * up
+
+
 class GatedMLP(nn.Module):
     """down_proj(SiLU(gate(x)) * up(x)) with gate and up in one product."""
 
-    def __init__(self, gate_up: QuantLinear, down_proj: nn.Module):
+    def __init__(self, gate_up: QuantLinear | DenseGateUp, down_proj: nn.Module):
         super().__init__()
         self.gate_up, self.down_proj = gate_up, down_proj
 
@@ -60,23 +69,25 @@ class GatedMLP(nn.Module):
         return self.down_proj(self.gate_up.silu_mul(x))
 
 
-def merge_projections(model: Any, config: Any) -> None:
-    """Merge the projections of every block of a transformers model with QuantLinear layers, in place."""
+def merge_projections(model: Any, config: Any, dense: bool = False) -> None:
+    """Merge the projections of every block of a transformers model, in place.
+
+    Args:
+        dense: merge full-precision layers too; the model's state_dict changes then.
+    """
     architecture = architecture_of(config.model_type)
     activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
     for block in model.model.layers:
-        merge_block(block, architecture, activation in ("silu", "swish"))
+        merge_block(block, architecture, activation in ("silu", "swish"), dense)
 
 
-def merge_block(block: nn.Module, architecture: Architecture, silu: bool) -> None:
-    """Merge a block's compatible QuantLinear layers, in place. silu: whether the MLP's activation is SiLU."""
+def merge_block(block: nn.Module, architecture: Architecture, silu: bool, dense: bool = False) -> None:
+    """Merge a block's compatible layers of one input, in place. silu: whether the MLP's activation is SiLU."""
     for number in (0, 2):
         names = architecture.stages[number].layers
         layers = [block.get_submodule(name) for name in names]
-        if len(layers) < 2 or not all(isinstance(layer, QuantLinear) for layer in layers):
-            continue
         found: list[Any] = layers
-        if not _compatible(found):
+        if len(found) < 2 or not _compatible(found, dense):
             continue
         if number == 2 and silu and found[0].bias is None:
             down_proj = block.get_submodule(architecture.stages[3].layers[0])
@@ -87,8 +98,12 @@ def merge_block(block: nn.Module, architecture: Architecture, silu: bool) -> Non
             block.set_submodule(name, MergedPart(merged, index))
 
 
-def _compatible(layers: list[QuantLinear]) -> bool:
+def _compatible(layers: list[Any], dense: bool) -> bool:
     """Return whether layers have one grid, one column order, and biases in all or in none."""
+    if dense and all(type(layer) is nn.Linear for layer in layers):
+        return len({(layer.bias is None, layer.weight.dtype) for layer in layers}) == 1
+    if not all(isinstance(layer, QuantLinear) for layer in layers):
+        return False
 
     def traits(layer: QuantLinear) -> tuple[Any, ...]:
         order = layer.column_order
@@ -97,7 +112,12 @@ def _compatible(layers: list[QuantLinear]) -> bool:
     return all(traits(layer) == traits(layers[0]) for layer in layers)
 
 
-def _stack(layers: list[QuantLinear], gated: bool) -> QuantLinear:
+def _stack(layers: list[Any], gated: bool) -> Any:
+    """Return one layer with the rows of all."""
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    bias = torch.cat(biases) if biases else None
+    if isinstance(layers[0], nn.Linear):
+        return _stack_dense([layer.weight for layer in layers], bias, gated)
     weights = [layer.quantized() for layer in layers]
     stacked = Quantized(
         torch.cat([w.q for w in weights]),
@@ -105,7 +125,14 @@ def _stack(layers: list[QuantLinear], gated: bool) -> QuantLinear:
         torch.cat([w.zeros for w in weights], 1),
         weights[0].g_idx,
     )
-    biases = [layer.bias for layer in layers if layer.bias is not None]
-    bias = torch.cat(biases) if biases else None
     first = layers[0]
     return QuantLinear(stacked, bias, first.bits, first.dtype, first.keep_dense, gated)
+
+
+def _stack_dense(weights: list[Tensor], bias: Tensor | None, gated: bool) -> nn.Linear:
+    rows, columns = sum(len(weight) for weight in weights), weights[0].shape[1]
+    merged = (DenseGateUp if gated else nn.Linear)(columns, rows, bias is not None, device="meta")
+    merged.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
+    if bias is not None:
+        merged.bias = nn.Parameter(bias, requires_grad=False)
+    return merged

@@ -1,7 +1,10 @@
-"""The walk and decode modules on a CUDA device against the same on the CPU. Run by `make gpu`."""
+"""Quantization, decode modules and tuning on a CUDA device against the same on the CPU. Run by `make gpu`."""
 
 import pytest
 import torch
+
+for package in ("accelerate", "pydantic"):  # a machine that has only torch and transformers skips these tests
+    pytest.importorskip(package)
 
 import qsun
 from qsun.demo import calibration_file
@@ -11,6 +14,12 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none here"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch):
+    """errors.png needs matplotlib, which this machine may not have."""
+    monkeypatch.setattr("qsun.quantization.report.plot_errors", lambda *_: None)
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "awq+gptq", "refined"])

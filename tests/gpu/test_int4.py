@@ -1,5 +1,7 @@
 """The int4 kernels on a CUDA device against float64: the same bits twice, and inside a CUDA graph (`make gpu`)."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none here"),
 ]
 LLAMA_8B = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
+GAPS = [0, 40]  # columns between rows: as in a model, and rows that are not aligned
 DTYPES = [torch.bfloat16, torch.float16]
 
 
@@ -33,44 +36,47 @@ def poisoned_workspace(M, N, K, group_size):
     return space
 
 
-def check(int4, product, launch=None):
-    M, K = product.x.shape
-    N = product.arguments()[4]
-    space = poisoned_workspace(M, N, K, product.group_size) if launch is None else None
-    options = product.options() | {"workspace": space, "launch": launch}
-    first, second = (int4.int4_product(*product.arguments(), **options) for _ in range(2))
+def check(int4, drawn, launch=None):
+    M, K = drawn.x.shape
+    N = drawn.arguments()[4]
+    space = poisoned_workspace(M, N, K, drawn.group_size) if launch is None else None
+    options = drawn.options() | {"workspace": space, "launch": launch}
+    first, second = (int4.int4_product(*drawn.arguments(), **options) for _ in range(2))
     assert torch.equal(first, second)
     assert space is None or not space.counters.any()
     # tensor cores truncate where the oracle's bound rounds: twice as far
-    assert ((first.double() - product.exact).abs() <= 2 * product.bound).all()
+    assert ((first.double() - drawn.exact).abs() <= 2 * drawn.bound).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("zeros", ["8", "random"])
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 @pytest.mark.parametrize("M", [1, 3, 8, 9, 16, 17, 33, 64, 130])
-def test_groups_zero_points_and_batches(int4, M, group_size, zeros, dtype):
-    check(int4, draw(M, 208, 640, group_size, dtype, zeros, epilogue="br", device="cuda", seed=M))
+@pytest.mark.parametrize("gap", GAPS)
+def test_groups_zero_points_and_batches(int4, gap, M, group_size, zeros, dtype):
+    check(int4, draw(M, 208, 640, group_size, dtype, zeros, epilogue="br", device="cuda", seed=M, gap=gap))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("M", [1, 7, 16, 32, 64, 128])
 @pytest.mark.parametrize(("N", "K"), LLAMA_8B)
 def test_llama_shapes(int4, N, K, M, dtype):
-    check(int4, draw(M, N, K, 128, dtype, device="cuda", seed=N + K + M))
+    for gap in GAPS:
+        check(int4, draw(M, N, K, 128, dtype, device="cuda", seed=N + K + M, gap=gap))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("N", "K", "group_size"), [(16, 32, 32), (80, 416, 32), (176, 320, 64), (48, 224, -1)])
 def test_tails(int4, N, K, group_size, dtype):
-    for M in (1, 9, 40):
-        check(int4, draw(M, N, K, group_size, dtype, "random", device="cuda"))
+    for M, gap in product((1, 9, 40), GAPS):
+        check(int4, draw(M, N, K, group_size, dtype, "random", device="cuda", gap=gap))
 
 
 @pytest.mark.parametrize("epilogue", ["b", "r", "s", "brs"])
 @pytest.mark.parametrize("M", [1, 12, 64])
-def test_epilogues(int4, M, epilogue):
-    check(int4, draw(M, 2816, 512, 128, torch.bfloat16, epilogue=epilogue, device="cuda"))
+@pytest.mark.parametrize("gap", GAPS)
+def test_epilogues(int4, gap, M, epilogue):
+    check(int4, draw(M, 2816, 512, 128, torch.bfloat16, epilogue=epilogue, device="cuda", gap=gap))
 
 
 @pytest.mark.parametrize("zeros", ["0", "15"])
@@ -81,22 +87,22 @@ def test_extreme_zero_points_and_scales(int4, dtype, zeros):
 
 @pytest.mark.parametrize("M", [1, 16, 64])
 def test_launches_that_tuning_tries(int4, M):
-    product = draw(M, 512, 1024, 64, torch.bfloat16, device="cuda")
+    drawn = draw(M, 512, 1024, 64, torch.bfloat16, device="cuda")
     launches = list(candidates(M, 512, 1024, 64))
     for launch in launches[:: len(launches) // 12]:
-        check(int4, product, launch)
+        check(int4, drawn, launch)
 
 
 @pytest.mark.parametrize("M", [1, 8, 64])
 def test_inside_a_cuda_graph(int4, M):
     N, K = 6144, 4096
-    product = draw(M, N, K, 128, torch.bfloat16, epilogue="b", device="cuda")
+    drawn = draw(M, N, K, 128, torch.bfloat16, epilogue="b", device="cuda")
     assert choose_launch(M, N, K, 128, torch.cuda.get_device_name()).split_k > 1
-    options = product.options() | {"workspace": poisoned_workspace(M, N, K, 128)}
-    eager = int4.int4_product(*product.arguments(), **options)
+    options = drawn.options() | {"workspace": poisoned_workspace(M, N, K, 128)}
+    eager = int4.int4_product(*drawn.arguments(), **options)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = int4.int4_product(*product.arguments(), **options)
+        captured = int4.int4_product(*drawn.arguments(), **options)
     for _ in range(3):
         captured.fill_(float("nan"))
         graph.replay()
@@ -116,6 +122,6 @@ def test_dequantize(int4, N, K, group_size, dtype):
 
 
 def test_many_rows_are_dequantized(int4):
-    product = draw(700, 1024, 1024, 128, torch.bfloat16, epilogue="b", device="cuda")
-    y = int4.int4_product(*product.arguments(), **product.options())
-    assert (y.double() - product.exact).norm() < 2.0**-7 * product.exact.norm()
+    drawn = draw(700, 1024, 1024, 128, torch.bfloat16, epilogue="b", device="cuda")
+    y = int4.int4_product(*drawn.arguments(), **drawn.options())
+    assert (y.double() - drawn.exact).norm() < 2.0**-7 * drawn.exact.norm()

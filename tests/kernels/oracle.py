@@ -31,14 +31,15 @@ class Product:
         return {"bias": self.bias, "residual": self.residual, "silu_mul": self.silu_mul}
 
 
-def draw(M, N, K, group_size, dtype, zeros="random", scales="even", epilogue="", device="cpu", seed=0):
+def draw(M, N, K, group_size, dtype, zeros="random", scales="even", epilogue="", device="cpu", seed=0, gap=0):
     """A random product.
 
     Args:
         zeros: "8", "0", "15", or "random" with 0 and 15 among them.
         scales: "even" near 0.01, or "wild": groups of 1e-6 beside groups of 1e3, some negative.
         epilogue: any of the letters b(ias), r(esidual), s(ilu_mul).
-    The rows of x lie in a larger tensor of NaNs.
+        gap: columns between the rows of x, which lie in a larger tensor of NaNs. 0 is what a model has; 40 leaves rows
+            that are not aligned to 16 elements.
     """
     generator = torch.Generator(device).manual_seed(seed)
     draws = {"generator": generator, "device": device}
@@ -52,7 +53,7 @@ def draw(M, N, K, group_size, dtype, zeros="random", scales="even", epilogue="",
     if scales == "wild":
         s *= torch.where(torch.rand(groups, N, **draws) < 0.5, 1e-4, 1e5) * torch.where(s > 0.02, -1, 1)
     s = s.to(dtype)
-    around = torch.full((M + 3, K + 40), float("nan"), dtype=dtype, device=device)
+    around = torch.full((M + 3, K + gap), float("nan"), dtype=dtype, device=device)
     around[:M, :K] = torch.randn(M, K, **draws) * (0.03 if scales == "wild" else 1)
     x = around[:M, :K]
     w = dequantize(q, s, z, None, torch.float64)

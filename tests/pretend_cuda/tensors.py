@@ -58,12 +58,12 @@ STATE = State()
 
 
 class PretendTensor(torch.Tensor):
-    """inner: the data, on the CPU. To C++ the tensor is on the meta device, so that no CUDA build is needed."""
+    """inner: the data, on the CPU. To C++ the tensor is on the CPU, so that no CUDA build is needed."""
 
     @staticmethod
     def __new__(cls, inner, device):
         return torch.Tensor._make_wrapper_subclass(
-            cls, inner.size(), inner.stride(), inner.storage_offset(), dtype=inner.dtype, device="meta"
+            cls, inner.size(), inner.stride(), inner.storage_offset(), dtype=inner.dtype, device="cpu"
         )
 
     def __init__(self, inner, device):
@@ -72,7 +72,7 @@ class PretendTensor(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
     device = property(lambda self: self._device)
     is_cuda = property(lambda self: True)
-    is_meta = is_cpu = property(lambda self: False)
+    is_cpu = property(lambda self: False)
 
     @property
     def data(self):
@@ -151,6 +151,8 @@ def to(tensor, *args, **kwargs):
     """Tensor.to for both kinds; C++ would ask a CUDA driver for the current device."""
     if not args and not kwargs:
         return tensor
+    if args and isinstance(args[0], torch.Tensor):  # to C++, it is on the CPU
+        args = (args[0].device, args[0].dtype, *args[1:])
     device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **{k: v for k, v in kwargs.items() if k != "copy"})
     device = with_index(device)
     if device is None or device.type != "cuda":

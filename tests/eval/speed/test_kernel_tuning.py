@@ -65,6 +65,29 @@ def test_a_table_is_written_added_to_and_read(tmp_path, monkeypatch):
         choose_launch.cache_clear()
 
 
+def test_every_bucket_is_tuned_at_its_own_size():
+    sizes = []
+    tune_kernels(LAYERS[:1], KernelVariant(), "Some GPU", lambda M, N, K, kind: sizes.append(M) or timer)
+    assert sizes == [4, 8, 16, 32, 64, 128, 512]
+
+
+def test_launches_found_so_far_survive_a_failure(tmp_path):
+    path = tmp_path / "table.json"
+
+    def timer_for(M, N, K, kind):
+        if M == 32:
+            raise RuntimeError("the GPU is gone")
+        return timer
+
+    with pytest.raises(RuntimeError, match="gone"):
+        tune_kernels(
+            LAYERS, KernelVariant(), "Some GPU", timer_for, save=lambda shapes: write_table(shapes, "Some GPU", path)
+        )
+    table = parse_launch_table(json.loads(path.read_text()))
+    assert list(table.shapes["512x1024g128"]) == [4, 8, 16]
+    assert list(tmp_path.iterdir()) == [path]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_no_gpu_is_one_line(cli):
     answer = cli("bench", "tune-kernels")
