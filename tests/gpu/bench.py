@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from qsun.eval.speed.clock import machine
+from qsun.eval.output.machine import machine
 from qsun.eval.speed.kernel_bench import KernelVariant, Patience, bench_kernels, layers_of
 
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256]
@@ -24,7 +24,7 @@ def main(folder, device="cuda"):
     layers, rows = (layers_of([], ["64x128"]), [1]) if small else (layers_of(MODELS, []), ROWS)
     kind = KernelVariant(128, True, torch.bfloat16, where)
     result = bench_kernels(layers, rows, kind, Patience(25, 1.0, 5.0), lambda line: print(line, flush=True))
-    result |= machine(where, torch.get_num_threads())
+    result |= machine(where)
     (Path(folder) / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["geometric_mean"], indent=1))
 
