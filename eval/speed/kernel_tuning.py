@@ -118,7 +118,8 @@ def gpu_timer(M: int, N: int, K: int, kind: KernelVariant) -> Timer:
 
     def timer(launches: Sequence[KernelLaunch]) -> dict[KernelLaunch, float]:
         needs = [product_workspace_bytes(M, N, launch) for launch in launches]
-        space = Workspace.allocate(*(max(sizes) for sizes in zip(*needs, strict=True)), kind.device)
+        buffer_bytes, counters = (max(sizes) for sizes in zip(*needs, strict=True))
+        space = Workspace.allocate(buffer_bytes, counters, kind.device)
 
         def right(launch: KernelLaunch) -> bool:
             space.counters.zero_()  # a wrong launch before this one may have left some
