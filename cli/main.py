@@ -48,18 +48,35 @@ app.command("lm-eval", context_settings=lm_eval.PASS_THROUGH)(lm_eval.lm_eval)
 app.add_typer(bench.app, name="bench")
 
 
+@app.command("version")
+def version() -> None:
+    """Print the version.
+
+    Example:
+
+      qsun version
+    """
+    typer.echo(f"qsun {__version__}")
+
+
 @app.callback(invoke_without_command=True)
-def _root(version: bool = typer.Option(False, "--version", help="Print the version and leave.")) -> None:
-    if version:
-        typer.echo(f"qsun {__version__}")
+def _root(show: bool = typer.Option(False, "--version", "-V", help="Print the version and exit.")) -> None:
+    if show:
+        version()
         raise typer.Exit
 
 
 def main() -> None:
-    """Entry point. Errors that a user can mend are one line on stderr and exit code 2."""
+    """Entry point. Errors that a user can fix are one line on stderr and exit code 2; Ctrl-C is one line and 130."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app()
+        app(prog_name="qsun")
+    except screen.Interrupted:
+        raise
+    except SystemExit as leaving:
+        if leaving.code == screen.Interrupted.EXIT_CODE:
+            screen.error("interrupted")
+        raise
     except QsunError as error:
         screen.error(str(error))
         sys.exit(2)

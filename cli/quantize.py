@@ -8,7 +8,7 @@ import typer
 
 from qsun.cli.terminal import screen
 from qsun.cli.terminal.device import check_device
-from qsun.cli.terminal.options import settings_from
+from qsun.cli.terminal.options import settings_and_inputs
 from qsun.config import FORMATS, METHODS, QuantConfig
 
 EXAMPLES = """Quantize the decode module of a model: a Hugging Face directory, a hub id, or [bold]demo[/].
@@ -25,8 +25,9 @@ Examples:
 
   qsun quantize ./Llama-3.1-8B -o out/ --override 'down_proj=bits:8' --dry-run
 
-The output directory appears whole or not at all; a run that was stopped goes on with --resume.
+The output directory appears complete or not at all; --resume continues an interrupted run.
 """
+_INPUTS = {"calib": list, "calib_prefill": list, "served": list, "device": str}
 
 
 def quantize(
@@ -64,14 +65,16 @@ def quantize(
     dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, print the plan, write nothing."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
 ) -> None:
-    settings = settings_from(QuantConfig, locals())
-    check_device(device)
+    settings, inputs = settings_and_inputs(QuantConfig, locals(), _INPUTS)
+    check_device(inputs["device"])
     screen.show_warnings()
     from qsun.quantization.job import prepare
     from qsun.quantization.run import run
 
-    job = prepare(model, out, settings, calib, device, resume, calib_prefill or ())
-    _warn_of_unserved(served or [], job.prefill.names, model)
+    job = prepare(model, out, settings, inputs["calib"], inputs["device"], resume, inputs["calib_prefill"] or ())
+    _warn_of_unserved(inputs["served"] or [], job.prefill.names, model)
+    if resume:
+        screen.note_fresh_start(out)
     if dry_run:
         _show(job.plan.to_dict(), as_json, _plan_lines(job.plan.to_dict()))
         return
@@ -81,9 +84,8 @@ def quantize(
     try:
         with screen.progress(quiet=as_json) as progress:
             report = run(job, resume, progress)
-    except KeyboardInterrupt:  # typer would only say "Aborted."
-        screen.error("interrupted; finished blocks are kept, --resume continues")
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt:
+        screen.interrupted("finished blocks are kept, --resume continues")
     _show(report, as_json, _report_lines(report))
 
 
@@ -123,7 +125,8 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
         ("peak RAM, estimated", "peak_ram_bytes"),
         ("peak VRAM, estimated", "peak_vram_bytes"),
     ):
-        lines.append(f"{label:<22}{plan[key] / 2**20:>12,.1f} MiB")
+        if plan[key]:
+            lines.append(f"{label:<22}{plan[key] / 2**20:>12,.1f} MiB")
     return lines
 
 

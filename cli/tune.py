@@ -8,7 +8,8 @@ import typer
 
 from qsun.cli.terminal import screen
 from qsun.cli.terminal.device import check_device
-from qsun.cli.terminal.options import settings_from
+from qsun.cli.terminal.options import settings_and_inputs
+from qsun.errors import QsunError
 from qsun.tuning.config import TuneConfig
 
 _EXAMPLES = """Tune a prefill module for a task against the frozen decode module that all tasks share.
@@ -27,14 +28,17 @@ Examples:
 
   torchrun --nproc-per-node 8 -m qsun.cli.main tune ./Llama-3.1-70B-int4 -o out/ --data chat.jsonl --shard
 
-The output directory appears whole or not at all; a run that was stopped goes on with --resume.
+The output directory appears complete or not at all; --resume continues an interrupted run.
 """
+_INPUTS = {"data": list, "eval_data": list, "base": str, "init": str, "device": str}
 
 
 def tune(
     decode: str = typer.Argument(..., help="Decode module, quantized or not: directory, hub id, or 'demo'."),
     out: Path = typer.Option(..., "--out", "-o", help="Directory to make."),
-    data: list[str] = typer.Option(..., help="Prompt/response or chat rows: file or data set; may be repeated."),
+    data: list[str] | None = typer.Option(
+        None, help="Prompt/response or chat rows: file or data set; may be repeated."
+    ),
     base: str | None = typer.Option(None, help="Full-precision base. Default: what the decode module names."),
     init: str | None = typer.Option(None, help="Prefill module to start from: re-tune it against this decode module."),
     eval_data: list[str] | None = typer.Option(None, help="Validation data. Default: a part of --data is held out."),
@@ -58,15 +62,19 @@ def tune(
     dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, print the plan, write nothing."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
 ) -> None:
-    settings = settings_from(TuneConfig, locals())
-    check_device(device)
+    settings, inputs = settings_and_inputs(TuneConfig, locals(), _INPUTS)
+    check_device(inputs["device"])
+    if inputs["data"] is None:
+        raise QsunError("no training data; give --data FILE, or data in the --config file")
     screen.show_warnings()
     from qsun.tuning.job import prepare_tuning
     from qsun.tuning.processes import Processes
     from qsun.tuning.tuner import run_tuning
 
-    job = prepare_tuning(decode, out, data, settings, base, eval_data or None, init, device, resume)
+    job = prepare_tuning(decode, out, config=settings, resume=resume, **inputs)
     processes = Processes.launched(job.device)
+    if resume and processes.first:
+        screen.note_fresh_start(out)
     plan = job.plan(processes.count)
     if dry_run:
         if processes.first:
@@ -79,9 +87,8 @@ def tune(
     try:
         with screen.progress(quiet) as progress:
             report = run_tuning(job, resume, progress)
-    except KeyboardInterrupt:  # typer would only say "Aborted."
-        screen.error("interrupted; the last validated step is kept, --resume continues")
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt:
+        screen.interrupted("the last validated step is kept, --resume continues")
     if processes.first:
         typer.echo(json.dumps(report) if as_json else "\n".join(_report_lines(report)))
 

@@ -5,6 +5,7 @@ from inspect import signature
 from typing import Any, Protocol, TypeVar
 
 from qsun.config import read_config_file
+from qsun.errors import QsunError
 
 
 class _Settings(Protocol):
@@ -16,17 +17,39 @@ S = TypeVar("S", bound=_Settings)
 
 
 def settings_from(kind: type[S], options: Mapping[str, Any]) -> S:
-    """Return the settings that a command's options and its --config file ask for. Options win over the file.
+    """Return the settings that a command's options and its --config file ask for; see `settings_and_inputs`."""
+    return settings_and_inputs(kind, options, {})[0]
+
+
+def settings_and_inputs(
+    kind: type[S], options: Mapping[str, Any], inputs: Mapping[str, type]
+) -> tuple[S, dict[str, Any]]:
+    """Return the settings and the inputs of a command. Options win over the file, and the file over defaults.
 
     Args:
-        kind: settings class with `from_dict`; options and fields are matched by name.
+        kind: settings class; options and fields are matched by name.
         options: every option of the command by name (`locals()` in its first line); None means not given. Its
             `config`, where there is one, names the file.
+        inputs: options that are no settings, such as data, and that the file may hold too: str, or list for those
+            that may be repeated.
+    Returns:
+        The settings, and a value or None for each input.
     Raises:
         QsunError: the file cannot be read, or one of its keys or a value is invalid.
     """
     file = options.get("config")
     found = read_config_file(file) if file else {}
-    given = {name: options[name] for name in signature(kind).parameters if options.get(name) is not None}
-    settings: S = kind.from_dict(found | given)
-    return settings
+    beside = {
+        name: _texts(f"{name} in config file {file}", found.pop(name), inputs[name]) for name in inputs if name in found
+    }
+    given = {name: value for name, value in options.items() if value is not None}
+    settings = kind.from_dict(found | {name: given[name] for name in signature(kind).parameters if name in given})
+    return settings, {name: given.get(name, beside.get(name)) for name in inputs}
+
+
+def _texts(name: str, value: Any, kind: type) -> Any:
+    """Return a text, or a list of texts, of which one may stand alone. Raises QsunError for anything else."""
+    texts = value if isinstance(value, list) and kind is list else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise QsunError(f"{name}: {value!r} is not a text{' or a list of texts' if kind is list else ''}")
+    return texts if kind is list else value

@@ -5,6 +5,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -22,6 +24,29 @@ def error(message: str) -> None:
 
 def note(message: str) -> None:
     console.print(_plain(message))
+
+
+class Interrupted(SystemExit):
+    """Ctrl-C, and the user has been told."""
+
+    EXIT_CODE = 130  # that of a program which SIGINT ends
+
+    def __init__(self) -> None:
+        super().__init__(self.EXIT_CODE)
+
+
+def interrupted(message: str) -> NoReturn:
+    """Say in one line what an interrupted command leaves, and exit."""
+    error(f"interrupted; {message}")
+    raise Interrupted
+
+
+def note_fresh_start(out: Path) -> None:
+    """Say so where --resume finds nothing of an earlier run."""
+    from qsun.model.output_dir import partial_path
+
+    if not partial_path(out).exists():
+        note(f"nothing to resume: {partial_path(out)} does not exist; starting from the beginning")
 
 
 def _plain(text: str) -> str:

@@ -1,0 +1,99 @@
+"""The command line as a program: version, Ctrl-C, a closed pipe, and inputs from a configuration file."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.tiny_models import prompt_rows, write_jsonl
+
+QSUN = [sys.executable, "-m", "qsun.cli.main"]
+HANGS = 1800  # seconds: only against a test that never ends
+
+
+@pytest.mark.parametrize("arguments", [("version",), ("--version",), ("-V",)])
+def test_version(cli, arguments):
+    from qsun._version import __version__
+
+    assert cli(*arguments).out == f"qsun {__version__}\n"
+
+
+def test_spellings_of_method_and_format(cli, tmp_path):
+    answer = cli(
+        "quantize", "demo", "-o", tmp_path / "out", "--method", "RTN", "--format", "Compressed_Tensors", "--dry-run"
+    )
+    assert answer.code == 0, answer.err
+
+
+def test_calibration_in_the_configuration_file(cli, tmp_path):
+    (tmp_path / "text.txt").write_text("calc 1+1>2\n" * 40)
+    (tmp_path / "c.yaml").write_text(f"calib: {tmp_path / 'text.txt'}\nseq-len: 32\nsamples: 2\n")
+    command = ("quantize", "demo", "-o", tmp_path / "out", "--config", tmp_path / "c.yaml", "--dry-run", "--json")
+    assert json.loads(cli(*command).out)["calibration_tokens"] == 64
+    (tmp_path / "c.yaml").write_text("calib: [1, 2]\n")
+    answer = cli(*command)
+    assert (answer.code, answer.out) == (2, "")
+    assert "calib in config file" in answer.err
+    assert "[1, 2] is not a text or a list of texts" in answer.err
+
+
+def test_training_data_in_the_configuration_file(cli, tmp_path):
+    data = write_jsonl(tmp_path / "train.jsonl", prompt_rows(40))
+    (tmp_path / "c.yaml").write_text(f"data: [{data}]\nsteps: 3\nbatch-size: 2\n")
+    answer = cli("tune", "demo", "-o", tmp_path / "out", "--config", tmp_path / "c.yaml", "--dry-run", "--json")
+    assert json.loads(answer.out)["steps"] == 3
+    answer = cli("tune", "demo", "-o", tmp_path / "out", "--dry-run")
+    assert answer.code == 2
+    assert "no training data; give --data FILE" in answer.err
+
+
+@pytest.mark.parametrize("command", ["quantize", "tune"])
+def test_resume_without_an_earlier_run_says_so(cli, tmp_path, command):
+    data = write_jsonl(tmp_path / "train.jsonl", prompt_rows(40))
+    more = ["--data", data] if command == "tune" else ["--method", "rtn"]
+    answer = cli(command, "demo", "-o", tmp_path / "out", "--resume", "--dry-run", *more)
+    assert answer.code == 0
+    assert f"nothing to resume: {tmp_path / 'out.partial'} does not exist" in answer.err
+
+
+def test_ctrl_c_anywhere_is_one_line(cli, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qsun.model.inspection.describe", interrupt)
+    answer = cli("inspect", "demo")
+    assert (answer.code, answer.out, answer.err) == (130, "", "error: interrupted\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["quantize", "tune"])
+def test_ctrl_c_in_the_middle_keeps_what_is_finished(tmp_path, command):
+    data = write_jsonl(tmp_path / "train.jsonl", prompt_rows(200))
+    tune = ["--data", data, "--steps", "100000", "--eval-every", "2"]
+    more = tune if command == "tune" else ["--samples", "32"]
+    line = [*QSUN, command, "demo", "-o", str(tmp_path / "out"), *map(str, more)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        deadline = time.monotonic() + HANGS
+        while not list((tmp_path / "out.partial").glob("**/*.safetensors")) and run.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        run.send_signal(signal.SIGINT)
+        out, err = run.communicate(timeout=HANGS)
+    assert run.returncode == 130, err
+    assert out == ""
+    assert err.splitlines()[-1].startswith("error: interrupted; ")
+    assert err.splitlines()[-1].endswith("--resume continues")
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_closed_pipe_ends_quietly():
+    with subprocess.Popen([*QSUN, "inspect", "demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        run.stdout.close()  # `qsun inspect demo | head -0`
+        err = run.stderr.read()
+        run.wait(HANGS)
+    assert err == b""
