@@ -15,45 +15,21 @@ from qsun.data.examples import TokenExample
 from qsun.errors import QsunError
 from qsun.model.locate import find_model, load_tokenizer
 from qsun.model.skeleton import read_model_config
-from qsun.runtime.seam import IGNORED, SeamBatch, seam_logits
+from qsun.runtime.logits import log_probabilities, position_pieces
+from qsun.runtime.seam import IGNORED, SeamBatch, decode_hidden, prefill_batch
 from qsun.tuning.examples import collate
 
-_WINDOWS_AT_ONCE = 16
-_TOKENS_AT_ONCE = 4096  # log-probabilities of two models over a large vocabulary are gigabytes
-
-
-@torch.no_grad()
-def log_probabilities(model: nn.Module, windows: Tensor) -> Tensor:
-    """(B, T, vocabulary) float32 log-probabilities for token windows (B, T)."""
-    parts = [model(input_ids=part).logits.float().log_softmax(-1) for part in windows.split(_WINDOWS_AT_ONCE)]
-    return torch.cat(parts)
-
-
-@torch.no_grad()
-def mean_divergence(model: nn.Module, reference: Tensor, windows: Tensor) -> float:
-    """Mean KL(reference || model) over all positions, in nats; reference: log-probabilities of the same windows."""
-    total = 0.0
-    for start in range(0, len(windows), _WINDOWS_AT_ONCE):
-        ours = log_probabilities(model, windows[start : start + _WINDOWS_AT_ONCE])
-        theirs = reference[start : start + _WINDOWS_AT_ONCE]
-        total += float((theirs.exp() * (theirs - ours)).sum())
-    return total / windows.numel()
-
-
-def perplexity(log_probs: Tensor, windows: Tensor) -> float:
-    """exp of the mean negative log-likelihood of each window's tokens after its first."""
-    taken = log_probs[:, :-1].gather(-1, windows[:, 1:, None])
-    return math.exp(-float(taken.double().mean()))
+_TOKENS_AT_ONCE = 4096  # of a forward pass
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """A decode module against its full-precision one, over all positions that were compared.
+    """A decode module against its full-precision one, over all compared positions.
 
     Attributes:
         positions: how many. mean_kl, p99_kl: KL(full precision || ours), nats, and its 99th percentile.
-        top1: share of positions at which both find the same token likeliest.
-        loss, reference_loss: mean negative log-likelihood of the tokens that follow, nats; exp of it is the perplexity.
+        top1: share of positions at which both have the same most likely token.
+        loss, reference_loss: mean negative log-likelihood of the following tokens, nats; its exp is the perplexity.
     """
 
     positions: int
@@ -68,12 +44,21 @@ class Divergence:
 
 
 @torch.no_grad()
+def mean_divergence(model: nn.Module, reference: nn.Module, windows: Tensor) -> float:
+    """Return the mean KL(reference || model) over all positions of token windows (B, T), in nats."""
+    total = 0.0
+    for ours, theirs, _ in _on_text(model, reference, windows):
+        total += float(_kl(ours, theirs).double().sum())
+    return total / windows.numel()
+
+
+@torch.no_grad()
 def text_divergence(model: nn.Module, reference: nn.Module, windows: Tensor) -> Divergence:
-    """On running text: every window (B, T) is read from its start; its first token is predicted by nothing."""
-    sums = _Positions()
-    for part in windows.split(max(1, _TOKENS_AT_ONCE // windows.shape[1])):
-        ours, theirs = (log_probabilities(each, part)[:, :-1].flatten(0, 1) for each in (model, reference))
-        sums.add(ours, theirs, part[:, 1:].flatten())
+    """Compare on running text: every window (B, T) is read from its start, and its last token predicts nothing."""
+    sums = _Sums()
+    for ours, theirs, following in _on_text(model, reference, windows):
+        known = following != IGNORED
+        sums.add(ours[known], theirs[known], following[known])
     return sums.result()
 
 
@@ -81,38 +66,46 @@ def text_divergence(model: nn.Module, reference: nn.Module, windows: Tensor) -> 
 def response_divergence(
     prefill: nn.Module, decode: nn.Module, reference: nn.Module, examples: Sequence[TokenExample], batch_size: int = 32
 ) -> Divergence:
-    """At decode positions: both decoders read the responses behind the KV that the same prefill module wrote."""
-    sums = _Positions()
+    """Compare at decode positions: both decoders read the responses behind the KV of the same prefill module."""
+    sums = _Sums()
     for batch in _batches(examples, batch_size, _device_of(decode)):
         wanted = batch.labels != IGNORED
-        ours, theirs = (_log_softmax(seam_logits(prefill, each, batch)[wanted]) for each in (decode, reference))
-        sums.add(ours, theirs, batch.labels[wanted])
+        hidden = [decode_hidden(each, batch, prefill_batch(prefill, batch))[wanted] for each in (decode, reference)]
+        for ours, theirs, following in _in_pieces((decode, reference), hidden, batch.labels[wanted]):
+            sums.add(ours, theirs, following)
     return sums.result()
 
 
-@torch.no_grad()
-def mean_response_loss(
-    prefill: nn.Module, decode: nn.Module, examples: Sequence[TokenExample], batch_size: int = 32
-) -> float:
-    """Mean negative log-likelihood of a response token, nats, through the seam."""
-    total, count = 0.0, 0
-    for batch in _batches(examples, batch_size, _device_of(decode)):
-        wanted = batch.labels != IGNORED
-        found = _log_softmax(seam_logits(prefill, decode, batch)[wanted])
-        total -= float(found.gather(-1, batch.labels[wanted][:, None]).double().sum())
-        count += int(wanted.sum())
-    return total / count
+def _on_text(model: Any, reference: Any, windows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield log-probabilities (P, vocabulary) of both and the following tokens (P,); IGNORED after a window's last."""
+    for part in windows.split(max(1, _TOKENS_AT_ONCE // windows.shape[1])):
+        following = torch.cat([part[:, 1:], torch.full_like(part[:, :1], IGNORED)], 1).flatten()
+        hidden = [each.model(input_ids=part).last_hidden_state.flatten(0, 1) for each in (model, reference)]
+        yield from _in_pieces((model, reference), hidden, following)
 
 
-class _Positions:
+def _in_pieces(
+    models: tuple[Any, Any], hidden: Sequence[Tensor], following: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    for piece in position_pieces(len(following), models[0].config.vocab_size):
+        ours, theirs = (log_probabilities(each, h[piece]) for each, h in zip(models, hidden, strict=True))
+        yield ours, theirs, following[piece]
+
+
+def _kl(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Return KL(theirs || ours) of each position, (P,), from log-probabilities (P, vocabulary)."""
+    return (theirs.exp() * (theirs - ours)).sum(-1)
+
+
+class _Sums:
     def __init__(self) -> None:
         self._kl: list[Tensor] = []
         self._agree = self._count = 0
         self._loss = self._reference_loss = 0.0
 
     def add(self, ours: Tensor, theirs: Tensor, following: Tensor) -> None:
-        """Log-probabilities (P, vocabulary) of both, and the tokens (P,) that follow."""
-        self._kl.append((theirs.exp() * (theirs - ours)).sum(-1).cpu())
+        """Add positions: log-probabilities (P, vocabulary) of both, and the tokens (P,) that follow."""
+        self._kl.append(_kl(ours, theirs).cpu())
         self._agree += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         self._count += len(following)
         self._loss -= float(ours.gather(-1, following[:, None]).double().sum())
@@ -126,7 +119,7 @@ class _Positions:
 
 
 def _batches(examples: Sequence[TokenExample], size: int, device: torch.device) -> Iterator[SeamBatch]:
-    """Examples of like responses together: less padding where logits are computed."""
+    """Yield batches of responses of similar length, which need little padding."""
     by_length = sorted(examples, key=lambda e: (len(e.response), len(e.prompt)))
     first = 0
     while first < len(by_length):
@@ -136,16 +129,12 @@ def _batches(examples: Sequence[TokenExample], size: int, device: torch.device) 
         first += count
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
-    return logits.float().log_softmax(-1)
-
-
 def _device_of(model: Any) -> torch.device:
     return model.model.embed_tokens.weight.device
 
 
 def read_windows(valid: Path, model: str, count: int, length: int) -> torch.Tensor:
-    """(count, length) token ids: consecutive windows of a .npy of ids, or any calibration source in its order."""
+    """Read (count, length) token ids: consecutive windows of a .npy of ids, or of any calibration source."""
     if valid.suffix == ".npy":
         ids = torch.from_numpy(np.load(valid, allow_pickle=False).astype(np.int64)).flatten()
         if len(ids) < count * length:

@@ -15,11 +15,10 @@ lm-eval's `hf` model, the base class.
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs, find_executable_batch_size
+from accelerate import find_executable_batch_size
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
@@ -31,10 +30,11 @@ from qsun.data.examples import TokenExample
 from qsun.engine.generation import GenerateConfig, eos_tokens, generate
 from qsun.errors import QsunError
 from qsun.eval.harness.chats import harness_chat_text
-from qsun.eval.harness.lm_settings import check_settings, device_of, load_pair, sampling_settings
+from qsun.eval.harness.lm_settings import check_settings, device_of, launched_processes, load_pair, sampling_settings
 from qsun.runtime.decode_module import DecodeModule
+from qsun.runtime.logits import log_probabilities, position_pieces
 from qsun.runtime.prefill_module import PrefillModule
-from qsun.runtime.seam import SeamBatch, decode_logits, prefill_batch
+from qsun.runtime.seam import SeamBatch, decode_hidden, prefill_batch
 from qsun.tuning.examples import collate
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class QsunLM(HFLM):  # type: ignore[misc]
         **settings: Any,
     ):
         check_settings(decode, batch_size, settings)
-        several = _processes(device_of(device))
+        several = launched_processes(device_of(device))
         place = several.device if several else device_of(device)
         self.prefill_module, self.decode_module = load_pair(decode, prefill, place, dtype)
         model: Any = self.decode_module.model
@@ -132,11 +132,12 @@ class QsunLM(HFLM):  # type: ignore[misc]
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests")
         for batch in batches:
-            scored = self._score([TokenExample(tuple(context), tuple(rest)) for _, context, rest in batch])
-            for (members, _, _), log_probs in zip(batch, scored, strict=True):
-                for number in members:
-                    key, _, continuation = requests[number]
-                    answers[number] = _answer(log_probs[-counts[number] :], continuation[-counts[number] :])
+            hidden = self._read([TokenExample(tuple(context), tuple(rest)) for _, context, rest in batch])
+            for (members, _, _), states in zip(batch, hidden, strict=True):
+                tokens = torch.tensor([requests[number][2] for number in members], device=self.device)
+                found = self._score(states, tokens, [counts[number] for number in members])
+                for number, answer in zip(members, found, strict=True):
+                    key, answers[number] = requests[number][0], answer
                     if key is not None:  # None: a window of loglikelihood_rolling, which caches whole documents
                         self.cache_hook.add_partial("loglikelihood", key, answers[number])
                     bar.update(1)
@@ -165,8 +166,11 @@ class QsunLM(HFLM):  # type: ignore[misc]
         return list(rows.values())
 
     @torch.no_grad()
-    def _score(self, examples: Sequence[TokenExample]) -> Iterator[Tensor]:
-        """Yield log probabilities (continuation tokens, vocabulary) of each example; equal contexts are read once."""
+    def _read(self, examples: Sequence[TokenExample]) -> list[Tensor]:
+        """Return the decode module's hidden states (continuation tokens, hidden) of each example.
+
+        Equal contexts are read once.
+        """
         batch = collate(examples).to(self.device)
         first: dict[tuple[int, ...], int] = {}
         places = [first.setdefault(example.prompt, len(first)) for example in examples]
@@ -175,9 +179,27 @@ class QsunLM(HFLM):  # type: ignore[misc]
         cache = prefill_batch(self.prefill_module.model, distinct)
         if len(first) < len(examples):
             cache.batch_select_indices(torch.tensor(places, device=self.device))
-        logits = decode_logits(self.decode_module.model, batch, _in_dtype(cache, self.model.dtype))
-        for row, example in zip(logits, examples, strict=True):
-            yield row[: len(example.response)].log_softmax(-1, dtype=self.softmax_dtype or torch.float32)
+        hidden = decode_hidden(self.decode_module.model, batch, _in_dtype(cache, self.model.dtype))
+        return [row[: len(example.response)] for row, example in zip(hidden, examples, strict=True)]
+
+    @torch.no_grad()
+    def _score(self, hidden: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[tuple[float, bool]]:
+        """Return (log probability, whether it is the greedy one) of continuations with the same hidden states.
+
+        Args:
+            hidden: (T, hidden). tokens: (N, T), N continuations that differ in their last token at most.
+            counts: how many tokens of each to score, from the end.
+        """
+        model, N, T = self.decode_module.model, *tokens.shape
+        scored = torch.arange(T, device=tokens.device) >= T - torch.tensor(counts, device=tokens.device)[:, None]
+        total = torch.zeros(N, dtype=torch.float64, device=tokens.device)
+        greedy = torch.ones(N, dtype=torch.bool, device=tokens.device)
+        for piece in position_pieces(T, model.config.vocab_size):
+            log_probs = log_probabilities(model, hidden[piece], self.softmax_dtype or torch.float32)
+            chosen = log_probs.expand(N, -1, -1).gather(-1, tokens[:, piece, None])[..., 0].double()
+            total += chosen.where(scored[:, piece], 0).sum(1)
+            greedy &= ((log_probs.argmax(-1) == tokens[:, piece]) | ~scored[:, piece]).all(1)
+        return list(zip(total.tolist(), greedy.tolist(), strict=True))
 
     def _detect_batch_size(self, requests: Sequence[TokenRequest] | None = None, pos: int = 0) -> int:
         """Return the batch size of "auto": the largest, halved from max_batch_size, that fits the longest request."""
@@ -191,8 +213,7 @@ class QsunLM(HFLM):  # type: ignore[misc]
         @find_executable_batch_size(starting_batch_size=self.max_batch_size)  # type: ignore[untyped-decorator]
         def fits(batch_size: int) -> int:
             rows = [TokenExample((number, *example.prompt[1:]), example.response) for number in range(batch_size)]
-            for _ in self._score(rows):  # contexts that differ, as no KV is then shared
-                pass
+            self._read(rows)  # of different contexts, so that no KV is shared
             return batch_size
 
         found = fits()
@@ -249,16 +270,6 @@ class QsunLM(HFLM):  # type: ignore[misc]
         return {"stop": strings, "skip_special_tokens": not spelt, "eos": tuple(tokens - {None})}
 
 
-def _processes(device: torch.device) -> Accelerator | None:
-    """Return the processes that `accelerate launch` started; None for a single process."""
-    if not (torch.distributed.is_torchelastic_launched() or torch.distributed.is_initialized()):
-        return None
-    # The first process waits for the others' shares of the work, however long they take.
-    patience = InitProcessGroupKwargs(timeout=timedelta(weeks=52))
-    found = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[patience])
-    return found if found.num_processes > 1 else None
-
-
 def _longest_first(rows: list[Any]) -> Any:
     """Return a sort key: long rows first, so that a batch that is too large fails at once; equal contexts together."""
     longest: dict[tuple[int, ...], int] = {}
@@ -266,12 +277,6 @@ def _longest_first(rows: list[Any]) -> Any:
         key = tuple(context)
         longest[key] = max(longest.get(key, 0), len(context) + len(rest))
     return lambda row: (-longest[tuple(row[1])], row[1], -len(row[2]), row[2])
-
-
-def _answer(log_probs: Tensor, continuation: list[int]) -> tuple[float, bool]:
-    tokens = torch.tensor(continuation, device=log_probs.device)
-    greedy = bool((log_probs.argmax(-1) == tokens).all())
-    return float(log_probs.gather(-1, tokens[:, None]).double().sum()), greedy
 
 
 def _in_dtype(cache: Any, dtype: torch.dtype) -> Any:

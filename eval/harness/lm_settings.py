@@ -1,9 +1,11 @@
 """What lm-eval's `--model_args`, `--device` and `--gen_kwargs` mean for a pair of modules."""
 
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
 
 from qsun.errors import QsunError
 from qsun.model.checkpoint import read_json
@@ -48,6 +50,16 @@ def device_of(device: str | torch.device | None) -> torch.device:
     except RuntimeError:
         raise QsunError(f"device {device!r} is not known; use cpu, cuda or cuda:N") from None
     return wanted if wanted.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
+
+
+def launched_processes(device: torch.device) -> Accelerator | None:
+    """Return the processes that `accelerate launch` started; None for a single process."""
+    if not (torch.distributed.is_torchelastic_launched() or torch.distributed.is_initialized()):
+        return None
+    # The first process waits for the others' shares of the work, however long they take.
+    patience = InitProcessGroupKwargs(timeout=timedelta(weeks=52))
+    found = Accelerator(cpu=device.type == "cpu", kwargs_handlers=[patience])
+    return found if found.num_processes > 1 else None
 
 
 def load_pair(

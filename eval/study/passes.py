@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from qsun.config import QuantConfig
-from qsun.eval.harness.divergence import log_probabilities, mean_divergence, read_windows
+from qsun.eval.harness.divergence import mean_divergence, read_windows
 from qsun.progress import Note
 from qsun.quantization.run import quantize
 from qsun.runtime.decode_module import load_decode
@@ -34,7 +34,7 @@ def compare_passes(
     """
     torch.set_num_threads(threads)
     ids = read_windows(valid, model, *windows)
-    reference = log_probabilities(load_decode(model, device="cpu", dtype="float32").model, ids)
+    reference = load_decode(model, device="cpu", dtype="float32").model
     rows = []
     for grid in grids:
         for method in methods:

@@ -137,15 +137,24 @@ def seam_logits(prefill: Any, decode: Any, batch: SeamBatch) -> Tensor:
 
 def decode_logits(decode: Any, batch: SeamBatch, cache: Any) -> Tensor:
     """`seam_logits` for prefixes that were read before; cache: of B rows and P columns, `rest` is added to it."""
+    return decode(**_decode_inputs(decode, batch, cache)).logits
+
+
+def decode_hidden(decode: Any, batch: SeamBatch, cache: Any) -> Tensor:
+    """Return the hidden states (B, R, hidden) whose logits `decode_logits` returns."""
+    return decode.model(**_decode_inputs(decode, batch, cache)).last_hidden_state
+
+
+def _decode_inputs(decode: Any, batch: SeamBatch, cache: Any) -> dict[str, Any]:
     P, R = batch.prefix.shape[1], batch.rest.shape[1]
     columns = torch.arange(P, P + R, device=batch.rest.device)
-    return decode(
-        input_ids=batch.rest,
-        attention_mask=seam_masks(decode, batch.starts, columns, P + R),
-        position_ids=_positions(batch.starts, columns),
-        **{CACHE_ARGUMENT: cache},
-        use_cache=True,
-    ).logits
+    return {
+        "input_ids": batch.rest,
+        "attention_mask": seam_masks(decode, batch.starts, columns, P + R),
+        "position_ids": _positions(batch.starts, columns),
+        CACHE_ARGUMENT: cache,
+        "use_cache": True,
+    }
 
 
 def monolithic_logits(model: Any, batch: SeamBatch) -> Tensor:

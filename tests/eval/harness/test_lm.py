@@ -203,14 +203,14 @@ def test_automatic_batch_sizes(monkeypatch):
     assert lm._detect_batch_size() == 20 < CPU_BATCH
     tried = []
 
-    def score(examples):
+    def read(examples):
         tried.append(len(examples))
         assert len({example.prompt for example in examples}) == len(examples)
         if len(examples) > 5:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
         return []
 
-    monkeypatch.setattr(lm, "_score", score)
+    monkeypatch.setattr(lm, "_read", read)
     monkeypatch.setattr(lm, "_device", torch.device("cuda"))
     assert 1 <= lm._detect_batch_size([(None, [1, 2], [3]), (None, [1], [2, 3, 4])]) <= 5
     assert max(tried) == 20

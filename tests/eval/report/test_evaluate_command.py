@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from qsun.config import QuantConfig
 from qsun.demo import base_directory, calibration_file
 from qsun.demo.tasks import examples, write_jsonl
-from qsun.eval.harness.divergence import mean_response_loss
+from qsun.eval.harness.divergence import response_divergence
 from qsun.eval.harness.exact_match import exact_match
 from qsun.quantization.run import quantize
 from qsun.runtime.decode_module import load_decode
@@ -52,7 +52,7 @@ def test_a_report_of_two_variants(cli, folder, tmp_path, demo_tokenizer):
     for name, decode in decoders.items():
         score = exact_match("code", examples("code", "test", 500)[:24], prefill, decode)
         assert report["accuracy"]["qsun_code"][name]["rate"] == pytest.approx(score.rate)
-        loss = mean_response_loss(prefill.model, decode.model, held_out)
+        loss = response_divergence(prefill.model, decode.model, decode.model, held_out).loss
         assert report["responses"][name]["loss"] == pytest.approx(loss, rel=1e-4)
     assert report["responses"]["SUN"]["mean_kl"] == pytest.approx(0, abs=1e-6)
     assert report["text"]["QSUN int3"]["mean_kl"] > 0.001 and report["text"]["base"]["top1"] == 1
