@@ -190,7 +190,8 @@ class QsunLM(HFLM):  # type: ignore[misc]
             hidden: (T, hidden). tokens: (N, T), N continuations that differ in their last token at most.
             counts: how many tokens of each to score, from the end.
         """
-        model, N, T = self.decode_module.model, *tokens.shape
+        model: Any = self.decode_module.model
+        N, T = tokens.shape
         scored = torch.arange(T, device=tokens.device) >= T - torch.tensor(counts, device=tokens.device)[:, None]
         total = torch.zeros(N, dtype=torch.float64, device=tokens.device)
         greedy = torch.ones(N, dtype=torch.bool, device=tokens.device)
