@@ -1,4 +1,4 @@
-"""`qsun check-pair`: does a prefill module fit a decode module."""
+"""`qsun check-pair`: check that a prefill module and a decode module are compatible."""
 
 import json
 
@@ -12,7 +12,7 @@ def check_pair(
     decode: str = typer.Argument(..., help="Decode module, or a full-precision base: directory, hub id or 'demo'."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
 ) -> None:
-    """Compare everything that two modules of a pair must agree on. Exit code 2 where they differ.
+    """Compare everything that the two modules of a pair must agree on. Exit code 2 if they differ.
 
     Examples:
 

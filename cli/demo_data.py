@@ -6,10 +6,10 @@ import typer
 
 
 def demo_data(
-    out: Path = typer.Option(..., "--out", "-o", help="Directory to make."),
-    count: int = typer.Option(8192, help="Training examples of each task."),
-    held_out: int = typer.Option(500, help="Validation and test examples of each task."),
-    seed: int = typer.Option(0, help="Of the draw; the splits share no sum and no word whatever it is."),
+    out: Path = typer.Option(..., "--out", "-o", help="Directory to create."),
+    count: int = typer.Option(8192, help="Training examples per task."),
+    held_out: int = typer.Option(500, help="Validation and test examples per task."),
+    seed: int = typer.Option(0, help="Random seed. Splits never overlap."),
 ) -> None:
     """Write math, code and tool-call data for the demo base: TASK-SPLIT.jsonl with prompts and responses.
 

@@ -1,4 +1,4 @@
-"""`qsun inspect`: what a model directory is."""
+"""`qsun inspect`: describe a model directory."""
 
 import json
 from pathlib import Path
@@ -8,10 +8,10 @@ import typer
 
 
 def inspect(
-    directory: Path = typer.Argument(..., help="A decode module, or any model directory that qsun reads."),
+    directory: Path = typer.Argument(..., help="Decode module, or any model directory that qsun reads."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
 ) -> None:
-    """Say what a directory is: layers, bits a weight, errors by layer, and which engines load it.
+    """Show what a directory contains: layers, bits per weight, errors by layer, and which engines load it.
 
     Examples:
 
@@ -27,7 +27,7 @@ def inspect(
 
 def _lines(found: dict[str, Any]) -> list[str]:
     lines = [f"{found['directory']}: {found['kind']}, {found['architecture']}, {found['format']}"]
-    lines.append(f"{found['bits_per_weight']:.3f} bits a weight in {len(found['layers'])} linear layers")
+    lines.append(f"{found['bits_per_weight']:.3f} bits per weight in {len(found['layers'])} linear layers")
     if found["manifest"]:
         lines.append(f"made by qsun with {found['manifest']['method']} from {found['manifest']['base']}")
     lines += [f"  {engine}: {answer}" for engine, answer in found["engines"].items()]

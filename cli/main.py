@@ -1,4 +1,4 @@
-"""`qsun`: the commands, and how an error looks."""
+"""`qsun`: the commands, and how errors are shown."""
 
 import os
 import sys

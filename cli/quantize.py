@@ -32,37 +32,43 @@ _INPUTS = {"calib": list, "calib_prefill": list, "served": list, "device": str}
 
 def quantize(
     model: str = typer.Argument(..., help="Model directory, hub id, or 'demo'."),
-    out: Path = typer.Option(..., "--out", "-o", help="Directory to make."),
+    out: Path = typer.Option(..., "--out", "-o", help="Directory to create."),
     method: str | None = typer.Option(None, help=f"{', '.join(METHODS)}. Default: refined."),
     bits: int | None = typer.Option(None, help="2, 3, 4 or 8. Default: 4."),
     group_size: int | None = typer.Option(None, help="-1, 32, 64 or 128. Default: 128."),
-    sym: bool | None = typer.Option(None, "--sym/--asym", help="Symmetric grid. Default: sym."),
-    desc_act: bool | None = typer.Option(None, "--desc-act", help="Groups follow activation order (gptq format)."),
-    lm_head: bool | None = typer.Option(None, "--lm-head", help="Quantize the output projection as well."),
+    sym: bool | None = typer.Option(None, "--sym/--asym", help="Symmetric or asymmetric grid. Default: sym."),
+    desc_act: bool | None = typer.Option(None, "--desc-act", help="Form groups in activation order (gptq format)."),
+    lm_head: bool | None = typer.Option(None, "--lm-head", help="Also quantize the output projection."),
     calib: list[str] | None = typer.Option(
         None, help="Calibration: .txt, .jsonl, .npy, a data set id, or 'builtin'; may be repeated. Default: builtin."
     ),
     calib_prefill: list[str] | None = typer.Option(
         None,
         "--calib-prefill",
-        help="Prefill module that reads the prompts of the --calib in the same place; may be repeated. "
+        help="Prefill module that reads the prompts of the --calib in the same position; may be repeated. "
         "Default: the base reads them.",
     ),
     served: list[str] | None = typer.Option(
-        None, help="A prefill module that will be served; a warning says if calibration leaves it out. May be repeated."
+        None, help="Prefill module that will be served: warn if calibration does not cover it. May be repeated."
     ),
     samples: int | None = typer.Option(None, help="Calibration sequences. Default: 128."),
-    seq_len: int | None = typer.Option(None, help="Tokens in each. Default: 2048."),
+    seq_len: int | None = typer.Option(None, help="Tokens per sequence. Default: 2048."),
     format: str | None = typer.Option(None, help=f"{', '.join(FORMATS)}. Default: gptq."),
     overrides: list[str] | None = typer.Option(
         None, "--override", help="Per-layer settings, 'REGEX=bits:8,group_size:32' or 'REGEX=skip'; may be repeated."
     ),
-    seed: int | None = typer.Option(None, help="Of the draw from calibration data. Default: 0."),
-    dtype: str | None = typer.Option(None, help="Of the computation: auto, float32, bfloat16, float16."),
-    device: str | None = typer.Option(None, help="cpu, cuda, cuda:1 ... Default: a GPU where there is one."),
-    config: Path | None = typer.Option(None, help="YAML file of settings; options on the command line win."),
+    seed: int | None = typer.Option(None, help="Random seed for sampling calibration data. Default: 0."),
+    dtype: str | None = typer.Option(
+        None, help="Dtype of the computation: auto, float32, bfloat16, float16. Default: auto."
+    ),
+    device: str | None = typer.Option(None, help="cpu, cuda, cuda:1 ... Default: a GPU if there is one."),
+    config: Path | None = typer.Option(
+        None, help="YAML file of settings and inputs; command-line options override it."
+    ),
     resume: bool = typer.Option(False, "--resume", help="Continue an interrupted run."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, print the plan, write nothing."),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Check everything and print the plan without writing anything."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
 ) -> None:
     settings, inputs = settings_and_inputs(QuantConfig, locals(), _INPUTS)
@@ -115,7 +121,7 @@ def _shortened(text: str, limit: int = 240) -> str:
 def _plan_lines(plan: dict[str, Any]) -> list[str]:
     lines = [
         f"{plan['quantized_layers']} layers in {plan['blocks']} blocks to quantize, "
-        f"{plan['full_precision_layers']} left as they are",
+        f"{plan['full_precision_layers']} left in full precision",
         f"{plan['calibration_tokens']} calibration tokens, computed in {plan['dtype']} on {plan['device']}",
     ]
     if plan["prefill_modules"]:

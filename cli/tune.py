@@ -35,31 +35,41 @@ _INPUTS = {"data": list, "eval_data": list, "base": str, "init": str, "device": 
 
 def tune(
     decode: str = typer.Argument(..., help="Decode module, quantized or not: directory, hub id, or 'demo'."),
-    out: Path = typer.Option(..., "--out", "-o", help="Directory to make."),
+    out: Path = typer.Option(..., "--out", "-o", help="Directory to create."),
     data: list[str] | None = typer.Option(
         None, help="Prompt/response or chat rows: file or data set; may be repeated."
     ),
     base: str | None = typer.Option(None, help="Full-precision base. Default: what the decode module names."),
-    init: str | None = typer.Option(None, help="Prefill module to start from: re-tune it against this decode module."),
-    eval_data: list[str] | None = typer.Option(None, help="Validation data. Default: a part of --data is held out."),
-    valid_examples: int | None = typer.Option(None, help="Examples of a validation, 0 for all. Default: 256."),
-    baseline: str | None = typer.Option(None, help="'full': the conventional full fine-tune instead, to compare with."),
-    lora_rank: int | None = typer.Option(None, help="Tune a LoRA adapter of this rank. Default: all weights."),
+    init: str | None = typer.Option(
+        None, help="Prefill module to start from, to re-tune it against this decode module."
+    ),
+    eval_data: list[str] | None = typer.Option(None, help="Validation data. Default: part of --data is held out."),
+    valid_examples: int | None = typer.Option(None, help="Examples per validation, 0 for all. Default: 256."),
+    baseline: str | None = typer.Option(None, help="'full': a conventional full fine-tune instead, for comparison."),
+    lora_rank: int | None = typer.Option(None, help="Tune a LoRA adapter of this rank. Default: tune all weights."),
     epochs: int | None = typer.Option(None, help="Passes over the data. Default: 3."),
-    steps: int | None = typer.Option(None, help="Optimizer steps, instead of epochs."),
-    lr: float | None = typer.Option(None, help="Peak learning rate. Default: by the model's width."),
-    batch_size: int | None = typer.Option(None, help="Examples a step, over all processes. Default: 16."),
-    grad_accum: int | None = typer.Option(None, help="Pieces that a step is computed in. Default: 1."),
-    grad_checkpoint: bool | None = typer.Option(None, "--grad-checkpoint", help="Less memory for more time."),
-    shard: bool | None = typer.Option(None, "--shard", help="Share all weights out over the processes (FSDP)."),
-    max_len: int | None = typer.Option(None, help="Longest example, in tokens. Default: 2048."),
+    steps: int | None = typer.Option(None, help="Optimizer steps; overrides --epochs."),
+    lr: float | None = typer.Option(None, help="Peak learning rate. Default: chosen by the model's width."),
+    batch_size: int | None = typer.Option(None, help="Examples per step, over all processes. Default: 16."),
+    grad_accum: int | None = typer.Option(None, help="Micro-batches per step. Default: 1."),
+    grad_checkpoint: bool | None = typer.Option(
+        None, "--grad-checkpoint", help="Recompute activations: less memory, more time."
+    ),
+    shard: bool | None = typer.Option(None, "--shard", help="Shard all weights over the processes (FSDP)."),
+    max_len: int | None = typer.Option(None, help="Longest example in tokens; longer ones are skipped. Default: 2048."),
     eval_every: int | None = typer.Option(None, help="Steps between validations. Default: a tenth of the run."),
-    seed: int | None = typer.Option(None, help="Of the data's order and of what is held out. Default: 0."),
-    dtype: str | None = typer.Option(None, help="Of the forward pass: auto, float32, bfloat16, float16."),
-    device: str | None = typer.Option(None, help="cpu, cuda, cuda:1 ... Default: a GPU where there is one."),
-    config: Path | None = typer.Option(None, help="YAML file of settings; options on the command line win."),
+    seed: int | None = typer.Option(None, help="Random seed for the data's order and the held-out part. Default: 0."),
+    dtype: str | None = typer.Option(
+        None, help="Dtype of the forward pass: auto, float32, bfloat16, float16. Default: auto."
+    ),
+    device: str | None = typer.Option(None, help="cpu, cuda, cuda:1 ... Default: a GPU if there is one."),
+    config: Path | None = typer.Option(
+        None, help="YAML file of settings and inputs; command-line options override it."
+    ),
     resume: bool = typer.Option(False, "--resume", help="Continue an interrupted run."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Check everything, print the plan, write nothing."),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Check everything and print the plan without writing anything."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
 ) -> None:
     settings, inputs = settings_and_inputs(TuneConfig, locals(), _INPUTS)
@@ -97,12 +107,12 @@ tune.__doc__ = _EXAMPLES
 
 
 def _plan_lines(plan: dict[str, Any]) -> list[str]:
-    left_out = f" ({plan['too_long']} too long and left out)" if plan["too_long"] else ""
+    left_out = f" ({plan['too_long']} too long and skipped)" if plan["too_long"] else ""
     memory = f"{plan['memory_bytes'] / 2**20:,.0f} MiB without activations, estimated"
     if plan["shared_bytes"]:
         each = (plan["memory_bytes"] - plan["shared_bytes"] // plan["processes"]) / 2**20
         memory += (
-            f" ({plan['shared_bytes'] / 2**20:,.0f} shared out over {plan['processes']} processes, {each:,.0f} in each)"
+            f" ({plan['shared_bytes'] / 2**20:,.0f} sharded over {plan['processes']} processes, {each:,.0f} in each)"
         )
     return [
         f"{plan['training_examples']} examples to train on{left_out}, {plan['validation_examples']} to validate on",
@@ -116,10 +126,10 @@ def _report_lines(report: dict[str, Any]) -> list[str]:
     first, best = report["valid_loss"][0][1], report["best_valid_loss"]
     lines = [
         f"{report['out']}: {report['kind']}, validation loss {first:.4f} -> {best:.4f} (step {report['best_step']} of "
-        f"{report['train_loss'][-1][0]}), {report['seconds']:.1f} s, {report['seconds_per_step']:.3f} s a step, "
+        f"{report['train_loss'][-1][0]}), {report['seconds']:.1f} s, {report['seconds_per_step']:.3f} s per step, "
         f"peak {report['peak_rss_bytes'] / 2**20:,.0f} MiB",
         f"read back from disk: {report['saved_valid_loss']:.4f} (curve: report.json, loss.png)",
     ]
     if report["best_step"] == 0:
-        lines.append("no step was better than the start, which is what was saved; try another learning rate")
+        lines.append("no step improved on the start, which was saved; try another learning rate")
     return lines

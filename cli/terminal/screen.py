@@ -1,4 +1,4 @@
-"""What commands show: progress with an ETA on a terminal, plain lines elsewhere, always on stderr."""
+"""What commands show on stderr: errors, notes, and progress (a bar on a terminal, plain lines elsewhere)."""
 
 import logging
 import sys
@@ -18,11 +18,12 @@ _LINE_EVERY_SECONDS = 5.0
 
 
 def error(message: str) -> None:
-    """One line: newlines would hide the fix below the value."""
+    """Print an error as one line, which no newline of the message breaks."""
     console.print(f"[bold red]error:[/] {_plain(' '.join(message.split()))}")
 
 
 def note(message: str) -> None:
+    """Print a line that is not part of the result."""
     console.print(_plain(message))
 
 
@@ -56,28 +57,26 @@ def _plain(text: str) -> str:
 
 
 def show_warnings() -> None:
-    """Let the library's warnings through as short lines."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("warning: %(message)s"))
-    logger = logging.getLogger("qsun")
-    logger.handlers = [handler]
-    logger.setLevel(logging.WARNING)
-    logger.propagate = False
+    """Print the library's warnings as short lines."""
+    _show(logging.WARNING, "warning: %(message)s")
 
 
 def show_log() -> None:
-    """What a server does, line by line with the time, on stderr."""
+    """Print the log of a server, with times."""
+    _show(logging.INFO, "%(asctime)s %(levelname)s %(message)s")
+
+
+def _show(level: int, line: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(logging.Formatter(line))
     logger = logging.getLogger("qsun")
-    logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(level)
 
 
 @contextmanager
 def progress(quiet: bool) -> Iterator[ProgressCallback]:
-    """A callback (label, done, total) that draws a bar on a terminal and prints a line now and then elsewhere."""
+    """Yield a callback (label, done, total) that draws a bar on a terminal, and elsewhere prints a line every 5 s."""
     if quiet:
         yield lambda *_: None
     elif console.is_terminal:
@@ -111,4 +110,4 @@ class _Lines:
         self.printed = now
         elapsed = now - self.started
         left = elapsed / max(done, 1) * (total - done)
-        print(f"{done}/{total}  {elapsed:.0f} s, {left:.0f} s to go  {label}", file=sys.stderr, flush=True)
+        print(f"{done}/{total}  {elapsed:.0f} s, {left:.0f} s left  {label}", file=sys.stderr, flush=True)

@@ -22,6 +22,7 @@ COMMANDS = {
     "demo": "",
     "demo-data": "",
     "lm-eval": "lm-eval's own help",
+    "version": "",
     "bench passes": "",
     "bench kernels": "Default on a CPU",
     "bench tune-kernels": "Default: all.",

@@ -116,7 +116,7 @@ def test_the_plan_says_what_is_shared_out(cli, few, tmp_path):
         plans.append(json.loads(answer.out))
     assert plans[0]["shared_bytes"] == 0 < plans[1]["shared_bytes"] < plans[1]["memory_bytes"]
     assert (
-        "shared out over 1 processes"
+        "sharded over 1 processes"
         in cli("tune", "demo", "-o", tmp_path / "out", "--data", few, "--shard", "--dry-run").out
     )
 
