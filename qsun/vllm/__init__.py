@@ -6,5 +6,5 @@ compressed-tensors, and without the flag vLLM uses its own kernels.
 
 
 def register() -> None:
-    """Make the method known to vLLM. vLLM calls it in each of its processes, and may call it again."""
+    """Register the quantization method with vLLM, which calls this in each of its processes, perhaps repeatedly."""
     from qsun.vllm import quantization  # noqa: F401  (its decorator registers)

@@ -1,4 +1,4 @@
-"""A linear layer of vLLM on our kernels: stored tensors are loaded as they are, then become one QuantLinear."""
+"""A vLLM linear layer on our kernels: it loads the stored tensors unchanged and turns them into one QuantLinear."""
 
 from collections.abc import Callable
 from typing import Any
@@ -23,11 +23,11 @@ from qsun.vllm.stored import StoredLayers
 
 @register_weight_loader_v2_supported_method
 class QsunLinearMethod(LinearMethodBase):
-    """Loads and computes one layer; vLLM asks for a method of its own for each.
+    """Loads and computes one layer; vLLM uses one instance for each.
 
     Args:
         stored: the module's quantized layers.
-        parts: those that vLLM fuses into this layer.
+        parts: the layers that vLLM fuses into this one.
         keep_dense: see QuantLinear.
     """
 
@@ -68,14 +68,14 @@ class QsunLinearMethod(LinearMethodBase):
 
 
 class QsunHeadMethod(QsunLinearMethod):
-    """The output projection, whose rows vLLM pads: padded rows have the scale zero."""
+    """The output projection. vLLM pads its rows, and padded rows have the scale zero."""
 
     def _loader(self, layer: Any, loader: Callable[..., None]) -> Callable[..., None]:
         return lambda parameter, loaded: load_vocabulary(layer.shard_indices, parameter, loaded)
 
 
 def load_vocabulary(indices: Any, parameter: BasevLLMParameter, loaded: Tensor) -> None:
-    """Copy a rank's rows of the vocabulary. vLLM's own loader pads the first dimension, which here may be K.
+    """Copy a rank's rows of the vocabulary. vLLM's own loader pads the first dimension, which may be K here.
 
     Args:
         indices: VocabParallelEmbeddingShardIndices of the layer.
@@ -101,7 +101,7 @@ def _whole_words(values: int, factor: Any) -> int:
 
 
 class GroupIndex(RowvLLMParameter):
-    """g_idx of a fused layer. Its parts are stored with one each, and they must be the same."""
+    """g_idx of a fused layer. Each of its parts is stored with one, and all must be equal."""
 
     def _assert_and_load(self, loaded_weight: Tensor) -> None:
         if int(self.data[0]) >= 0 and not torch.equal(self.data.cpu(), loaded_weight.cpu()):
@@ -113,7 +113,7 @@ class GroupIndex(RowvLLMParameter):
 
 
 def _parameter(tensor: ShardTensor, loader: Callable[..., None], fused: bool) -> BasevLLMParameter:
-    """vLLM's parameter for a stored tensor. Scales start as NaN: one that no file filled must show."""
+    """Return vLLM's parameter for a stored tensor. Scales start as NaN, so that one that no file fills is noticed."""
     fill = float("nan") if tensor.dtype.is_floating_point else -1
     data = torch.full(tensor.shape, fill, dtype=tensor.dtype)
     where = {"data": data, "weight_loader": loader}

@@ -1,4 +1,4 @@
-"""The quantization method `qsun` in vLLM: which layers it takes, and what it accepts."""
+"""The quantization method `qsun` in vLLM: which layers it computes, and what it accepts."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ METHOD = "qsun"
 class QsunConfig(QuantizationConfig):
     """A decode module in any of the formats that qsun writes, on our kernels.
 
-    config.json only says the format: which layers are quantized, and how, is read from the module's own tensors.
+    config.json gives only the format; which layers are quantized, and how, is read from the module's tensors.
     """
 
     def __init__(self, fmt: str):
@@ -52,17 +52,17 @@ class QsunConfig(QuantizationConfig):
 
     @classmethod
     def override_quantization_method(cls, hf_quant_cfg: Any, user_quant: str | None, hf_config: Any = None) -> Any:
-        """vLLM asks who takes this checkpoint: we do, where the user named us."""
+        """Return our name if the user chose it with `--quantization qsun`."""
         return METHOD if user_quant == METHOD else None
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """vLLM calls it once with the model's directory (or hub id), before any layer is made."""
+        """Read the stored layers. vLLM calls this once with the model's directory or hub id, before it makes layers."""
         self.stored = StoredLayers.of(Checkpoint(find_model(model_name)), self.fmt)
         self.keep_dense = self.stored.dense_bytes() < available_bytes() / 2
 
     @staticmethod
     def get_checkpoint_weight_mapper() -> WeightsMapper:
-        """Unlike vLLM's own methods we read g_idx."""
+        """Map no names: unlike vLLM's own methods, ours reads g_idx."""
         return WeightsMapper()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:

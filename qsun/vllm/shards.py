@@ -1,7 +1,7 @@
-"""What one tensor-parallel rank holds of a stored layer, and how it becomes integers again. Nothing of vLLM in here.
+"""The part of a stored layer that one tensor-parallel rank holds, and how to unpack it. It imports no vLLM.
 
 vLLM cuts stored tensors as they lie on disk: a column-parallel layer along N, a row-parallel one along K. A cut is
-exact where it falls between packed words and between groups; every other one is refused.
+exact if it falls between packed words and between groups; all others are refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,10 +53,10 @@ class LayerShard:
 
 @dataclass(frozen=True)
 class ShardTensor:
-    """A stored tensor as a rank holds it: what a vLLM parameter is made with.
+    """A stored tensor as a rank holds it, with what vLLM needs to make a parameter.
 
-    input_dim, output_dim: dimensions that row- and column-parallel layers cut; None: every rank holds it whole.
-    packed_dim: the one of them whose values lie in words, packed_factor to a word (not whole at 3 bits).
+    input_dim, output_dim: dimensions that row- and column-parallel layers cut; None: every rank holds all of it.
+    packed_dim: the one whose values are packed, packed_factor to a word (a fraction at 3 bits).
     """
 
     shape: tuple[int, ...]
@@ -68,7 +68,7 @@ class ShardTensor:
 
 
 def check_shard(shard: LayerShard) -> None:
-    """Raise QsunError where a cut would fall inside a packed word or a group."""
+    """Raise QsunError if a cut falls inside a packed word or a group."""
     bits, size = shard.spec.bits, shard.spec.group_size
     if shard.row_parallel:
         if size != -1 and shard.in_shard % size:
@@ -91,7 +91,7 @@ def check_shard(shard: LayerShard) -> None:
 
 
 def shard_tensors(shard: LayerShard, present: Sequence[str]) -> dict[str, ShardTensor]:
-    """The tensors of a shard by suffix.
+    """Return the tensors of a shard by suffix.
 
     Args:
         present: suffixes that the checkpoint has for the layer; g_idx may be absent.
@@ -134,10 +134,10 @@ def _compressed(shard: LayerShard) -> dict[str, ShardTensor]:
 
 
 def unpack_shard(tensors: Mapping[str, Tensor], shard: LayerShard) -> Quantized:
-    """Integers of a shard from its loaded tensors.
+    """Return the integers of a shard from its loaded tensors.
 
     Raises:
-        QsunError: a tensor that was never loaded, or activation-ordered groups that a cut along K takes apart.
+        QsunError: a tensor that was never loaded, or activation-ordered groups that a cut along K splits.
     """
     scales = tensors["weight_scale" if shard.fmt == "compressed-tensors" else "scales"]
     if not bool(scales.isfinite().all()):
@@ -151,7 +151,7 @@ def unpack_shard(tensors: Mapping[str, Tensor], shard: LayerShard) -> Quantized:
         expected = torch.arange(shard.in_shard, device=order.device, dtype=order.dtype) // size
         if not torch.equal(order - order[0], expected):
             raise QsunError(
-                f"{shard.name} has activation-ordered groups (desc_act), which tensor parallelism would take apart; "
+                f"{shard.name} has activation-ordered groups (desc_act), which tensor parallelism would split; "
                 "use --tensor-parallel-size 1, or quantize without --desc-act"
             )
     return unpack_layer(whole, shard.spec, shard.fmt)

@@ -1,4 +1,4 @@
-"""Which layers of a module are stored as integers, under the names that vLLM gives to the layers it fuses."""
+"""The quantized layers of a module, under the names that vLLM gives to the layers that it fuses."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from qsun.model.stored_layers import layer_spec, quantized_layer_names
 class StoredLayers:
     """The quantized layers of a decode module's directory.
 
-    Settings are read from the shapes of the tensors, as load_decode does: one truth for both engines.
+    Settings are read from the shapes of the tensors, as load_decode does, so that both engines agree.
     """
 
     checkpoint: Checkpoint
@@ -26,7 +26,7 @@ class StoredLayers:
         return cls(checkpoint, fmt, frozenset(quantized_layer_names(checkpoint)))
 
     def parts(self, name: str, fused: Mapping[str, Sequence[str]]) -> list[str]:
-        """The stored layers behind a layer of vLLM, in order; empty where it is stored in full precision.
+        """Return the stored layers of a vLLM layer, in order; none if it is stored in full precision.
 
         Args:
             fused: names of the parts by the last name of the fused layer.
@@ -41,7 +41,7 @@ class StoredLayers:
         return [] if plain else parts
 
     def spec(self, parts: Sequence[str], in_features: int) -> LayerSpec:
-        """Settings of a fused layer. Raises QsunError where its parts differ."""
+        """Return the settings of a fused layer. Raises QsunError if its parts differ."""
         specs = [layer_spec(self.checkpoint, part, self.fmt, in_features) for part in parts]
         for part, spec in zip(parts, specs, strict=True):
             if spec != specs[0]:
@@ -49,7 +49,7 @@ class StoredLayers:
         return specs[0]
 
     def suffixes(self, parts: Sequence[str]) -> list[str]:
-        """Suffixes of the tensors that are stored for a fused layer. Raises QsunError where its parts differ."""
+        """Return the suffixes of the stored tensors of a fused layer. Raises QsunError if its parts differ."""
         known = SUFFIXES[self.fmt.removesuffix("_v2")]
         found = [[suffix for suffix in known if f"{part}.{suffix}" in self.checkpoint] for part in parts]
         for part, suffixes in zip(parts, found, strict=True):
@@ -58,6 +58,6 @@ class StoredLayers:
         return found[0]
 
     def dense_bytes(self) -> int:
-        """About what float32 copies of all quantized layers take; most bytes of a module hold two weights."""
+        """Estimate the bytes of float32 copies of all quantized layers; most stored bytes hold two weights."""
         names = [name for layer in self.names for name in self.checkpoint.names(layer + ".")]
         return self.checkpoint.size_bytes(names) * 2 * 4

@@ -19,6 +19,7 @@ from qsun.serve.cluster.schema import Cluster, LaunchSettings, Pool
 
 LOOPBACK = "127.0.0.1"
 API_SERVER = "vllm.entrypoints.openai.api_server"
+KV_GUARD = "qsun.vllm.kv_guard.RequireKvCache"
 _LARGEST_PORT = 65535
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _LOOPBACK_DEVICE = "lo"  # its name on Linux, the only system on which vLLM runs workers
@@ -101,8 +102,10 @@ def worker_command(
     if decode:
         # The prefix cache is keyed by tokens alone: one model would read KV blocks that another model's prefill wrote.
         argv.append("--no-enable-prefix-caching")
-        if launch.kernels == "qsun" and read_json(directory / "config.json").get("quantization_config"):
-            argv += ["--quantization", "qsun"]
+        if launch.kernels == "qsun":  # their environment has qsun
+            argv += ["--middleware", KV_GUARD]
+            if read_json(directory / "config.json").get("quantization_config"):
+                argv += ["--quantization", "qsun"]
     argv += launch.decode_arguments if decode else launch.prefill_arguments
     url = f"http://{LOOPBACK}:{place.port}"
     return WorkerCommand(name, model, tuple(argv), _environment(launch, place), url, served)

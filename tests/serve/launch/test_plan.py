@@ -1,5 +1,6 @@
 """Commands of workers: the flags that keep models apart are there, no shell is involved, ports and GPUs are shared."""
 
+import importlib
 import json
 import shlex
 
@@ -55,10 +56,13 @@ def test_roles():
     assert all(command.argv[command.argv.index("--host") + 1] == "127.0.0.1" for command in (decode, math))
 
 
-def test_a_quantized_decode_module_runs_on_our_kernels_unless_the_file_says_otherwise(quantized):
+def test_decode_workers_run_our_kernels_and_refuse_requests_without_kv_cache_unless_the_file_says_otherwise(quantized):
     ours, theirs = (plan_workers(cluster(str(quantized), kernels=kernels), NAMES) for kernels in ("qsun", "vllm"))
     assert value(ours[0], "--quantization") == "qsun"
     assert all("--quantization" not in command.argv for command in (*theirs, *ours[2:]))
+    module, _, name = value(ours[0], "--middleware").rpartition(".")
+    assert hasattr(importlib.import_module(module), name)
+    assert all("--middleware" not in command.argv for command in (*theirs, *ours[2:]))
 
 
 def test_ports_and_gpus_go_one_after_another():

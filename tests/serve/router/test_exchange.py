@@ -164,6 +164,20 @@ def test_a_worker_restarted_with_other_weights_gets_no_requests_and_gives_no_tex
     run(scenario)
 
 
+def test_a_client_that_leaves_a_fast_stream_ends_it():
+    """Events are ready faster than they are relayed, and a cancellation between two of them must not be lost."""
+
+    async def scenario():
+        async with rig(models=("math",), decode=1) as r:
+            body = {"model": "math", "prompt": "a b", "max_tokens": 16_000, "stream": True}
+            for _ in range(3):
+                async with r.client.stream("POST", "/v1/completions", json=body) as response:
+                    await anext(response.aiter_lines())
+            assert await r.metric("qsun_router_requests_total", outcome="client_gone") == 3
+
+    run(scenario)
+
+
 def test_a_slow_prefill_worker_is_given_up():
     async def scenario():
         async with rig(models=("math",), prefill=2, limits={"prefill_seconds": 0.2}) as r:

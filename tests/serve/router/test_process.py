@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from contextlib import asynccontextmanager
 
 import httpx
@@ -167,6 +168,43 @@ def test_a_request_that_outlasts_the_drain_is_cut_off(modules):
                 assert answer.status_code == 503
                 assert "shut down" in answer.json()["error"]["message"]
                 assert await asyncio.wait_for(process.wait(), 15) == 0
+
+    run(scenario, 4 * START_SECONDS)
+
+
+SPLIT = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+
+
+@pytest.mark.slow
+def test_connections_of_the_process(modules):
+    """A half-closed client gets its answer, two lengths end a connection, small answers on a kept one do not wait."""
+    home, _ = modules
+
+    async def scenario():
+        async with fakes(modules, "decode", "math") as workers, routed(write(home, workers)) as (_, client):
+            await until_ready(client)
+            address = client.base_url.host, client.base_url.port
+
+            async def exchange(request, half_close):
+                reader, writer = await asyncio.open_connection(*address)
+                writer.write(request)
+                if half_close:
+                    writer.write_eof()
+                answer = await asyncio.wait_for(reader.read(), 30)
+                writer.close()
+                return answer
+
+            body = json.dumps({"model": "math", "prompt": "a b", "max_tokens": 2}).encode()
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body)
+            assert expected_text("weights of math", "a b", 2).encode() in await exchange(head + body, half_close=True)
+            answers = await exchange(SPLIT + b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n", half_close=False)
+            assert answers.count(b"HTTP/1.1 ") == 1
+            waits = []
+            for _ in range(15):
+                started = time.monotonic()
+                await client.get("/v1/models")
+                waits.append(time.monotonic() - started)
+            assert min(waits) < 0.03  # with Nagle's algorithm each of them takes 40 ms
 
     run(scenario, 4 * START_SECONDS)
 

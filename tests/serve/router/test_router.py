@@ -302,6 +302,19 @@ def test_ready_names_what_is_missing_and_metrics_add_up():
     run(scenario)
 
 
+def test_models_one_by_one_and_health_without_a_body():
+    async def scenario():
+        async with rig(models=("math", "org/code")) as r:
+            for name in ("math", "org/code", "org%2Fcode"):
+                card = (await r.client.get(f"/v1/models/{name}")).json()
+                assert (card["id"], card["object"]) == (name.replace("%2F", "/"), "model")
+            answer = await r.client.get("/v1/models/none")
+            assert (answer.status_code, answer.json()["error"]["param"]) == (404, "model")
+            assert (await r.client.head("/health")).status_code == 200
+
+    run(scenario)
+
+
 def test_the_request_id_is_the_clients_and_workers_never_see_the_same_twice():
     async def scenario():
         async with rig(models=("math",)) as r:

@@ -54,7 +54,7 @@ _WANTED: dict[str, Any] = {
     "remote_host": None,
     "remote_port": None,
 }
-_NAMED = ("remote_engine_id", "remote_host", "remote_port")
+_NAMED = ("remote_engine_id", "remote_request_id", "remote_host", "remote_port")  # a decode worker hangs without one
 _SALT_CHARACTERS = 128
 
 
