@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from qsun.data.examples import TokenExample
-from qsun.engine.generation import GenerateConfig, eos_tokens, generate
+from qsun.engine.generation import generate
 from qsun.errors import QsunError
 from qsun.eval.harness.chats import harness_chat_text
 from qsun.eval.harness.lm_settings import check_settings, device_of, launched_processes, load_pair, sampling_settings
@@ -264,7 +264,7 @@ class QsunLM(HFLM):  # type: ignore[misc]
         # all_special_tokens has only those with a role, and <|eot_id|> and <|im_end|> may have none
         added = self.tokenizer.added_tokens_decoder
         special |= {token.content: number for number, token in added.items() if token.special}
-        tokens = {*eos_tokens(self.decode_module, GenerateConfig()), self.eot_token_id}
+        tokens = {*self.decode_module.eos_tokens, self.eot_token_id}
         tokens |= {special[text] for text in stop if text in special}
         strings = [text for text in stop if text and text not in special]
         spelt = any(token in text for text in strings for token in special)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from qsun.engine.slot_cache import kv_bytes_per_token
 from qsun.errors import QsunError
 from qsun.eval.speed.model_shapes import MODEL_SHAPES, ModelShape
 from qsun.memory import available_bytes
 from qsun.model.architectures import architecture_of
+from qsun.model.kv_cache import kv_bytes_per_token
 from qsun.model.quantized import Quantized
 from qsun.model.skeleton import HEAD, empty_model
 from qsun.quantization.methods.grid import Grid

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from qsun.engine.slot_cache import kv_shape
+from qsun.engine.decode_batch import DecodeBatch
+from qsun.engine.requests import Request, Sampling
+from qsun.engine.row import Row as EngineRow
 from qsun.errors import QsunError
 from qsun.eval.load.percentiles import percentile
 from qsun.eval.speed.clock import copy_bandwidth
 from qsun.eval.speed.contenders import DTYPE, SUN, Contenders, kv_bytes, weight_bytes
 from qsun.memory import available_bytes
+from qsun.model.kv_cache import kv_shape
 from qsun.progress import Note
-from qsun.runtime.decode_cache import DecodeCache
-from qsun.runtime.decode_step import DecodeStep
-from qsun.runtime.sampling import Sampler
 from qsun.runtime.seam import prefilled_rows
 
 _WARM_UP, _LEAST = 2, 3  # steps of each contender: not timed, and timed at least
@@ -143,21 +143,19 @@ def prefill_seconds(model: Any, context: int, seconds: float) -> float:
 def step_seconds(models: Mapping[str, Any], batch: int, context: int, points: Points) -> dict[str, list[float]]:
     """Return the seconds of single decode steps of each model; they take turns step by step.
 
-    A step is what `generate` does for a token: the decode module over its own cache, and the greedy choice. The caches
-    hold random keys and values and grow as in use; the middle step attends to `context` tokens.
+    A step is what `generate` and `qsun serve` do for a token: the decode module over its own cache and the greedy
+    choice. The caches hold random keys and values; the middle step attends to `context` tokens.
     """
     first: Any = next(iter(models.values()))
     device = first.model.embed_tokens.weight.device
     filled = max(0, context - 1 - _WARM_UP - points.steps // 2)
-    steps = {name: filled_step(model, batch, filled, points.steps + _WARM_UP) for name, model in models.items()}
-    sampler = Sampler(0.0, 1.0, 0, [0] * batch)
-    tokens = dict.fromkeys(models, torch.randint(first.config.vocab_size, (batch,), device=device))
+    batches = {name: filled_batch(model, batch, filled, points.steps + _WARM_UP) for name, model in models.items()}
     taken: dict[str, list[float]] = {name: [] for name in models}
     started = time.perf_counter()
     for turn in range(-_WARM_UP, points.steps):
-        for name, step in steps.items():
+        for name, decoding in batches.items():
             begun = _now(device)
-            tokens[name] = sampler(step(tokens[name]))
+            decoding.step()
             if turn >= 0:
                 taken[name].append(_now(device) - begun)
         if turn + 1 >= _LEAST and time.perf_counter() - started > points.seconds:
@@ -165,16 +163,18 @@ def step_seconds(models: Mapping[str, Any], batch: int, context: int, points: Po
     return taken
 
 
-def filled_step(model: Any, batch: int, filled: int, steps: int) -> DecodeStep:
-    """Return a decode step over random keys and values of `filled` tokens a row, with room for `steps` more."""
-    weight = model.model.embed_tokens.weight
-    device = weight.device
+def filled_batch(model: Any, batch: int, filled: int, steps: int) -> DecodeBatch:
+    """Return rows with random keys and values of `filled` tokens each, and room for `steps` more."""
+    device = model.model.embed_tokens.weight.device
     layers, heads, width = kv_shape(model.config)
-    cache = DecodeCache(batch, filled, -(-(filled + steps) // 64) * 64, weight, device.type == "cuda")
     drawn = [torch.randn(2, heads, filled, width, device=device).to(DTYPE) for _ in range(layers)]
-    for row in range(batch):
-        cache.place(row, [(layer[0], layer[1]) for layer in drawn])
-    return DecodeStep(model, cache, torch.zeros(batch, dtype=torch.int64, device=device))
+    tokens = torch.randint(model.config.vocab_size, (batch, filled + 1)).tolist()
+    rows = [EngineRow(Request(str(i), "", tuple(row), Sampling(steps))) for i, row in enumerate(tokens)]
+    decoding = DecodeBatch(model, batch * (filled + steps))
+    decoding.cache.reserve([filled + steps] * batch)
+    for row in rows:
+        decoding.add(row, [(layer[0], layer[1]) for layer in drawn])
+    return decoding
 
 
 def _rows(
@@ -213,7 +213,7 @@ def _free_with_copies(models: Mapping[str, Any], batch: int, device: torch.devic
     """Return the free memory after a first step of this batch, which makes dequantized copies on a CPU."""
     if device.type == "cpu":
         for model in models.values():
-            filled_step(model, batch, 0, 1)(torch.zeros(batch, dtype=torch.int64))
+            filled_batch(model, batch, 0, 1).step()
     return available_bytes(device)
 
 

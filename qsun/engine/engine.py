@@ -1,7 +1,7 @@
 """The in-process engine: continuous batching over the seam, one decode batch for requests of every prefill module.
 
 A step is: let requests in, read some prompt tokens, decode one token for every running row. It is synchronous and knows
-no threads; engine_thread.py runs it.
+no threads; `thread.py` runs it in one, `generation.py` in a loop.
 """
 
 import time
@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 
+from qsun.engine.decode_batch import DecodeBatch
+from qsun.engine.decode_step import on_device
 from qsun.engine.fair_queue import FairQueue
-from qsun.engine.generation import GenerateConfig, check_tokens, eos_tokens
 from qsun.engine.prefilling import LoadedModule, Prefilling, PrefillTask
 from qsun.engine.prefix_cache import PrefixCache
-from qsun.engine.requests import Full, Refused, Request, TokenLogprob, Update
-from qsun.engine.rows import Row, Running
-from qsun.engine.slot_cache import kv_bytes_per_token
-from qsun.engine.snapshot import model_states
-from qsun.engine.state import EngineState, EngineWatch
+from qsun.engine.requests import Full, Refused, Request, Update, check_prompt, check_ranges
+from qsun.engine.row import Row
+from qsun.engine.state import EngineState, EngineWatch, model_states
+from qsun.engine.token_choice import Choice
 from qsun.errors import QsunError
 from qsun.memory import available_bytes
-from qsun.model.locate import load_tokenizer
+from qsun.model.kv_cache import kv_bytes_per_token
 from qsun.runtime.decode_module import DecodeModule
 from qsun.runtime.prefill_module import PrefillModule
 from qsun.runtime.row_text import RowText
@@ -39,7 +39,7 @@ class EngineConfig:
         kv_bytes: of the decode batch's KV; 0: a quarter of what is free on its device when the engine is made, so load
             prefill modules before. KV of prompts that are being read lies beside it, at most as much again.
         prefix_bytes: of the prefix cache; 0: none.
-        prefill_tokens: prompt tokens read between two decode steps.
+        prefill_tokens: prompt tokens read between two decode steps. pass_tokens: most in one forward pass.
         max_waiting: requests in the queues; one more is refused.
         partitioned: decode each model's requests in a batch of their own, in turns: conventional serving, to compare.
         static: fixed shapes of a decode step, as CUDA graphs need; None: on a GPU.
@@ -52,46 +52,49 @@ class EngineConfig:
     max_waiting: int = 256
     partitioned: bool = False
     static: bool | None = None
+    pass_tokens: int = 2048
 
     def __post_init__(self) -> None:
-        for name, low in (("max_batch", 1), ("kv_bytes", 0), ("prefix_bytes", 0), ("prefill_tokens", 1)):
-            if getattr(self, name) < low:
-                raise QsunError(f"{name} {getattr(self, name)} is out of range; use {low} or more")
-        if self.max_waiting < 1:
-            raise QsunError(f"max_waiting {self.max_waiting} is out of range; use 1 or more")
+        positive = ("max_batch", "prefill_tokens", "max_waiting", "pass_tokens")
+        check_ranges(self, **{name: (getattr(self, name) >= 1, "1 or more") for name in positive})
+        check_ranges(self, **{name: (getattr(self, name) >= 0, "0 or more") for name in ("kv_bytes", "prefix_bytes")})
 
 
 class Engine:
     """Serves the requests of many prefill modules from one decode module.
 
     Args:
-        decode: the shared decode module. watch: told what happens, for metrics.
+        decode: the shared decode module. watch: receives events, for metrics.
 
     Attributes:
         modules: prefill modules by name. positions, dtype: of the decode model. budget_tokens: of KV.
-        state: what the last step left, for other threads to read.
+        eos: tokens that end a row; the decode module's own unless they are replaced.
     """
 
     def __init__(self, decode: DecodeModule, config: EngineConfig | None = None, watch: EngineWatch | None = None):
         self.decode, self.config, self.watch = decode, config or EngineConfig(), watch or EngineWatch()
         model: Any = decode.model
-        self.tokenizer = load_tokenizer(decode.directory)
-        self.eos = eos_tokens(decode, GenerateConfig())
+        self.eos: set[int] = decode.eos_tokens
         self.positions: int = model.config.max_position_embeddings
         self.dtype: torch.dtype = model.model.embed_tokens.weight.dtype
+        self.device: torch.device = model.model.embed_tokens.weight.device
         per_token = kv_bytes_per_token(model.config, self.dtype)
-        free = available_bytes(model.model.embed_tokens.weight.device)
-        self.budget_tokens = (self.config.kv_bytes or free // 4) // per_token
-        if self.budget_tokens < 2:
+        self.budget_tokens = (self.config.kv_bytes or available_bytes(self.device) // 4) // per_token
+        if self.budget_tokens < 1:
             raise QsunError(f"kv_bytes {self.config.kv_bytes} holds no request; a token takes {per_token} bytes")
         self.modules: dict[str, LoadedModule] = {}
         self.known = PrefixCache(self.config.prefix_bytes)
-        self._queue, self._prefilling = FairQueue(), Prefilling(self.known, self.config.prefill_tokens)
-        self._batches: dict[str, Running] = {}
+        self._queue = FairQueue()
+        self._prefilling = Prefilling(self.known, self.config.prefill_tokens, self.config.pass_tokens)
+        self._batches: dict[str, DecodeBatch] = {}
         self._loads = 0
+        self._deadline = float("inf")  # no request's is earlier
         self._finished_at: deque[float] = deque(maxlen=64)
         self._started = time.monotonic()
-        self.state = EngineState()
+
+    @property
+    def tokenizer(self) -> Any | None:
+        return self.decode.tokenizer
 
     # --- prefill modules ----------------------------------------------------------------------------------------------
 
@@ -101,13 +104,11 @@ class Engine:
             raise QsunError(f"model {name!r} is served already; remove it first, or choose another name")
         self._loads += 1
         self.modules[name] = LoadedModule(name, module, self._loads)
-        self._publish()
 
     def remove_module(self, name: str) -> None:
-        """Take no more requests for a model; it goes once those that it has are done."""
+        """Take no more requests for a model; remove it once those that it has are done."""
         self._module(name).leaving = True
         self._let_go()
-        self._publish()
 
     def _module(self, name: str) -> LoadedModule:
         found = self.modules.get(name)
@@ -127,13 +128,14 @@ class Engine:
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
-    def check(self, request: Request) -> None:
+    def check(self, request: Request, name: str = "the prompt") -> None:
         """Raise what `submit` would, but for a full queue."""
         self._module(request.model)
-        check_tokens(request.tokens, self.decode, request.sampling.max_new_tokens, "the prompt")
+        model: Any = self.decode.model
+        check_prompt(request, model.config, name)
         if request.sampling.stop and self.tokenizer is None:
             raise QsunError("the model has no tokenizer; leave stop strings out")
-        budget = self._batch(request.model).batch.cache.budget_tokens
+        budget = self._batch(request.model).cache.budget_tokens
         if request.kv_tokens > budget:
             raise QsunError(
                 f"the prompt's {len(request.tokens)} tokens and max_tokens {request.sampling.max_new_tokens} need KV "
@@ -144,7 +146,7 @@ class Engine:
         """Queue requests, all or none.
 
         Raises:
-            Refused: a model that is not served. Full: no room at present. QsunError: what can never be served.
+            Refused: a model that is not served. Full: no room at present. QsunError: a request that is never possible.
         """
         for request in requests:
             self.check(request)
@@ -154,16 +156,16 @@ class Engine:
         if waiting + len(requests) > most:
             self.watch.refused(requests)
             raise Full(f"{waiting} requests are waiting, and the limit is {most}; try again later")
+        busy = {owner.request.model for owner in self._in_progress()}
         for request in requests:
             self.modules[request.model].active += 1
-            self._queue.add(request, {owner.request.model for owner in self._in_progress()})
-        self._publish()
+            self._queue.add(request, busy)
+            self._deadline = min(self._deadline, request.deadline)
 
     def cancel(self, request: str) -> None:
-        """Give a request up wherever it is, and free what it holds; one that is gone already is no error."""
+        """Give up a request wherever it is, and free what it holds; one that has ended already is ignored."""
         if self._drop(request) is not None:
             self._let_go()
-            self._publish()
 
     def fail(self, request: str) -> None:
         """Count a request as failed; the engine steps no more."""
@@ -173,27 +175,40 @@ class Engine:
         for waiting in self._queue:
             if waiting.id == request:
                 self._queue.take(waiting)
-                return self._gone(waiting, outcome, 0)
+                return self._ended(waiting, outcome, 0)
         task = self._prefilling.drop(request)
         if task is not None:
-            return self._gone(task.request, outcome, 0)
-        for running in self._batches.values():
-            for row in running.rows:
+            return self._ended(task.request, outcome, 0)
+        for batch in self._batches.values():
+            for row in batch.rows:
                 if row.request.id == request:
-                    running.remove(row)
-                    return self._gone(row.request, outcome, row.count)
+                    batch.remove(row)
+                    return self._ended(row.request, outcome, row.count)
         return None
 
-    def _gone(self, request: Request, outcome: str, tokens: int) -> Request:
+    def _ended(self, request: Request, outcome: str, tokens: int) -> Request:
         now = time.monotonic()
         self.modules[request.model].active -= 1
         self._finished_at.append(now)
         self.watch.finished(request, outcome, tokens, now - request.arrived)
         return request
 
+    def _rows(self) -> list[Row]:
+        return [row for batch in self._batches.values() for row in batch.rows]
+
     def _in_progress(self) -> list[Row | PrefillTask]:
-        rows: list[Row | PrefillTask] = [row for running in self._batches.values() for row in running.rows]
-        return rows + list(self._prefilling.tasks)
+        return [*self._rows(), *self._prefilling.tasks]
+
+    @property
+    def state(self) -> EngineState:
+        """A snapshot. Other threads may ask for it: it reads copies of what a step may change meanwhile."""
+        rows = [row for batch in list(self._batches.values()) for row in list(batch.rows)]
+        models = model_states(list(self.modules.values()), self._queue.waiting, list(self._prefilling.tasks), rows)
+        done = list(self._finished_at)
+        span = time.monotonic() - (done[0] if len(done) == self._finished_at.maxlen else self._started)
+        known = self.known
+        rate = len(done) / max(span, 1e-3)
+        return EngineState(models, self.budget_tokens, known.bytes, known.hits, known.lookups, rate)
 
     @property
     def idle(self) -> bool:
@@ -202,95 +217,86 @@ class Engine:
     # --- a step -------------------------------------------------------------------------------------------------------
 
     def step(self) -> list[Update]:
-        """Do the next bit of everybody's work. Returns what came of it."""
-        updates = self._expire()
-        self._admit()
-        self._prefill()
-        updates += self._decode()
-        self._let_go()
-        self._publish()
-        return updates
+        """Advance every request a little. Returns what came of it."""
+        with on_device(self.device):
+            updates = self._expire()
+            self._admit()
+            self._prefill()
+            updates += self._decode()
+            self._let_go()
+            return updates
 
     def _expire(self) -> list[Update]:
         now = time.monotonic()
+        if now <= self._deadline:
+            return []
         everything = [*self._queue, *(item.request for item in self._in_progress())]
-        late = [request for request in everything if now - request.arrived > request.seconds]
+        late = [request for request in everything if now > request.deadline]
         for request in late:
             self._drop(request.id, "timeout")
+        self._deadline = min((r.deadline for r in everything if r not in late), default=float("inf"))
         return [Update(r.id, finish="timeout", error=f"not done within {r.seconds:g} seconds") for r in late]
 
     def _admit(self) -> None:
-        while (request := self._queue.next()) is not None:
-            waiting = [task.request for task in self._prefilling.tasks]
+        room = self.config.max_batch - len(self._in_progress())
+        needs: dict[DecodeBatch, list[int]] = {}
+        for task in self._prefilling.tasks:
+            needs.setdefault(self._batch(task.request.model), []).append(task.request.kv_tokens)
+        while room > 0 and (request := self._queue.next()) is not None:
             batch = self._batch(request.model)
-            if len(self._in_progress()) >= self.config.max_batch:
-                return
-            alike = [r for r in waiting if self._batch(r.model) is batch]
-            if not batch.batch.cache.fits([r.kv_tokens for r in [*alike, request]]):
-                return
+            alike = needs.setdefault(batch, [])
+            if not batch.cache.fits([*alike, request.kv_tokens]):
+                break
+            alike.append(request.kv_tokens)
+            room -= 1
             self._queue.take(request)
             self._queue.charge(request.model, request.prefix_tokens)
             self._prefilling.tasks.append(PrefillTask(request, self.modules[request.model]))
             self.watch.admitted(request, time.monotonic() - request.arrived)
+        for batch, alike in needs.items():
+            batch.cache.reserve(alike)
 
-    def _batch(self, model: str) -> Running:
+    def _batch(self, model: str) -> DecodeBatch:
         name = model if self.config.partitioned else _SHARED
         if name not in self._batches:
             share = self.budget_tokens // (len(self.modules) if self.config.partitioned else 1)
-            self._batches[name] = Running(self.decode.model, share, self.config.static)
+            self._batches[name] = DecodeBatch(self.decode.model, share, self.config.static)
         return self._batches[name]
 
     def _prefill(self) -> None:
         if not self._prefilling.tasks:
             return
         started = time.monotonic()
-        finished, tokens = self._prefilling.turn()
-        for task in finished:
-            text = None if self.tokenizer is None else RowText(self.tokenizer, task.request.sampling.stop)
-            self._batch(task.request.model).add(Row(task.request, task.owner, text, task.cached), task.layers)
-        self.watch.prefilled(tokens, time.monotonic() - started)
+        for task in self._prefilling.turn():
+            sampling, text = task.request.sampling, None
+            if sampling.detokenize and self.tokenizer is not None:
+                text = RowText(self.tokenizer, sampling.stop, sampling.skip_special_tokens)
+            self._batch(task.request.model).add(Row(task.request, text, task.cached), task.layers)
+        self.watch.prefilled(self._prefilling.read, time.monotonic() - started)
 
     def _decode(self) -> list[Update]:
         updates = []
-        for running in self._batches.values():
-            if running.rows:
+        for batch in self._batches.values():
+            if batch.rows:
                 started = time.monotonic()
-                chosen = running.step()
+                chosen = batch.step()
                 now = time.monotonic()
                 self.watch.step(len(chosen), now - started)
-                updates += [self._update(running, *one, now) for one in chosen]
+                updates += [self._update(batch, row, choice, now) for row, choice in chosen]
         return updates
 
-    def _update(
-        self, running: Running, row: Row, token: int | None, logprob: TokenLogprob | None, now: float
-    ) -> Update:
+    def _update(self, batch: DecodeBatch, row: Row, choice: Choice, now: float) -> Update:
         request = row.request
-        if token is None:
-            running.remove(row, broken=True)
-            self._gone(request, "error", row.count - 1)
-            return Update(request.id, finish="error", error="the model computed NaN or Inf for this prompt")
+        if choice.error:
+            batch.remove(row, broken=True)
+            self._ended(request, "error", row.count - 1)
+            return Update(request.id, finish="error", error=choice.error)
         self._queue.charge(request.model, 1)
         self.watch.token(request, row.count, now - request.arrived)
-        ends = token in self.eos and not request.sampling.ignore_eos
-        stopped = row.text is not None and not ends and row.text.add(token)
-        last = row.count == request.sampling.max_new_tokens
-        finish = "eos" if ends else "stop" if stopped else "length" if last else ""
-        text = "" if row.text is None else row.text.rest(stopped) if finish else row.text.fresh()
+        text, finish = row.show(self.eos)
         if finish:
-            running.remove(row)
-            self._gone(request, finish, row.count)
+            batch.remove(row)
+            self._ended(request, finish, row.count)
+        logprobs = () if choice.logprob is None else (choice.logprob,)
         cached = row.cached if row.count == 1 else 0
-        return Update(request.id, (token,), text, finish, "", () if logprob is None else (logprob,), cached)
-
-    def _publish(self) -> None:
-        models = model_states(self.modules.values(), self._queue.waiting, self._in_progress())
-        done = list(self._finished_at)
-        span = time.monotonic() - (done[0] if len(done) == self._finished_at.maxlen else self._started)
-        self.state = EngineState(
-            models,
-            self.budget_tokens,
-            self.known.bytes,
-            self.known.hits,
-            self.known.lookups,
-            len(done) / max(span, 1e-3),
-        )
+        return Update(request.id, (choice.token,), text, finish, logprobs=logprobs, cached_tokens=cached)

@@ -1,7 +1,7 @@
-"""Prompts being read by their prefill modules, a bounded number of tokens between two decode steps."""
+"""Prompts that their prefill modules are reading, a bounded number of tokens between two decode steps."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,47 +52,48 @@ class PrefillTask:
 
 
 class Prefilling:
-    """The prompts being read, and the turn that reads on.
+    """The prompts being read, and the turn that reads on. Padding counts in all numbers of tokens.
 
     Args:
-        known: prefix cache. turn_tokens: most tokens (padding included) that one turn reads.
+        known: prefix cache. turn_tokens: most that a turn reads. pass_tokens: most that one forward pass reads.
+
+    Attributes:
+        read: tokens read in this turn.
     """
 
-    def __init__(self, known: PrefixCache, turn_tokens: int):
-        self.known, self.turn_tokens = known, turn_tokens
+    def __init__(self, known: PrefixCache, turn_tokens: int, pass_tokens: int):
+        self.known, self.turn_tokens, self.pass_tokens = known, turn_tokens, pass_tokens
         self.tasks: deque[PrefillTask] = deque()
+        self.read = 0
 
     @torch.no_grad()
-    def turn(self) -> tuple[list[PrefillTask], int]:
-        """Read on. Returns the tasks that are finished, taken out, and the tokens read.
+    def turn(self) -> Iterator[PrefillTask]:
+        """Read on; yield each task as it is finished and taken out.
 
-        Short prompts of one module are read side by side; one that is longer than a turn takes its turns in between the
-        others', so that nobody waits for all of it.
+        Short prompts of one module are read side by side; one that is longer than a turn takes its turns between those
+        of others, so that none of them waits for all of it.
         """
-        finished, left = [], self.turn_tokens
-        while self.tasks:
-            head = self.tasks[0]
+        self.read = 0
+        while self.tasks and self.read < self.turn_tokens:
+            head, left = self.tasks[0], self.turn_tokens - self.read
             self._start(head)
-            if head.left > left and left < self.turn_tokens:
-                break
-            group = self._group(left)
+            if head.left > left < self.turn_tokens:
+                return
+            group = self._group(min(left, self.pass_tokens))
             if len(group) > 1:
-                left -= self._read_together(group)
+                self.read += self._read_together(group)
             else:
-                left -= self._read_on(head, min(left, head.left))
+                self.read += self._read_on(head, min(left, head.left, self.pass_tokens))
             done = [task for task in group or [head] if not task.left]
+            if not done:
+                self.tasks.rotate(-1)
             for task in done:
                 self.tasks.remove(task)
                 self._finish(task)
-            finished += done
-            if not done:
-                self.tasks.rotate(-1)
-            if left <= 0:
-                break
-        return finished, self.turn_tokens - left
+                yield task
 
     def drop(self, request: str) -> PrefillTask | None:
-        """Take a request out, unfinished."""
+        """Take out a request that is not finished."""
         task = next((task for task in self.tasks if task.request.id == request), None)
         if task is not None:
             self.tasks.remove(task)
@@ -111,7 +112,7 @@ class Prefilling:
                 task.cache.update(keys[None], values[None], index)
 
     def _group(self, most: int) -> list[PrefillTask]:
-        """The head and those after it that can be read beside it: whole, fresh, of its module, within the turn."""
+        """Return the head and those that can be read beside it: whole, not begun, of its module, within `most`."""
         head = self.tasks[0]
         group: list[PrefillTask] = []
         longest = 0
@@ -129,9 +130,9 @@ class Prefilling:
         return group
 
     def _read_together(self, group: Sequence[PrefillTask]) -> int:
-        """Returns the tokens computed, padding included."""
+        """Return the tokens computed."""
         prompts = [list(task.request.tokens[:-1]) for task in group]
-        written = prefilled_rows(group[0].owner.module.model, prompts, self.turn_tokens)
+        written = prefilled_rows(group[0].owner.module.model, prompts, self.pass_tokens)
         for task, layers in zip(group, written, strict=True):
             task.layers, task.done = layers, task.request.prefix_tokens
         return len(group) * max(map(len, prompts))

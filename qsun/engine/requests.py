@@ -1,9 +1,10 @@
 """What the engine is asked and what it answers: requests, their settings, and the updates that come back."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from qsun.engine.generation import GenerateConfig
 from qsun.errors import QsunError
 
 MOST_LOGPROBS = 20
@@ -14,17 +15,20 @@ class Full(QsunError):
 
 
 class Refused(QsunError):
-    """No such model, or one that is being removed."""
+    """The model is not served, or is being removed."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one request's tokens are chosen; as in GenerateConfig, for one prompt.
+    """How one request's tokens are chosen and when it ends.
 
     Attributes:
+        temperature: 0 is greedy. top_p, top_k: what sampling keeps; 1.0 and 0 keep all.
+        stop: strings that end the answer, which ends before them.
         ignore_eos: go on past the model's end token.
         logprobs: None for none; otherwise the log-probability of each token and of this many most likely ones, of the
-            model's own distribution, before temperature, top_p and top_k.
+            model's own distribution, before all other settings.
+        detokenize: make text, in which `stop` is looked for. skip_special_tokens: leave special tokens out of it.
     """
 
     max_new_tokens: int = 128
@@ -32,15 +36,30 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        shared = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
-        GenerateConfig(**{name: getattr(self, name) for name in shared})  # one place says what is in range
-        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
-            raise QsunError(f"logprobs {self.logprobs} is out of range; use 0 to {MOST_LOGPROBS}")
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        check_ranges(
+            self,
+            max_new_tokens=(self.max_new_tokens >= 1, "1 or more"),
+            temperature=(0 <= self.temperature < float("inf"), "0 or more"),
+            top_p=(0 < self.top_p <= 1, "more than 0, at most 1"),
+            top_k=(self.top_k >= 0, "0 (all) or more"),
+            stop=(all(self.stop), "strings that are not empty"),
+            logprobs=(self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS, f"0 to {MOST_LOGPROBS}"),
+        )
+
+
+def check_ranges(settings: object, **checks: tuple[bool, str]) -> None:
+    """Raise QsunError for a setting that is out of range. checks: by name, whether it is in range, and the range."""
+    for name, (good, limits) in checks.items():
+        if not good:
+            raise QsunError(f"{name} {getattr(settings, name)!r} is out of range; use {limits}")
 
 
 @dataclass(frozen=True)
@@ -50,7 +69,7 @@ class Request:
     Attributes:
         id: the caller's, unique among those that run.
         model: name of a prefill module. tokens: the prompt.
-        seconds: after which it is given up, wherever it is then.
+        seconds: time limit, after which it ends wherever it is.
         arrived: on time.monotonic's clock.
     """
 
@@ -70,6 +89,25 @@ class Request:
     def kv_tokens(self) -> int:
         """Columns of KV that it can come to need: the last token chosen is never fed."""
         return self.prefix_tokens + self.sampling.max_new_tokens
+
+    @property
+    def deadline(self) -> float:
+        return self.arrived + self.seconds
+
+
+def check_prompt(request: Request, config: Any, name: str) -> None:
+    """Raise QsunError for a prompt that is empty, too long for the model with its answer, or has unknown token ids."""
+    tokens, new, limit = request.tokens, request.sampling.max_new_tokens, config.max_position_embeddings
+    if not tokens:
+        raise QsunError(f"{name} is empty; the decode module must be fed at least one token")
+    if request.kv_tokens > limit:
+        raise QsunError(
+            f"{name} has {len(tokens)} tokens, and max_new_tokens {new} goes over the model's {limit} positions; "
+            + (f"use {limit + 1 - len(tokens)} or less" if len(tokens) <= limit else "shorten it")
+        )
+    if min(tokens) < 0 or max(tokens) >= config.vocab_size:
+        bad = min(tokens) if min(tokens) < 0 else max(tokens)
+        raise QsunError(f"{name} has token {bad}, outside the model's vocabulary of {config.vocab_size}")
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""The KV cache of a running decode batch: rows come and go, and each is at a length of its own.
+"""The KV cache of a decode batch: rows come and go, and each has a length of its own.
 
-Rows in use are always the first ones, so that attention reads one slice of the buffers and nothing is gathered: a row
-that leaves is replaced by the last one. Buffers grow to the rectangle (rows x columns) that the running requests need
-and never beyond the budget: many short requests or a few long ones.
+Rows in use are always the first ones, so that attention reads one slice of the buffers and nothing is gathered: the
+last row takes the place of one that leaves. Buffers grow to the rectangle (rows x columns) that the running requests
+need and never beyond the budget: many short requests or a few long ones.
 """
 
 from collections.abc import Sequence
@@ -11,20 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qsun.model.kv_cache import kv_shape
+
 _COLUMNS = 64  # buffers' columns are a multiple of this
-
-
-def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """Of all layers' keys and values."""
-    layers, heads, width = kv_shape(config)
-    return 2 * layers * heads * width * dtype.itemsize
-
-
-def kv_shape(config: Any) -> tuple[int, int, int]:
-    """(layers, KV heads, head_dim) of a model's config."""
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, width
 
 
 class SlotCache:
@@ -35,8 +24,9 @@ class SlotCache:
 
     Attributes:
         rows: in use. lengths: (capacity,) int64, columns filled in each row, on the device.
+        tokens: (capacity, 1) int64, to be fed by the step, on the device.
         view: (rows, columns) that attention is given; set by the step.
-        allocations: how often the buffers were made anew; a captured graph is of one of them.
+        allocations: how often the buffers were made anew; a captured graph holds the addresses of one of them.
     """
 
     def __init__(self, config: Any, like: Tensor, budget_tokens: int):
@@ -56,16 +46,28 @@ class SlotCache:
         return self._capacity
 
     def fits(self, needs: Sequence[int]) -> bool:
-        """Whether more rows, with this many columns each, stay within the budget."""
+        """Return whether more rows, with this many columns each, stay within the budget."""
         return (self.rows + len(needs)) * max([*needs, *self.needs]) <= self.budget_tokens
 
+    def reserve(self, needs: Sequence[int]) -> None:
+        """Make room at once for more rows, with this many columns each. The caller has asked `fits`."""
+        rows, columns = self.rows + len(needs), max([*needs, *self.needs])
+        have_rows, have_columns = self.capacity
+        if rows <= have_rows and columns <= have_columns:
+            return
+        columns = max(columns, min(-(-columns // _COLUMNS) * _COLUMNS, self.budget_tokens // rows))
+        if rows * have_columns <= self.budget_tokens:
+            columns = max(columns, have_columns)
+        most = self.budget_tokens // columns
+        self._allocate(max(rows, min(most, max(have_rows, 2 * rows))), columns)
+
     def place(self, layers: Sequence[tuple[Tensor, Tensor]], filled: int, need: int) -> int:
-        """Take a row in: its prefilled keys and values, (heads, filled, head_dim) by layer (none for filled 0).
+        """Add a row: its prefilled keys and values, (heads, filled, head_dim) by layer (none for filled 0).
 
         Returns its number. The caller has asked `fits`.
         """
         row = self.rows
-        self._reserve(row + 1, max([need, *self.needs]))
+        self.reserve([need])
         for buffers, new in zip(self.buffers, layers, strict=False):
             for buffer, tensor in zip(buffers, new, strict=True):
                 buffer[row, :, :filled] = tensor
@@ -76,10 +78,10 @@ class SlotCache:
         return row
 
     def release(self, row: int, wipe: bool = False) -> None:
-        """Let a row go; the last one takes its number.
+        """Remove a row; the last one takes its number.
 
         Args:
-            wipe: it holds NaN or Inf. A mask does not hide those: 0 x NaN is NaN, for whoever has the row next.
+            wipe: it holds NaN or Inf. A mask does not hide those from the next row in this place: 0 x NaN is NaN.
         """
         last = self.rows - 1
         if wipe:
@@ -99,19 +101,9 @@ class SlotCache:
         self.filled.pop()
 
     def advance(self) -> None:
-        """Every row's token is written in every layer."""
+        """Count the token that every layer has written for every row."""
         self.filled = [length + 1 for length in self.filled]
         self.lengths[: self.rows] += 1
-
-    def _reserve(self, rows: int, columns: int) -> None:
-        have_rows, have_columns = self.capacity
-        if rows <= have_rows and columns <= have_columns:
-            return
-        columns = max(columns, min(-(-columns // _COLUMNS) * _COLUMNS, self.budget_tokens // rows))
-        if rows * have_columns <= self.budget_tokens:
-            columns = max(columns, have_columns)
-        most = self.budget_tokens // columns
-        self._allocate(max(rows, min(most, max(have_rows, 2 * rows))), columns)
 
     def _allocate(self, rows: int, columns: int) -> None:
         shape = (rows, self._heads, columns, self._width)
@@ -129,22 +121,26 @@ class SlotCache:
         lengths = torch.zeros(rows, dtype=torch.int64, device=self._like.device)
         lengths[: self.rows] = torch.tensor(self.filled, dtype=torch.int64)
         self.lengths = lengths
-        self._numbers = torch.arange(rows, device=self._like.device)
+        self.tokens = lengths.new_zeros(rows, 1)
+        numbers = torch.arange(rows * self._heads, device=self._like.device)
+        self._starts = numbers.view(rows, self._heads) * columns  # of each head's columns in a flat buffer
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Called by every attention layer: write one token a row, (rows, heads, 1, head_dim); return what to see."""
+        """Write one token a row, (rows, heads, 1, head_dim), and return what to attend to; attention layers call it."""
         rows, columns = self.view
+        if layer == 0:
+            self._places = (self._starts[:rows] + self.lengths[:rows, None]).flatten()
         buffers = self.buffers[layer]
         for buffer, new in zip(buffers, (keys, values), strict=True):
-            buffer[self._numbers[:rows], :, self.lengths[:rows]] = new[:, :, 0]
+            buffer.view(-1, self._width).index_copy_(0, self._places, new.reshape(-1, self._width))
         return buffers[0][:rows, :, :columns], buffers[1][:rows, :, :columns]
 
     def get_seq_length(self, *_: Any) -> int:
-        """Part of what transformers asks of a cache."""
+        """Return the columns before this step's; transformers calls it."""
         return self.view[1] - 1
 
     get_query_offset = get_seq_length
 
     def get_mask_sizes(self, *_: Any) -> tuple[int, int]:
-        """Columns that a step sees and the first of them: transformers asks where it is given no mask."""
+        """Return the columns that a step sees and the first of them; transformers calls it where it has no mask."""
         return self.view[1], 0

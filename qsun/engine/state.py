@@ -1,9 +1,11 @@
-"""What the engine tells those who watch it: events as they happen, and a snapshot after every step."""
+"""What the engine shows of itself: events as they happen, and a snapshot."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from qsun.engine.prefilling import LoadedModule, PrefillTask
 from qsun.engine.requests import Request
+from qsun.engine.row import Row
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class EngineState:
     Attributes:
         models: by name. kv_budget_tokens: most rows x columns.
         prefix_bytes, prefix_hits, prefix_lookups: of the prefix cache, the last two in prompt tokens.
-        finished_per_second: requests, of late.
+        finished_per_second: requests, recently.
     """
 
     models: dict[str, ModelState] = field(default_factory=dict)
@@ -39,8 +41,24 @@ class EngineState:
         return sum(model.waiting for model in self.models.values())
 
 
+def model_states(
+    modules: Iterable[LoadedModule],
+    waiting: Callable[[str], int],
+    prefilling: Sequence[PrefillTask],
+    decoding: Sequence[Row],
+) -> dict[str, ModelState]:
+    """Count by model. waiting: gives a model's requests in the queue."""
+    states = {}
+    for owner in modules:
+        tasks = [task for task in prefilling if task.request.model == owner.name]
+        rows = [row for row in decoding if row.request.model == owner.name]
+        kv_tokens = sum(task.done for task in tasks) + sum(row.request.prefix_tokens + row.count for row in rows)
+        states[owner.name] = ModelState(waiting(owner.name), len(tasks), len(rows), kv_tokens, owner.leaving)
+    return states
+
+
 class EngineWatch:
-    """Called in the engine's thread; does nothing. Seconds are since the request arrived, or of the work."""
+    """Receives events in the engine's thread; this one ignores them. Seconds are since arrival, or of the work."""
 
     def refused(self, requests: Sequence[Request]) -> None: ...
 

@@ -14,6 +14,7 @@ from qsun.errors import QsunError
 from qsun.model.architectures import BLOCKS, block_prefix
 from qsun.model.checkpoint import Checkpoint
 from qsun.model.formats import pack_layer
+from qsun.model.kv_cache import kv_shape
 from qsun.model.output_dir import Part, Shard, stored_as
 from qsun.model.quantized import Quantized
 from qsun.model.skeleton import EMBEDDING, HEAD, Skeleton, weight_shape
@@ -147,7 +148,5 @@ def _working_bytes(
 
 def _prompt_numbers(skeleton: Skeleton, samples: tuple[Sample, ...]) -> int:
     """Numbers kept of the prompts: K and V of a block, and the hidden states of whoever reads them."""
-    config = skeleton.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv = 2 * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_dim
-    return sum(sample.prefill_tokens for sample in samples) * (kv + config.hidden_size)
+    _, heads, width = kv_shape(skeleton.config)
+    return sum(sample.prefill_tokens for sample in samples) * (2 * heads * width + skeleton.config.hidden_size)

@@ -1,6 +1,7 @@
 """Decode modules: a directory on disk becomes a transformers model whose linear layers are QuantLinear."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from qsun.device import default_device
 from qsun.errors import QsunError
 from qsun.memory import available_bytes
 from qsun.model.checkpoint import Checkpoint, read_json
-from qsun.model.locate import find_model
+from qsun.model.locate import find_model, load_tokenizer
 from qsun.model.manifest import MANIFEST
 from qsun.model.quantization_config import stored_format
 from qsun.model.skeleton import EMBEDDING, HEAD, empty_model, linear_of, read_model_config
@@ -34,6 +35,19 @@ class DecodeModule:
     model: nn.Module
     directory: Path
     manifest: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def tokenizer(self) -> Any | None:
+        """The tokenizer of the directory, or None where it has none."""
+        return load_tokenizer(self.directory)
+
+    @property
+    def eos_tokens(self) -> set[int]:
+        """Tokens that end an answer."""
+        model: Any = self.model
+        own = model.generation_config.eos_token_id
+        own = model.config.eos_token_id if own is None else own
+        return set() if own is None else set(own) if isinstance(own, (list, tuple)) else {own}
 
 
 def load_decode(

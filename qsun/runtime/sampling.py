@@ -1,7 +1,5 @@
 """From logits to the next token. A row's draw depends on its own seed and logits only, not on its batch."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -9,32 +7,8 @@ _SEED_STRIDE = 0x9E3779B1  # odd, so that the low 32 bits differ: torch's genera
 
 
 def row_seed(seed: int, number: int) -> int:
-    """The seed of a call's row by its number; row 0 has the call's own. Within what manual_seed takes."""
+    """Return the seed of a call's row by its number, within what manual_seed accepts; row 0 has the call's own."""
     return seed + number * _SEED_STRIDE
-
-
-class Sampler:
-    """Greedy where temperature is 0; otherwise one draw for each row from its own random numbers.
-
-    Args:
-        temperature, top_p, top_k: as in transformers; top_k 0 and top_p 1.0 keep every token.
-        seeds: one for each row.
-    """
-
-    def __init__(self, temperature: float, top_p: float, top_k: int, seeds: Sequence[int]):
-        self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
-        self._random = [torch.Generator().manual_seed(seed) for seed in seeds] if temperature > 0 else []
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only."""
-        self._random = [self._random[row] for row in rows] if self._random else []
-
-    def __call__(self, logits: Tensor) -> Tensor:
-        """(B, vocabulary) logits -> (B,) tokens."""
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        numbers = torch.cat([torch.rand(1, generator=one, dtype=torch.float64) for one in self._random])
-        return draw(logits, numbers.to(logits.device), self.temperature, self.top_p, self.top_k)
 
 
 def draw(

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from transformers.integrations import sdpa_attention
 
 from qsun.model.architectures import architecture_of
-from qsun.runtime.decode_cache import CACHE_ARGUMENT
+from qsun.model.kv_cache import CACHE_ARGUMENT
 
 IGNORED = -100  # label of a position that is no response token
 
@@ -41,11 +41,11 @@ class SeamBatch:
         return SeamBatch(*(t.to(device) for t in (self.prefix, self.rest, self.labels, self.starts)))
 
 
-def seam_masks(model: Any, starts: Tensor, columns: Tensor, length: int) -> Any:
-    """What queries at these columns see of `length` columns of cache, as the model's forward takes it.
+def seam_masks(model: Any, starts: Tensor | None, columns: Tensor, length: int) -> Any:
+    """Return what queries at these columns see of `length` columns of cache, as the model's forward takes it.
 
     Args:
-        starts: (B,) first column of each row that is no padding.
+        starts: (B,) first column of each row that is no padding; None: 0 in all rows.
         columns: columns of the queries, (Q,) for all rows or (B, Q). A query in padding sees itself, so that no
             softmax is empty.
     Returns:
@@ -54,7 +54,9 @@ def seam_masks(model: Any, starts: Tensor, columns: Tensor, length: int) -> Any:
     kinds = _mask_kinds(model.config)
     key = torch.arange(length, device=columns.device)
     query = columns[..., None]
-    causal = (key <= query) & (key >= starts[:, None, None]) | (key == query)
+    causal = key <= query
+    if starts is not None:
+        causal = causal & (key >= starts[:, None, None]) | (key == query)
     masks = {}
     for kind in kinds:
         window = _window(model.config, kind)

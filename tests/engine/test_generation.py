@@ -1,5 +1,6 @@
 """Generation over the seam: against transformers' own, against the seam without a cache, and batches against rows."""
 
+import copy
 import json
 import random
 
@@ -220,3 +221,25 @@ def test_a_wrong_pair_is_refused(tiny_model):
     with pytest.raises(qsun.QsunError, match="intermediate_size is 96 in the prefill module and 128"):
         qsun.load_prefill(tiny_model("llama", intermediate_size=96), decode)
     assert isinstance(qsun.load_prefill(tiny_model("llama", intermediate_size=96)), PrefillModule)
+
+
+def test_a_module_that_computes_nan_harms_no_other_row(modules, caplog):
+    prefills, decode = modules
+    poisoned = copy.deepcopy(prefills[0])
+    with torch.no_grad():
+        poisoned.model.model.layers[0].self_attn.v_proj.weight.fill_(float("nan"))
+    prompts = prompts_of((9, 9, 4, 9), seed=6)
+    answers = qsun.generate([prefills[0], poisoned, prefills[1], poisoned], decode, prompts, max_new_tokens=NEW)
+    assert answers[1] == answers[3] == []
+    assert "prompt 1: the model computed NaN or Inf" in caplog.text
+    expected = qsun.generate(prefills[:2], decode, [prompts[0], prompts[2]], max_new_tokens=NEW)
+    assert [answers[0], answers[2]] == expected
+
+
+def test_more_prompts_than_the_memory_holds_wait(modules, monkeypatch):
+    """Room for 2 rows of 8 in a batch: the others follow."""
+    prefills, decode, prompts = mixed(modules, 8)
+    expected = qsun.generate(prefills, decode, prompts, max_new_tokens=NEW)
+    longest = max(map(len, prompts)) + NEW
+    monkeypatch.setattr("qsun.engine.generation.available_bytes", lambda _: 2 * 2 * longest * 2 * 2 * 2 * 16 * 4)
+    assert qsun.generate(prefills, decode, prompts, max_new_tokens=NEW) == expected

@@ -7,7 +7,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from qsun.eval.speed import clock, kernel_bench, kernel_tuning, model_shapes
 from qsun.eval.speed.contenders import SUN, made_contenders
-from qsun.eval.speed.decode_speed import filled_step
+from qsun.eval.speed.decode_speed import filled_batch
 from qsun.eval.speed.kernel_bench import KernelVariant, Patience, bench_kernels
 from qsun.eval.speed.model_shapes import ModelShape
 from qsun.kernels import int4_triton
@@ -82,8 +82,7 @@ def kernels_of_a_step(log, layers):
     contenders = made_contenders("tiny", "bf16", torch.device("cuda"))
     found = {}
     for name, model in contenders.decode.items():
-        step = filled_step(model, 2, 100, 10)
-        step(torch.zeros(2, dtype=torch.int64, device="cuda"))
+        filled_batch(model, 2, 100, 10).step()
         found[name] = log.graphs[-1].kernels
         assert not log.graphs[-1].missed
     return found

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from qsun.runtime.sampling import Sampler, draw, row_seed
+from qsun.runtime.sampling import draw, row_seed
 
 
 @pytest.mark.parametrize(
@@ -23,19 +23,6 @@ def test_the_share_of_each_token_is_its_probability(temperature, top_p, top_k):
     tokens = draw(logits.expand(20_000, -1), grid, temperature, top_p, top_k)
     shares = torch.bincount(tokens, minlength=23) / 20_000
     torch.testing.assert_close(shares.double(), expected, atol=2e-4, rtol=0)
-
-
-def test_greedy_is_argmax():
-    logits = torch.randn(5, 11)
-    assert torch.equal(Sampler(0.0, 1.0, 0, range(5))(logits), logits.argmax(-1))
-
-
-def test_rows_draw_from_their_own_numbers():
-    logits = torch.zeros(3, 1000)
-    first, again = Sampler(1.0, 1.0, 0, [1, 2, 1]), Sampler(1.0, 1.0, 0, [1])
-    a, b = first(logits), first(logits)
-    assert a[0] == a[2] and a[0] != a[1] and a[0] != b[0]
-    assert again(logits[:1]) == a[:1] and again(logits[:1]) == b[:1]
 
 
 def test_the_ends_of_the_unit_interval():

@@ -10,12 +10,12 @@ import torch
 from qsun.engine.engine import Engine, EngineConfig
 from qsun.engine.requests import Request as EngineRequest
 from qsun.engine.requests import Sampling
-from qsun.engine.slot_cache import kv_bytes_per_token
 from qsun.engine.state import EngineWatch
 from qsun.eval.load.workload import Lengths, TracedRequest, Workload
 from qsun.eval.simulate.curves import Curves
 from qsun.eval.simulate.simulation import simulate
 from qsun.eval.simulate.system import DecodeWorker, System
+from qsun.model.kv_cache import kv_bytes_per_token
 from qsun.runtime.decode_module import load_decode
 from qsun.runtime.prefill_module import load_prefill
 

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 import qsun
+from qsun.engine.decode_step import DecodeStep
 from qsun.errors import QsunError
 from qsun.eval.load.percentiles import percentile
 from qsun.eval.simulate.curves import measured_curves
 from qsun.eval.speed import contenders as speed_modules
 from qsun.eval.speed import decode_speed as speed
 from qsun.eval.speed.contenders import GRID, loaded_contenders, made_contenders
-from qsun.eval.speed.decode_speed import Points, bench_speed, filled_step, step_seconds
+from qsun.eval.speed.decode_speed import Points, bench_speed, filled_batch, step_seconds
 from qsun.eval.speed.model_shapes import MODEL_SHAPES, ModelShape
 from qsun.quantization.methods.rtn import rtn
-from qsun.runtime.decode_step import DecodeStep
 from qsun.runtime.quant_linear import QuantLinear
 
 CPU = torch.device("cpu")
@@ -132,10 +132,10 @@ def test_contenders_take_turns_and_the_middle_step_sees_the_context(monkeypatch)
 
     class Watched(DecodeStep):
         def __call__(self, tokens):
-            calls.append((self.model, self.cache.filled + 1))
+            calls.append((self.model, self.cache.filled[0] + 1))
             return super().__call__(tokens)
 
-    monkeypatch.setattr(speed, "DecodeStep", Watched)
+    monkeypatch.setattr("qsun.engine.decode_batch.DecodeStep", Watched)
     models = made_contenders("tiny", "bf16", CPU).decode
     step_seconds(models, 2, 40, Points(steps=5))
     assert [model for model, _ in calls] == list(models.values()) * 7  # with two steps of warm-up
@@ -149,10 +149,10 @@ def test_time_is_up():
 
 
 def test_a_filled_cache_has_no_empty_column():
-    step = filled_step(made_contenders("tiny", "bf16", CPU).prefill, 3, 6, 4)
-    for keys, values in step.cache.layers:
-        assert (keys[:, :, :6].abs().sum(-1) > 0).all()
-        assert (values[:, :, :6].abs().sum(-1) > 0).all()
+    cache = filled_batch(made_contenders("tiny", "bf16", CPU).prefill, 3, 6, 4).cache
+    for keys, values in cache.buffers:
+        assert (keys[:3, :, :6].abs().sum(-1) > 0).all()
+        assert (values[:3, :, :6].abs().sum(-1) > 0).all()
 
 
 def test_percentile():

@@ -6,8 +6,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations import sdpa_attention
 
 import qsun
-from qsun.runtime.decode_cache import DecodeCache
-from qsun.runtime.decode_step import DecodeStep
+from qsun.engine.decode_step import DecodeStep
+from qsun.engine.slot_cache import SlotCache
+from qsun.model.kv_cache import kv_shape
 from qsun.runtime.seam import goes_unmasked, seam_masks
 from tests.tiny_models import FAMILIES
 
@@ -39,17 +40,20 @@ class Recorder(TorchDispatchMode):
 
 
 def step_of(model, static, lengths=(5, 2)):
-    cache = DecodeCache(2, 5, 64, model.model.embed_tokens.weight, static)
+    """A step over rows of random keys and values; static ones have room for more rows than there are."""
+    cache = SlotCache(model.config, model.model.embed_tokens.weight, 4 * 64)
+    cache.reserve([64] * 4 if static else [64] * len(lengths))
     torch.manual_seed(0)
-    heads, width = model.config.num_key_value_heads, getattr(model.config, "head_dim", None) or 16
-    for row, length in enumerate(lengths):
-        cache.place(row, [(torch.randn(heads, length, width), torch.randn(heads, length, width)) for _ in range(2)])
-    return DecodeStep(model, cache, 5 - torch.tensor(lengths))
+    layers, heads, width = kv_shape(model.config)
+    for length in lengths:
+        drawn = [(torch.randn(heads, length, width), torch.randn(heads, length, width)) for _ in range(layers)]
+        cache.place(drawn, length, 64)
+    return DecodeStep(model, cache, static)
 
 
 def recorded(step, tokens):
     with Recorder() as recorder:
-        logits = step(torch.tensor(tokens)).clone()
+        logits = step(tokens).clone()
     return recorder.calls, logits
 
 
@@ -61,7 +65,7 @@ def test_every_step_is_the_same_ops_on_the_same_shapes(family, tiny_model):
     for tokens in ([7, 8], [9, 10], [11, 12]):
         calls, logits = recorded(static, tokens)
         runs.append(calls)
-        torch.testing.assert_close(logits, growing(torch.tensor(tokens)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(logits, growing(tokens), rtol=1e-5, atol=1e-5)
     assert runs[0] == runs[1] == runs[2]
     scalar = ("lift_fresh", [()])  # a capture takes it as a constant; transformers 5.0 has one in Gemma 2
     own_tokens = ("lift_fresh", [(2,)])
@@ -74,24 +78,33 @@ def test_rows_of_one_length_need_no_mask(family, tiny_model, monkeypatch):
     model = qsun.load_decode(tiny_model(family), "cpu", torch.float32).model
     static, growing = step_of(model, True, (5, 5)), step_of(model, False, (5, 5))
     asked = []
-    monkeypatch.setattr("qsun.runtime.decode_step.seam_masks", lambda *a: asked.append(a[-1]) or seam_masks(*a))
+    monkeypatch.setattr("qsun.engine.decode_step.seam_masks", lambda *a: asked.append(a[-1]) or seam_masks(*a))
     for tokens in ([7, 8], [9, 10], [11, 12], [13, 14]):
-        logits = growing(torch.tensor(tokens))
-        torch.testing.assert_close(logits, static(torch.tensor(tokens)), rtol=1e-5, atol=1e-5)
+        logits = growing(tokens)
+        torch.testing.assert_close(logits, static(tokens), rtol=1e-5, atol=1e-5)
     windowed = family in ("mistral", "gemma3_text")
     assert [length for length in asked if length < 64] == (
         [6, 7, 8, 9] if family == "gemma2" else [7, 8, 9][: 3 * windowed]
     )
 
 
-def test_padding_that_leaves_with_its_row(tiny_model, monkeypatch):
+def test_masks_go_once_all_rows_have_one_length(tiny_model, monkeypatch):
     step = step_of(qsun.load_decode(tiny_model("llama"), "cpu", torch.float32).model, False)
     asked = []
-    monkeypatch.setattr("qsun.runtime.decode_step.seam_masks", lambda *a: asked.append(a[-1]) or seam_masks(*a))
-    both = step(torch.tensor([7, 8]))
-    step.keep(torch.tensor([0]))
-    step(both.argmax(-1)[:1])
+    monkeypatch.setattr("qsun.engine.decode_step.seam_masks", lambda *a: asked.append(a[-1]) or seam_masks(*a))
+    step([7, 8])
+    step.cache.release(0)
+    step([9])
     assert asked == [6]
+
+
+def test_rows_that_are_not_in_use_change_nothing(tiny_model):
+    """A static step of 3 rows computes with 4; the fourth writes where no row reads."""
+    step = step_of(qsun.load_decode(tiny_model("llama"), "cpu", torch.float32).model, True, (5, 2, 7))
+    plain = step_of(step.model, False, (5, 2, 7))
+    for tokens in ([7, 8, 9], [10, 11, 12]):
+        torch.testing.assert_close(step(tokens), plain(tokens), rtol=1e-5, atol=1e-5)
+    assert step.cache.view == (4, 64)
 
 
 def test_the_recorder_sees_a_step_that_reads():
@@ -122,8 +135,8 @@ def test_a_mask_where_attention_is_faster_with_one(amx, dtype, tiny_model, monke
     assert goes_unmasked(model, 8) == (amx or dtype == torch.float32)
     logits = []
     for chosen in (True, False):
-        monkeypatch.setattr("qsun.runtime.decode_step.goes_unmasked", lambda *_, chosen=chosen: chosen)
-        logits.append(step_of(model, False, (5, 5))(torch.tensor([7, 8])).float())
+        monkeypatch.setattr("qsun.engine.decode_step.goes_unmasked", lambda *_, chosen=chosen: chosen)
+        logits.append(step_of(model, False, (5, 5))([7, 8]).float())
     torch.testing.assert_close(*logits, rtol=2e-2, atol=2e-2)
 
 

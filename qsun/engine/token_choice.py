@@ -1,0 +1,71 @@
+"""How rows choose their next tokens: each by its own request's settings and random numbers."""
+
+from collections.abc import Sequence
+from math import isfinite
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qsun.engine.requests import TokenLogprob
+from qsun.engine.row import Row
+from qsun.runtime.sampling import draw
+
+
+class Choice(NamedTuple):
+    """A row's next token, its log-probability where that is wanted, and what went wrong ("" if nothing did)."""
+
+    token: int
+    logprob: TokenLogprob | None
+    error: str
+
+
+def choose(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
+    """Choose a token for each row of (B, vocabulary) logits."""
+    best, tokens = logits.max(-1)
+    drawing = [place for place, row in enumerate(rows) if row.random is not None]
+    if drawing:
+        tokens[drawing] = _drawn(logits[drawing], [rows[place] for place in drawing])
+    logprobs = _logprobs(logits, tokens, rows)
+    return [
+        Choice(token, logprobs.get(place), "" if isfinite(logit) else "the model computed NaN or Inf for this prompt")
+        for place, (token, logit) in enumerate(zip(tokens.tolist(), best.tolist(), strict=True))
+    ]
+
+
+def _drawn(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    settings = [row.request.sampling for row in rows]
+    numbers = torch.cat([torch.rand(1, generator=row.random, dtype=torch.float64) for row in rows])
+    return draw(
+        logits,
+        numbers.to(logits.device),
+        torch.tensor([s.temperature for s in settings], dtype=torch.float64),
+        torch.tensor([s.top_p for s in settings], dtype=torch.float64),
+        torch.tensor([s.top_k for s in settings]),
+    )
+
+
+def _logprobs(logits: Tensor, tokens: Tensor, rows: Sequence[Row]) -> dict[int, TokenLogprob]:
+    """Log-probabilities by place, where they are wanted."""
+    asked = {place: row.request.sampling.logprobs for place, row in enumerate(rows)}
+    wanted = {place: count for place, count in asked.items() if count is not None}
+    if not wanted:
+        return {}
+    places = list(wanted)
+    return dict(zip(places, token_logprobs(logits[places], tokens[places], list(wanted.values())), strict=True))
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, tops: Sequence[int]) -> list[TokenLogprob]:
+    """Return the log-probability of a token and of the most likely ones, by the model's own distribution.
+
+    Args:
+        logits: (N, vocabulary). tokens: (N,). tops: how many of the most likely tokens, for each.
+    """
+    known = logits.float().log_softmax(-1)
+    own = known.gather(1, tokens[:, None]).squeeze(1).tolist()
+    best = known.topk(min(max(tops), known.shape[1]), -1)
+    rows = zip(tokens.tolist(), own, best.indices.tolist(), best.values.tolist(), tops, strict=True)
+    return [
+        TokenLogprob(token, value, tuple(zip(indices[:top], values[:top], strict=True)))
+        for token, value, indices, values, top in rows
+    ]
