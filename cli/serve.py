@@ -64,7 +64,7 @@ def serve(
 
     check_device(device)
     named = _named(prefill)
-    from qsun.engine.engine import EngineConfig
+    from qsun.engine.config import EngineConfig
     from qsun.serve.api.completions import ServeLimits
     from qsun.serve.http.cors import with_cors
     from qsun.serve.http.guard import Guard, GuardConfig
@@ -78,7 +78,14 @@ def serve(
     limits = ServeLimits(max_tokens=max_tokens, default_tokens=default_tokens, **asked)
     kv_bytes = 0 if kv_memory == "auto" else byte_count("kv-memory", kv_memory)
     prefix_bytes = byte_count("prefix-cache", prefix_cache)
-    config = EngineConfig(max_batch, kv_bytes, prefix_bytes, prefill_tokens, max_waiting, partitioned)
+    config = EngineConfig(
+        max_batch=max_batch,
+        kv_bytes=kv_bytes,
+        prefix_bytes=prefix_bytes,
+        prefill_tokens=prefill_tokens,
+        max_waiting=max_waiting,
+        partitioned=partitioned,
+    )
     screen.show_warnings()
     logging.getLogger("uvicorn").addHandler(logging.StreamHandler(sys.stderr))
     with listen(host, port) as bound:  # before weights are loaded: a taken port is known at once

@@ -8,7 +8,8 @@ import torch
 
 import qsun
 from qsun.demo import base_directory as demo_directory
-from qsun.engine.engine import Engine, EngineConfig
+from qsun.engine.config import EngineConfig
+from qsun.engine.engine import Engine
 from tests.tiny_models import build_model
 
 NAMES = ("math", "code", "tool")

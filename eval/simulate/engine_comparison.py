@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qsun.engine import requests as engine_requests
-from qsun.engine.engine import Engine, EngineConfig
+from qsun.engine.config import EngineConfig, Sampling
+from qsun.engine.engine import Engine
 from qsun.errors import QsunError
 from qsun.eval.load.percentiles import spread
 from qsun.eval.load.workload import TracedRequest
@@ -50,7 +51,13 @@ class EngineComparison:
     def engine(self, partitioned: bool = False, prefill_tokens: int = 0) -> Engine:
         """Return an engine without a prefix cache, as in the simulation."""
         turn = prefill_tokens or self.prefill_tokens
-        config = EngineConfig(self.max_batch, 0, 0, turn, max_waiting=1 << 20, partitioned=partitioned)
+        config = EngineConfig(
+            max_batch=self.max_batch,
+            prefix_bytes=0,
+            prefill_tokens=turn,
+            max_waiting=1 << 20,
+            partitioned=partitioned,
+        )
         engine = Engine(self.decode, config)
         for name, module in self.prefills.items():
             engine.add_module(name, module)
@@ -244,7 +251,7 @@ def _summary(trace: Sequence[TracedRequest], first: Mapping[int, float], last: M
 def _request(number: int, request: TracedRequest) -> engine_requests.Request:
     """Return a request with tokens of its own; what they mean does not affect the time."""
     tokens = tuple(3 + (number * 7 + place * 13) % 100 for place in range(request.prompt_tokens))
-    sampling = engine_requests.Sampling(request.output_tokens, ignore_eos=True)
+    sampling = Sampling(max_new_tokens=request.output_tokens, ignore_eos=True)
     return engine_requests.Request(str(number), request.model, tokens, sampling)
 
 

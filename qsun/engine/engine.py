@@ -6,17 +6,17 @@ no threads; `thread.py` runs it in one, `generation.py` in a loop.
 
 import time
 from collections import deque
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from qsun.engine.config import EngineConfig
 from qsun.engine.decode_batch import DecodeBatch
 from qsun.engine.decode_step import on_device
 from qsun.engine.fair_queue import FairQueue
 from qsun.engine.prefilling import LoadedModule, Prefilling, PrefillTask
 from qsun.engine.prefix_cache import PrefixCache
-from qsun.engine.requests import Full, Refused, Request, Update, check_prompt, check_ranges
+from qsun.engine.requests import Full, Refused, Request, Update, check_prompt
 from qsun.engine.row import Row
 from qsun.engine.state import EngineState, EngineWatch, model_states
 from qsun.engine.token_choice import Choice
@@ -28,36 +28,6 @@ from qsun.runtime.prefill_module import PrefillModule
 from qsun.runtime.row_text import RowText
 
 _SHARED = ""
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """Limits of the engine.
-
-    Attributes:
-        max_batch: requests that prefill or decode at a time.
-        kv_bytes: of the decode batch's KV; 0: a quarter of what is free on its device when the engine is made, so load
-            prefill modules before. KV of prompts that are being read lies beside it, at most as much again.
-        prefix_bytes: of the prefix cache; 0: none.
-        prefill_tokens: prompt tokens read between two decode steps. pass_tokens: most in one forward pass.
-        max_waiting: requests in the queues; one more is refused.
-        partitioned: decode each model's requests in a batch of their own, in turns: conventional serving, to compare.
-        static: fixed shapes of a decode step, as CUDA graphs need; None: on a GPU.
-    """
-
-    max_batch: int = 64
-    kv_bytes: int = 0
-    prefix_bytes: int = 256 << 20
-    prefill_tokens: int = 512
-    max_waiting: int = 256
-    partitioned: bool = False
-    static: bool | None = None
-    pass_tokens: int = 2048
-
-    def __post_init__(self) -> None:
-        positive = ("max_batch", "prefill_tokens", "max_waiting", "pass_tokens")
-        check_ranges(self, **{name: (getattr(self, name) >= 1, "1 or more") for name in positive})
-        check_ranges(self, **{name: (getattr(self, name) >= 0, "0 or more") for name in ("kv_bytes", "prefix_bytes")})
 
 
 class Engine:

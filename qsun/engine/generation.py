@@ -5,70 +5,22 @@ prompt t0 .. t(n-1):  prefill module -> KV of t0 .. t(n-2);  decode module <- t(
 A loop over the engine that `qsun serve` runs too.
 """
 
-import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from qsun.engine.engine import Engine, EngineConfig
-from qsun.engine.requests import Request, Sampling, check_ranges
+from qsun.engine.config import EngineConfig, GenerateConfig
+from qsun.engine.engine import Engine
+from qsun.engine.requests import Request
 from qsun.errors import QsunError
 from qsun.memory import available_bytes
 from qsun.model.kv_cache import kv_bytes_per_token
 from qsun.model.locate import encode
 from qsun.runtime.decode_module import DecodeModule
 from qsun.runtime.prefill_module import PrefillModule
-from qsun.runtime.sampling import row_seed
 
 log = logging.getLogger(__name__)
-_BY_PROMPT = ("seed", "detokenize", "logprobs")  # settings of Sampling that a call does not take for all its prompts
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """How to generate.
-
-    Attributes:
-        sampling: of every prompt; its fields (max_new_tokens, temperature, stop ...) are settings of the call as well.
-        seed: one for the call (prompt i then uses a draw of its own, by i), or one for each prompt.
-        eos: tokens that end a row; None: the model's own; () for none.
-        batch_size: prompts that are decoded together.
-        prefill_chunk: tokens that a prefill module reads at a time.
-        static: decode from a cache of fixed size, as a CUDA graph needs; None: on a GPU.
-    """
-
-    sampling: Sampling = field(default_factory=Sampling)
-    seed: int | Sequence[int] = 0
-    eos: Sequence[int] | None = None
-    batch_size: int = 64
-    prefill_chunk: int = 2048
-    static: bool | None = None
-
-    def __post_init__(self) -> None:
-        check_ranges(
-            self,
-            batch_size=(self.batch_size >= 1, "1 or more"),
-            prefill_chunk=(self.prefill_chunk >= 1, "1 or more"),
-        )
-
-    @classmethod
-    def of(cls, settings: dict[str, Any]) -> "GenerateConfig":
-        own = {f.name for f in dataclasses.fields(cls)} - {"sampling"}
-        each = {f.name for f in dataclasses.fields(Sampling)} - set(_BY_PROMPT)
-        unknown = sorted(set(settings) - own - each)
-        if unknown:
-            raise QsunError(f"unknown setting {unknown[0]!r}; known are: {', '.join(sorted(own | each))}")
-        sampling = Sampling(**{name: settings[name] for name in each & set(settings)})
-        return cls(sampling, **{name: settings[name] for name in own & set(settings)})
-
-    def seeds(self, prompts: int) -> list[int]:
-        """Return a seed for each prompt."""
-        if isinstance(self.seed, int):
-            return [row_seed(self.seed, number) for number in range(prompts)]
-        if len(self.seed) != prompts:
-            raise QsunError(f"{len(self.seed)} seeds for {prompts} prompts; give one, or one for each prompt")
-        return list(self.seed)
 
 
 @dataclass(frozen=True)
@@ -133,7 +85,7 @@ def generate_stream(
             id=str(number),
             model=names[id(module.model)],
             tokens=_tokens(prompt, decode),
-            sampling=dataclasses.replace(config.sampling, seed=seed, detokenize=wants_text),
+            sampling=config.sampling.replace(seed=seed, detokenize=wants_text),
             seconds=float("inf"),
         )
         for number, (prompt, module, seed) in enumerate(zip(prompts, modules, config.seeds(len(prompts)), strict=True))

@@ -1,13 +1,11 @@
-"""What the engine is asked and what it answers: requests, their settings, and the updates that come back."""
+"""What the engine is asked and what it answers: requests, and the updates that come back."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qsun.engine.config import Sampling
 from qsun.errors import QsunError
-
-MOST_LOGPROBS = 20
 
 
 class Full(QsunError):
@@ -16,50 +14,6 @@ class Full(QsunError):
 
 class Refused(QsunError):
     """The model is not served, or is being removed."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How one request's tokens are chosen and when it ends.
-
-    Attributes:
-        temperature: 0 is greedy. top_p, top_k: what sampling keeps; 1.0 and 0 keep all.
-        stop: strings that end the answer, which ends before them.
-        ignore_eos: go on past the model's end token.
-        logprobs: None for none; otherwise the log-probability of each token and of this many most likely ones, of the
-            model's own distribution, before all other settings.
-        detokenize: make text, in which `stop` is looked for. skip_special_tokens: leave special tokens out of it.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
-    stop: Sequence[str] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-    detokenize: bool = True
-    skip_special_tokens: bool = True
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        check_ranges(
-            self,
-            max_new_tokens=(self.max_new_tokens >= 1, "1 or more"),
-            temperature=(0 <= self.temperature < float("inf"), "0 or more"),
-            top_p=(0 < self.top_p <= 1, "more than 0, at most 1"),
-            top_k=(self.top_k >= 0, "0 (all) or more"),
-            stop=(all(self.stop), "strings that are not empty"),
-            logprobs=(self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS, f"0 to {MOST_LOGPROBS}"),
-        )
-
-
-def check_ranges(settings: object, **checks: tuple[bool, str]) -> None:
-    """Raise QsunError for a setting that is out of range. checks: by name, whether it is in range, and the range."""
-    for name, (good, limits) in checks.items():
-        if not good:
-            raise QsunError(f"{name} {getattr(settings, name)!r} is out of range; use {limits}")
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import qsun
-from qsun.engine.engine import Engine, EngineConfig
-from qsun.engine.requests import Full, Refused, Request, Sampling
+from qsun.engine.config import EngineConfig, Sampling
+from qsun.engine.engine import Engine
+from qsun.engine.requests import Full, Refused, Request
 from qsun.errors import QsunError
 from tests.engine_rig import NAMES, run_until_idle, tokens_of
 

@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 
-from qsun.engine.requests import Refused, Request, Sampling
+from qsun.engine.config import Sampling
+from qsun.engine.requests import Refused, Request
 from qsun.engine.thread import EngineThread
 
 

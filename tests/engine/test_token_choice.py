@@ -2,7 +2,8 @@
 
 import torch
 
-from qsun.engine.requests import Request, Sampling
+from qsun.engine.config import Sampling
+from qsun.engine.requests import Request
 from qsun.engine.row import Row
 from qsun.engine.token_choice import choose
 

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from qsun.config import Settings
+from qsun.engine.config import Sampling
 from qsun.engine.engine import Engine
-from qsun.engine.requests import Full, Refused, Request, Sampling, Update
+from qsun.engine.requests import Full, Refused, Request, Update
 from qsun.engine.thread import SHUTTING_DOWN, EngineThread
 from qsun.errors import QsunError
 from qsun.runtime.sampling import row_seed
@@ -87,7 +88,7 @@ class Reply:
 
 def _sampling(settings: dict[str, Any]) -> Sampling:
     """Return settings for the engine. Raises HttpError 400 for one that it does not have."""
-    known = Sampling.__dataclass_fields__.keys()
+    known = Sampling.model_fields.keys()
     for name in settings.keys() - known:
         if settings[name] not in (None, False, 0, (), {}) and (name, settings[name]) != ("repetition_penalty", 1.0):
             raise HttpError(400, f"{name.replace('new_', '')} is not supported; leave it out")

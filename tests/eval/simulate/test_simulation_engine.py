@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
-from qsun.engine.engine import Engine, EngineConfig
+from qsun.engine.config import EngineConfig, Sampling
+from qsun.engine.engine import Engine
 from qsun.engine.requests import Request as EngineRequest
-from qsun.engine.requests import Sampling
 from qsun.engine.state import EngineWatch
 from qsun.eval.load.workload import Lengths, TracedRequest, Workload
 from qsun.eval.simulate.curves import Curves

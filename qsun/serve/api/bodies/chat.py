@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from qsun.engine.requests import MOST_LOGPROBS
+from qsun.engine.config import MOST_LOGPROBS
 from qsun.serve.api.bodies.fields import Body, Count, Flag, Name, Text, wrong
 from qsun.serve.api.bodies.messages import MOST_CALLS, ChatMessage
 from qsun.serve.api.bodies.sampling import SamplingBody

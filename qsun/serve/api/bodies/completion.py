@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from qsun.engine.requests import MOST_LOGPROBS
+from qsun.engine.config import MOST_LOGPROBS
 from qsun.serve.api.bodies.fields import MOST_CHOICES, Flag, Natural, Text, Tokens, wrong
 from qsun.serve.api.bodies.sampling import SamplingBody
 
