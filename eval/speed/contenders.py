@@ -13,13 +13,13 @@ from qsun.errors import QsunError
 from qsun.eval.speed.model_shapes import MODEL_SHAPES, ModelShape
 from qsun.memory import available_bytes
 from qsun.model.architectures import architecture_of
-from qsun.model.kv_cache import kv_bytes_per_token
 from qsun.model.quantized import Quantized
 from qsun.model.skeleton import HEAD, empty_model
 from qsun.quantization.methods.grid import Grid
 from qsun.quantization.methods.rtn import rtn
 from qsun.runtime.decode_module import DecodeModule, load_decode
 from qsun.runtime.fused_projections import merge_block, merge_projections
+from qsun.runtime.kv_cache import kv_bytes_per_token
 from qsun.runtime.quant_linear import QuantLinear
 
 DTYPE = torch.bfloat16

@@ -17,8 +17,8 @@ from qsun.eval.load.percentiles import percentile
 from qsun.eval.speed.clock import copy_bandwidth
 from qsun.eval.speed.contenders import DTYPE, SUN, Contenders, kv_bytes, weight_bytes
 from qsun.memory import available_bytes
-from qsun.model.kv_cache import kv_shape
 from qsun.progress import Note
+from qsun.runtime.kv_cache import kv_shape
 from qsun.runtime.seam import prefilled_rows
 
 _WARM_UP, _LEAST = 2, 3  # steps of each contender: not timed, and timed at least

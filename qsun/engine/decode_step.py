@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qsun.engine.slot_cache import SlotCache
-from qsun.model.kv_cache import CACHE_ARGUMENT
+from qsun.runtime.kv_cache import CACHE_ARGUMENT
 from qsun.runtime.seam import goes_unmasked, seam_masks, unmasked
 
 _GRAPH_COLUMNS = 256

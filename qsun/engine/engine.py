@@ -22,8 +22,8 @@ from qsun.engine.state import EngineState, EngineWatch, model_states
 from qsun.engine.token_choice import Choice
 from qsun.errors import QsunError
 from qsun.memory import available_bytes
-from qsun.model.kv_cache import kv_bytes_per_token
 from qsun.runtime.decode_module import DecodeModule
+from qsun.runtime.kv_cache import kv_bytes_per_token
 from qsun.runtime.prefill_module import PrefillModule
 from qsun.runtime.row_text import RowText
 

@@ -15,9 +15,9 @@ from qsun.engine.engine import Engine
 from qsun.engine.requests import Request
 from qsun.errors import QsunError
 from qsun.memory import available_bytes
-from qsun.model.kv_cache import kv_bytes_per_token
 from qsun.model.locate import encode
 from qsun.runtime.decode_module import DecodeModule
+from qsun.runtime.kv_cache import kv_bytes_per_token
 from qsun.runtime.prefill_module import PrefillModule
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsun.model.kv_cache import kv_shape
+from qsun.runtime.kv_cache import kv_shape
 
 _COLUMNS = 64  # buffers' columns are a multiple of this
 

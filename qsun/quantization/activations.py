@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from qsun.data.calibration import Sample
 from qsun.model.architectures import ATTENTION_END, MLP_END, Architecture
-from qsun.model.kv_cache import CACHE_ARGUMENT
 from qsun.model.skeleton import Skeleton
+from qsun.runtime.kv_cache import CACHE_ARGUMENT
 
 TOKENS_PER_BATCH = 4096
 _KEEP_MLP_BYTES = 1 << 30  # of MLP inputs, the widest activations, kept for the block's output

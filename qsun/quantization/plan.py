@@ -14,10 +14,10 @@ from qsun.errors import QsunError
 from qsun.model.architectures import BLOCKS, block_prefix
 from qsun.model.checkpoint import Checkpoint
 from qsun.model.formats import pack_layer
-from qsun.model.kv_cache import kv_shape
 from qsun.model.output_dir import Part, Shard, stored_as
 from qsun.model.quantized import Quantized
 from qsun.model.skeleton import EMBEDDING, HEAD, Skeleton, weight_shape
+from qsun.runtime.kv_cache import kv_shape
 
 _INTERPRETER_BYTES = 480 << 20  # Python with torch and transformers, measured
 _KEPT_MLP_LIMIT = 1 << 30

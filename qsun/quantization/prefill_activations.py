@@ -14,11 +14,11 @@ from torch import Tensor
 
 from qsun.errors import QsunError
 from qsun.model.adapter_checkpoint import open_prefill
-from qsun.model.kv_cache import CACHE_ARGUMENT
 from qsun.model.locate import find_model
 from qsun.model.pairing import check_pair
 from qsun.model.skeleton import Skeleton
 from qsun.quantization.activations import Batch, RecordedKV
+from qsun.runtime.kv_cache import CACHE_ARGUMENT
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from transformers.integrations import sdpa_attention
 
 from qsun.model.architectures import architecture_of
-from qsun.model.kv_cache import CACHE_ARGUMENT
+from qsun.runtime.kv_cache import CACHE_ARGUMENT
 
 IGNORED = -100  # label of a position that is no response token
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from qsun.model.kv_cache import CACHE_ARGUMENT
+from qsun.runtime.kv_cache import CACHE_ARGUMENT
 
 
 @contextmanager

@@ -24,10 +24,10 @@ from qsun.data.examples import TokenExample
 from qsun.model.adapter_checkpoint import open_prefill
 from qsun.model.architectures import block_prefix
 from qsun.model.checkpoint import Checkpoint
-from qsun.model.kv_cache import CACHE_ARGUMENT
 from qsun.model.lora import Adapter, place_adapter
 from qsun.model.skeleton import empty_model, read_model_config
 from qsun.runtime.decode_module import place_weights
+from qsun.runtime.kv_cache import CACHE_ARGUMENT
 from qsun.runtime.quant_linear import QuantLinear
 from qsun.runtime.seam import IGNORED, SeamBatch, monolithic_logits, seam_logits
 from qsun.tuning.checkpointing import kv_of, with_kv

@@ -8,7 +8,7 @@ from transformers.integrations import sdpa_attention
 import qsun
 from qsun.engine.decode_step import DecodeStep
 from qsun.engine.slot_cache import SlotCache
-from qsun.model.kv_cache import kv_shape
+from qsun.runtime.kv_cache import kv_shape
 from qsun.runtime.seam import goes_unmasked, seam_masks
 from tests.tiny_models import FAMILIES
 

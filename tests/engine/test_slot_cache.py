@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qsun.engine.slot_cache import SlotCache
-from qsun.model.kv_cache import kv_bytes_per_token, kv_shape
+from qsun.runtime.kv_cache import kv_bytes_per_token, kv_shape
 
 CONFIG = SimpleNamespace(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8, hidden_size=64)
 

@@ -17,7 +17,6 @@ import qsun
 from qsun.data.calibration import Sample
 from qsun.demo import base_directory
 from qsun.model.architectures import architecture_of
-from qsun.model.kv_cache import CACHE_ARGUMENT
 from qsun.model.skeleton import Skeleton
 from qsun.quantization import activations as stream_module
 from qsun.quantization import block as block_pass
@@ -25,6 +24,7 @@ from qsun.quantization import blockwise as walk
 from qsun.quantization.job import prepare
 from qsun.quantization.methods.moments import Moments
 from qsun.quantization.run import run
+from qsun.runtime.kv_cache import CACHE_ARGUMENT
 from tests.quantization.test_resume import interrupt_at, published
 from tests.tiny_models import FAMILIES, SEQUENCE, build_model, random_tokens, reference, write_jsonl
 

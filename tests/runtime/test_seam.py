@@ -11,10 +11,10 @@ from transformers import DynamicCache
 from qsun.data.calibration import Sample
 from qsun.model.architectures import Architecture, architecture_of
 from qsun.model.checkpoint import Checkpoint
-from qsun.model.kv_cache import CACHE_ARGUMENT
 from qsun.model.skeleton import Skeleton
 from qsun.quantization import activations as stream_module
 from qsun.quantization.activations import Activations, Batch, make_batches
+from qsun.runtime.kv_cache import CACHE_ARGUMENT
 from tests.tiny_models import FAMILIES, random_tokens, reference
 
 CPU = torch.device("cpu")

@@ -15,8 +15,8 @@ from qsun.eval.load.workload import Lengths, TracedRequest, Workload
 from qsun.eval.simulate.curves import Curves
 from qsun.eval.simulate.simulation import simulate
 from qsun.eval.simulate.system import DecodeWorker, System
-from qsun.model.kv_cache import kv_bytes_per_token
 from qsun.runtime.decode_module import load_decode
+from qsun.runtime.kv_cache import kv_bytes_per_token
 from qsun.runtime.prefill_module import load_prefill
 
 COSTS = Curves(lambda _, batch, __: 1.0, lambda tokens: 0.5 + 0.1 * tokens, "made up")  # a pass costs 0.5
