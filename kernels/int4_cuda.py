@@ -9,9 +9,7 @@ from torch.nn.functional import silu
 from qsun.kernels.bytes_product import bytes_input_grad, bytes_linear, reordered
 from qsun.kernels.launch_table import dequantize_above_m, workspace_bytes
 from qsun.kernels.layout import PackedInt4, separate_gate_up, unpack_int4
-from qsun.kernels.workspace import Workspace
-
-_workspaces: dict[torch.device, list[Workspace]] = {}
+from qsun.kernels.workspace import reserve, reserved
 
 
 def available() -> bool:
@@ -48,7 +46,7 @@ def int4_linear(
             bias=bias,
             residual=None if residual is None else residual.reshape(-1, wanted[-1]),
             silu_mul=silu_mul,
-            workspace=_workspaces[x.device][-1] if x.device in _workspaces else None,
+            workspace=reserved(x.device),
         )
     return y.view(wanted)
 
@@ -69,21 +67,11 @@ def int4_input_grad(
 
 
 def reserve_workspace(N: int, K: int, group_size: int, device: torch.device) -> None:
-    """Allocate the scratch memory that products with an (N, K) matrix need on a device, unless it has enough.
-
-    Each device has one workspace, so int4 products of one device must run on one stream at a time. Outgrown workspaces
-    stay alive: a CUDA graph may hold their addresses.
-    """
+    """Reserve the scratch memory that products with an (N, K) matrix need on a device."""
     from qsun.kernels.int4_triton import gpu_name
 
     limit = dequantize_above_m(gpu_name(device))
-    buffer_bytes, counters = workspace_bytes(limit + 1, N, K, group_size, gpu_name(device))
-    held = _workspaces.setdefault(device, [])
-    if held:
-        buffer_bytes = max(buffer_bytes, held[-1].buffer.numel())
-        counters = max(counters, held[-1].counters.numel())
-    if not held or (buffer_bytes, counters) != (held[-1].buffer.numel(), held[-1].counters.numel()):
-        held.append(Workspace.allocate(buffer_bytes, counters, device))
+    reserve(device, *workspace_bytes(limit + 1, N, K, group_size, gpu_name(device)))
 
 
 def _other_dtype(

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_of_devices: dict[torch.device, list["Workspace"]] = {}
+
 
 @dataclass(frozen=True)
 class Workspace:
@@ -48,3 +50,24 @@ class Workspace:
         if count > self.counters.numel():
             raise ValueError(f"the workspace has {self.counters.numel()} counters, needs {count}; see workspace_bytes")
         return self.counters
+
+
+def reserve(device: torch.device, buffer_bytes: int, counters: int) -> Workspace:
+    """Return the workspace of a device, allocated anew where it is too small.
+
+    Each device has one, so the kernels of one device must run on one stream at a time. Outgrown workspaces stay alive:
+    a CUDA graph may hold their addresses.
+    """
+    held = _of_devices.setdefault(device, [])
+    if held:
+        buffer_bytes = max(buffer_bytes, held[-1].buffer.numel())
+        counters = max(counters, held[-1].counters.numel())
+    if not held or (buffer_bytes, counters) != (held[-1].buffer.numel(), held[-1].counters.numel()):
+        held.append(Workspace.allocate(buffer_bytes, counters, device))
+    return held[-1]
+
+
+def reserved(device: torch.device) -> Workspace | None:
+    """Return the workspace of a device, if it has one."""
+    held = _of_devices.get(device)
+    return held[-1] if held else None

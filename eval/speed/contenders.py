@@ -18,6 +18,7 @@ from qsun.model.skeleton import HEAD, empty_model
 from qsun.quantization.methods.grid import Grid
 from qsun.quantization.methods.rtn import rtn
 from qsun.runtime.decode_module import DecodeModule, load_decode
+from qsun.runtime.fused_block import fuse_blocks
 from qsun.runtime.fused_projections import merge_block, merge_projections
 from qsun.runtime.kv_cache import kv_bytes_per_token
 from qsun.runtime.quant_linear import QuantLinear
@@ -65,6 +66,9 @@ def made_contenders(shape: str, head: str, device: torch.device, seed: int = 0) 
     if head != "bf16":
         decode[QSUN_HEAD] = with_int4_head(quantized)
     merge_projections(full, config, dense=True)
+    if device.type == "cuda":
+        for model in (full, quantized):
+            fuse_blocks(model, config)
     return Contenders(shape, decode, full, {name: head_of(model) for name, model in decode.items()})
 
 
@@ -95,8 +99,9 @@ def loaded_contenders(directory: str, base: str | None, device: torch.device) ->
             raise QsunError(f"base {base} is quantized; give the full-precision model")
         if _sizes(full.config) != _sizes(quantized.config):
             raise QsunError(f"base {base} has {_sizes(full.config)}, {directory} has {_sizes(quantized.config)}")
-    if device.type == "cuda":  # where load_decode merges the int4 layers
+    if device.type == "cuda":  # where load_decode merges and fuses the int4 layers
         merge_projections(full, full.config, dense=True)
+        fuse_blocks(full, full.config)
     variant = QSUN if head_of(quantized) == "bf16" else QSUN_HEAD
     decode = {SUN: full, variant: quantized}
     return Contenders(

@@ -18,6 +18,7 @@ from qsun.model.manifest import MANIFEST
 from qsun.model.quantization_config import stored_format
 from qsun.model.skeleton import EMBEDDING, HEAD, empty_model, linear_of, read_model_config
 from qsun.model.stored_layers import quantized_layer_names, read_quantized_layer
+from qsun.runtime.fused_block import fuse_blocks
 from qsun.runtime.fused_projections import merge_projections
 from qsun.runtime.quant_linear import QuantLinear
 
@@ -56,6 +57,7 @@ def load_decode(
     dtype: torch.dtype | str | None = None,
     keep_dense: bool | None = None,
     merge: bool | None = None,
+    fuse: bool | None = None,
 ) -> DecodeModule:
     """Load a decode module: GPTQ v1 or v2, AWQ gemm, compressed-tensors, or a plain full-precision base.
 
@@ -66,7 +68,8 @@ def load_decode(
         keep_dense: whether layers may keep dequantized copies for the inputs that are faster with them
             (batches beyond 8 rows on most servers, float32); default: where all copies take less than half of the
             free memory.
-        merge: one product for q, k and v and one for gate and up (merged.py); default: on a GPU.
+        merge: one product for q, k and v and one for gate and up (fused_projections.py); default: on a GPU.
+        fuse: a merged block's decode step in a few kernels where it can (fused_block.py); default: on a GPU.
     Raises:
         QsunError: a damaged or unsupported directory.
     """
@@ -82,6 +85,8 @@ def load_decode(
     place_weights(model, checkpoint, dtype, device, keep_dense)
     if merge or (merge is None and device.type == "cuda"):
         merge_projections(model, config)
+    if fuse or (fuse is None and device.type == "cuda"):
+        fuse_blocks(model, config)
     if (path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(path)
     manifest = read_json(path / MANIFEST) if (path / MANIFEST).exists() else {}

@@ -11,9 +11,10 @@ from torch.nn.functional import silu
 from qsun.errors import QsunError
 from qsun.kernels import int4_cpu, int4_cuda, int4pack_cpu
 from qsun.kernels.layout import PackedInt4, interleave_gate_up, pack_int4, separate_gate_up, unpack_int4
-from qsun.kernels.reference import dequantize, group_index
+from qsun.kernels.reference import dequantize
 from qsun.model.quantized import Quantized
 from qsun.runtime import ops  # noqa: F401  (registers torch.ops.qsun)
+from qsun.runtime.column_order import by_group, in_order
 
 logger = logging.getLogger(__name__)
 _CHUNK_ROWS = 256
@@ -111,7 +112,7 @@ class QuantLinear(nn.Module):
         if self.storage == "bytes":
             assert self.zeros is not None
             return Quantized(self.q, self.scales, self.zeros, self.g_idx)
-        return _in_order(self._unpacked(), self.order)
+        return in_order(self._unpacked(), self.order)
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """Dequantize (out, in) weights in float32, or in dtype where it is wider, and round once."""
@@ -125,6 +126,12 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self._product(x, silu_mul=False)
 
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Return this layer's product plus the residual, in one kernel where the storage has one."""
+        if self.storage == "triton_int4" and not self.gated:
+            return self._product(x, silu_mul=False, residual=residual)
+        return residual + self(x)
+
     def silu_mul(self, x: Tensor) -> Tensor:
         """Return SiLU(gate) * up for a layer whose rows are a gate projection's, then an up projection's."""
         grad = torch.is_grad_enabled() and x.requires_grad
@@ -133,14 +140,14 @@ class QuantLinear(nn.Module):
         gate, up = self(x).chunk(2, -1)
         return silu(gate) * up
 
-    def _product(self, x: Tensor, silu_mul: bool) -> Tensor:
+    def _product(self, x: Tensor, silu_mul: bool, residual: Tensor | None = None) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         dense = self._dense_for(x)
         if x.is_cuda and dense is None and (self.storage == "bytes" or x.dtype != self.dtype):
             _warn_of_dequantizing(self.storage, self.bits, self.dtype, x.dtype)
         if self.storage == "bytes":
             return torch.ops.qsun.bytes_linear.default(x, self.q, self.scales, self.zeros, self.g_idx, dense, bias)
-        weights = (self.words, self.scales, self.zeros, self.order, dense, bias, None)
+        weights = (self.words, self.scales, self.zeros, self.order, dense, bias, residual)
         product: Any = torch.ops.qsun.int4_linear.default
         if self.storage == "cpu_int4" and not _needs_op(x):
             product = int4_cpu.int4_linear
@@ -153,11 +160,11 @@ class QuantLinear(nn.Module):
         return self.gated and self.storage == "triton_int4"
 
     def _store(self, weights: Quantized) -> None:
-        weights, order = _by_group(weights)
+        weights, order = by_group(weights)
         self.storage = self._choose_storage(weights)
         buffers: dict[str, Tensor | None]
         if self.storage == "bytes":
-            buffers = _in_order(weights, order)._asdict()
+            buffers = in_order(weights, order)._asdict()
         elif self.storage == "cpu_int4":
             words, scales = int4pack_cpu.pack(weights.q, weights.scales, weights.zeros)
             buffers = {"words": words, "scales": scales, "zeros": None, "order": order}
@@ -274,25 +281,3 @@ def _dense(weights: Quantized, dtype: torch.dtype) -> Tensor:
         q, scales, zeros = weights.q[rows], weights.scales[:, rows], weights.zeros[:, rows]
         out[rows] = dequantize(q, scales, zeros, weights.g_idx, precise)
     return out
-
-
-def _by_group(weights: Quantized) -> tuple[Quantized, Tensor | None]:
-    """Sort columns into contiguous groups where all have one size; also return the order of the columns."""
-    if weights.g_idx is None:
-        return weights, None
-    G, K = weights.scales.shape[0], weights.q.shape[1]
-    if K % G or not bool((torch.bincount(weights.g_idx.long(), minlength=G) == K // G).all()):
-        return weights, None
-    order = torch.argsort(weights.g_idx.long(), stable=True)
-    return Quantized(weights.q[:, order], weights.scales, weights.zeros), order
-
-
-def _in_order(weights: Quantized, order: Tensor | None) -> Quantized:
-    """Invert `_by_group`."""
-    if order is None:
-        return weights
-    K, G = weights.q.shape[1], weights.scales.shape[0]
-    q, g_idx = torch.empty_like(weights.q), torch.empty(K, dtype=torch.int32, device=order.device)
-    q[:, order] = weights.q
-    g_idx[order] = group_index(K, G, order.device)
-    return Quantized(q, weights.scales, weights.zeros, g_idx)

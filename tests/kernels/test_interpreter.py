@@ -11,11 +11,16 @@ from tests.places import ROOT
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("marker", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_kernels_in_the_interpreter(marker):
+SLOW = pytest.param("interpreted_int4.py", "slow", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("name", "marker"), [("interpreted_int4.py", "not slow"), ("interpreted_decode.py", "not slow"), SLOW]
+)
+def test_kernels_in_the_interpreter(name, marker):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    file = "tests/kernels/interpreted_int4.py"
-    command = [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", "-m", marker, file]
+    options = ("-q", "--noconftest", "-p", "no:cacheprovider", "-m", marker, f"tests/kernels/{name}")
+    command = [sys.executable, "-m", "pytest", *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qsun.errors import QsunError
-from qsun.kernels import int4_cuda
+from qsun.kernels.workspace import reserved
 from qsun.model.quantized import Quantized
 from qsun.runtime import quant_linear
 from qsun.runtime.quant_linear import QuantLinear
@@ -66,7 +66,7 @@ def test_no_rows(pretend_cuda):
 
 def test_a_layer_that_moves_reserves_a_workspace_there(pretend_cuda):
     moved = layer().to("cuda:1")
-    assert torch.device("cuda:1") in int4_cuda._workspaces
+    assert reserved(torch.device("cuda:1")) is not None
     x = torch.randn(1, K, device="cuda:1").bfloat16()
     assert kernels(pretend_cuda, moved, x) == {"triton::int4_matmul": 1}
 

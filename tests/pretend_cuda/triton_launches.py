@@ -3,7 +3,7 @@
 import torch
 from torch.nn.functional import silu
 
-from qsun.kernels import bytes_product, int4_cuda, int4_triton
+from qsun.kernels import bytes_product, decode_cuda, int4_cuda, int4_triton, workspace
 from qsun.kernels.layout import INTERLEAVED_ROWS, PackedInt4, unpack_int4
 from qsun.kernels.reference import dequantize
 from tests.pretend_cuda.tensors import STATE, PretendMode, PretendTensor
@@ -21,7 +21,7 @@ class Kernel:
             assert all(isinstance(each, PretendTensor) for each in tensors), f"{self.name} got a tensor of the host"
             devices = {each.device.index for each in tensors}
             assert devices == {STATE.current}, f"{self.name} launches on cuda:{STATE.current}, tensors are on {devices}"
-            assert max(grid[1:]) <= 65535
+            assert max(grid[1:], default=0) <= 65535
             inner = [each.inner if isinstance(each, PretendTensor) else each for each in args]
             with torch.no_grad():
                 self.compute(*inner, **options)
@@ -45,6 +45,51 @@ def dequantize_tiles(words, scales, zeros, out, N, K, padded_n, GROUP, ASYM, **o
     out.copy_(weights(words, scales, zeros if ASYM else None, N, K, GROUP))
 
 
+def rms_norm_rows(x, residual, weight, out, total, width, eps, offset, ADD, ROUND, **_):
+    x = x.float()
+    if ADD:
+        x = total.copy_(x + residual.float()).float()
+    normed = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    normed = normed.to(out.dtype).float() if ROUND else normed
+    out.copy_(normed * (offset + weight.float()))
+
+
+def silu_mul_rows(gate_up, out, width, **_):
+    gate, up = gate_up.float().chunk(2, -1)
+    out.copy_(silu(gate) * up)
+
+
+def rotate_and_store(
+    qkv, cos, sin, q_norm, k_norm, columns, q, keys, values,
+    stride_qkv, key_row, key_head, value_row, value_head, eps, heads, kv_heads, D, ROTATE, NORM, **_,
+):  # fmt: skip
+    rows = len(qkv)
+    parts = qkv.view(rows, -1, D).split([heads, kv_heads, kv_heads], 1)
+    for part, norm, cache in zip(parts, (q_norm, k_norm, None), (None, keys, values), strict=True):
+        x = part.float()
+        if NORM and norm is not None:
+            x = (x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()).to(qkv.dtype).float() * norm.float()
+        if ROTATE and norm is not None:
+            first, second = x.chunk(2, -1)
+            x = x * cos.float()[:, None] + torch.cat([-second, first], -1) * sin.float()[:, None]
+        if cache is None:
+            q.copy_(x)
+        else:
+            cache[torch.arange(rows), :, columns] = x.to(cache.dtype)
+
+
+def split_attention(
+    q, keys, values, columns, out, partials, counters,
+    key_row, key_head, value_row, value_head, kv_heads, scale, softcap, window, GROUP, SOFTCAP, WINDOW, **_,
+):  # fmt: skip
+    for row, column in enumerate(columns.tolist()):
+        first = max(0, column + 1 - window) if WINDOW else 0
+        k, v = (x[row, :, first : column + 1].float().repeat_interleave(GROUP, 0) for x in (keys, values))
+        scores = torch.einsum("hd,hnd->hn", q[row].float(), k) * scale
+        scores = softcap * (scores / softcap).tanh() if SOFTCAP else scores
+        out[row] = torch.einsum("hn,hnd->hd", scores.softmax(-1), v)
+
+
 def weights(words, scales, zeros, N, K, group):
     q, scale, zero = unpack_int4(PackedInt4(words, scales, zeros), N, K, group or -1)
     return dequantize(q, scale, zero, None, torch.float32)
@@ -54,7 +99,9 @@ def patches():
     """Yield (object, attribute, stand-in)."""
     yield int4_triton, "int4_matmul", Kernel("int4_matmul", int4_matmul)
     yield int4_triton, "dequantize_tiles", Kernel("dequantize_tiles", dequantize_tiles)
-    yield int4_cuda, "_workspaces", {}
+    yield workspace, "_of_devices", {}
+    for compute in (rms_norm_rows, silu_mul_rows, rotate_and_store, split_attention):
+        yield decode_cuda, compute.__name__, Kernel(compute.__name__, compute)
     operators = {
         "qsun::int4_linear": int4_cuda.int4_linear,
         "qsun::int4_input_grad": int4_cuda.int4_input_grad,

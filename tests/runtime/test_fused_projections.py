@@ -125,3 +125,12 @@ def test_threads_do_not_mix():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_fused_blocks_change_nothing_on_a_cpu(quantized):
+    directory = quantized("llama", torch.bfloat16)
+    ids = torch.from_numpy(random_tokens(2, 5))
+    plain, fused = (
+        qsun.load_decode(directory, device="cpu", merge=True, fuse=fuse).model(ids).logits for fuse in (None, True)
+    )
+    assert torch.equal(plain, fused)

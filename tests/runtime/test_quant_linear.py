@@ -80,3 +80,10 @@ def test_parts_that_do_not_fit(group_size):
     q, scales, zeros = parts(8, 64, 32)
     with pytest.raises(qsun.QsunError, match="do not fit"):
         qsun.QuantLinear.from_parts(q, scales, zeros, group_size)
+
+
+def test_the_product_plus_a_residual():
+    q, scales, zeros = parts(8, 64, 32)
+    layer = qsun.QuantLinear.from_parts(q, scales, zeros, 32, torch.randn(8))
+    x, residual = torch.randn(3, 64), torch.randn(3, 8)
+    assert torch.equal(layer.plus(x, residual), residual + layer(x))

@@ -1,0 +1,171 @@
+# mypy: ignore-errors
+"""Kernels of a decode step around its products: norms, rotary positions with the KV write, and attention of one token.
+
+Sums and rotations are in float32 with one rounding at the end, except where noted.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rms_norm_rows(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, width, eps, offset,
+    ADD: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Compute out = norm(x) * (offset + weight), one program a row; ADD: of x + residual, which goes to sum, rounded.
+
+    ROUND rounds the normalized row before the weight multiplies it, as Llama's norm does and Gemma's does not.
+    """
+    row = tl.program_id(0).to(tl.int64) * width
+    k = tl.arange(0, BLOCK)
+    inside = k < width
+    x = tl.load(x_ptr + row + k, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(residual_ptr + row + k, mask=inside, other=0.0).to(tl.float32)
+        rounded = x.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + row + k, rounded, mask=inside)
+        x = rounded.to(tl.float32)
+    normed = x * tl.rsqrt(tl.sum(x * x, 0) / width + eps)
+    if ROUND:
+        normed = normed.to(out_ptr.dtype.element_ty).to(tl.float32)
+    weight = tl.load(weight_ptr + k, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row + k, (normed * (offset + weight)).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def silu_mul_rows(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
+    """Compute out (rows, width) = SiLU(gate) * up of gate_up (rows, 2 width)."""
+    row, k = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = gate_up_ptr + row * 2 * width + k
+    gate = tl.load(at, mask=k < width, other=0.0).to(tl.float32)
+    up = tl.load(at + width, mask=k < width, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * width + k, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=k < width)
+
+
+@triton.jit
+def _head(at, norm_ptr, d, width, rstd, NORM: tl.constexpr):
+    """Load elements d of a head; NORM: normalized, rounded, times its weight."""
+    x = tl.load(at + d, mask=d < width, other=0.0)
+    if NORM:
+        normed = (x.to(tl.float32) * rstd).to(x.dtype).to(tl.float32)
+        return normed * tl.load(norm_ptr + d, mask=d < width, other=0.0).to(tl.float32)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def rotate_and_store(
+    qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, columns_ptr, q_ptr, keys_ptr, values_ptr,
+    stride_qkv, key_row, key_head, value_row, value_head, eps, heads, kv_heads,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """Rotate the queries and keys of one token a row, and write its keys and values into column columns[row].
+
+    Grid: (rows, heads + 2 kv_heads). qkv: (rows, (heads + 2 kv_heads) D); cos, sin: (rows, D); q: (rows, heads, D).
+    """
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    at = qkv_ptr + row * stride_qkv + head * D
+    d = tl.arange(0, BLOCK_D)
+    inside = d < D
+    column = tl.load(columns_ptr + row).to(tl.int64) * D
+    if head >= heads + kv_heads:
+        out = values_ptr + row * value_row + (head - heads - kv_heads).to(tl.int64) * value_head + column
+        tl.store(out + d, tl.load(at + d, mask=inside, other=0.0), mask=inside)
+    else:
+        is_query = head < heads
+        rstd = 1.0
+        if NORM:
+            plain = tl.load(at + d, mask=inside, other=0.0).to(tl.float32)
+            rstd = tl.rsqrt(tl.sum(plain * plain, 0) / D + eps)
+        norm_ptr = q_norm_ptr
+        if NORM and not is_query:
+            norm_ptr = k_norm_ptr
+        x = _head(at, norm_ptr, d, D, rstd, NORM)
+        if ROTATE:
+            partner = tl.where(d < D // 2, d + D // 2, d - D // 2)
+            partner = tl.where(inside, partner, D)
+            other = _head(at, norm_ptr, partner, D, rstd, NORM)
+            cos = tl.load(cos_ptr + row * D + d, mask=inside, other=0.0).to(tl.float32)
+            sin = tl.load(sin_ptr + row * D + d, mask=inside, other=0.0).to(tl.float32)
+            x = x * cos + tl.where(d < D // 2, -other, other) * sin
+        if is_query:
+            tl.store(q_ptr + (row * heads + head) * D + d, x.to(q_ptr.dtype.element_ty), mask=inside)
+        else:
+            out = keys_ptr + row * key_row + (head - heads).to(tl.int64) * key_head + column
+            tl.store(out + d, x.to(keys_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def split_attention(
+    q_ptr, keys_ptr, values_ptr, columns_ptr, out_ptr, partials_ptr, counters_ptr,
+    key_row, key_head, value_row, value_head, kv_heads, scale, softcap, window,
+    GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    SHARE: tl.constexpr, MOST_SPLITS: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    """Attention of one token a row to its columns 0 .. columns[row], of the last `window` where WINDOW is set.
+
+    Grid: (rows * kv_heads, splits). GROUP query heads share a KV head; G is GROUP padded for the tensor cores. How a
+    row is split depends on its own length alone, so that its result does not depend on the rows beside it. The last
+    program to arrive adds the splits in their order; no atomic touches data.
+    """
+    pair, split = tl.program_id(0), tl.program_id(1)
+    row, head = (pair // kv_heads).to(tl.int64), pair % kv_heads
+    length = tl.load(columns_ptr + row).to(tl.int32) + 1
+    first = 0
+    if WINDOW:
+        first = tl.maximum(length - window, 0)
+    share = tl.maximum(tl.cdiv(tl.cdiv(length - first, MOST_SPLITS), BLOCK) * BLOCK, SHARE)
+    used = tl.cdiv(length - first, share)
+    if split < used:
+        start = first + split * share
+        end = tl.minimum(start + share, length)
+        g, d, lane = tl.arange(0, G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK)
+        q_at = ((row * kv_heads + head) * GROUP + g)[:, None] * D + d[None, :]
+        q_inside = (g < GROUP)[:, None] & (d < D)[None, :]
+        q = tl.load(q_ptr + q_at, mask=q_inside, other=0.0)
+        keys_at = keys_ptr + row * key_row + head.to(tl.int64) * key_head
+        values_at = values_ptr + row * value_row + head.to(tl.int64) * value_head
+        most = tl.full((G,), float("-inf"), tl.float32)
+        total = tl.zeros((G,), tl.float32)
+        acc = tl.zeros((G, BLOCK_D), tl.float32)
+        for t in tl.range(start, end, BLOCK):
+            n = t + lane
+            at = n.to(tl.int64)[:, None] * D + d[None, :]
+            inside = (n < end)[:, None] & (d < D)[None, :]
+            keys = tl.load(keys_at + at, mask=inside, other=0.0)
+            scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+            if SOFTCAP:
+                scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
+            scores = tl.where((n < end)[None, :], scores * 1.4426950408889634, float("-inf"))
+            above = tl.maximum(most, tl.max(scores, 1))
+            weights = tl.exp2(scores - above[:, None])
+            fade = tl.exp2(most - above)
+            values = tl.load(values_at + at, mask=inside, other=0.0)
+            total = total * fade + tl.sum(weights, 1)
+            acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision="ieee")
+            most = above
+        if used == 1:
+            tl.store(out_ptr + q_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=q_inside)
+        else:
+            SIZE: tl.constexpr = G * BLOCK_D + 2 * G
+            mine = partials_ptr + pair.to(tl.int64) * tl.num_programs(1) * SIZE
+            inner = g[:, None] * BLOCK_D + d[None, :]
+            tl.store(mine + split * SIZE + inner, acc)
+            tl.store(mine + split * SIZE + G * BLOCK_D + g, most)
+            tl.store(mine + split * SIZE + G * BLOCK_D + G + g, total)
+            tl.debug_barrier()  # every thread has stored before one of them counts
+            if tl.atomic_add(counters_ptr + pair, 1, sem="acq_rel") == used - 1:
+                most = tl.full((G,), float("-inf"), tl.float32)
+                total = tl.zeros((G,), tl.float32)
+                acc = tl.zeros((G, BLOCK_D), tl.float32)
+                for s in tl.range(used):
+                    part = mine + s * SIZE
+                    its_most = tl.load(part + G * BLOCK_D + g, cache_modifier=".cg")
+                    above = tl.maximum(most, its_most)
+                    fade, gain = tl.exp2(most - above), tl.exp2(its_most - above)
+                    total = total * fade + tl.load(part + G * BLOCK_D + G + g, cache_modifier=".cg") * gain
+                    acc = acc * fade[:, None] + tl.load(part + inner, cache_modifier=".cg") * gain[:, None]
+                    most = above
+                tl.store(counters_ptr + pair, 0)  # ready for the next launch
+                tl.store(out_ptr + q_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=q_inside)

@@ -1,0 +1,113 @@
+"""A decode step of a whole decoder block in eight kernels on a GPU (ten where the products are full precision).
+
+    norm -> q, k, v -> rotate, write KV -> attention -> o + residual -> norm -> SiLU(gate) * up -> down + residual
+
+transformers' own block runs some forty. Only a step whose conditions all hold takes this way: one token a row on a GPU,
+without gradients, over a cache of slots; every other call goes to the block itself.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsun.kernels import int4_cuda
+from qsun.model.architectures import Architecture, architecture_of
+from qsun.runtime.fused_projections import GatedMLP, MergedPart
+from qsun.runtime.quant_linear import QuantLinear
+
+
+class FusedBlock(nn.Module):
+    """Takes the place of a block and shares its parts, under their names.
+
+    Args:
+        window: of the layer's sliding attention; None: it sees every column.
+    """
+
+    def __init__(self, block: Any, layer: int, architecture: Architecture, window: int | None):
+        super().__init__()
+        for name, part in block.named_children():
+            self.add_module(name, part)
+        self._block = (block,)  # in a tuple, so that its parts are registered once
+        self.layer, self.window, self.offset = layer, window, architecture.norm_offset
+        attention = block.self_attn
+        self.scale, self.rotates = attention.scaling, bool(getattr(attention, "use_rope", True))
+        self.width = attention.head_dim
+
+    def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
+        cache = options.get("cache", options.get("past_key_values"))
+        rotation: Any = options.get("position_embeddings")
+        if args or not self._takes(hidden_states, cache, rotation):
+            return self._block[0](hidden_states, *args, **options)
+        with torch.cuda.device_of(hidden_states):  # Triton launches on the current device
+            return self._step(hidden_states.flatten(0, 1), cache, rotation).view(hidden_states.shape)
+
+    def _takes(self, x: Tensor, cache: Any, rotation: Any) -> bool:
+        """Return whether this is one token a row on a GPU, without gradients, over a cache of slots of its dtype."""
+        if not x.is_cuda or x.shape[1] != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        slots = hasattr(cache, "lengths") and hasattr(cache, "buffers") and cache.view[0] == x.shape[0]
+        return slots and x.dtype == cache.buffers[self.layer][0].dtype and rotation[0].shape[-1] == self.width
+
+    def _step(self, x: Tensor, cache: Any, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        from qsun.kernels import decode_cuda
+
+        rows, columns = cache.view
+        keys, values = (buffer[:rows, :, :columns] for buffer in cache.buffers[self.layer])
+        attention: Any = self.self_attn
+        norms = None
+        if hasattr(attention, "q_norm"):
+            norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
+        cos, sin = (part.expand(rows, 1, self.width).reshape(rows, self.width).contiguous() for part in rotation)
+        qkv = attention.q_proj.merged.layer(self._norm(x, self.input_layernorm))
+        at = cache.lengths[:rows]
+        q = decode_cuda.rotate_and_store_kv(qkv, (cos, sin) if self.rotates else None, norms, keys, values, at)
+        seen = decode_cuda.decode_attention(q, keys, values, at, self.scale, self.window)
+        normed, x = self._add_and_norm(attention.o_proj, seen, x, self.post_attention_layernorm)
+        mlp: Any = self.mlp
+        inner = self._gated(mlp.gate_up, normed)
+        down = mlp.down_proj
+        return down.plus(inner, x) if isinstance(down, QuantLinear) else x + down(inner)
+
+    def _norm(self, x: Tensor, norm: Any) -> Tensor:
+        from qsun.kernels.decode_cuda import rms_norm
+
+        return rms_norm(x, norm.weight, norm.variance_epsilon, self.offset)
+
+    def _add_and_norm(self, layer: Any, x: Tensor, residual: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+        """Return (norm of the sum, sum) of the layer's product and the residual."""
+        from qsun.kernels.decode_cuda import add_rms_norm
+
+        if isinstance(layer, QuantLinear):
+            total = layer.plus(x, residual)
+            return self._norm(total, norm), total
+        return add_rms_norm(layer(x), residual, norm.weight, norm.variance_epsilon, self.offset)
+
+    def _gated(self, gate_up: Any, x: Tensor) -> Tensor:
+        from qsun.kernels.decode_cuda import silu_mul
+
+        return gate_up.silu_mul(x) if isinstance(gate_up, QuantLinear) else silu_mul(gate_up(x))
+
+
+def fuse_blocks(model: Any, config: Any) -> None:
+    """Replace the blocks of a transformers model on a GPU whose projections are merged by FusedBlock, in place.
+
+    Blocks with norms between a half and the residual (Gemma, OLMo 2), with projections merged in the checkpoint (Phi 3)
+    or with heads that the kernels do not support stay as they are.
+    """
+    architecture = architecture_of(config.model_type)
+    if not architecture.output_added or not int4_cuda.available():
+        return
+    for layer, block in enumerate(model.model.layers):
+        if _fusible(block):
+            kind = config.layer_types[layer] if architecture.masks_by_type else "all"
+            window = None if kind == "full_attention" else getattr(config, "sliding_window", None)
+            model.model.layers[layer] = FusedBlock(block, layer, architecture, window)
+
+
+def _fusible(block: Any) -> bool:
+    from qsun.kernels.decode_cuda import HEAD_DIMS
+
+    attention = block.self_attn
+    merged = isinstance(getattr(attention, "q_proj", None), MergedPart) and isinstance(block.mlp, GatedMLP)
+    return merged and attention.head_dim in HEAD_DIMS

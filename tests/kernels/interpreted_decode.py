@@ -1,0 +1,152 @@
+"""A decode step's norms, rotations and attention in Triton's interpreter against float64.
+
+Run by test_interpreter.py in a process of its own.
+"""
+
+import pytest
+import torch
+from torch.nn.functional import silu
+
+from qsun.kernels import decode_cuda
+from qsun.kernels.decode_cuda import (
+    add_rms_norm,
+    attention_workspace_bytes,
+    decode_attention,
+    rms_norm,
+    rotate_and_store_kv,
+    silu_mul,
+)
+from qsun.kernels.workspace import Workspace
+from tests.kernels.decode_oracle import assert_close, attended, normed, rotated
+
+HALF, SINGLE = torch.float16, torch.float32
+SHAPES = [(8, 2, 64), (1, 1, 64), (7, 1, 80), (4, 4, 96), (4, 1, 128), (2, 1, 256), (40, 2, 64)]
+
+
+@pytest.fixture(autouse=True)
+def empty_is_nan():
+    torch.use_deterministic_algorithms(True)  # torch.empty is filled with NaN
+
+
+@pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("shape", [(1, 64), (3, 100), (2, 1, 2048), (5, 1), (0, 64)], ids=str)
+def test_norms(shape, offset, dtype):
+    x, residual = (torch.randn(shape).to(dtype) for _ in range(2))
+    weight = torch.rand(shape[-1]).to(dtype)
+    assert_close(rms_norm(x, weight, 1e-5, offset), normed(x, weight, 1e-5, offset))
+    y, total = add_rms_norm(x, residual, weight, 1e-5, offset)
+    assert torch.equal(total, x + residual)
+    assert_close(y, normed(total, weight, 1e-5, offset))
+
+
+@pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(1, 16), (3, 1500), (0, 32)])
+def test_gated_activation(rows, width, dtype):
+    gate_up = torch.randn(rows, 2 * width).to(dtype)
+    gate, up = gate_up.double().chunk(2, -1)
+    assert_close(silu_mul(gate_up), silu(gate) * up)
+
+
+@pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
+@pytest.mark.parametrize("with_norms", [False, True], ids=["plain", "normed"])
+@pytest.mark.parametrize("rotate", [False, True], ids=["nope", "rope"])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(8, 2, 64), (3, 3, 96), (4, 1, 128), (2, 1, 256)])
+def test_rotation_and_the_kv_write(heads, kv_heads, width, rotate, with_norms, dtype):
+    rows, capacity = 3, 7
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * width + 8).to(dtype)[:, :-8]
+    angles = torch.randn(rows, width // 2).repeat(1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    weights = [torch.rand(width).to(dtype) for _ in range(2)]
+    columns = torch.tensor([0, 6, 3])
+    caches = [torch.randn(rows + 1, kv_heads, capacity, width).to(dtype) for _ in range(2)]
+    before = [cache.clone() for cache in caches]
+    q = rotate_and_store_kv(
+        *(qkv, (cos, sin) if rotate else None, (*weights, 1e-6) if with_norms else None),
+        *(cache[:rows] for cache in caches),
+        columns,
+    )
+    queries, keys, values = (
+        part.double().unflatten(-1, (-1, width))
+        for part in qkv.split([heads * width, kv_heads * width, kv_heads * width], -1)
+    )
+    if with_norms:
+        queries, keys = (normed(x, w, 1e-6, 0.0) for x, w in zip((queries, keys), weights, strict=True))
+    if rotate:
+        queries, keys = (rotated(x, cos.double(), sin.double()) for x in (queries, keys))
+    assert_close(q, queries, 4)
+    for cache, old, new in zip(caches, before, (keys, values), strict=True):
+        for row, column in enumerate(columns):
+            assert_close(cache[row, :, column], new[row], 4)
+            old[row, :, column] = cache[row, :, column]
+        assert torch.equal(cache, old)  # nothing else was touched
+
+
+def check(lengths, heads, kv_heads, width, dtype, window=None, softcap=None, capacity=None, scale=None):
+    """Close to float64; twice with one poisoned workspace: the same bits, counters back at zero."""
+    capacity = capacity or max(lengths)
+    rows, columns = len(lengths), torch.tensor(lengths) - 1
+    keys, values = (torch.randn(rows + 1, kv_heads, capacity, width).to(dtype) for _ in range(2))
+    for cache in (keys, values):
+        for row, column in enumerate(columns.tolist()):
+            cache[row, :, column + 1 :] = float("nan")  # what is beyond a row's end is never read
+    q = torch.randn(rows, heads, width).to(dtype)
+    keys, values = keys[:rows], values[:rows]
+    space = Workspace.allocate(*attention_workspace_bytes(rows, heads, kv_heads, width, capacity), "cpu")
+    results = []
+    for _ in range(2):
+        space.buffer.fill_(255)
+        options = {"window": window, "softcap": softcap, "workspace": space}
+        results.append(decode_attention(q, keys, values, columns, scale or width**-0.5, **options))
+        assert not space.counters.any()
+    assert torch.equal(*results)
+    wanted = attended(q, keys, values, columns, scale or width**-0.5, window, softcap)
+    assert_close(results[0], wanted, 2 if dtype == HALF else 8 + (softcap or 0))
+    return q, keys, values, columns, results[0]
+
+
+@pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), SHAPES)
+def test_attention(heads, kv_heads, width, dtype):
+    check([1, 63, 64, 65], heads, kv_heads, width, dtype)
+
+
+@pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
+@pytest.mark.parametrize("lengths", [[128, 129], [300, 1, 257], [700]], ids=str)
+def test_attention_over_several_splits(lengths, dtype):
+    check(lengths, 4, 2, 64, dtype, capacity=704)
+
+
+@pytest.mark.parametrize("window", [1, 33, 128, 1000])
+def test_sliding_windows(window):
+    check([5, 300, 640], 4, 2, 64, HALF, window=window)
+
+
+@pytest.mark.parametrize("softcap", [0.5, 50.0])
+def test_soft_caps_and_scales(softcap):
+    check([40, 200], 4, 2, 128, SINGLE, softcap=softcap, scale=0.3)
+
+
+def test_large_scores_do_not_overflow():
+    check([200], 2, 1, 64, HALF, scale=30.0)
+
+
+def test_more_columns_than_splits(monkeypatch):
+    monkeypatch.setattr(decode_cuda, "_MOST_SPLITS", 3)
+    check([384, 385, 1000], 2, 1, 64, SINGLE)
+
+
+def test_a_row_does_not_depend_on_the_others():
+    q, keys, values, columns, together = check([300, 10, 500], 4, 2, 64, HALF, capacity=512)
+    for row in range(3):
+        alone = decode_attention(
+            *(x[row : row + 1] for x in (q, keys[:, :, : int(columns[row]) + 1], values, columns)), scale=64**-0.5
+        )
+        assert torch.equal(alone[0], together[row])
+
+
+def test_heads_that_are_not_supported():
+    for heads, kv_heads, width in ((3, 2, 64), (2, 2, 72), (2, 2, 512)):
+        q, keys = torch.zeros(1, heads, width), torch.zeros(1, kv_heads, 8, width)
+        with pytest.raises(ValueError, match="use a multiple"):
+            decode_attention(q, keys, keys, torch.tensor([3]), 1.0)

@@ -1,0 +1,67 @@
+"""The machine code of a decode step's own kernels, without a GPU: no spills, wide loads, tensor cores in attention."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+from qsun.kernels.decode_triton import rms_norm_rows, rotate_and_store, silu_mul_rows, split_attention
+from tests.kernels.offline import compile_kernel
+
+
+def compile_attention(width, capability=90, kind="*bf16", softcap=False, window=False):
+    types = dict.fromkeys(("q_ptr", "keys_ptr", "values_ptr", "out_ptr"), kind)
+    types |= {"columns_ptr": "*i64", "partials_ptr": "*fp32", "counters_ptr": "*i32"}
+    types |= dict.fromkeys(("key_row", "key_head", "value_row", "value_head"), "i32!")
+    types |= {"kv_heads": "i32", "scale": "fp32", "softcap": "fp32", "window": "i32"}
+    block_d = 1 << (width - 1).bit_length()
+    constants = {"GROUP": 4, "G": 16, "D": width, "BLOCK_D": block_d, "BLOCK": 64 if block_d <= 128 else 32}
+    constants |= {"SHARE": 128, "MOST_SPLITS": 64, "SOFTCAP": softcap, "WINDOW": window}
+    return compile_kernel(split_attention, types, constants, capability, 4)
+
+
+@pytest.mark.parametrize(
+    ("width", "options"),
+    [
+        (128, {}),
+        (64, {"softcap": True, "window": True}),
+        (256, {"kind": "*fp16"}),
+        pytest.param(80, {"window": True}, marks=pytest.mark.slow),
+        pytest.param(128, {"capability": 80}, marks=pytest.mark.slow),
+        pytest.param(128, {"capability": 100}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_attention(width, options):
+    code = compile_attention(width, **options)
+    assert not code.spills()
+    assert code.registers <= 200
+    assert code.shared_bytes <= 99 * 1024
+    assert any(name.startswith(("LDGSTS.E.BYPASS.128", "LDG.E.128")) for name in code.instructions), code.instructions
+    assert any(name.startswith(("HMMA", "HGMMA", "UTCHMMA")) for name in code.instructions)
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_norms(add):
+    types = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "out_ptr", "sum_ptr"), "*bf16")
+    types |= {"width": "i32!", "eps": "fp32", "offset": "fp32"}
+    code = compile_kernel(rms_norm_rows, types, {"ADD": add, "ROUND": True, "BLOCK": 4096}, 90, 8)
+    assert not code.spills()
+    assert any(name.startswith("LDG.E.128") for name in code.instructions)
+    assert any(name.startswith("STG.E.128") for name in code.instructions)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_rotation(normed):
+    names = ("qkv", "cos", "sin", "q_norm", "k_norm", "q", "keys", "values")
+    types = {f"{name}_ptr": "*bf16" for name in names} | {"columns_ptr": "*i64", "eps": "fp32"}
+    types |= dict.fromkeys(("stride_qkv", "key_row", "key_head", "value_row", "value_head"), "i32!")
+    types |= {"heads": "i32", "kv_heads": "i32"}
+    constants = {"D": 128, "BLOCK_D": 128, "ROTATE": True, "NORM": normed}
+    assert not compile_kernel(rotate_and_store, types, constants, 90, 1).spills()
+
+
+def test_gated_activation():
+    types = {"gate_up_ptr": "*bf16", "out_ptr": "*bf16", "width": "i32!"}
+    code = compile_kernel(silu_mul_rows, types, {"BLOCK": 1024}, 90, 4)
+    assert not code.spills()
+    assert any(name.startswith("LDG.E.128") for name in code.instructions)
