@@ -4,7 +4,17 @@ Entry point `qsun` of the group `vllm.general_plugins`. Nothing on disk changes:
 compressed-tensors, and without the flag vLLM uses its own kernels.
 """
 
+import os
+
 
 def register() -> None:
-    """Register the quantization method with vLLM, which calls this in each of its processes, perhaps repeatedly."""
+    """Register the quantization method with vLLM, which calls this in each of its processes, perhaps repeatedly.
+
+    With QSUN_PREFILL_LORA=1 in the environment, LoRA adapters act on prompt tokens only (prefill_lora.py).
+    """
     from qsun.vllm import quantization  # noqa: F401  (its decorator registers)
+
+    if os.environ.get("QSUN_PREFILL_LORA", "0") not in ("", "0"):
+        from qsun.vllm.prefill_lora import install
+
+        install()

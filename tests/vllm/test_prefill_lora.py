@@ -1,0 +1,65 @@
+"""Which tokens an adapter of vLLM acts on, and which blocks of a prefix cache it may share. Without vLLM."""
+
+import numpy as np
+import pytest
+
+from qsun.errors import QsunError
+from qsun.vllm import prefill_lora
+from qsun.vllm.prefill_lora import boundary_keys, install, prompt_mask
+
+
+def by_hand(computed, scheduled, lengths):
+    positions = [
+        (start + i, n) for start, count, n in zip(computed, scheduled, lengths, strict=True) for i in range(count)
+    ]
+    return [position < n - 1 for position, n in positions]
+
+
+def test_prompt_mask_against_a_loop():
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        rows = random.integers(1, 9)
+        computed, scheduled = random.integers(0, 20, rows), random.integers(0, 12, rows)
+        lengths = random.integers(1, 30, rows)
+        assert prompt_mask(computed, scheduled, lengths).tolist() == by_hand(computed, scheduled, lengths)
+
+
+@pytest.mark.parametrize(
+    "computed,scheduled,length,expected",
+    [
+        (0, 5, 5, [True] * 4 + [False]),  # a whole prompt
+        (0, 1, 1, [False]),  # a prompt of one token
+        (5, 1, 5, [False]),  # decode
+        (0, 7, 5, [True] * 4 + [False] * 3),  # computed again after a preemption, with two output tokens
+        (3, 1, 5, [True]),
+        (4, 1, 5, [False]),
+    ],
+)
+def test_prompt_mask_at_the_seam(computed, scheduled, length, expected):
+    assert prompt_mask(*(np.array([value]) for value in (computed, scheduled, length))).tolist() == expected
+
+
+def test_blocks_that_reach_the_seam_have_keys_of_their_own():
+    """Of a prompt of 32 tokens the base computes position 31."""
+    assert boundary_keys(32, 16) == []
+    assert boundary_keys(32, 31) == []
+    assert boundary_keys(32, 32) == [("qsun_seam", 31)]
+    assert boundary_keys(33, 32) == []
+    assert boundary_keys(32, 48) != boundary_keys(40, 48)
+
+
+class InputBatch:
+    def make_lora_inputs(self, num_scheduled_tokens):
+        """Another vLLM's, with other parameters."""
+
+
+def test_a_vllm_with_other_functions_is_refused(monkeypatch):
+    monkeypatch.setattr(prefill_lora, "_find", lambda module, owner: InputBatch)
+    with pytest.raises(QsunError, match=r"make_lora_inputs\(self, num_scheduled_tokens\) of this vLLM is not the"):
+        install()
+    assert not hasattr(InputBatch.make_lora_inputs, "qsun")
+
+
+def test_a_vllm_without_the_function_is_refused():
+    with pytest.raises(QsunError, match="unset QSUN_PREFILL_LORA"):
+        prefill_lora._find("no_such_module", "")
