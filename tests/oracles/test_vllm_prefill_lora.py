@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from qsun.runtime.decode_cache import CACHE_ARGUMENT
+from qsun.runtime.kv_cache import CACHE_ARGUMENT
 from tests.oracles.bases import VOCAB, make_base
 from tests.oracles.conftest import Probe
 
