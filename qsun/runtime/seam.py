@@ -17,6 +17,7 @@ from transformers.integrations import sdpa_attention
 
 from qsun.model.architectures import architecture_of
 from qsun.runtime.kv_cache import CACHE_ARGUMENT
+from qsun.runtime.prefill_pass import fill_cache
 
 IGNORED = -100  # label of a position that is no response token
 
@@ -122,12 +123,12 @@ def prefill_batch(model: Any, batch: SeamBatch) -> Any:
     P = batch.prefix.shape[1]
     if P:
         columns = torch.arange(P, device=batch.prefix.device)
-        model.model(
+        fill_cache(
+            model,
+            cache,
             input_ids=batch.prefix,
             attention_mask=seam_masks(model, batch.starts, columns, P),
             position_ids=_positions(batch.starts, columns),
-            **{CACHE_ARGUMENT: cache},
-            use_cache=True,
         )
     return cache
 
@@ -201,4 +202,4 @@ def prefilled_rows(model: Any, rows: list[list[int]], chunk: int) -> Iterator[li
 def extend_prefill(model: Any, tokens: Tensor, start: int, cache: Any) -> None:
     """Add the KV of tokens (B, T) to a cache that holds the `start` tokens before them."""
     positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
-    model.model(input_ids=tokens, position_ids=positions, use_cache=True, **{CACHE_ARGUMENT: cache})
+    fill_cache(model, cache, input_ids=tokens, position_ids=positions)

@@ -41,6 +41,10 @@ def gathered(files):
     return {name: torch.cat([share[name] for share in shares if name in share]) for name in names}
 
 
+def distance(a, b):
+    return (a.float() - b.float()).abs().mean().item()
+
+
 CASES = {
     "plain": {},
     "int4": {},
@@ -75,8 +79,10 @@ def test_two_processes_give_the_gradients_the_curve_and_the_weights_of_one(case,
     base = {} if config.lora_rank else load_file(base_directory() / file)
     assert tuned.keys() == alone.keys()
     for name, tensor in alone.items():
-        # AdamW's first steps follow the sign of a gradient, rounding too where it is near 0
-        assert (tuned[name] - tensor).abs().mean() < 2e-5, name
+        # AdamW's first steps follow the sign of a gradient, even of one that is only rounding; and what is stored is
+        # rounded to bfloat16: on average, weights differ by less than a hundredth of what tuning changed
+        changed = distance(tensor, base[name]) if name in base else 2e-3
+        assert distance(tuned[name], tensor) <= 0.01 * changed, name
         assert name not in base or torch.equal(tensor, base[name]) == torch.equal(tuned[name], base[name]), name
 
 
