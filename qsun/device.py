@@ -20,3 +20,8 @@ def compute_dtype(name: str, device: "torch.device", stored: "torch.dtype | None
     if name != "auto":
         return getattr(torch, name)
     return torch.float32 if device.type == "cpu" or stored is None else stored
+
+
+def load_dtype(name: str, device: "torch.device") -> "torch.dtype | None":
+    """Return the dtype to load a module in; None is the stored one, "auto" on a GPU."""
+    return None if name == "auto" and device.type != "cpu" else compute_dtype(name, device, None)

@@ -1,59 +1,91 @@
 """`qsun bench tasks` and `qsun bench tuning`: accuracy and cost of SUN against full fine-tuning."""
 
-import json
 from pathlib import Path
 
 import typer
 
 from qsun.cli.bench.speed import whole_numbers
-from qsun.cli.terminal import screen
+from qsun.cli.terminal import results, screen
 from qsun.cli.terminal.device import check_device
 
 
 def tasks(
-    out: Path = typer.Option(..., "--out", "-o", help="Folder; a study in it goes on where it stopped."),
-    seeds: int = typer.Option(3, min=1, help="Of data, order and calibration."),
+    out: Path = typer.Option(..., "--out", "-o", help="Folder; a stopped study in it is continued."),
+    base: str = typer.Option("demo", help="Full-precision base: directory, hub id or 'demo'."),
+    task: list[str] = typer.Option(
+        [],
+        help="NAME=TRAIN,VALID,TEST[,SCORER]; repeatable. SCORER: exact, json, expression or module:function. "
+        "Default: the embedded tasks.",
+    ),
+    seeds: int = typer.Option(3, min=1, help="Number of seeds of data, order and calibration."),
     steps: int = typer.Option(1000, min=1, help="Budget of SUN and of the full fine-tune alike."),
-    curve: str = typer.Option("125,250,500", help="Smaller budgets of the first seed, for accuracy against steps."),
+    curve: str = typer.Option("125,250,500", help="Smaller budgets of the first seed, for accuracy by steps."),
     align_steps: int = typer.Option(250, min=1, help="Further steps against each quantized decode module."),
-    lr: float = typer.Option(3e-3, help="Peak rate of prefill modules."),
-    full_lr: float = typer.Option(3e-3, help="Peak rate of full fine-tunes."),
-    test: int = typer.Option(500, min=1, help="Held-out examples of each task and seed."),
-    processes: int = typer.Option(2, min=1, help="Of one thread each."),
+    batch_size: int = typer.Option(32, min=1, help="Examples a step."),
+    lr: float | None = typer.Option(None, help="Peak rate of prefill modules. Default: 3e-3 for demo, else by width."),
+    full_lr: float | None = typer.Option(None, help="Peak rate of full fine-tunes. Default: as --lr."),
+    train: int = typer.Option(8192, min=1, help="Training examples of each embedded task."),
+    test: int | None = typer.Option(None, min=1, help="Test examples. Default: 500 embedded ones, or all of a file."),
+    bits: str = typer.Option("4,3,2", help="Bits of decode modules, comma-separated."),
+    methods: str = typer.Option("rtn,awq,gptq,refined", help="Quantization methods, comma-separated."),
+    group_size: int = typer.Option(32, help="Of decode modules: -1, 32, 64 or 128."),
+    sym: bool = typer.Option(False, "--sym", help="Symmetric decode modules."),
+    dtype: str = typer.Option("auto", help="auto, float32, bfloat16 or float16."),
+    device: str = typer.Option("cpu", help="cpu, cuda."),
+    processes: int = typer.Option(2, min=1, help="Modules to work on at a time; they share the CPU's cores."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
 ) -> None:
-    """Accuracy of full fine-tuning, SUN and QSUN on the embedded tasks: passes, bits, calibration, alignment.
+    """Measure the accuracy of full fine-tuning, SUN and QSUN on tasks: methods, bits, calibration, alignment.
 
-    Leaves study.md, scores.json, bits.png, curve.png, and matrix.yaml for qsun eval. An hour and a half on 2 cores with
-    the defaults.
+    Writes study.md, scores.json, bits.png, curve.png, and matrix.yaml for qsun eval. With the defaults it takes an hour
+    and a half on 2 cores; it can be stopped at any time.
 
-    Example:
+    Examples:
 
       qsun bench tasks -o out/study --seeds 1 --steps 400
-    """
-    from qsun.eval.study.matrix import write_matrix
-    from qsun.eval.study.report import Scores, markdown, plot_bits, plot_curve
-    from qsun.eval.study.study import Study, run_study
 
+      qsun bench tasks -o out/mine --base ./SmolLM2-135M --task calls=train.jsonl,valid.jsonl,test.jsonl,json
+    """
+    check_device(device)
+    from qsun.config import DTYPES, check_one_of
+    from qsun.eval.study.matrix import write_matrix
+    from qsun.eval.study.report import Scores, bits_figure, curve_figure, markdown
+    from qsun.eval.study.run import run_study
+    from qsun.eval.study.study import Study
+    from qsun.eval.study.task import EMBEDDED, StudyTask
+    from qsun.figure import save_figure
+
+    check_one_of("--dtype", dtype, DTYPES)
     screen.show_warnings()
+    rate = lr if lr is not None else (3e-3 if base == "demo" else 0.0)
     study = Study(
+        base=base,
+        tasks=tuple(map(StudyTask.parse, task)) or EMBEDDED,
         seeds=seeds,
         steps=steps,
-        curve=tuple(sorted({c for c in whole_numbers("curve", curve) if c < steps})) if curve else (),
+        curve=tuple(sorted({c for c in whole_numbers("curve", curve) if c < steps})),
         align_steps=align_steps,
-        lr=lr,
-        full_lr=full_lr,
-        test=test,
+        batch_size=batch_size,
+        lr=rate,
+        full_lr=rate if full_lr is None else full_lr,
+        train=train,
+        test=(0 if task else 500) if test is None else test,
+        bits=tuple(whole_numbers("bits", bits)),
+        methods=tuple(name.strip() for name in methods.split(",")),
+        group_size=group_size,
+        sym=sym,
+        dtype=dtype,
+        device=device,
     )
     with screen.progress(as_json) as progress:
         result = run_study(study, out, processes, progress)
-    (out / "scores.json").write_text(json.dumps(result, indent=1) + "\n")
     scores = Scores(result)
-    (out / "study.md").write_text(markdown(scores))
+    results.save(out, "scores", result)
+    (out / "study.md").write_text(markdown(scores), encoding="utf-8")
     write_matrix(study, out)
-    plot_bits(scores, out / "bits.png")
-    plot_curve(scores, out / "curve.png")
-    typer.echo(json.dumps(result) if as_json else markdown(scores))
+    save_figure(bits_figure(scores), out / "bits.png")
+    save_figure(curve_figure(scores), out / "curve.png")
+    results.show(result, as_json, lambda _: markdown(scores))
 
 
 def tuning(
@@ -65,7 +97,7 @@ def tuning(
     device: str = typer.Option("", help="cpu or cuda. Default: a GPU where there is one."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
 ) -> None:
-    """Seconds of a tuning step of a prefill module, over those of a full fine-tune: the same batches, in turns.
+    """Time a tuning step of a prefill module against one of a full fine-tune, in turns on the same batches.
 
     Example:
 
@@ -82,4 +114,4 @@ def tuning(
     line = (
         f"SUN {1000 * found['sun']:.1f} ms, full fine-tune {1000 * found['full']:.1f} ms a step: {found['ratio']:.3f}"
     )
-    typer.echo(json.dumps(found) if as_json else line)
+    results.show(found, as_json, lambda _: line)

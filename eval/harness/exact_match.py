@@ -1,11 +1,15 @@
-"""Exact match of answers generated over the seam, as a user of the served model sees them."""
+"""Answers generated over the seam, as a user of the served model sees them, and how many are right."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from qsun.data.examples import TokenExample
 from qsun.demo.tasks import TaskExample, check
 from qsun.engine.generation import generate
+from qsun.errors import QsunError
+from qsun.eval.harness.scorers import Scorer
+from qsun.model.locate import load_tokenizer
 from qsun.runtime.decode_module import DecodeModule
 from qsun.runtime.prefill_module import PrefillModule
 
@@ -34,7 +38,33 @@ def exact_match(
     max_new_tokens: int = 64,
     batch_size: int = 128,
 ) -> Score:
-    """Generate greedy answers with a pair of modules and compare them with the right ones."""
+    """Score greedy answers of a pair of modules to examples of an embedded task."""
     prompts = [example.prompt for example in examples]
     answers = generate(prefill, decode, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
     return Score(tuple(check(task, example, answer) for example, answer in zip(examples, answers, strict=True)))
+
+
+def score_examples(
+    examples: Sequence[TokenExample],
+    scorer: Scorer,
+    prefill: PrefillModule,
+    decode: DecodeModule,
+    batch_size: int = 64,
+) -> Score:
+    """Score greedy answers of a pair of modules to tokenized examples.
+
+    An answer may be a quarter longer than the longest right response.
+
+    Raises:
+        QsunError: the prefill module has no tokenizer.
+    """
+    tokenizer = load_tokenizer(prefill.directory)
+    if tokenizer is None:
+        raise QsunError(f"{prefill.directory} has no tokenizer, and scorers compare text")
+    longest = max(len(example.response) for example in examples)
+    prompts = [list(example.prompt) for example in examples]
+    answers = generate(prefill, decode, prompts, max_new_tokens=longest + longest // 4 + 1, batch_size=batch_size)
+    texts = [
+        tokenizer.batch_decode(each, skip_special_tokens=True) for each in (answers, [e.response for e in examples])
+    ]
+    return Score(tuple(bool(scorer(answer, right)) for answer, right in zip(*texts, strict=True)))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from qsun.device import compute_dtype, default_device
+from qsun.device import default_device, load_dtype
 from qsun.errors import QsunError
 from qsun.eval.harness.divergence import read_windows, response_divergence, text_divergence
 from qsun.eval.harness.run import HarnessSettings, check_tasks, run_task
@@ -202,8 +202,7 @@ class _Modules:
 
     def __init__(self, job: Evaluation):
         self.device = job.place()
-        stored = job.dtype == "auto" and self.device.type != "cpu"
-        self.dtype = None if stored else compute_dtype(job.dtype, self.device, None)
+        self.dtype = load_dtype(job.dtype, self.device)
         self._decoders: dict[str, DecodeModule] = {}
         self._prefill: tuple[str, PrefillModule] | None = None
 

@@ -5,30 +5,43 @@ from typing import Any
 
 import yaml
 
-from qsun.demo.tasks import TASKS
-from qsun.eval.study.study import ALIGNED_METHOD, Study, decoder, module
+from qsun.eval.study.study import Study
+from qsun.eval.study.task import StudyTask
 
 
 def write_matrix(study: Study, out: Path, seed: int = 0) -> Path:
-    """Write `out`/matrix.yaml: base, full fine-tune, SUN, and QSUN by bits, aligned and not, of one seed."""
-    rows: list[dict[str, Any]] = [{"name": "base", "model": "demo"}]
-    for task in TASKS:
-        responses = f"seed{seed}/{task}-valid.jsonl"
-        sun = _beside(module(out, seed, task, "sun"), out)
-        rows.append({"name": "full fine-tune", "model": _beside(module(out, seed, task, "full"), out)})
-        rows.append({"name": "SUN", "prefill": sun, "decode": "demo"})
-        for bits in study.bits:
-            decode = _beside(decoder(out, seed, ALIGNED_METHOD, bits), out)
-            aligned = _beside(module(out, seed, task, f"aligned-int{bits}"), out)
-            rows.append({"name": f"QSUN int{bits}", "prefill": sun, "decode": decode})
-            rows.append({"name": f"QSUN aligned int{bits}", "prefill": aligned, "decode": decode})
-        for row in rows[-2 - 2 * len(study.bits) :]:
-            row |= {"tasks": [f"qsun_{task}"], "responses": responses}
+    """Write `out`/matrix.yaml: base, full fine-tune, SUN, and QSUN by bits, aligned and not, of one seed.
+
+    Tasks of your own have no lm-eval task; their entries have responses to measure the divergence on.
+    """
+    base = str(Path(study.base).absolute()) if Path(study.base).is_dir() else study.base
+    rows: list[dict[str, Any]] = [{"name": "base", "model": base}]
+    for task in study.tasks:
+        if not task.hard:
+            rows += [row | _asked(task, seed) for row in _rows(study, base, out, seed, task)]
+    tasks = [f"qsun_{task.name}" for task in study.tasks if task.embedded and not task.hard]
+    matrix = {"reference": "SUN", "tasks": tasks, "variants": rows}
     file = out / "matrix.yaml"
-    matrix = {"reference": "SUN", "tasks": [f"qsun_{task}" for task in TASKS], "variants": rows}
     file.write_text(yaml.safe_dump(matrix, sort_keys=False), encoding="utf-8")
     return file
 
 
-def _beside(path: Path, out: Path) -> str:
-    return str(path.relative_to(out))
+def _rows(study: Study, base: str, out: Path, seed: int, task: StudyTask) -> list[dict[str, str]]:
+    def module(name: str) -> str:
+        return str(study.module(out, seed, task.name, name).relative_to(out))
+
+    rows = [
+        {"name": "full fine-tune", "model": module("full")},
+        {"name": "SUN", "prefill": module("sun"), "decode": base},
+    ]
+    for bits in study.bits:
+        decode = str(study.decoder(out, seed, study.aligned_method, bits).relative_to(out))
+        rows.append({"name": f"QSUN int{bits}", "prefill": module("sun"), "decode": decode})
+        rows.append({"name": f"QSUN aligned int{bits}", "prefill": module(f"aligned-int{bits}"), "decode": decode})
+    return rows
+
+
+def _asked(task: StudyTask, seed: int) -> dict[str, Any]:
+    if task.embedded:
+        return {"tasks": [f"qsun_{task.name}"], "responses": f"seed{seed}/{task.name}-valid.jsonl"}
+    return {"responses": str(Path(task.valid).absolute())}

@@ -1,15 +1,13 @@
-"""The tables and pictures of a study, from its scores alone."""
+"""Tables and pictures of a study, from its scores alone."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from qsun.demo.tasks import HARD_TASKS, TASKS
 from qsun.eval.output.table import Table
 from qsun.eval.report.paired import Paired, compare
-from qsun.eval.study.study import ALIGNED_METHOD
-from qsun.figure import new_figure, save_figure
+from qsun.eval.study.study import aligned_method
+from qsun.figure import new_figure
 
 
 class Scores:
@@ -18,43 +16,58 @@ class Scores:
     def __init__(self, result: dict[str, Any]):
         self.right: dict[str, dict[str, dict[str, str]]] = result["right"]
         self.study: dict[str, Any] = result["study"]
+        self.tasks = [task["name"] for task in self.study["tasks"] if not task["hard"]]
+        self.hard = [task["name"] for task in self.study["tasks"] if task["hard"]]
+        self.best = aligned_method(self.study["methods"])
 
-    def answers(self, variant: str, tasks: Sequence[str] = TASKS) -> list[bool]:
-        """Of every example of all seeds that have the variant, in one order for all variants."""
+    def aligned(self, bits: int) -> str:
+        return f"int{bits} {self.best} aligned"
+
+    def answers(self, variant: str, tasks: Sequence[str] = ()) -> list[bool]:
+        """Return whether each answer is right, for all seeds that have the variant, in one order for all variants."""
+        tasks = tasks or self.tasks
         rows = [by_task[task] for by_task in self.right.values() for task in tasks if task in by_task]
         return [digit == "1" for row in rows if variant in row for digit in row[variant]]
 
-    def rate(self, variant: str, tasks: Sequence[str] = TASKS) -> float:
+    def rate(self, variant: str, tasks: Sequence[str] = ()) -> float:
         return fmean(self.answers(variant, tasks))
 
-    def spread(self, variant: str, tasks: Sequence[str] = TASKS) -> float:
-        """Standard deviation over seeds of the mean over tasks; 0 for one seed."""
+    def spread(self, variant: str) -> float:
+        """Return the standard deviation over seeds of the mean over tasks; 0 for one seed."""
         means = [
-            fmean(digit == "1" for task in tasks for digit in by_task[task][variant])
+            fmean(digit == "1" for task in self.tasks for digit in by_task[task][variant])
             for by_task in self.right.values()
-            if variant in by_task.get(tasks[0], {})
+            if variant in by_task.get(self.tasks[0], {})
         ]
         return stdev(means) if len(means) > 1 else 0.0
 
-    def has(self, variant: str, task: str = TASKS[0]) -> bool:
-        return variant in self.right["0"][task]
+    def has(self, variant: str) -> bool:
+        return variant in self.right["0"][self.tasks[0]]
 
     def against(self, variant: str, reference: str) -> Paired:
         return compare(self.answers(reference), self.answers(variant))
 
 
 def markdown(scores: Scores) -> str:
-    """All tables of the study."""
-    study = scores.study
-    head = (
-        f"Exact match, %, on {study['test']} held-out examples a task and seed, {study['seeds']} seeds; "
-        f"{study['steps']} steps of {study['batch_size']} examples out of {study['train']}, peak rate {study['lr']:g} "
-        f"(full fine-tune {study['full_lr']:g}). Means; the spread is the standard deviation over seeds of the mean "
-        "over tasks; intervals are 95%, by the paired bootstrap over all examples; p by McNemar's test. "
-        "Both hold for these modules: that another training run would differ is what the spread says."
-    )
-    parts = [head, _main(scores), _by_method(scores), _differences(scores), _hard(scores), _curve(scores)]
+    """Return all tables of the study."""
+    parts = [_head(scores), _main(scores), _by_method(scores), _differences(scores), _hard(scores), _curve(scores)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _head(scores: Scores) -> str:
+    study, first = scores.study, scores.right["0"]
+    counts = ", ".join(f"{task} {len(first[task]['sun'])}" for task in scores.tasks)
+    rates = " and ".join(f"{rate:g}" if rate else "by width" for rate in (study["lr"], study["full_lr"]))
+    text = (
+        f"Right answers, %, of base {study['base']}; test examples: {counts}; seeds: {study['seeds']}. "
+        f"{study['steps']} steps of {study['batch_size']} examples; peak rates of SUN and full fine-tune: {rates}. "
+        "The spread is the standard deviation over seeds of the mean over tasks; intervals are 95%, by the paired "
+        "bootstrap over all examples; p is of McNemar's test. Both hold for these modules; the spread says how much "
+        "other training runs differ."
+    )
+    if study["seeds"] > 1 and any(task["train"] for task in study["tasks"]):
+        text += " All seeds answer the same test files, whose answers count once a seed: intervals are somewhat narrow."
+    return text
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -66,7 +79,8 @@ def _percent(value: float) -> str:
 
 
 def _main(scores: Scores) -> str:
-    best = [v for b in scores.study["bits"] for v in (f"int{b} refined text", f"int{b} refined decode", aligned(b))]
+    kinds = ("text", "decode", "aligned")
+    best = [f"int{bits} {scores.best} {kind}" for bits in scores.study["bits"] for kind in kinds]
     names = ["base", "full", "sun", "sun longer", *best]
     labels = {
         "base": "base, not tuned",
@@ -77,18 +91,14 @@ def _main(scores: Scores) -> str:
     rows = [
         [
             labels.get(v, "QSUN " + v),
-            *(_percent(scores.rate(v, [t])) for t in TASKS),
+            *(_percent(scores.rate(v, [t])) for t in scores.tasks),
             _percent(scores.rate(v)),
             _percent(scores.spread(v)),
         ]
         for v in names
         if scores.has(v)
     ]
-    return _table(["", *TASKS, "mean", "spread"], rows)
-
-
-def aligned(bits: int) -> str:
-    return f"int{bits} {ALIGNED_METHOD} aligned"
+    return _table(["", *scores.tasks, "mean", "spread"], rows)
 
 
 def _by_method(scores: Scores) -> str:
@@ -106,8 +116,9 @@ def _by_method(scores: Scores) -> str:
 def _differences(scores: Scores) -> str:
     pairs = [("sun", "full"), ("sun longer", "sun")]
     for bits in scores.study["bits"]:
-        pairs += [(f"int{bits} refined {kind}", "sun") for kind in ("text", "decode", "aligned")]
-        pairs += [(f"int{bits} refined decode", f"int{bits} refined text"), (aligned(bits), "sun longer")]
+        best = f"int{bits} {scores.best}"
+        pairs += [(f"{best} {kind}", "sun") for kind in ("text", "decode", "aligned")]
+        pairs += [(f"{best} decode", f"{best} text"), (scores.aligned(bits), "sun longer")]
     rows = []
     for variant, reference in pairs:
         if scores.has(variant) and scores.has(reference):
@@ -118,7 +129,9 @@ def _differences(scores: Scores) -> str:
 
 
 def _hard(scores: Scores) -> str:
-    rows = [[task, *(_percent(scores.rate(v, [task])) for v in ("base", "full", "sun"))] for task in HARD_TASKS]
+    if not scores.hard:
+        return ""
+    rows = [[task, *(_percent(scores.rate(v, [task])) for v in ("base", "full", "sun"))] for task in scores.hard]
     return "Where the frozen decoder breaks, seed 0:\n\n" + _table(["task", "base", "full fine-tune", "SUN"], rows)
 
 
@@ -138,11 +151,11 @@ def _curve(scores: Scores) -> str:
 def _at(scores: Scores, how: str, steps: int) -> float:
     variant = how if steps == scores.study["steps"] else f"{how}-{steps}"
     first = scores.right["0"]
-    return fmean(digit == "1" for task in TASKS for digit in first[task][variant])
+    return fmean(digit == "1" for task in scores.tasks for digit in first[task][variant])
 
 
-def plot_bits(scores: Scores, path: Path) -> None:
-    """Mean exact match against bits: packaged text, decode positions, aligned; a panel a pass."""
+def bits_figure(scores: Scores) -> Any:
+    """Draw the mean accuracy by bits: packaged text, decode positions, aligned; a panel a method."""
     methods, bits = scores.study["methods"], sorted(scores.study["bits"])
     figure = new_figure(2.6 * len(methods) + 0.6, 3.4)
     panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
@@ -160,7 +173,7 @@ def plot_bits(scores: Scores, path: Path) -> None:
                 linewidth=1,
                 label=variant.replace("sun", "SUN"),
             )
-        for kind, colour, label in kinds:
+        for kind, color, label in kinds:
             shown = [b for b in bits if scores.has(f"int{b} {method} {kind}")]
             cells = [f"int{b} {method} {kind}" for b in shown]
             if shown:
@@ -168,7 +181,7 @@ def plot_bits(scores: Scores, path: Path) -> None:
                     shown,
                     [100 * scores.rate(c) for c in cells],
                     [100 * scores.spread(c) for c in cells],
-                    color=colour,
+                    color=color,
                     marker="o",
                     capsize=3,
                     label=label,
@@ -177,22 +190,22 @@ def plot_bits(scores: Scores, path: Path) -> None:
         axes.set_xticks(bits)
         axes.set_xlabel("bits of a decode weight")
         axes.set_ylim(0, 103)
-    panels[0].set_ylabel("exact match, %, mean of tasks")
+    panels[0].set_ylabel("right answers, %, mean of tasks")
     panels[-1].legend(fontsize=8, loc="lower right")
-    save_figure(figure, path)
+    return figure
 
 
-def plot_curve(scores: Scores, path: Path) -> None:
-    """Mean exact match against the budget of SUN and of the full fine-tune."""
+def curve_figure(scores: Scores) -> Any:
+    """Draw the mean accuracy by the budget of SUN and of the full fine-tune."""
     budgets = [*scores.study["curve"], scores.study["steps"]]
     figure = new_figure(5, 3.4)
     axes = figure.subplots()
-    for how, label, colour in (("full", "full fine-tune", "0.35"), ("sun", "SUN", "tab:orange")):
-        axes.plot(budgets, [100 * _at(scores, how, s) for s in budgets], marker="o", color=colour, label=label)
+    for how, label, color in (("full", "full fine-tune", "0.35"), ("sun", "SUN", "tab:orange")):
+        axes.plot(budgets, [100 * _at(scores, how, s) for s in budgets], marker="o", color=color, label=label)
     axes.set_xscale("log", base=2)
     axes.set_xticks(budgets, [str(b) for b in budgets])
     axes.set_xlabel(f"steps of {scores.study['batch_size']} examples")
-    axes.set_ylabel("exact match, %, mean of tasks")
+    axes.set_ylabel("right answers, %, mean of tasks")
     axes.set_ylim(0, 103)
     axes.legend()
-    save_figure(figure, path)
+    return figure

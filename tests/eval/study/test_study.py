@@ -2,31 +2,33 @@
 
 import json
 import random
+from dataclasses import asdict, replace
 
 import pytest
 
-from qsun.demo.tasks import HARD_TASKS, TASKS
+from qsun.demo.tasks import HARD_TASKS, TASKS, examples, write_jsonl
 from qsun.errors import QsunError
 from qsun.eval.report.variants import from_file
-from qsun.eval.study import study as study_module
-from qsun.eval.study.report import Scores, markdown, plot_bits, plot_curve
-from qsun.eval.study.study import Study, run_study, variants
+from qsun.eval.study.report import Scores, bits_figure, curve_figure, markdown
+from qsun.eval.study.run import run_study
+from qsun.eval.study.stages import variants
+from qsun.eval.study.study import Study
+from qsun.eval.study.task import StudyTask
 
 
 def invented(study, tmp_path, seed=0):
-    """Scores of every variant, drawn."""
+    """Scores of every variant, drawn at random."""
     rng = random.Random(seed)
     right = {}
     for number in range(study.seeds):
-        tasks = study_module.tasks_of(number)
         right[str(number)] = {
-            task: {
+            task.name: {
                 name: "".join(rng.choice("011") for _ in range(study.test))
                 for name, _, _ in variants(study, tmp_path, number, task)
             }
-            for task in tasks
+            for task in study.tasks_of(number)
         }
-    return {"study": json.loads(json.dumps(study_module.asdict(study))), "right": right}
+    return {"study": json.loads(json.dumps(asdict(study))), "right": right}
 
 
 def test_the_report_is_the_mean_of_the_answers(tmp_path):
@@ -47,16 +49,46 @@ def test_the_report_is_the_mean_of_the_answers(tmp_path):
     assert f"| full fine-tune | {100 * at_125:.1f} |" in text
     found = scores.against("sun", "full")
     assert f"| sun - full | {100 * found.difference:.1f} |" in text
-    for plot in (plot_bits, plot_curve):
-        plot(scores, tmp_path / "x.png")
-        assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert len(bits_figure(scores).axes) == 4 and len(curve_figure(scores).axes) == 1
+
+
+def test_a_report_of_own_tasks_names_them_and_what_the_intervals_count(tmp_path):
+    tasks = (StudyTask("calls", "a.jsonl", "b.jsonl", "c.jsonl", "json"),)
+    study = Study(base="my/base", tasks=tasks, seeds=2, test=20, methods=("awq",), bits=(4,), lr=0.0)
+    text = markdown(Scores(invented(study, tmp_path)))
+    assert "base my/base; test examples: calls 20; seeds: 2" in text and "intervals are somewhat narrow" in text
+    assert "| QSUN int4 awq aligned |" in text and "frozen decoder breaks" not in text
+    one = markdown(Scores(invented(replace(study, seeds=1), tmp_path)))
+    assert "somewhat narrow" not in one
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--task", "calls"), "is not of the form NAME=TRAIN,VALID,TEST"),
+        (("--task", "calls=a,b"), "is not of the form NAME=TRAIN,VALID,TEST"),
+        (("--task", "../calls=a,b,c"), "'../calls' is not a folder name"),
+        (("--task", "a=x.jsonl,x.jsonl,x.jsonl", "--task", "a=x.jsonl,x.jsonl,x.jsonl"), "name one twice"),
+        (("--task", "a=x.jsonl,x.jsonl,x.jsonl,bleu"), "scorer 'bleu' is not known; use exact, json, expression or"),
+        (("--task", "a=x.jsonl,x.jsonl,x.jsonl,no_such.module:f"), "cannot be imported"),
+        (("--task", "a=x.jsonl,x.jsonl,x.jsonl"), "test file x.jsonl does not exist"),
+        (("--bits", "5"), "bits"),
+        (("--methods", "rtn"), "use no calibration; add one, such as refined"),
+        (("--methods", "magic"), "magic"),
+        (("--base", "nowhere"), "nowhere is not a directory"),
+    ],
+)
+def test_bad_input_is_one_line_before_work_starts(cli, tmp_path, options, says):
+    answer = cli("bench", "tasks", "-o", tmp_path / "out", *options)
+    assert answer.code == 2 and says in answer.err, answer.err
+    assert answer.err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
-def test_a_whole_study_and_its_second_run(cli, tmp_path, monkeypatch):
+def test_a_whole_study_and_its_second_run(cli, tmp_path):
     out = tmp_path / "study"
     options = ("--seeds", 1, "--steps", 2, "--curve", "", "--align-steps", 1, "--test", 5, "--processes", 2)
-    monkeypatch.setattr(Study.__init__, "__defaults__", _defaults(bits=(2,), methods=("rtn", "refined"), train=64))
+    options += ("--bits", 2, "--methods", "rtn,refined", "--train", 64)
     first = cli("bench", "tasks", "-o", out, *options, "--json")
     assert first.code == 0, first.err
     right = json.loads(first.out)["right"]["0"]
@@ -78,6 +110,40 @@ def test_a_whole_study_and_its_second_run(cli, tmp_path, monkeypatch):
         run_study(Study(lr=1.0), out)
 
 
-def _defaults(**changes):
-    fields = Study.__dataclass_fields__
-    return tuple(changes.get(name, field.default) for name, field in fields.items())
+def test_own_base_and_data_end_to_end(cli, talking_model, tmp_path, monkeypatch):
+    """A tiny bfloat16 model, two tasks in files, a scorer of one's own; a part that is lost is made again, alone."""
+    for task, split in ((t, s) for t in ("code", "tool") for s in ("train", "valid", "test")):
+        write_jsonl(tmp_path / f"{task}-{split}.jsonl", examples(task, split, 40 if split == "train" else 6))
+    (tmp_path / "my_scorer.py").write_text("def anything(answer, response):\n    return bool(response)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    code, tool = (
+        ",".join(str(tmp_path / f"{task}-{split}.jsonl") for split in ("train", "valid", "test"))
+        for task in ("code", "tool")
+    )
+    command = ["bench", "tasks", "-o", tmp_path / "out", "--base", talking_model, "--json"]
+    command += ["--task", f"mine={code},my_scorer:anything", "--task", f"calls={tool},json"]
+    command += ["--seeds", 1, "--steps", 1, "--curve", "", "--align-steps", 1, "--batch-size", 4, "--processes", 1]
+    command += ["--bits", "4", "--methods", "gptq", "--test", 4]
+    answer = cli(*command)
+    assert answer.code == 0, answer.err
+    right = json.loads(answer.out)["right"]["0"]
+    assert set(right["mine"].values()) == {"1111"}, "the scorer of one's own decides"
+    assert set(right["calls"]) == {
+        *("base", "full", "sun", "sun longer"),
+        *("int4 gptq text", "int4 gptq decode", "int4 gptq aligned"),
+    }
+    report = (tmp_path / "out/study.md").read_text()
+    assert "| sun - full | 0.0 |" in report and "95% interval" in report
+    matrix = from_file(tmp_path / "out/matrix.yaml")
+    assert matrix.tasks == () and {entry.responses for entry in matrix.entries[1:]} == {
+        str(tmp_path / f"{task}-valid.jsonl") for task in ("code", "tool")
+    }
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
+    (tmp_path / "out/seed0/calls/scores.json").unlink()
+    again = cli(*command)
+    assert again.out == answer.out
+    assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
+    file = tmp_path / "code-train.jsonl"
+    file.write_text(file.read_text() + '{"prompt": "a>", "response": "b"}\n')
+    changed = cli(*command)
+    assert changed.code == 2 and f"file {file} has changed since the study" in changed.err

@@ -1,0 +1,45 @@
+"""Scorers: what counts as the same answer."""
+
+import pytest
+
+from qsun.errors import QsunError
+from qsun.eval.harness.scorers import find_scorer
+
+
+@pytest.mark.parametrize(
+    ("scorer", "answer", "response", "right"),
+    [
+        ("exact", " x  =\n1 ", "x = 1", True),
+        ("exact", "x=1", "x = 1", False),
+        ("json", '{"b": [1, 2], "a": "x"}', '{"a":"x","b":[1,2]}', True),
+        ("json", '{"a": 1}', '{"a": 2}', False),
+        ("json", "{oops", '{"a": 2}', False),
+        ("json", "[" * 100_000, "[]", False),
+        ("expression", "- number0 number1", "-  number0   number1", True),
+        ("expression", "- number1 number0", "- number0 number1", False),
+        ("expression", "+ number1 number0", "+ number0 number1", True),
+        ("expression", "number0 - number1", "- number0 number1", True),
+        ("expression", "* + a b 2", "2 * (a + b)", True),
+        ("expression", "/ a b", "a / b", True),
+        ("expression", "8 - 3.0", "5", True),
+        ("expression", "-5", "3 - 8", True),
+        ("expression", "a", "b", False),
+        ("expression", "/ 1 0", "1", False),
+        ("expression", "- number0", "- number0", True),
+        ("expression", "+ a b c", "+ a b", False),
+        ("expression", "9 ** 9 ** 9", "1", False),
+        ("expression", "__import__('os').getpid()", "1", False),
+        ("expression", "1e999999999", "1", False),
+        ("expression", "(" * 5000, "1", False),
+        ("expression", "", "1", False),
+    ],
+)
+def test_what_is_equal(scorer, answer, response, right):
+    assert find_scorer(scorer)(answer, response) is right
+
+
+def test_an_entry_point_and_what_is_none():
+    assert find_scorer("operator:eq")("a", "a")
+    for name in ("bleu", "no_such_module:f", "json:no_such_function", "math:pi", ":"):
+        with pytest.raises(QsunError, match="scorer"):
+            find_scorer(name)
