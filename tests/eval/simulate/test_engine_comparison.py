@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from qsun.eval.simulate import engine_comparison
 from qsun.eval.simulate.engine_comparison import EngineComparison, Probe, curves_of
 from qsun.runtime.decode_module import load_decode
 from qsun.runtime.prefill_module import load_prefill
@@ -50,16 +51,22 @@ def test_means_over_rounds_are_found_again_at_the_measured_points():
     assert curves.beyond("sun", 3, 64)
 
 
-def test_a_probe_times_what_the_engine_does(talking_model):
-    """Every point is there, within the limits of positions, rows and turn, and more rows take longer."""
+def test_a_probe_times_what_the_engine_does(talking_model, monkeypatch):
+    """By a clock that counts rows: every point is there, within the limits of positions, rows and turn, at its rows."""
+
+    def rows_as_seconds(call):
+        call()
+        engine = getattr(call, "__self__", None)
+        return 1e-3 * sum(state.decoding for state in engine.state.models.values()) if engine else 1.0
+
+    monkeypatch.setattr(engine_comparison, "_seconds", rows_as_seconds)
+    monkeypatch.setattr(engine_comparison, "_TIMED", 4)
     decode = load_decode(str(talking_model))
-    comparison = EngineComparison(
-        decode, {"a": load_prefill(str(talking_model), decode)}, max_batch=8, prefill_tokens=64
-    )
-    probe = comparison.probe()
-    assert all(list(by_rows) == [1, 2, 4, 8] for by_rows in probe.steps.values())
+    prefills = {"a": load_prefill(str(talking_model), decode)}
+    probe = EngineComparison(decode, prefills, max_batch=8, prefill_tokens=64).probe()
+    assert list(probe.steps) == [16, 64]
+    for by_rows in probe.steps.values():
+        assert by_rows == pytest.approx({rows: 1e-3 * rows for rows in (1, 2, 4, 8)})
     assert list(probe.prompts[8]) == [1, 2, 4, 8]
     assert list(probe.prompts[32]) == [1, 2]
-    assert min(seconds for table in probe for row in table.values() for seconds in row.values()) > 0
-    longest = max(probe.steps)
-    assert probe.steps[longest][8] > probe.steps[longest][1]
+    assert min(seconds for row in probe.prompts.values() for seconds in row.values()) > 0
