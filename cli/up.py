@@ -38,8 +38,7 @@ def up(
         try:
             _serve(file, logs, as_json)
         except KeyboardInterrupt:
-            screen.note("stopped before the cluster was warm; all workers have ended")
-            raise typer.Exit(130) from None
+            screen.interrupted("the cluster was not warm yet, and all workers have ended")
 
 
 def _planned(file: Path) -> tuple[Any, Any, Any, list[Any]]:

@@ -5,6 +5,11 @@ import time
 
 import pytest
 
+from qsun.serve.http.wire import DONE_EVENT, data_events, encode_event
+from qsun.serve.router.exchange.exchange import Exchange, _Transfer
+from qsun.serve.router.exchange.request import RoutedRequest
+from qsun.serve.router.exchange.worker_http import Prefilled
+from qsun.serve.router.workers.worker import TokenLoad
 from tests.serve.fake_vllm import expected_text, prompt_of
 from tests.serve.routing import expected, parsed, rig, run, text_of, until
 
@@ -58,6 +63,36 @@ def test_a_pair_whose_stream_broke_off_shakes_hands_again():
             await until(lambda: [1, 1, 1, 1] in [body["prompt"] for body in r.decode[0].seen])
             await r.ready()
             assert text_of(await r.stream()) == expected("math", "a b c d", 4)
+
+    run(scenario)
+
+
+def test_a_fast_stream_lets_other_requests_have_turns():
+    """All of its events are there at once; others need the event loop many times for one answer."""
+
+    async def scenario():
+        async with rig(models=("math",), decode=1) as r:
+            events = [{"choices": [{"index": 0, "text": "x", "finish_reason": None}]}] * 800
+            filled, load = Prefilled(None, 4, "engine"), TokenLoad(state_of(r, r.decode[0]), 800)
+            transfer = _Transfer(state_of(r, r.prefill["math"][0]), state_of(r, r.decode[0]), filled, load)
+            request = RoutedRequest("/v1/completions", "math", {}, True, False, 800, 4)
+            exchange = Exchange(r.state, r.state.cluster.limits, request, "id", time.monotonic() + 60)
+
+            async def pieces():
+                yield b"".join(map(encode_event, events)) + DONE_EVENT
+
+            turns = 0
+
+            async def other():
+                nonlocal turns
+                while True:
+                    await asyncio.sleep(0)
+                    turns += 1
+
+            task = asyncio.create_task(other())
+            assert len([event async for event in exchange._relay(transfer, [], data_events(pieces()))]) == 800
+            task.cancel()
+            assert turns > 50
 
     run(scenario)
 
