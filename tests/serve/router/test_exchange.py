@@ -164,6 +164,46 @@ def test_a_worker_restarted_with_other_weights_gets_no_requests_and_gives_no_tex
     run(scenario)
 
 
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_worker_that_is_full_is_not_a_faulty_one(role, status):
+    """It says so itself, and gets requests as soon as it has room again."""
+
+    async def scenario():
+        async with rig(models=("math",), decode=1, health={"cool_down_seconds": 60.0}) as r:
+            full = r.prefill["math"][0] if role == "prefill" else r.decode[0]
+            full.statuses = [status] * 12
+            for _ in range(3):
+                answer = await r.complete()
+                assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+            assert not any(worker.breaker.failures for worker in r.state.fleet)
+            assert (await r.complete()).json()["choices"][0]["text"] == expected("math", "a b c d", 4)
+
+    run(scenario)
+
+
+def test_connections_survive_a_burst_of_clients_that_leave():
+    """Whatever they left behind, each connection to a worker is free again."""
+
+    async def scenario():
+        limits = {"concurrent_requests": 8, "queued_requests": 200}
+        async with rig(models=("math",), decode=2, limits=limits) as r:
+            for worker in r.workers:
+                worker.first_seconds = 0.05
+            for _ in range(2):
+                asked = [asyncio.create_task(r.complete(stream=bool(i % 2))) for i in range(100)]
+                await until(lambda: r.state.admission.waiting > 50)
+                for task in asked:
+                    task.cancel()
+                await asyncio.wait(asked)
+            await until(lambda: not r.state.busy)
+            assert all(worker.in_flight == worker.outstanding_tokens == 0 for worker in r.state.fleet)
+            answers = await asyncio.gather(*(r.complete() for _ in range(40)))
+            assert {answer.status_code for answer in answers} == {200}
+
+    run(scenario)
+
+
 def test_a_client_that_leaves_a_fast_stream_ends_it():
     """Events are ready faster than they are relayed, and a cancellation between two of them must not be lost."""
 

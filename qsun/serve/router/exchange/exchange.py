@@ -89,7 +89,7 @@ class Exchange:
         Raises:
             HttpError: there is no worker, or every attempt failed.
         """
-        last = ""
+        last: WorkerFailed | None = None
         for number in range(1, self._limits.attempts + 1):
             attempt = await stack.enter_async_context(AsyncExitStack())
             try:
@@ -100,9 +100,11 @@ class Exchange:
             except WorkerFailed as failed:
                 await attempt.aclose()
                 self._note(failed)
-                last = str(failed)
+                last = failed
         logger.error("request %s failed after %d attempts: %s", self._request_id, self._limits.attempts, last)
-        raise HttpError(502, f"{self._limits.attempts} attempts failed, the last one at a {_without_url(last)}")
+        if last is not None and last.cause == "busy":
+            raise HttpError(503, "all workers are busy; try again later", headers={"Retry-After": "1"})
+        raise HttpError(502, f"{self._limits.attempts} attempts failed, the last one at a {_without_url(str(last))}")
 
     def _note(self, failed: WorkerFailed) -> None:
         logger.warning("request %s: %s; retrying from prefill", self._request_id, failed)

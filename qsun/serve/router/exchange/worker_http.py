@@ -15,7 +15,7 @@ from qsun.serve.router.workers.worker import Worker
 
 # not the user's mistake: the worker serves other weights or needs a key, or it is only full or slow
 _WRONG_WORKER = (401, 403, 404)
-_TRY_ANOTHER = (408, 409, 425, 429)
+_TRY_ANOTHER = (408, 409, 425, 429, 503)
 _LARGEST_ANSWER_BYTES = 1 << 26
 
 
