@@ -147,6 +147,15 @@ def cluster(modules, tmp_path_factory):
         record("vllm cluster", wall_seconds=round(time.monotonic() - started))
 
 
+def test_a_decode_worker_refuses_a_request_that_bypasses_the_router(cluster):
+    url = next(worker["url"] for name, worker in cluster.workers.items() if name.startswith("decode"))
+    served = httpx.get(f"{url}/v1/models", trust_env=False).json()["data"][0]["id"]
+    body = {"model": served, "prompt": [1, 5, 6], "max_tokens": 1}
+    answer = httpx.post(f"{url}/v1/completions", json=body, trust_env=False)
+    assert answer.status_code == 400
+    assert "only with the KV cache of a prefill worker" in answer.json()["error"]["message"]
+
+
 def test_the_client_sees_every_model(cluster):
     with cluster.client() as client:
         assert sorted(model.id for model in client.models.list()) == sorted(MODELS)
