@@ -1,7 +1,10 @@
 """`qsun`: the commands, and how errors are shown."""
 
+import io
 import os
+import re
 import sys
+from pathlib import Path
 
 import typer
 
@@ -69,8 +72,11 @@ def _root(show: bool = typer.Option(False, "--version", "-V", help="Print the ve
 def main() -> None:
     """Entry point. Errors that a user can fix are one line on stderr and exit code 2; Ctrl-C is one line and 130."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # no encoding of a terminal ends a command
     try:
-        app(prog_name="qsun")
+        app([_with_home(argument) for argument in sys.argv[1:]], prog_name="qsun")
     except screen.Interrupted:
         raise
     except SystemExit as leaving:
@@ -89,6 +95,11 @@ def main() -> None:
     except OSError as error:
         screen.error(f"{error.filename or ''}: {error.strerror or error}".removeprefix(": "))
         sys.exit(2)
+
+
+def _with_home(argument: str) -> str:
+    """Expand ~ in --out=~/models and math=~/models, where shells leave it."""
+    return re.sub(r"^([-\w.]+=)~(?=/)", lambda found: found[1] + str(Path.home()), argument)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,10 @@ def quantize(
     bits: int | None = typer.Option(None, help="2, 3, 4 or 8. Default: 4."),
     group_size: int | None = typer.Option(None, help="-1, 32, 64 or 128. Default: 128."),
     sym: bool | None = typer.Option(None, "--sym/--asym", help="Symmetric or asymmetric grid. Default: sym."),
-    desc_act: bool | None = typer.Option(None, "--desc-act", help="Form groups in activation order (gptq format)."),
-    lm_head: bool | None = typer.Option(None, "--lm-head", help="Also quantize the output projection."),
+    desc_act: bool | None = typer.Option(
+        None, "--desc-act/--no-desc-act", help="Form groups in activation order (gptq format)."
+    ),
+    lm_head: bool | None = typer.Option(None, "--lm-head/--no-lm-head", help="Also quantize the output projection."),
     calib: list[str] | None = typer.Option(
         None, help="Calibration: .txt, .jsonl, .npy, a data set id, or 'builtin'; may be repeated. Default: builtin."
     ),

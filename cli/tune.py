@@ -55,7 +55,7 @@ def tune(
     grad_checkpoint: bool | None = typer.Option(
         None, "--grad-checkpoint", help="Recompute activations: less memory, more time."
     ),
-    shard: bool | None = typer.Option(None, "--shard", help="Shard all weights over the processes (FSDP)."),
+    shard: bool | None = typer.Option(None, "--shard/--no-shard", help="Shard all weights over the processes (FSDP)."),
     max_len: int | None = typer.Option(None, help="Longest example in tokens; longer ones are skipped. Default: 2048."),
     eval_every: int | None = typer.Option(None, help="Steps between validations. Default: a tenth of the run."),
     seed: int | None = typer.Option(None, help="Random seed for the data's order and the held-out part. Default: 0."),

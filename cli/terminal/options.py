@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from inspect import signature
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from qsun.config import read_config_file
@@ -52,4 +53,5 @@ def _texts(name: str, value: Any, kind: type) -> Any:
     texts = value if isinstance(value, list) and kind is list else [value]
     if not all(isinstance(text, str) for text in texts):
         raise QsunError(f"{name}: {value!r} is not a text{' or a list of texts' if kind is list else ''}")
-    return texts if kind is list else value
+    texts = [str(Path(text).expanduser()) if text.startswith("~/") else text for text in texts]
+    return texts if kind is list else texts[0]

@@ -1,6 +1,7 @@
 """The command line as a program: version, Ctrl-C, a closed pipe, and inputs from a configuration file."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -97,3 +98,31 @@ def test_a_closed_pipe_ends_quietly():
         err = run.stderr.read()
         run.wait(HANGS)
     assert err == b""
+
+
+def test_home_is_expanded_where_shells_leave_it(cli, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    answer = cli("demo-data", "--out=~/data", "--count", "1", "--held-out", "1")
+    assert answer.code == 0, answer.err
+    assert (tmp_path / "data").is_dir()
+    assert not (tmp_path / "~").exists()
+
+
+def test_switches_of_the_configuration_file_can_be_switched_off(cli, tmp_path):
+    (tmp_path / "c.yaml").write_text("method: rtn\nlm-head: true\n")
+    command = ("quantize", "demo", "-o", tmp_path / "out", "--config", tmp_path / "c.yaml", "--dry-run", "--json")
+    layers = [json.loads(cli(*command, *more).out)["quantized_layers"] for more in ((), ("--no-lm-head",))]
+    assert layers[0] == layers[1] + 1
+
+
+@pytest.mark.slow
+def test_a_terminal_without_unicode(tmp_path):
+    directory = tmp_path / "模型"
+    directory.mkdir()
+    here = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(
+        [*QSUN, "demo-data", "-o", directory / "x", "--count", "1"], capture_output=True, env=here, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert rb"\u6a21\u578b" in done.stdout
