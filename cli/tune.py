@@ -53,7 +53,7 @@ def tune(
     batch_size: int | None = typer.Option(None, help="Examples per step, over all processes. Default: 16."),
     grad_accum: int | None = typer.Option(None, help="Micro-batches per step. Default: 1."),
     grad_checkpoint: bool | None = typer.Option(
-        None, "--grad-checkpoint", help="Recompute activations: less memory, more time."
+        None, "--grad-checkpoint/--no-grad-checkpoint", help="Recompute activations: less memory, more time."
     ),
     shard: bool | None = typer.Option(None, "--shard/--no-shard", help="Shard all weights over the processes (FSDP)."),
     max_len: int | None = typer.Option(None, help="Longest example in tokens; longer ones are skipped. Default: 2048."),

@@ -205,7 +205,11 @@ def written_bytes(out: Path) -> int:
 
 
 def check_free(out: Path, resume: bool) -> None:
-    """Raise QsunError where OUT exists, or an interrupted run that was not asked to be resumed."""
+    """Raise QsunError where OUT exists or cannot be made, or for an interrupted run that is not to be resumed."""
+    above = next(parent for parent in out.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        fault = "is not writable" if above.is_dir() else "is a file"
+        raise QsunError(f"output directory {out} cannot be made: {above} {fault}; choose another place")
     if out.is_symlink() or os.path.ismount(out):  # the module appears by a rename, which cannot replace these
         raise QsunError(f"output directory {out} is a link or a mount point; give one inside it, such as {out}/module")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -116,6 +116,15 @@ def test_switches_of_the_configuration_file_can_be_switched_off(cli, tmp_path):
     assert layers[0] == layers[1] + 1
 
 
+@pytest.mark.parametrize("command", ["quantize", "tune", "demo-data"])
+def test_an_output_below_a_file_is_refused_at_once(cli, tmp_path, command):
+    file = write_jsonl(tmp_path / "file", prompt_rows(40))
+    more = {"quantize": ["demo", "--method", "rtn"], "tune": ["demo", "--data", file], "demo-data": []}[command]
+    answer = cli(command, *more, "-o", file / "out")
+    assert (answer.code, answer.out) == (2, "")
+    assert answer.err == f"error: output directory {file}/out cannot be made: {file} is a file; choose another place\n"
+
+
 @pytest.mark.slow
 def test_a_terminal_without_unicode(tmp_path):
     directory = tmp_path / "模型"
