@@ -1,6 +1,7 @@
 """Tuning with weights that are shared out over two processes: it gives what one process gives, and each holds half."""
 
 import json
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -57,25 +58,40 @@ CASES = {
 }
 
 
+def decoder_of(case):
+    return case if case in ("plain", "int4", "int4-head") else case.rpartition("-")[0]
+
+
+@pytest.fixture(scope="module")
+def tuned_by_two(decoders, few, tmp_path_factory):
+    """A folder for each case, with all of them tuned by one launch: starting processes takes most of the time."""
+    root = tmp_path_factory.mktemp("sharded")
+    runs = []
+    for case, settings in CASES.items():
+        places = {"base": decoders[decoder_of(case)], "out": root / case / "out", "gradients": root / case / "g"}
+        (root / case).mkdir()
+        runs.append(places | {"data": few, "shard": True} | settings)
+    done = in_two_processes(*runs)
+    assert done.returncode == 0, done.stderr
+    return root
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_give_the_gradients_the_curve_and_the_weights_of_one(case, decoders, few, tmp_path):
-    decode = decoders[case if case in decoders else case.rpartition("-")[0]]
-    settings, gradients = CASES[case], tmp_path / "g"
-    done = in_two_processes(decode, tmp_path / "out", few, gradients, -1, json.dumps({"shard": True} | settings))
-    assert done.returncode == 0, done.stderr
-    config = FAST.replace(**settings)
+def test_two_processes_give_the_gradients_the_curve_and_the_weights_of_one(case, decoders, few, tuned_by_two, tmp_path):
+    decode, sharded = decoders[decoder_of(case)], tuned_by_two / case
+    config = FAST.replace(**CASES[case])
     expected = first_gradients(decode, tmp_path / "again", few, config)
-    ours = gathered([f"{gradients}.{rank}" for rank in range(2)])
+    ours = gathered([sharded / f"g.{rank}" for rank in range(2)])
     assert ours.keys() == expected.keys()
     for name, gradient in expected.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item(), msg=name)
     one = qsun.tune(decode, tmp_path / "one", few, config, device="cpu")
-    two = json.loads((tmp_path / "out" / "report.json").read_text())
+    two = json.loads((sharded / "out" / "report.json").read_text())
     same_curve(two, one)
     assert (two["processes"], two["tuned_weights"]) == (2, one["tuned_weights"])
     file = "adapter_model.safetensors" if config.lora_rank else "model.safetensors"
-    tuned, alone = (load_file(tmp_path / name / file) for name in ("out", "one"))
+    tuned, alone = load_file(sharded / "out" / file), load_file(tmp_path / "one" / file)
     base = {} if config.lora_rank else load_file(base_directory() / file)
     assert tuned.keys() == alone.keys()
     for name, tensor in alone.items():
@@ -87,32 +103,31 @@ def test_two_processes_give_the_gradients_the_curve_and_the_weights_of_one(case,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("then", ["sharded", "whole", "alone"])
-def test_a_stopped_run_goes_on(then, few, tmp_path):
-    sharded = json.dumps({"shard": True})
-    done = in_two_processes("demo", tmp_path / "out", few, tmp_path / "g", 5, sharded)
+def test_a_stopped_run_goes_on(few, tmp_path):
+    """In two processes that share the weights out or each hold all of them, and in one."""
+    common = {"base": "demo", "data": few}
+    done = in_two_processes(common | {"out": tmp_path / "out", "stop": 5, "shard": True})
     assert done.returncode != 0
     kept = [path for path in (tmp_path / "out.partial").rglob("*") if path.is_file()]
     assert {path.suffix for path in kept} == {".safetensors", ".json"}
-    if then == "alone":
-        qsun.tune("demo", tmp_path / "out", few, FAST, device="cpu", resume=True)
-    else:
-        settings = sharded if then == "sharded" else "{}"
-        done = in_two_processes("demo", tmp_path / "out", few, tmp_path / "h", -1, settings)
-        assert done.returncode == 0, done.stderr
-    whole = qsun.tune("demo", tmp_path / "whole", few, FAST, device="cpu")
-    same_curve(json.loads((tmp_path / "out" / "report.json").read_text()), whole)
+    ways = [tmp_path / name for name in ("sharded", "whole", "alone")]
+    for out in ways:
+        shutil.copytree(tmp_path / "out.partial", f"{out}.partial")
+    done = in_two_processes(*(common | {"out": out, "shard": out.name == "sharded"} for out in ways[:2]))
+    assert done.returncode == 0, done.stderr
+    qsun.tune("demo", ways[2], few, FAST, device="cpu", resume=True)
+    expected = qsun.tune("demo", tmp_path / "expected", few, FAST, device="cpu")
+    for out in ways:
+        same_curve(json.loads((out / "report.json").read_text()), expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "int4"])
-def test_each_process_holds_half_of_the_weights(name, decoders, few, tmp_path):
-    done = in_two_processes(decoders[name], tmp_path / "out", few, tmp_path / "g", -1, json.dumps({"shard": True}))
-    assert done.returncode == 0, done.stderr
+def test_each_process_holds_half_of_the_weights(name, decoders, few, tuned_by_two, tmp_path):
     # One process alone may keep dequantized copies; what is counted is parameters and buffers.
     whole = held_bytes(decoders[name], tmp_path / "one", few)
     for rank in range(2):
-        assert json.loads((tmp_path / f"g.{rank}.json").read_text()) < 0.55 * whole
+        assert json.loads((tuned_by_two / name / f"g.{rank}.json").read_text()) < 0.55 * whole
 
 
 def test_the_plan_says_what_is_shared_out(cli, few, tmp_path):

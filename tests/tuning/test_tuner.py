@@ -237,14 +237,12 @@ def test_prompts_of_one_token_teach_nothing_and_break_nothing(talking_model, tmp
     assert len(report["train_loss"]) == 8
 
 
-def in_two_processes(*arguments):
-    """Started as `accelerate launch` does where there are several GPUs."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [Path(__file__).parent / "tune_in_parallel.py", *arguments]
+def in_two_processes(*runs):
+    """Tuning runs (`tune_in_parallel.run`) one after another, started as `accelerate launch` does with several GPUs."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [Path(__file__).parent / "tune_in_parallel.py", json.dumps(runs, default=str)]
     here = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300, check=False, env=here
-    )
+    return subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False, env=here)
 
 
 def same_curve(report, expected):
@@ -255,7 +253,7 @@ def same_curve(report, expected):
 
 def test_two_processes_give_the_gradients_and_the_curve_of_one(small, talking_model, few, tmp_path):
     out, gradients = tmp_path / "out", tmp_path / "g"
-    done = in_two_processes(talking_model, out, few, gradients, -1)
+    done = in_two_processes({"base": talking_model, "out": out, "data": few, "gradients": gradients})
     assert done.returncode == 0, done.stderr
     report = json.loads((out / "report.json").read_text())
     assert report["processes"] == 2
@@ -269,7 +267,7 @@ def test_two_processes_give_the_gradients_and_the_curve_of_one(small, talking_mo
 
 
 def test_one_process_goes_on_where_two_stopped(small, talking_model, few, tmp_path):
-    done = in_two_processes(talking_model, tmp_path / "out", few, tmp_path / "g", 5)
+    done = in_two_processes({"base": talking_model, "out": tmp_path / "out", "data": few, "stop": 5})
     assert done.returncode != 0
     assert not (tmp_path / "out").exists()
     same_curve(qsun.tune(talking_model, tmp_path / "out", few, FAST, device="cpu", resume=True), small[1])

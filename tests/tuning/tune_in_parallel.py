@@ -1,4 +1,4 @@
-"""Run by each process of `accelerate launch` in tests: BASE OUT DATA GRADIENTS STOP [SETTINGS as JSON]."""
+"""Run by each process of `accelerate launch` in tests, with a list of tuning runs as JSON: see `run`."""
 
 import json
 import sys
@@ -45,14 +45,24 @@ def stop_after(step):
     return progress
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    base, out, data, gradients, stop, *settings = sys.argv[1:]
-    config = qsun.TuneConfig.from_dict(CONFIG.to_dict() | json.loads(settings[0] if settings else "{}"))
+def run(base, out, data, gradients=None, stop=-1, **settings):
+    """Tune, Ctrl-C after the step `stop`; before it save this process's gradients and the bytes of weights it holds."""
+    config = qsun.TuneConfig.from_dict(CONFIG.to_dict() | settings)
+    if gradients is not None:
+        save_measurements(base, data, gradients, config)
+    resume = Path(f"{out}.partial").exists()
+    qsun.tune(base, out, data, config, device="cpu", progress=stop_after(stop), resume=resume)
+
+
+def save_measurements(base, data, gradients, config):
     rank = Processes.launched(torch.device("cpu")).rank
     share = first_gradients(base, gradients, data, config)
     save_file(share, f"{gradients}.{rank}")
     held = held_bytes(base, f"{gradients}-weights", data, config)
     Path(f"{gradients}.{rank}.json").write_text(json.dumps(held))
-    resume = Path(f"{out}.partial").exists()
-    qsun.tune(base, out, data, config, device="cpu", progress=stop_after(int(stop)), resume=resume)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for settings in json.loads(sys.argv[1]):
+        run(**settings)
