@@ -13,6 +13,7 @@ from tests.kernels.offline import compile_kernel
 
 NARROW, WIDE = KernelLaunch(64, 8, 4, 2, 4, True), KernelLaunch(128, 8, 4, 2, 4, True)
 BUCKETS = load_launch_table("default").buckets
+DISTINCT = list({(bucket.launch, bucket.max_group): bucket for bucket in BUCKETS}.values())
 GROUPS = [(128, False), (128, True), (64, True), (32, False), (32, True), (0, False), (0, True)]
 
 
