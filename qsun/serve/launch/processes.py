@@ -78,9 +78,10 @@ class WorkerProcesses:
     def _start(self, command: WorkerCommand) -> None:
         log = self._logs / f"{command.name}.log"
         environment = self._environment | command.environment
-        with open(log, "wb") as out:
+        # a signal between the start of a process and its record here would leave the process behind
+        with open(log, "wb") as out, launch_signals.deferred():
             try:
-                process = subprocess.Popen(  # noqa: S603 - an argument list made by launch_plan, no shell
+                process = subprocess.Popen(  # noqa: S603 - an argument list made by plan_workers, no shell
                     command.argv,
                     stdin=subprocess.DEVNULL,
                     stdout=out,
@@ -90,8 +91,8 @@ class WorkerProcesses:
                 )
             except OSError as error:
                 raise QsunError(f"{command.argv[0]} cannot be run: {error.strerror}; check launch.python") from None
-        self.workers.append(WorkerProcess(command, process, log))  # first: `stop` must know it if the watchdog is dead
-        self._tell_watchdog("+", process.pid)
+            self.workers.append(WorkerProcess(command, process, log))  # first: `stop` must know it in any case
+            self._tell_watchdog("+", process.pid)
 
     def _tell_watchdog(self, sign: str, pid: int) -> None:
         assert self._watchdog is not None and self._watchdog.stdin is not None

@@ -25,6 +25,18 @@ def restored() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Hold back SIGINT and SIGTERM until the end of a short block."""
+    held: list[int] = []
+    with restored():
+        for number in (signal.SIGINT, signal.SIGTERM) if _may_set() else ():
+            signal.signal(number, lambda number, _: held.append(number))
+        yield
+    for number in held[:1]:
+        signal.raise_signal(number)
+
+
 def ignore() -> None:
     """Ignore these signals from now on."""
     for number in _SIGNALS if _may_set() else ():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qsun.errors import QsunError
+from qsun.serve.launch import signals as launch_signals
 from qsun.serve.launch.plan import WorkerCommand, free_ports
 from qsun.serve.launch.processes import WorkerDied, WorkerProcesses, last_lines
 from qsun.serve.launch.watchdog import watched_groups
@@ -107,6 +108,25 @@ def test_a_worker_is_ended_even_if_the_watchdog_was_killed_before_it_knew(tmp_pa
         pytest.fail("nothing is to be entered")
     (worker,) = unguarded.workers
     assert not alive(worker.process.pid)
+
+
+def test_an_interrupt_in_the_midst_of_a_start_leaves_no_worker(tmp_path, monkeypatch):
+    pids, start = [], subprocess.Popen
+
+    def interrupted(argv, **more):
+        process = start(argv, **more)
+        if str(FAKE) in argv:
+            pids.append(process.pid)
+            signal.raise_signal(signal.SIGINT)  # before the caller has the process
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", interrupted)
+    with pytest.raises(KeyboardInterrupt), launch_signals.restored():
+        launch_signals.interrupt_start()
+        with workers(tmp_path, command("one"), command("two")):
+            pytest.fail("nothing is to be entered")
+    assert len(pids) == 1
+    assert not alive(pids[0])
 
 
 def test_signals_are_as_they_were_after_a_stop(tmp_path):
