@@ -1,29 +1,30 @@
-"""report.json and the picture of errors by layer."""
+"""The report of a run, report.json, and its picture of the error of each layer."""
 
 from pathlib import Path
 from typing import Any
 
+from qsun.figure import new_figure, save_figure
+from qsun.model.architectures import BLOCKS
 from qsun.model.manifest import write_json
 
 
 def write_report(directory: Path, report: dict[str, Any]) -> None:
-    """report.json and errors.png beside the module."""
+    """Write report.json and errors.png beside the module."""
     write_json(directory / "report.json", report)
     if report["layers"]:
         plot_errors(report, directory / "errors.png")
 
 
 def plot_errors(report: dict[str, Any], path: Path) -> None:
-    """Relative output error of every layer against its block, one line a kind of layer."""
-    from matplotlib.figure import Figure
+    """Plot the relative output error of each layer over its block, one line for each kind of layer."""
     from matplotlib.ticker import MaxNLocator
 
     kinds: dict[str, list[tuple[int, float]]] = {}
     for layer in report["layers"]:
-        parts = layer["name"].split(".")
-        block = int(parts[2]) if parts[:2] == ["model", "layers"] else len(report["block_errors"])
-        kinds.setdefault(parts[-1], []).append((block, layer["error"]))
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+        block, _, name = layer["name"].removeprefix(BLOCKS).partition(".")
+        place = int(block) if block.isdigit() else len(report["block_errors"])
+        kinds.setdefault(name.rpartition(".")[2] or block, []).append((place, layer["error"]))
+    figure = new_figure(8, 4.5)
     axes = figure.subplots()
     for kind, points in kinds.items():
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, linewidth=1.2, label=kind)
@@ -42,4 +43,4 @@ def plot_errors(report: dict[str, Any], path: Path) -> None:
     )
     axes.grid(alpha=0.25, which="both")
     axes.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.14))
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    save_figure(figure, path)
