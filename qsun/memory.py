@@ -2,14 +2,43 @@
 
 import ctypes
 import os
+import re
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qsun.errors import QsunError
+
 if TYPE_CHECKING:
     import torch
+
+
+def human_bytes(count: float) -> str:
+    """Return a number of bytes with three digits and a unit: 1.21 GB."""
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while count >= 999.5 and len(units) > 1:
+        count, units = count / 1000, units[1:]
+    return f"{count:.3g} {units[0]}"
+
+
+@contextmanager
+def clear_out_of_memory(needed_bytes: int | None = None) -> Iterator[None]:
+    """Turn every library's way to say that memory ran out into a QsunError; needed_bytes: as estimated before."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch raises a RuntimeError, on a GPU its OutOfMemoryError
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
+        needed = "" if needed_bytes is None else f", about {human_bytes(needed_bytes)} are needed in all"
+        raise QsunError(
+            f"memory ran out{f' asking for {asked[1]} more' if asked else ''}{needed}; use a machine with more, or "
+            "fewer --samples, or a shorter --seq-len"
+        ) from None
 
 
 def peak_rss_bytes() -> int:

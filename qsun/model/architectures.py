@@ -101,6 +101,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "phi3": _PHI3,
 }
 
+# Text models inside multimodal ones, and the plain model that computes the same of text.
+TEXT_MODELS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+
 
 def architecture_of(model_type: str) -> Architecture:
     """The table's row for a config.json's model_type. Raises QsunError for any other, and for mixtures of experts."""
@@ -108,5 +111,4 @@ def architecture_of(model_type: str) -> Architecture:
         return ARCHITECTURES[model_type]
     if "moe" in model_type or model_type in ("mixtral", "deepseek_v2", "deepseek_v3", "gpt_oss", "dbrx", "jamba"):
         raise QsunError(f"architecture {model_type!r} is a mixture of experts, which is not supported yet")
-    hint = "; quantize its text model (gemma3_text)" if model_type == "gemma3" else ""
-    raise QsunError(f"architecture {model_type!r} is not supported; known are {', '.join(ARCHITECTURES)}{hint}")
+    raise QsunError(f"architecture {model_type!r} is not supported; known are {', '.join(ARCHITECTURES)}")

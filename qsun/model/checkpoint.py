@@ -6,6 +6,8 @@ up in memory.
 
 import hashlib
 import json
+import logging
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from qsun.errors import QsunError
 
+log = logging.getLogger(__name__)
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _COPY_BYTES = 1 << 24
@@ -36,14 +39,20 @@ STORED_DTYPES = {  # in the order of safetensors, which writes tensors of a late
     "I64": torch.int64,
     "U64": torch.uint64,
 }
+_VISION = ("vision_tower.", "vision_model.", "visual.", "audio_tower.", "multi_modal_projector.", "mm_projector.")
+_OTHER_PARTS = (*_VISION, *(f"model.{part}" for part in _VISION))
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Checkpoint:
     """The tensors of a Hugging Face model directory, or of one safetensors file.
 
+    Names are those of a causal language model: a text model inside a multimodal one, and an inner model saved without
+    its head, are read as transformers reads them.
+
     Attributes:
         directory: where they are.
+        left_out: names of the tensors of a multimodal model's other parts.
         files: file name of each tensor.
         headers: safetensors header entry of each tensor: dtype, shape, data_offsets.
     Raises:
@@ -65,6 +74,10 @@ class Checkpoint:
                 f"{self.directory}: the index says {missing[0]} is in {self.files[missing[0]]}, but it is not; "
                 "download the model again"
             )
+        plain = _plain_names(self.files) if path.is_dir() else {name: name for name in self.files}
+        self.left_out = sorted(self.files.keys() - plain.keys())
+        self.files = {plain[name]: file for name, file in self.files.items() if name in plain}
+        self.headers = {plain[name]: entry for name, entry in self.headers.items() if name in plain}
 
     def __contains__(self, name: str) -> bool:
         return name in self.files
@@ -114,6 +127,11 @@ class Checkpoint:
             filled += len(piece)
         return tensor
 
+    def same(self, name: str, other: str) -> bool:
+        """Whether two tensors hold the same bytes."""
+        kind = [(self.headers[n]["dtype"], self.headers[n]["shape"]) for n in (name, other)]
+        return kind[0] == kind[1] and all(a == b for a, b in zip(self._raw(name), self._raw(other), strict=True))
+
     def fingerprint(self) -> str:
         """SHA-256 over every tensor's name, dtype, shape and bytes, whatever the sharding.
 
@@ -148,6 +166,22 @@ class Checkpoint:
                 yield piece
 
 
+def check_full_precision(checkpoint: Checkpoint) -> None:
+    """Raise QsunError for a model that is quantized already, whatever way, and say what it is."""
+    directory, config = checkpoint.directory, checkpoint.directory / "config.json"
+    stored = read_json(config).get("quantization_config") if config.exists() else None
+    if isinstance(stored, dict):
+        kind = " ".join(str(stored[key]) for key in ("quant_method", "format") if stored.get(key)) or "in some way"
+        raise QsunError(f"{directory} is quantized already ({kind}); give the full-precision base")
+    for name in checkpoint.names():
+        dtype = checkpoint.headers[name]["dtype"]
+        if name.endswith("weight") and STORED_DTYPES[dtype] not in _WEIGHT_DTYPES:
+            raise QsunError(
+                f"{directory}: {name} is stored as {dtype}, so the model is quantized already; give the full-precision "
+                "base, in F32, BF16 or F16"
+            )
+
+
 def _tensor_files(directory: Path) -> dict[str, str]:
     """The file of each tensor, without the buffers that old Llama checkpoints hold and every model computes."""
     return {
@@ -159,7 +193,10 @@ def _all_tensor_files(directory: Path) -> dict[str, str]:
     if not directory.is_dir():
         raise QsunError(f"{directory} is not a directory; give a Hugging Face model directory, or 'demo'")
     index = directory / INDEX_FILE
-    if index.is_file():
+    single = (directory / SINGLE_FILE).is_file()
+    if index.is_file() and single:
+        log.warning("%s has %s and %s; the first is read, as transformers does", directory, SINGLE_FILE, INDEX_FILE)
+    elif index.is_file():
         files = read_json(index).get("weight_map")
         if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
             raise QsunError(f"{index} names no tensors; download it again")
@@ -167,11 +204,25 @@ def _all_tensor_files(directory: Path) -> dict[str, str]:
         if lost:
             raise QsunError(f"{directory}: the index names {lost[0]}, which is not there; download the model again")
         return files
-    if (directory / SINGLE_FILE).is_file():
+    if single:
         return dict.fromkeys(read_header(directory / SINGLE_FILE)[0], SINGLE_FILE)
     if list(directory.glob("*.bin")) or list(directory.glob("*.pt*")):
         raise QsunError(f"{directory} has only pickled weights, which can run code; convert them to safetensors first")
     raise QsunError(f"{directory} has no {SINGLE_FILE} and no {INDEX_FILE}; is it a Hugging Face model directory?")
+
+
+def _plain_names(names: Iterable[str]) -> dict[str, str]:
+    """The name in a causal language model of each stored tensor that belongs to one."""
+    names = list(names)
+    if "embed_tokens.weight" in names:  # an inner model, saved by itself
+        return {name: name if name.startswith("lm_head.") else f"model.{name}" for name in names}
+    inside = re.compile(r"(model\.)?language_model\.(model\.)?")
+    plain = {}
+    for name in names:
+        if not name.startswith(_OTHER_PARTS):
+            rest = inside.sub("", name, count=1) if inside.match(name) else name
+            plain[name] = rest if rest == name or rest.startswith("lm_head.") else f"model.{rest}"
+    return plain
 
 
 def read_json(path: Path) -> dict[str, Any]:

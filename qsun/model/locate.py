@@ -2,6 +2,8 @@
 
 import logging
 import re
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +34,38 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(_WANTED)))
     except Exception as error:  # the hub's client raises many kinds, down to those of its HTTP library
         reason = " ".join(str(error).split())[:160]
-        raise QsunError(f"{name} is no directory here, and the hub did not give it: {reason}") from None
+        raise QsunError(f"{name} is not a directory here and could not be downloaded from the Hub: {reason}") from None
 
 
 def load_tokenizer(directory: Path) -> Any | None:
-    """The model's tokenizer, or None where the directory has none. Never runs code from the directory."""
-    if not any((directory / file).exists() for file in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+    """Return the model's tokenizer, or None where the directory has none. Never runs code from the directory."""
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    present = [name for name in names if (directory / name).exists()]
+    if not present:
         return None
     from transformers import AutoTokenizer
 
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise QsunError(f"{directory}: the tokenizer cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+    except Exception as error:  # the tokenizers library raises bare Exceptions, others what a missing package raises
+        reason = " ".join(str(error).split())[:200]
+    lacking = [name for name in ("sentencepiece", "google.protobuf") if not _installed(name)]
+    if "tokenizer.json" not in present and lacking:
+        packages = " ".join(lacking).replace("google.", "")
+        raise QsunError(f"{directory}: tokenizer.model needs packages that are not here; pip install {packages}")
+    installed = ", ".join(f"{name} {version(name)}" for name in ("transformers", "tokenizers"))
+    raise QsunError(
+        f"{directory}: the tokenizer cannot be loaded: {reason}; it is damaged, or made for later versions than "
+        f"{installed}"
+    )
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that would hold it
+        return False
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from qsun.errors import QsunError
 from qsun.model.architectures import architecture_of
 from qsun.model.checkpoint import Checkpoint, read_json
-from qsun.model.locate import find_model
 from qsun.model.manifest import write_json
-from qsun.model.pairing import ADAPTER, ADAPTER_WEIGHTS, read_manifest
+from qsun.model.pairing import ADAPTER, ADAPTER_WEIGHTS, named_base, read_manifest
 from qsun.model.skeleton import linear_of
 
 ADAPTER_CONFIG = ADAPTER
@@ -32,6 +31,8 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "modules_to_save": (None, []),
     "trainable_token_indices": (None,),
     "layer_replication": (None,),
+    # the others (pissa, olora, corda, loftq, lora_ga) take a part of the base out, to which the adapter then belongs
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
     "alora_invocation_tokens": (None,),
     "target_parameters": (None, []),
     **dict.fromkeys(("use_dora", "use_qalora", "use_bdlora", "lora_bias", "fan_in_fan_out"), (False, None)),
@@ -80,15 +81,7 @@ class AdapterSettings:
 
 def adapter_base(directory: Path) -> Path:
     """The base of an adapter, as adapter_config.json names it. Raises QsunError where it is not that base any more."""
-    name = read_json(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if not isinstance(name, str):
-        raise QsunError(f"{directory / ADAPTER_CONFIG} names no base_model_name_or_path")
-    try:
-        base = find_model(name)
-    except QsunError:
-        raise QsunError(
-            f"{directory} is an adapter of {name}, which is not here; put it there, or name it in {ADAPTER_CONFIG}"
-        ) from None
+    base = named_base(directory)
     wanted = read_manifest(directory).get("base_fingerprint")
     if wanted and Checkpoint(base).fingerprint() != wanted:
         raise QsunError(f"{base} is not the base that the adapter {directory} was tuned on: their fingerprints differ")
@@ -150,7 +143,11 @@ def stored_adapter(model: Any, directory: Path) -> Adapter:
     for layer in dict.fromkeys(name.rpartition(".lora_")[0].removeprefix(_PREFIX) for name in tensors):
         names = [f"{_PREFIX}{layer}.{part}.weight" for part in _PARTS]
         if layer not in known or not all(name in tensors for name in names):
-            raise QsunError(f"{path} has weights for {layer}, which is no linear layer of its base's blocks")
+            odd = next(name for name in tensors if layer in name and (layer or ".lora_" not in name))
+            raise QsunError(
+                f"{path} has {odd}, which is not lora_A or lora_B of a linear layer of its base's blocks; "
+                "merge the adapter into its base first"
+            )
         linear = linear_of(model, layer)
         a, b = (tensors.pop(name) for name in names)
         if a.shape != (settings.rank, linear.in_features) or b.shape != (linear.out_features, settings.rank):

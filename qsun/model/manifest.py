@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qsun.config import QuantConfig
-from qsun.model.checkpoint import file_sha256
+from qsun.model.checkpoint import file_sha256, read_json
 
 MANIFEST = "qsun.json"
 MANIFEST_VERSION = 1
@@ -31,6 +31,13 @@ def write_json(path: Path, value: Any) -> None:
     draft = path.with_name(path.name + ".draft")
     draft.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     draft.replace(path)
+
+
+def check_base_files(base: Path) -> None:
+    """Raise QsunError for a file that would be copied and that no loader could read."""
+    for path in {path for pattern in _BASE_FILES for path in base.glob(pattern)}:
+        if path.suffix == ".json":
+            read_json(path)
 
 
 def copy_base_files(base: Path, directory: Path) -> list[str]:

@@ -1,13 +1,15 @@
 """The unfinished output, OUT.partial: files are laid out first and filled part by part, and appear by one rename."""
 
+import fcntl
 import json
+import logging
 import os
 import shutil
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
 
 import torch
 from safetensors.torch import save_file
@@ -17,6 +19,7 @@ from qsun.errors import QsunError, ResumeError
 from qsun.model.checkpoint import INDEX_FILE, SINGLE_FILE, STORED_DTYPES, read_json
 from qsun.model.manifest import write_json
 
+log = logging.getLogger(__name__)
 Part = Mapping[str, tuple[str, tuple[int, ...]]]  # the safetensors dtype and the shape of each tensor by name
 MAX_SHARD_BYTES = 4 << 30
 _SMALL_FIRST = list(STORED_DTYPES)
@@ -122,18 +125,21 @@ class Workdir:
     Args:
         out: where the module will appear; must not exist.
         settings: everything that decides the bytes; a resumed run must have the same.
+        lock: keep other runs out until `close`; False for the further processes of one run.
     Raises:
-        QsunError: OUT exists, or an interrupted run is there and `resume` is false.
+        QsunError: OUT exists, an interrupted run is there and `resume` is false, or another run is writing.
         ResumeError: the settings changed.
     """
 
-    def __init__(self, out: Path, settings: dict[str, Any], resume: bool):
+    def __init__(self, out: Path, settings: dict[str, Any], resume: bool, lock: bool = True):
         self.out = out.absolute()
         self.root = partial_path(out)
         self.module = self.root / "module"
-        check_free(out, resume)
+        check_free(out, resume, lock)
         if self.root.exists():
             self._check_settings(settings)
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._lock = _take_lock(self.root / "lock", "ab", fcntl.LOCK_EX) if lock else None
         for directory in (self.root / "parts", self.module):
             directory.mkdir(parents=True, exist_ok=True)
         write_json(self.root / "run.json", settings)
@@ -188,6 +194,14 @@ class Workdir:
             path.unlink()
         return self.module
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let other runs continue this one."""
+        if self._lock is not None:
+            self._lock.close()
+
     def publish(self) -> None:
         """Make the module appear at OUT, and drop the parts."""
         self.module.rename(self.out)
@@ -204,8 +218,27 @@ def written_bytes(out: Path) -> int:
     return sum(512 * file.stat().st_blocks for file in (partial_path(out) / "module").glob("*.safetensors"))
 
 
-def check_free(out: Path, resume: bool) -> None:
-    """Raise QsunError where OUT exists or cannot be made, or for an interrupted run that is not to be resumed."""
+def check_outside(out: Path, model: Path) -> None:
+    """Raise QsunError where OUT is inside the model that is read."""
+    if out.resolve().is_relative_to(model.resolve()):
+        raise QsunError(f"output directory {out} is inside the input {model}; choose one outside")
+
+
+def _take_lock(path: Path, mode: str, kind: int) -> IO[bytes]:
+    """Lock a file until it is closed or its process ends. Raises QsunError where another run has it."""
+    file: IO[bytes] = path.open(mode)
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise QsunError(f"another run is writing {path.parent}; wait for it, or choose another --out") from None
+    except OSError as error:
+        log.debug("%s cannot be locked: %s", path, error)
+    return file
+
+
+def check_free(out: Path, resume: bool, lock: bool = True) -> None:
+    """Raise QsunError if OUT exists or cannot be made, another run writes, or an interrupted one is not to go on."""
     above = next(parent for parent in out.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         fault = "is not writable" if above.is_dir() else "is a file"
@@ -214,5 +247,8 @@ def check_free(out: Path, resume: bool) -> None:
         raise QsunError(f"output directory {out} is a link or a mount point; give one inside it, such as {out}/module")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise QsunError(f"output directory {out} exists; choose another, or delete it first")
+    lock_file = partial_path(out) / "lock"
+    if lock and lock_file.exists():
+        _take_lock(lock_file, "rb", fcntl.LOCK_SH).close()
     if partial_path(out).exists() and not resume:
         raise QsunError(f"{partial_path(out)} holds an interrupted run; continue it with --resume, or delete it")

@@ -241,15 +241,31 @@ def _tokenizer_settings(directory: Path) -> dict[str, Any]:
 
 def _base_differences(ours: Path, theirs: Path) -> Iterator[str]:
     mine = base_fingerprint(read_manifest(ours))
-    if mine is None:
-        if (ours / ADAPTER).exists():
-            yield f"{ours} is a LoRA adapter without a qsun.json that names its base; merge it into its base first"
+    if mine is None and not (ours / ADAPTER).exists():
         return
     made = read_manifest(theirs)
     quantized = bool(read_json(theirs / "config.json").get("quantization_config"))
+    if mine is None:
+        base = named_base(ours)
+        if not quantized and base.resolve() == theirs.resolve():
+            return
+        mine = Checkpoint(base).fingerprint()
     wanted = base_fingerprint(made) or (None if quantized else Checkpoint(theirs).fingerprint())
     if wanted is not None and mine != wanted:
         yield _line("base fingerprint", mine[:16], wanted[:16], _SAME_BASE)
+
+
+def named_base(adapter: Path) -> Path:
+    """Return the base that adapter_config.json names. Raises QsunError where it names none, or it is not here."""
+    name = read_json(adapter / ADAPTER).get("base_model_name_or_path")
+    if not isinstance(name, str):
+        raise QsunError(f"{adapter / ADAPTER} names no base_model_name_or_path")
+    try:
+        return find_model(name)
+    except QsunError:
+        raise QsunError(
+            f"{adapter} is an adapter of {name}, which is not here; put it there, or name it in {ADAPTER}"
+        ) from None
 
 
 def _line(name: str, a: Any, b: Any, fix: str) -> str:

@@ -5,7 +5,6 @@ block (masks, rotary embeddings, per layer type) are what the model's own forwar
 """
 
 import copy
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -14,9 +13,10 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qsun.errors import QsunError
-from qsun.model.architectures import Architecture, architecture_of, block_prefix
+from qsun.model.architectures import ARCHITECTURES, TEXT_MODELS, Architecture, architecture_of, block_prefix
 from qsun.model.checkpoint import Checkpoint, read_json
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -134,17 +134,53 @@ class _Recorder(nn.Module):
 
 
 def read_model_config(directory: Path) -> Any:
-    """transformers' config of a directory, as a plain model (a quantization_config in it is left out)."""
-    values = read_json(directory / "config.json")
-    model_type = values.get("model_type")
-    if not isinstance(model_type, str):
+    """Return transformers' config of a directory's causal language model, without a quantization_config.
+
+    Of a multimodal model that is its text model. Embeddings that are tied in the file but not in the weights are not
+    tied, which is how transformers loads them.
+    """
+    values = _text_values(directory) or read_json(directory / "config.json")
+    if not isinstance(values.get("model_type"), str):
         raise QsunError(f"{directory / 'config.json'} names no model_type")
-    architecture_of(model_type)
-    values.pop("quantization_config", None)
+    architecture_of(values["model_type"])
+    config = _parsed(values, directory)
+    if config.tie_word_embeddings and _has_another_head(directory):
+        config.tie_word_embeddings = False
+    return config
+
+
+def _parsed(values: Mapping[str, Any], directory: Path) -> Any:
     try:
-        return AutoConfig.for_model(**values)
+        return AutoConfig.for_model(**{key: value for key, value in values.items() if key != "quantization_config"})
     except Exception as error:  # each config class checks in its own way, down to those of a strict dataclass
         raise QsunError(f"{directory / 'config.json'}: {' '.join(str(error).split())[:300]}") from None
+
+
+def _text_values(directory: Path) -> dict[str, Any] | None:
+    """The config of the text model inside a multimodal model; None for every other model."""
+    values = read_json(directory / "config.json")
+    if values.get("model_type") in ARCHITECTURES or not ("text_config" in values or "vision_config" in values):
+        return None
+    whole = _parsed(values, directory)
+    text = whole.get_text_config(decoder=True)
+    model_type = TEXT_MODELS.get(text.model_type, text.model_type)
+    if text is whole or model_type not in ARCHITECTURES:
+        return None
+    found: dict[str, Any] = text.to_dict() | {"model_type": model_type}
+    found["dtype"] = values.get("dtype") or values.get("torch_dtype")
+    found["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]
+    found["tie_word_embeddings"] = bool(whole.tie_word_embeddings)
+    if model_type != text.model_type:  # the positions of text are plain
+        found["rope_parameters"] = {k: v for k, v in found["rope_parameters"].items() if not k.startswith("mrope")}
+    return found
+
+
+def _has_another_head(directory: Path) -> bool:
+    try:
+        checkpoint = Checkpoint(directory)
+    except QsunError:
+        return False  # an adapter, or what reading the weights will name
+    return HEAD in checkpoint and EMBEDDING in checkpoint and not checkpoint.same(HEAD, EMBEDDING)
 
 
 def empty_model(config: Any) -> Any:
@@ -152,9 +188,12 @@ def empty_model(config: Any) -> Any:
     # transformers' fused attention ignores Gemma 2's soft cap on the logits.
     attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+        # Buffers in float32: a scale that is rounded to the checkpoint's dtype stays rounded in every other.
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
 
 
 def config_json(directory: Path) -> dict[str, Any]:
-    """config.json as it is, to be written again with a quantization_config."""
-    return json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    """Return config.json of the causal language model, to be written beside its weights."""
+    values = _text_values(directory) or read_json(directory / "config.json")
+    untied = _parsed(values, directory).tie_word_embeddings and not read_model_config(directory).tie_word_embeddings
+    return values | ({"tie_word_embeddings": False} if untied else {})

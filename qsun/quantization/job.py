@@ -12,10 +12,13 @@ from qsun.data.calibration import BUILTIN, Calibration, read_calibration
 from qsun.demo import calibration_file
 from qsun.device import compute_dtype, default_device
 from qsun.errors import QsunError
-from qsun.model.checkpoint import Checkpoint
+from qsun.memory import clear_out_of_memory
+from qsun.model.architectures import BLOCKS
+from qsun.model.checkpoint import Checkpoint, check_full_precision
 from qsun.model.formats import check_format
 from qsun.model.locate import DEMO, find_model, load_tokenizer
-from qsun.model.output_dir import Part, Shard, check_free, lay_out, partial_path, written_bytes
+from qsun.model.manifest import check_base_files
+from qsun.model.output_dir import Part, Shard, check_free, check_outside, lay_out, partial_path, written_bytes
 from qsun.model.quantization_config import check_fused, check_overrides
 from qsun.model.skeleton import EMBEDDING, HEAD, Skeleton
 from qsun.quantization.plan import Plan, check_disk, make_plan, output_parts
@@ -42,6 +45,7 @@ class Job:
     shards: list[Shard]
 
 
+@clear_out_of_memory()
 def prepare(
     model: str | Path,
     out: str | Path,
@@ -60,10 +64,16 @@ def prepare(
     out = Path(out)
     check_free(out, resume)
     checkpoint = Checkpoint(find_model(str(model)))
+    check_outside(out, checkpoint.directory)
+    check_full_precision(checkpoint)
     device = default_device(device)
     base_dtype = checkpoint.dtype(EMBEDDING) if EMBEDDING in checkpoint else None
     skeleton = Skeleton(checkpoint, compute_dtype(config.dtype, device, base_dtype), device)
+    if checkpoint.left_out:
+        kind = (skeleton.config.model_type, len(checkpoint.left_out), checkpoint.left_out[0])
+        log.warning("the text model (%s) is quantized; %d tensors of other parts, such as %s, are left out", *kind)
     shapes = skeleton.linear_shapes(config.lm_head)
+    config = _fitting_groups(config, shapes)
     check_overrides(config, shapes)
     check_format(config, shapes)
     specs = {name: config.spec_for(name) for name in shapes}
@@ -71,13 +81,14 @@ def prepare(
         config = config.replace(lm_head=False)
         del shapes["lm_head"], specs["lm_head"]
     check_fused(specs)
-    _check_weights(checkpoint, skeleton, shapes)
+    _check_weights(checkpoint, skeleton)
+    check_base_files(checkpoint.directory)
     sources = _sources(str(model), calibration)
     prefill, samples = PrefillPlan(), None
     if config.calibrated:
         prefill = plan_prefills(map(str, calibration_prefill), sources, str(model), skeleton)
         for source in prefill.modules:
-            _check_weights(source.skeleton.checkpoint, source.skeleton, source.skeleton.linear_shapes(False))
+            _check_weights(source.skeleton.checkpoint, source.skeleton)
         samples = _read_samples(skeleton, config, sources, prefill)
     elif list(calibration_prefill):
         log.warning("%s uses no calibration, so --calib-prefill has no effect", config.method)
@@ -91,10 +102,18 @@ def prepare(
     return Job(str(model), out, config, checkpoint, skeleton, specs, samples, plan, scale_dtype, prefill, parts, shards)
 
 
-def _check_weights(checkpoint: Checkpoint, skeleton: Skeleton, layers: Iterable[str]) -> None:
-    """The files must hold the tensors that config.json promises, and no others."""
-    if any(f"{name}.qweight" in checkpoint or f"{name}.weight_packed" in checkpoint for name in layers):
-        raise QsunError(f"{checkpoint.directory} is quantized already; give the full-precision base")
+def _fitting_groups(config: QuantConfig, shapes: dict[str, tuple[int, int]]) -> QuantConfig:
+    """The same settings; where the user named no group size, the largest that divides the inputs of every layer."""
+    sizes = {K for name, (_, K) in shapes.items() if config.spec_for(name).quantized}
+    fits = next((g for g in (128, 64, 32) if all(K % g == 0 for K in sizes)), -1)
+    if "group_size" in config.model_fields_set or fits == config.group_size:
+        return config
+    log.warning("group_size %d does not divide all layers' inputs; %d is used", config.group_size, fits)
+    return config.replace(group_size=fits)
+
+
+def _check_weights(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
+    """Raise QsunError where the files lack a tensor that config.json promises, or blocks hold another one."""
     wanted = {name: tuple(tensor.shape) for name, tensor in skeleton.model.state_dict().items()}
     for name, shape in wanted.items():
         if name == HEAD and skeleton.tied and name not in checkpoint:
@@ -104,8 +123,14 @@ def _check_weights(checkpoint: Checkpoint, skeleton: Skeleton, layers: Iterable[
         if checkpoint.shape(name) != shape:
             raise QsunError(f"{name} is {list(checkpoint.shape(name))}, but config.json wants {list(shape)}")
     unknown = [name for name in checkpoint.names() if name not in wanted]
+    inside = [name for name in unknown if name.startswith(BLOCKS)]
+    if inside:
+        raise QsunError(
+            f"{checkpoint.directory} has {inside[0]}, which a {skeleton.config.model_type} model of "
+            f"{len(skeleton.layers)} blocks does not; is config.json that of another model?"
+        )
     if unknown:
-        raise QsunError(f"{checkpoint.directory} has {unknown[0]}, which config.json knows nothing of; is it damaged?")
+        log.warning("%d tensors that the model does not use, such as %s, are left out", len(unknown), unknown[0])
 
 
 def _sources(model: str, calibration: str | Path | Iterable[str | Path] | None) -> list[str]:

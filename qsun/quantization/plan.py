@@ -11,6 +11,7 @@ import torch
 from qsun.config import LayerSpec, QuantConfig
 from qsun.data.calibration import Calibration, Sample
 from qsun.errors import QsunError
+from qsun.memory import human_bytes
 from qsun.model.architectures import BLOCKS, block_prefix
 from qsun.model.checkpoint import Checkpoint
 from qsun.model.formats import pack_layer
@@ -63,9 +64,10 @@ def output_parts(skeleton: Skeleton, specs: dict[str, LayerSpec], fmt: str) -> d
 def _part(skeleton: Skeleton, prefix: str, specs: dict[str, LayerSpec], fmt: str) -> Part:
     checkpoint, part = skeleton.checkpoint, {}
     quantized = {name: spec for name, spec in specs.items() if name.startswith(prefix) and spec.quantized}
+    known = skeleton.model.state_dict().keys() - ({HEAD} if skeleton.tied else set())
     for name in checkpoint.names(prefix):
-        tied = name == HEAD and skeleton.tied
-        if (prefix or not name.startswith(BLOCKS)) and name.removesuffix(".weight") not in quantized and not tied:
+        here = name in known and (prefix or not name.startswith(BLOCKS))
+        if here and name.removesuffix(".weight") not in quantized:
             part[name] = checkpoint.headers[name]["dtype"], checkpoint.shape(name)
     for name, spec in quantized.items():
         if prefix or not name.startswith(BLOCKS):
@@ -118,7 +120,7 @@ def check_disk(plan: Plan, directory: Path, written: int = 0) -> None:
     free, needed = shutil.disk_usage(directory).free, plan.output_bytes - written
     if free < needed:
         raise QsunError(
-            f"{directory} has {free / 1e9:.1f} GB free, but the run needs {needed / 1e9:.1f} GB; "
+            f"{directory} has {human_bytes(free)} free, but the run needs {human_bytes(needed)}; "
             "free some, or choose another --out"
         )
 

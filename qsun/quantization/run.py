@@ -17,7 +17,7 @@ import torch
 
 from qsun.config import QuantConfig
 from qsun.errors import QsunError
-from qsun.memory import peak_rss_bytes
+from qsun.memory import clear_out_of_memory, peak_rss_bytes
 from qsun.model.checkpoint import INDEX_FILE
 from qsun.model.output_dir import Workdir
 from qsun.progress import Progress
@@ -62,15 +62,15 @@ def run(job: Job, resume: bool = False, progress: Progress = lambda *_: None) ->
     started, started_cpu = time.perf_counter(), time.process_time()
     counter, inputs = ProgressCounter(job, progress), _fingerprints(job)
     try:
-        work = Workdir(job.out, _settings(job, inputs), resume)
-        counter.done("fingerprint")
-        report = _quantize(job, work, counter, inputs) | {
-            "seconds": round(time.perf_counter() - started, 3),
-            "cpu_seconds": round(time.process_time() - started_cpu, 3),
-            "peak_rss_bytes": peak_rss_bytes(),
-        }
-        write_report(work.module, report)
-        work.publish()
+        with Workdir(job.out, _settings(job, inputs), resume) as work, clear_out_of_memory(job.plan.peak_ram_bytes):
+            counter.done("fingerprint")
+            report = _quantize(job, work, counter, inputs) | {
+                "seconds": round(time.perf_counter() - started, 3),
+                "cpu_seconds": round(time.process_time() - started_cpu, 3),
+                "peak_rss_bytes": peak_rss_bytes(),
+            }
+            write_report(work.module, report)
+            work.publish()
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise QsunError(

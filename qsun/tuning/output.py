@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from qsun.figure import new_figure, save_figure
-from qsun.model.checkpoint import Checkpoint, file_sha256
+from qsun.model.checkpoint import Checkpoint, file_sha256, read_json
 from qsun.model.lora import Adapter, write_adapter
 from qsun.model.manifest import MANIFEST, MANIFEST_VERSION, copy_base_files, versions, write_json
 from qsun.model.output_dir import ShardWriter, Workdir, lay_out
@@ -30,13 +30,22 @@ def write_module(job: TuneJob, work: Workdir, tuned: Mapping[str, Tensor], adapt
         weights = Checkpoint(directory / ADAPTER_WEIGHTS)
     else:
         _write_weights(job, tuned, directory)
-        shutil.copyfile(job.base / "config.json", directory / "config.json")
+        _write_config(job.base, directory)
         weights = Checkpoint(directory)
     copy_base_files(job.base, directory)
     fingerprint = weights.fingerprint()
     (directory / "README.md").write_text(_card(job), encoding="utf-8")
     write_json(directory / MANIFEST, _manifest(job, fingerprint, directory))
     return directory
+
+
+def _write_config(base: Path, directory: Path) -> None:
+    """Copy config.json byte for byte, unless the model is the text model of another, or its head is not tied."""
+    config = config_json(base)
+    if config == read_json(base / "config.json"):
+        shutil.copyfile(base / "config.json", directory / "config.json")
+    else:
+        write_json(directory / "config.json", config)
 
 
 def _write_weights(job: TuneJob, tuned: Mapping[str, Tensor], directory: Path) -> None:

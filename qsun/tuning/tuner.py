@@ -67,22 +67,23 @@ def tune(  # noqa: PLR0913, PLR0917
 def run_tuning(job: TuneJob, resume: bool = False, progress: Progress = lambda *_: None) -> dict[str, Any]:
     """Run a prepared job; see `tune`."""
     started, processes = time.perf_counter(), Processes.launched(job.device)
-    work = _workdir(job, resume, processes)
-    tuner = Tuner(job, work, processes)
-    tuner.run(progress if processes.first else lambda *_: None)
-    report = tuner.report() | {"seconds": round(time.perf_counter() - started, 3), "peak_rss_bytes": peak_rss_bytes()}
-    directory = work.module
-    if processes.first:
-        write_module(job, work, tuner.best_weights(), tuner.models.adapter)
-    processes.wait()
-    if processes.first or tuner.models.in_step:
-        report["saved_valid_loss"] = tuner.loss_of_saved(directory)
-        _check_saved(report)
-    if processes.first:
-        write_json(directory / "report.json", report)
-        plot_losses(report, directory / "loss.png")
-        work.publish()
-    processes.wait()
+    with _workdir(job, resume, processes) as work:
+        tuner = Tuner(job, work, processes)
+        tuner.run(progress if processes.first else lambda *_: None)
+        seconds = round(time.perf_counter() - started, 3)
+        report = tuner.report() | {"seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
+        directory = work.module
+        if processes.first:
+            write_module(job, work, tuner.best_weights(), tuner.models.adapter)
+        processes.wait()
+        if processes.first or tuner.models.in_step:
+            report["saved_valid_loss"] = tuner.loss_of_saved(directory)
+            _check_saved(report)
+        if processes.first:
+            write_json(directory / "report.json", report)
+            plot_losses(report, directory / "loss.png")
+            work.publish()
+        processes.wait()
     return report
 
 
@@ -106,7 +107,7 @@ def _workdir(job: TuneJob, resume: bool, processes: Processes) -> Workdir:
     processes.wait()
     work = Workdir(job.out, job.settings(), resume) if processes.first else None
     processes.wait()
-    return work or Workdir(job.out, job.settings(), resume=True)
+    return work or Workdir(job.out, job.settings(), resume=True, lock=False)
 
 
 class Tuner:

@@ -89,6 +89,12 @@ def copied(out, target):
         ({"use_dora": True}, "use_dora True is not plain LoRA"),
         ({"peft_type": "IA3"}, "peft_type 'IA3' is not plain LoRA"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save \['lm_head'\] is not plain LoRA"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa' is not plain LoRA"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4' is not plain LoRA"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights 'olora'"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights 'corda'"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights 'loftq'"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights 'lora_ga'"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is not read"),
         ({"r": 2}, "not of rank 2"),
         ({"lora_alpha": "x"}, "no rank and scale"),
@@ -114,6 +120,10 @@ def test_weights_that_have_no_place(adapter, tmp_path):
     )
     with pytest.raises(qsun.QsunError, match=r"layers\.7"):
         qsun.load_prefill(directory, device="cpu")
+    for odd in ("base_model.model.model.embed_tokens.lora_embedding_A", "base_model.model.lm_head.weight"):
+        save_file(tensors | {odd: torch.ones(4, 8)}, directory / "adapter_model.safetensors")
+        with pytest.raises(qsun.QsunError, match=f"has {odd}, which is not lora_A or lora_B of a linear layer"):
+            qsun.load_prefill(directory, device="cpu")
     (directory / "adapter_model.safetensors").unlink()
     with pytest.raises(qsun.QsunError, match="pickled adapters are not read"):
         qsun.load_prefill(directory, device="cpu")

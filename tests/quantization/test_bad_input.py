@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qsun
+from qsun.memory import clear_out_of_memory
 from qsun.model.output_dir import ShardWriter
 from qsun.quantization.job import prepare
 from tests.tiny_models import SEQUENCE, random_tokens
@@ -219,11 +220,66 @@ def test_weights_that_are_no_numbers_are_named(name, method, value, refused, bas
     refused(base, *options, "--json", says=f"{name} has NaN or Inf")
 
 
+def to_float8(tensors) -> None:
+    for name in tensors:
+        if "proj" in name:
+            tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+
+@pytest.mark.parametrize(
+    ("stored", "says"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "is quantized already (fp8)"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "is quantized already (bitsandbytes)"),
+        ({"quant_method": "compressed-tensors", "format": "int-quantized"}, "(compressed-tensors int-quantized)"),
+        ({}, "is quantized already (in some way)"),
+        (None, "mlp.down_proj.weight is stored as F8_E4M3, so the model is quantized already"),
+    ],
+)
+def test_a_model_that_others_quantized(stored, says, refused, base):
+    edit_tensors(base, to_float8)
+    if stored is not None:
+        edit_config(base, quantization_config=stored)
+    refused(base, *FAST, says=says)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_a_file_that_no_loader_could_read_is_not_copied(name, refused, base):
+    (base / name).write_text("")
+    refused(base, *FAST, says=f"{name} cannot be read as JSON")
+
+
+def test_an_output_inside_the_input(cli, base):
+    before = sorted(base.rglob("*"))
+    answer = cli("quantize", base, "-o", base / "int4", *FAST)
+    assert_one_error(answer.code, answer.out, answer.err, f"{base / 'int4'} is inside the input {base}")
+    assert sorted(base.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail] can't allocate memory: you tried to allocate 8192 bytes.")]
+)
+@pytest.mark.parametrize("place", ["qsun.quantization.job.Skeleton", "qsun.quantization.run._quantize"])
+def test_no_memory(place, error, cli, base, tmp_path, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(place, fail)
+    answer = cli("quantize", base, "-o", tmp_path / "out", *FAST)
+    assert_one_error(answer.code, answer.out, answer.err, "memory ran out")
+    assert ("8192 bytes more" in answer.err) == isinstance(error, RuntimeError)
+
+
+def test_other_runtime_errors_are_not_about_memory():
+    with pytest.raises(RuntimeError, match="a bug"), clear_out_of_memory():
+        raise RuntimeError("a bug")
+
+
 @pytest.mark.parametrize("fmt", ["gptq", "awq", "compressed-tensors"])
 def test_a_model_that_is_quantized_already(fmt, cli, refused, base, tmp_path):
     grid = ("--asym",) if fmt == "awq" else ()
     assert cli("quantize", base, "-o", tmp_path / "int4", *FAST, *grid, "--format", fmt).code == 0
-    refused(tmp_path / "int4", *FAST, says="is quantized already; give the full-precision base")
+    refused(tmp_path / "int4", *FAST, says="; give the full-precision base")
 
 
 # --- settings
@@ -310,7 +366,7 @@ def test_no_config_file(name, refused, base, tmp_path):
         ("c.jsonl", b"", "c.jsonl is empty"),
         ("c.jsonl", b'{"text": "a"}\n{"text"\n', "c.jsonl, line 2: not valid JSON"),
         ("c.jsonl", b'{"text": "\xff"}\n', "c.jsonl, line 1: not valid UTF-8"),
-        ("c.npy", b"", "c.npy is not a sound .npy file"),
+        ("c.npy", b"", "c.npy is not a valid .npy file"),
         ("c.parquet.gz", None, "c.parquet.gz"),
     ],
 )
@@ -355,7 +411,7 @@ def test_an_output_below_a_file(cli, base, tmp_path):
 def test_too_little_space_is_seen_before_work_starts(refused, base, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
-    refused(base, *FAST, says="GB free, but the run needs")
+    refused(base, *FAST, says="has 1 kB free, but the run needs")
 
 
 def test_what_is_written_needs_no_more_space(base, tmp_path, monkeypatch):
@@ -368,13 +424,13 @@ def test_what_is_written_needs_no_more_space(base, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 0, needed - 8192))
     with open(module / "model.safetensors", "wb") as file:
         file.truncate(needed)  # a hole, as the file of a run that has finished nothing
-    with pytest.raises(qsun.QsunError, match="GB free, but the run needs"):
+    with pytest.raises(qsun.QsunError, match="free, but the run needs"):
         prepare(base, tmp_path / "out", config, resume=True)
     with open(module / "model.safetensors", "r+b") as file:
         file.write(b"x" * 8192)
         os.fsync(file.fileno())
     prepare(base, tmp_path / "out", config, resume=True)
-    with pytest.raises(qsun.QsunError, match="GB free, but the run needs"):
+    with pytest.raises(qsun.QsunError, match="free, but the run needs"):
         prepare(base, tmp_path / "fresh", config)
 
 

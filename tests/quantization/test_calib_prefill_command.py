@@ -194,6 +194,20 @@ def test_text_may_stand_beside_tasks_with_the_base_as_its_reader(cli, talking_mo
     quantized(cli, talking_model, tmp_path / "out", *options)
 
 
+def test_an_adapter_as_peft_leaves_it(cli, refused, talking_model, data, tiny_model, tmp_path):
+    """Without a qsun.json: its base is the one that adapter_config.json names."""
+    adapter = written_adapter(talking_model, tmp_path / "adapter")
+    quantized(cli, talking_model, tmp_path / "known", "--calib", data, "--calib-prefill", adapter)
+    (adapter / "qsun.json").unlink()
+    quantized(cli, talking_model, tmp_path / "plain", "--calib", data, "--calib-prefill", adapter)
+    known, plain = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("known", "plain"))
+    assert plain == known
+    values = json.loads((adapter / "adapter_config.json").read_text())
+    other = values | {"base_model_name_or_path": str(tiny_model("llama", initializer_range=0.1))}
+    (adapter / "adapter_config.json").write_text(json.dumps(other))
+    refused("--calib-prefill", adapter, says="base fingerprint is ")
+
+
 def test_a_module_that_does_not_fit(refused, tiny_model):
     refused("--calib-prefill", tiny_model("llama", num_key_value_heads=4), says="num_key_value_heads is 4 ")
 
@@ -214,7 +228,7 @@ def test_an_adapter_that_does_not_say_of_which_base(refused, tmp_path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
-    refused("--calib-prefill", adapter, says="is a LoRA adapter without a qsun.json that names its base")
+    refused("--calib-prefill", adapter, says="adapter_config.json names no base_model_name_or_path")
 
 
 def test_an_adapter_whose_weights_are_not_there(refused, talking_model, tmp_path):

@@ -1,0 +1,44 @@
+"""Finding models and reading their tokenizers; what is missing is said in one line."""
+
+import json
+import shutil
+
+import pytest
+
+from qsun.demo import base_directory
+from qsun.errors import QsunError
+from qsun.model import locate
+from qsun.model.locate import load_tokenizer
+
+
+def test_a_directory_without_a_tokenizer(tmp_path):
+    assert load_tokenizer(tmp_path) is None
+
+
+def test_a_tokenizer_of_a_later_version(tmp_path):
+    """The tokenizers library raises bare Exceptions for what it does not know."""
+    shutil.copyfile(base_directory() / "tokenizer_config.json", tmp_path / "tokenizer_config.json")
+    values = json.loads((base_directory() / "tokenizer.json").read_text())
+    values["model"]["type"] = "NextYearsModel"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(QsunError, match=r"made for later versions than transformers \d.*, tokenizers \d") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("lacking", [["sentencepiece"], ["google.protobuf"], ["sentencepiece", "google.protobuf"]])
+def test_sentencepiece_without_its_packages(lacking, tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x00")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    monkeypatch.setattr(locate, "_installed", lambda name: name not in lacking)
+    with pytest.raises(QsunError, match=r"tokenizer\.model needs packages that are not here; pip install ") as caught:
+        load_tokenizer(tmp_path)
+    assert str(caught.value).endswith(" ".join(lacking).replace("google.", ""))
+
+
+def test_a_damaged_sentencepiece_model(tmp_path, monkeypatch):
+    (tmp_path / "tokenizer.model").write_bytes(b"rubbish")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    monkeypatch.setattr(locate, "_installed", lambda _: True)
+    with pytest.raises(QsunError, match="the tokenizer cannot be loaded"):
+        load_tokenizer(tmp_path)
