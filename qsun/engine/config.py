@@ -1,9 +1,9 @@
 """Settings of the engine, of one request's tokens, and of a call of `qsun.generate`."""
 
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from qsun.config import Settings
 from qsun.errors import QsunError
@@ -16,30 +16,66 @@ _Strings = Annotated[
     tuple[Annotated[str, Field(min_length=1)], ...],
     BeforeValidator(lambda given: (given,) if isinstance(given, str) else tuple(given)),
 ]
+_Tokens = Annotated[tuple[_Count, ...], BeforeValidator(tuple)]
+_Biases = Annotated[
+    tuple[tuple[_Count, Annotated[float, Field(allow_inf_nan=False)]], ...],
+    BeforeValidator(lambda given: tuple(given.items() if isinstance(given, Mapping) else given)),
+]
+_Logprobs = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None
+_BY_PROMPT = {"seed", "logprobs", "prompt_logprobs", "detokenize", "constraint"}
 
 
 class Sampling(Settings):
     """How one request's tokens are chosen and when it ends.
 
     Attributes:
-        temperature: 0 is greedy. top_p, top_k: what sampling keeps; 1.0 and 0 keep all.
-        stop: strings that end the answer, which ends before them.
+        max_new_tokens: 0 only scores the prompt (prompt_logprobs).
+        temperature: 0 is greedy. top_p, top_k, min_p: what sampling keeps; 1.0, 0 and 0.0 keep all.
+        repetition_penalty, frequency_penalty, presence_penalty, logit_bias: see LogitShaping.
+        stop: strings that end the answer, which ends before them. stop_token_ids: tokens that do, with finish "stop".
         ignore_eos: go on past the model's end token.
+        min_new_tokens: no end token and no stop string ends the answer before.
+        constraint: see Constraint; of this request alone, as it remembers tokens.
         logprobs: None for none; otherwise the log-probability of each token and of this many most likely ones, of the
             model's own distribution, before all other settings.
+        prompt_logprobs: the same of the prompt's tokens but the first, in the first update: t(i) is scored by the
+            decode module, fed with t(i-1) on the prefill module's KV of t(0) .. t(i-2).
         detokenize: make text, in which `stop` is looked for. skip_special_tokens: leave special tokens out of it.
     """
 
-    max_new_tokens: _Positive = 128
+    max_new_tokens: _Count = 128
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: _Count = 0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    frequency_penalty: Annotated[float, Field(ge=-100, le=100)] = 0.0
+    presence_penalty: Annotated[float, Field(ge=-100, le=100)] = 0.0
+    logit_bias: _Biases = ()
     seed: int = 0
     stop: _Strings = ()
+    stop_token_ids: _Tokens = ()
     ignore_eos: bool = False
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    min_new_tokens: _Count = 0
+    constraint: Any = None
+    logprobs: _Logprobs = None
+    prompt_logprobs: _Logprobs = None
     detokenize: bool = True
     skip_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _lengths_fit(self) -> Self:
+        if not self.max_new_tokens and self.prompt_logprobs is None:
+            raise QsunError("max_new_tokens 0 is out of range; use 1 or more, or 0 with prompt_logprobs")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise QsunError(f"min_new_tokens {self.min_new_tokens} is over max_new_tokens {self.max_new_tokens}")
+        return self
+
+    @property
+    def shapes_logits(self) -> bool:
+        """Whether anything changes the logits before a token is chosen."""
+        penalties = self.repetition_penalty != 1 or self.frequency_penalty or self.presence_penalty
+        return bool(penalties or self.logit_bias or self.min_new_tokens or self.constraint is not None)
 
 
 class EngineConfig(Settings):
@@ -89,7 +125,7 @@ class GenerateConfig(Settings):
     def of(cls, settings: dict[str, Any]) -> "GenerateConfig":
         """Return the settings of a call, those of Sampling among them."""
         own = set(cls.model_fields) - {"sampling"}
-        each = set(Sampling.model_fields) - {"seed", "logprobs", "detokenize"}
+        each = set(Sampling.model_fields) - _BY_PROMPT
         unknown = sorted(set(settings) - own - each)
         if unknown:
             raise QsunError(f"unknown setting {unknown[0]!r}; known are: {', '.join(sorted(own | each))}")

@@ -1,5 +1,6 @@
 """The rows that decode together: each feeds its last token and is given its next."""
 
+from collections.abc import Set
 from typing import Any
 
 from qsun.engine.decode_step import DecodeStep
@@ -34,9 +35,7 @@ class DecodeBatch:
         if last is not row:
             self.rows[place] = last
 
-    def step(self) -> list[tuple[Row, Choice]]:
-        """Choose one token for each row."""
-        choices = choose(self._step([row.token for row in self.rows]), self.rows)
-        for row, choice in zip(self.rows, choices, strict=True):
-            row.token, row.count = choice.token, row.count + 1
+    def step(self, eos: Set[int] = frozenset()) -> list[tuple[Row, Choice]]:
+        """Choose one token for each row. eos: the model's end tokens."""
+        choices = choose(self._step([row.token for row in self.rows]), self.rows, eos)
         return list(zip(self.rows, choices, strict=True))

@@ -41,13 +41,13 @@ class DecodeStep:
             (rows, vocabulary) logits of the tokens that follow. They hold until the next call.
         """
         cache = self.cache
-        cache.view = self._view()
+        view = self._view()
         with on_device(self.device):
             fed = torch.tensor(tokens, dtype=torch.int64, device=self.device)[:, None]
             if self.static:
                 cache.tokens[: len(tokens)] = fed
-                fed = cache.tokens[: cache.view[0]]
-            logits = self._replay(fed) if self.static and fed.is_cuda else self._forward(fed)
+                fed = cache.tokens[: view[0]]
+            logits = self._replay(fed, view) if self.static and fed.is_cuda else self._forward(fed, view)
             cache.advance()
         return logits[: len(tokens)]
 
@@ -59,10 +59,10 @@ class DecodeStep:
         most_rows, most_columns = self.cache.capacity
         return min(_power_of_two(rows), most_rows), min(-(-columns // _GRAPH_COLUMNS) * _GRAPH_COLUMNS, most_columns)
 
-    def _forward(self, tokens: Tensor) -> Tensor:
+    def _forward(self, tokens: Tensor, view: tuple[int, int]) -> Tensor:
         """Nothing here depends on the values of a tensor. Rows beyond those in use write to rows that are not read."""
-        rows, _ = self.cache.view
-        columns = self.cache.lengths[:rows, None]
+        self.cache.start(view)
+        columns = self.cache.lengths[: view[0], None]
         return self.model(
             input_ids=tokens,
             attention_mask=self._masks(columns),
@@ -78,27 +78,27 @@ class DecodeStep:
             return unmasked(self.model)
         return seam_masks(self.model, None, columns, length)
 
-    def _replay(self, tokens: Tensor) -> Tensor:
+    def _replay(self, tokens: Tensor, view: tuple[int, int]) -> Tensor:
         if self._graphs_of != self.cache.allocations or len(self._graphs) > _MOST_GRAPHS:
             self._graphs, self._graphs_of = {}, self.cache.allocations
             self._pool = torch.cuda.graph_pool_handle()
-        if self.cache.view not in self._graphs:
-            self._graphs[self.cache.view] = self._capture(tokens)
-        graph, logits = self._graphs[self.cache.view]
+        if view not in self._graphs:
+            self._graphs[view] = self._capture(tokens, view)
+        graph, logits = self._graphs[view]
         graph.replay()
         return logits
 
-    def _capture(self, tokens: Tensor) -> tuple[Any, Tensor]:
+    def _capture(self, tokens: Tensor, view: tuple[int, int]) -> tuple[Any, Tensor]:
         """Capture on a stream of this device: without one, torch takes a stream of the device it captured on first."""
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
-            self._forward(tokens)  # allocates what a capture must not; the capture writes the same columns again
+            self._forward(tokens, view)  # allocates what a capture must not; the capture writes the same columns again
         torch.cuda.current_stream(self.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # thread_local: what another thread does meanwhile, such as loading a module, is none of this capture's concern
         with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
-            logits = self._forward(tokens)
+            logits = self._forward(tokens, view)
         return graph, logits
 
 

@@ -55,7 +55,7 @@ class Engine:
         self.modules: dict[str, LoadedModule] = {}
         self.known = PrefixCache(self.config.prefix_bytes)
         self._queue = FairQueue()
-        self._prefilling = Prefilling(self.known, self.config.prefill_tokens, self.config.pass_tokens)
+        self._prefilling = Prefilling(model, self.known, self.config.prefill_tokens, self.config.pass_tokens)
         self._batches: dict[str, DecodeBatch] = {}
         self._loads = 0
         self._deadline = float("inf")  # no request's is earlier
@@ -191,8 +191,7 @@ class Engine:
         with on_device(self.device):
             updates = self._expire()
             self._admit()
-            self._prefill()
-            updates += self._decode()
+            updates += self._prefill() + self._decode()
             self._let_go()
             return updates
 
@@ -233,23 +232,29 @@ class Engine:
             self._batches[name] = DecodeBatch(self.decode.model, share, self.config.static)
         return self._batches[name]
 
-    def _prefill(self) -> None:
+    def _prefill(self) -> list[Update]:
         if not self._prefilling.tasks:
-            return
-        started = time.monotonic()
+            return []
+        started, updates = time.monotonic(), []
         for task in self._prefilling.turn():
-            sampling, text = task.request.sampling, None
+            request, sampling, text = task.request, task.request.sampling, None
+            if not sampling.max_new_tokens:  # its prompt was to be scored, no more
+                self._ended(request, "length", 0)
+                scores = tuple(task.scores)
+                updates += [Update(request.id, finish="length", cached_tokens=task.cached, prompt_logprobs=scores)]
+                continue
             if sampling.detokenize and self.tokenizer is not None:
                 text = RowText(self.tokenizer, sampling.stop, sampling.skip_special_tokens)
-            self._batch(task.request.model).add(Row(task.request, text, task.cached), task.layers)
+            self._batch(request.model).add(Row(request, text, task.cached, tuple(task.scores)), task.layers)
         self.watch.prefilled(self._prefilling.read, time.monotonic() - started)
+        return updates
 
     def _decode(self) -> list[Update]:
         updates = []
         for batch in self._batches.values():
             if batch.rows:
                 started = time.monotonic()
-                chosen = batch.step()
+                chosen = batch.step(self.eos)
                 now = time.monotonic()
                 self.watch.step(len(chosen), now - started)
                 updates += [self._update(batch, row, choice, now) for row, choice in chosen]
@@ -268,5 +273,5 @@ class Engine:
             batch.remove(row)
             self._ended(request, finish, row.count)
         logprobs = () if choice.logprob is None else (choice.logprob,)
-        cached = row.cached if row.count == 1 else 0
-        return Update(request.id, (choice.token,), text, finish, logprobs=logprobs, cached_tokens=cached)
+        cached, scores = (row.cached, row.prompt_logprobs) if row.count == 1 else (0, ())
+        return Update(request.id, (choice.token,), text, finish, "", logprobs, cached, scores)

@@ -9,7 +9,9 @@ import torch
 from transformers import DynamicCache
 
 from qsun.engine.prefix_cache import LayerKV, PrefixCache
-from qsun.engine.requests import Request
+from qsun.engine.requests import Request, TokenLogprob
+from qsun.engine.token_choice import token_logprobs
+from qsun.runtime.logits import head_logits, position_pieces, prompt_hidden
 from qsun.runtime.prefill_module import PrefillModule
 from qsun.runtime.seam import extend_prefill, prefilled_rows
 
@@ -35,7 +37,8 @@ class PrefillTask:
     """A prompt on its way into KV.
 
     Attributes:
-        done: tokens read. cached: of them, found in the prefix cache. layers: KV of all of them, once finished.
+        done: tokens read. cached: of them, found in the prefix cache. layers: KV of all of them, once they are read.
+        scores: log-probabilities of the prompt's tokens from the second on, where they are wanted.
     """
 
     request: Request
@@ -44,24 +47,34 @@ class PrefillTask:
     cached: int = 0
     started: bool = False
     layers: LayerKV = field(default_factory=list)
+    scores: list[TokenLogprob] = field(default_factory=list)
     cache: Any = None
 
     @property
     def left(self) -> int:
+        """Tokens to read."""
         return self.request.prefix_tokens - self.done
+
+    @property
+    def unscored(self) -> int:
+        """Tokens to score once all are read."""
+        wanted = self.request.sampling.prompt_logprobs is not None
+        return self.request.prefix_tokens - len(self.scores) if wanted else 0
 
 
 class Prefilling:
     """The prompts being read, and the turn that reads on. Padding counts in all numbers of tokens.
 
     Args:
-        known: prefix cache. turn_tokens: most that a turn reads. pass_tokens: most that one forward pass reads.
+        decode: the decode module's causal LM, which scores prompts. known: prefix cache.
+        turn_tokens: most that a turn reads. pass_tokens: most that one forward pass reads.
 
     Attributes:
         read: tokens read in this turn.
     """
 
-    def __init__(self, known: PrefixCache, turn_tokens: int, pass_tokens: int):
+    def __init__(self, decode: Any, known: PrefixCache, turn_tokens: int, pass_tokens: int):
+        self._decode = decode
         self.known, self.turn_tokens, self.pass_tokens = known, turn_tokens, pass_tokens
         self.tasks: deque[PrefillTask] = deque()
         self.read = 0
@@ -82,15 +95,17 @@ class Prefilling:
             group = self._group(min(left, self.pass_tokens))
             if len(group) > 1:
                 self.read += self._read_together(group)
-            else:
+            elif head.left or not head.unscored:
                 self.read += self._read_on(head, min(left, head.left, self.pass_tokens))
-            done = [task for task in group or [head] if not task.left]
-            if not done:
+            else:
+                self.read += self._score(head, min(left, head.unscored, self.pass_tokens))
+            for task in [task for task in group or [head] if not task.left]:
+                self._keep(task)
+                if not task.unscored:
+                    self.tasks.remove(task)
+                    yield task
+            if self.tasks and self.tasks[0] is head:
                 self.tasks.rotate(-1)
-            for task in done:
-                self.tasks.remove(task)
-                self._finish(task)
-                yield task
 
     def drop(self, request: str) -> PrefillTask | None:
         """Take out a request that is not finished."""
@@ -147,9 +162,23 @@ class Prefilling:
             task.done += count
         return count
 
-    def _finish(self, task: PrefillTask) -> None:
+    def _score(self, task: PrefillTask, count: int) -> int:
+        """Score the next tokens of a prompt that is read. Returns the tokens computed."""
+        first, tokens = len(task.scores), task.request.tokens
+        hidden = prompt_hidden(self._decode, tokens, task.layers, first, first + count)
+        top = task.request.sampling.prompt_logprobs or 0
+        following = torch.tensor(tokens[first + 1 : first + 1 + count], device=hidden.device)
+        for piece in position_pieces(count, self._decode.config.vocab_size):
+            logits = head_logits(self._decode, hidden[piece])
+            task.scores += token_logprobs(logits, following[piece], [top] * len(logits))
+        return count
+
+    def _keep(self, task: PrefillTask) -> None:
+        """Turn what was read into layers of one row, for the decode batch and the prefix cache."""
         if task.cache is not None:
             task.layers = [(layer.keys[0], layer.values[0]) for layer in task.cache.layers]
             task.cache = None
+        elif task.scores:
+            return  # it was kept before it was scored
         if task.layers:
             self.known.keep(task.owner.number, task.request.tokens[:-1], task.layers)

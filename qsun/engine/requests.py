@@ -42,7 +42,7 @@ class Request:
     @property
     def kv_tokens(self) -> int:
         """Columns of KV that it can come to need: the last token chosen is never fed."""
-        return self.prefix_tokens + self.sampling.max_new_tokens
+        return self.prefix_tokens + max(1, self.sampling.max_new_tokens)
 
     @property
     def deadline(self) -> float:
@@ -50,7 +50,7 @@ class Request:
 
 
 def check_prompt(request: Request, config: Any, name: str) -> None:
-    """Raise QsunError for a prompt that is empty, too long for the model with its answer, or has unknown token ids."""
+    """Raise QsunError for an empty prompt, one too long for the model with its answer, and unknown token ids."""
     tokens, new, limit = request.tokens, request.sampling.max_new_tokens, config.max_position_embeddings
     if not tokens:
         raise QsunError(f"{name} is empty; the decode module must be fed at least one token")
@@ -59,9 +59,15 @@ def check_prompt(request: Request, config: Any, name: str) -> None:
             f"{name} has {len(tokens)} tokens, and max_new_tokens {new} goes over the model's {limit} positions; "
             + (f"use {limit + 1 - len(tokens)} or less" if len(tokens) <= limit else "shorten it")
         )
-    if min(tokens) < 0 or max(tokens) >= config.vocab_size:
-        bad = min(tokens) if min(tokens) < 0 else max(tokens)
-        raise QsunError(f"{name} has token {bad}, outside the model's vocabulary of {config.vocab_size}")
+    named = {
+        name: tokens,
+        "logit_bias": [token for token, _ in request.sampling.logit_bias],
+        "stop_token_ids": request.sampling.stop_token_ids,
+    }
+    for where, given in named.items():
+        bad = next((token for token in given if not 0 <= token < config.vocab_size), None)
+        if bad is not None:
+            raise QsunError(f"{where} has token {bad}, outside the model's vocabulary of {config.vocab_size}")
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,8 @@ class Update:
         tokens: usually one; none where it only ended. text: what can be shown now; may be empty.
         finish: "", "eos", "stop", "length", "timeout" or "error".
         error: one line, where finish is "timeout" or "error".
-        cached_tokens: of the prompt, read from the prefix cache; in the first update.
+        cached_tokens: of the prompt, read from the prefix cache; prompt_logprobs: of its tokens from the second on.
+            Both in the first update.
     """
 
     request: str
@@ -91,3 +98,4 @@ class Update:
     error: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()

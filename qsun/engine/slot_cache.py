@@ -25,7 +25,7 @@ class SlotCache:
     Attributes:
         rows: in use. lengths: (capacity,) int64, columns filled in each row, on the device.
         tokens: (capacity, 1) int64, to be fed by the step, on the device.
-        view: (rows, columns) that attention is given; set by the step.
+        view: (rows, columns) that attention is given in this step.
         allocations: how often the buffers were made anew; a captured graph holds the addresses of one of them.
     """
 
@@ -34,6 +34,9 @@ class SlotCache:
         self._like, self.budget_tokens = like, budget_tokens
         self.rows = 0
         self.view = (0, 0)
+        self._places: Tensor | None = (
+            None  # of this step's tokens in flat buffers; the first layer to ask computes them
+        )
         self.allocations = 0
         self.needs: list[int] = []
         self.filled: list[int] = []
@@ -100,6 +103,10 @@ class SlotCache:
         self.needs.pop()
         self.filled.pop()
 
+    def start(self, view: tuple[int, int]) -> None:
+        """Begin a step, or the capture of one."""
+        self.view, self._places = view, None
+
     def advance(self) -> None:
         """Count the token that every layer has written for every row."""
         self.filled = [length + 1 for length in self.filled]
@@ -128,7 +135,7 @@ class SlotCache:
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Write one token a row, (rows, heads, 1, head_dim), and return what to attend to; attention layers call it."""
         rows, columns = self.view
-        if layer == 0:
+        if self._places is None:
             self._places = (self._starts[:rows] + self.lengths[:rows, None]).flatten()
         buffers = self.buffers[layer]
         for buffer, new in zip(buffers, (keys, values), strict=True):

@@ -1,6 +1,6 @@
 """How rows choose their next tokens: each by its own request's settings and random numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from math import isfinite
 from typing import NamedTuple
 
@@ -20,17 +20,25 @@ class Choice(NamedTuple):
     error: str
 
 
-def choose(logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
-    """Choose a token for each row of (B, vocabulary) logits."""
+def choose(logits: Tensor, rows: Sequence[Row], eos: Set[int] = frozenset()) -> list[Choice]:
+    """Choose a token for each row of (B, vocabulary) logits and let the row take it. eos: the model's end tokens."""
     best, tokens = logits.max(-1)
+    errors = ["" if isfinite(logit) else "the model computed NaN or Inf for this prompt" for logit in best.tolist()]
+    shaped = [place for place, row in enumerate(rows) if row.request.sampling.shapes_logits and not errors[place]]
+    final = logits.float().clone() if shaped else logits
+    for place in shaped:
+        errors[place] = rows[place].shape(final[place], eos)
+    if shaped:
+        tokens[shaped] = final[shaped].argmax(-1)
     drawing = [place for place, row in enumerate(rows) if row.random is not None]
     if drawing:
-        tokens[drawing] = _drawn(logits[drawing], [rows[place] for place in drawing])
+        tokens[drawing] = _drawn(final[drawing], [rows[place] for place in drawing])
     logprobs = _logprobs(logits, tokens, rows)
-    return [
-        Choice(token, logprobs.get(place), "" if isfinite(logit) else "the model computed NaN or Inf for this prompt")
-        for place, (token, logit) in enumerate(zip(tokens.tolist(), best.tolist(), strict=True))
-    ]
+    choices = []
+    for place, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+        failure = row.advance(token)
+        choices.append(Choice(token, logprobs.get(place), errors[place] or failure))
+    return choices
 
 
 def _drawn(logits: Tensor, rows: Sequence[Row]) -> Tensor:
@@ -42,6 +50,7 @@ def _drawn(logits: Tensor, rows: Sequence[Row]) -> Tensor:
         torch.tensor([s.temperature for s in settings], dtype=torch.float64),
         torch.tensor([s.top_p for s in settings], dtype=torch.float64),
         torch.tensor([s.top_k for s in settings]),
+        torch.tensor([s.min_p for s in settings], dtype=torch.float64),
     )
 
 

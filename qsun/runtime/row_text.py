@@ -22,22 +22,24 @@ class RowText:
         self._sent = 0
         self.text = ""
 
-    def add(self, token: int) -> bool:
-        """Take a token. Returns whether a stop string is complete."""
+    def add(self, token: int, may_stop: bool = True) -> bool:
+        """Take a token. Returns whether a stop string is complete; may_stop: look for one."""
         self._tokens.append(token)
         before, now = self._decode(self._window, self._read), self._decode(self._window, len(self._tokens))
         if len(now) <= len(before) or now.endswith(_UNFINISHED):
             return False
         self._window, self._read = self._read, len(self._tokens)
-        return self._extend(now[len(before) :])
+        return self._extend(now[len(before) :], may_stop)
 
     def _decode(self, start: int, end: int) -> str:
         return self._tokenizer.decode(self._tokens[start:end], skip_special_tokens=self._skip)
 
-    def _extend(self, new: str) -> bool:
+    def _extend(self, new: str, may_stop: bool) -> bool:
         longest = max(map(len, self._stops), default=1)
         start = max(len(self.text) - longest + 1, 0)
         self.text += new
+        if not may_stop:
+            return False
         found = [place for place in (self.text.find(stop, start) for stop in self._stops) if place >= 0]
         if found:
             self.text = self.text[: min(found)]

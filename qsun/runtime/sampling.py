@@ -1,4 +1,7 @@
-"""From logits to the next token. A row's draw depends on its own seed and logits only, not on its batch."""
+"""From logits to the next token, by a row's own settings, tokens and random numbers only, never by its batch."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,18 +15,24 @@ def row_seed(seed: int, number: int) -> int:
 
 
 def draw(
-    logits: Tensor, numbers: Tensor, temperature: float | Tensor, top_p: float | Tensor, top_k: int | Tensor
+    logits: Tensor,
+    numbers: Tensor,
+    temperature: float | Tensor,
+    top_p: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    min_p: float | Tensor = 0.0,
 ) -> Tensor:
     """Invert the cumulative distribution of the kept tokens, most likely first.
 
     Args:
         logits: (B, vocabulary). numbers: (B,) uniform in [0, 1), float64.
-        temperature, top_p, top_k: one for all rows, or (B,) each.
+        temperature, top_k, top_p, min_p: as in transformers and in this order; one for all rows, or (B,) each. min_p
+            keeps tokens with at least this share of the most likely one's probability.
     Returns:
         (B,) tokens.
     """
-    temperature, top_p, top_k = (
-        torch.as_tensor(setting, device=logits.device).reshape(-1, 1) for setting in (temperature, top_p, top_k)
+    temperature, top_p, top_k, min_p = (
+        torch.as_tensor(setting, device=logits.device).reshape(-1, 1) for setting in (temperature, top_p, top_k, min_p)
     )
     ordered, tokens = logits.double().sort(dim=-1, descending=True, stable=True)
     # from the largest down, so that the smallest temperature overflows to 0 probability and not to NaN
@@ -33,7 +42,76 @@ def draw(
     probabilities /= probabilities.sum(-1, keepdim=True)
     mass = probabilities.cumsum(-1)
     probabilities = probabilities.where(mass - probabilities < top_p, 0)  # the token that crosses top_p is kept
+    probabilities = probabilities.where(probabilities >= min_p * probabilities[:, :1], 0)
     mass = probabilities.cumsum(-1)
     place = (mass <= numbers[:, None] * mass[:, -1:]).sum(-1, keepdim=True)
     last = ((probabilities > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
     return tokens.gather(-1, place.minimum(last)).squeeze(-1)
+
+
+class Constraint(Protocol):
+    """Decides which tokens may come next, such as those of a grammar."""
+
+    def mask(self, logits: Tensor) -> None:
+        """Set the (vocabulary,) logits of tokens that are not allowed to -inf, in place."""
+
+    def advance(self, token: int) -> None:
+        """Take the token that was chosen."""
+
+
+class LogitShaping:
+    """The changes of one row, in this order; it remembers the row's tokens.
+
+    1. repetition_penalty, of tokens of the prompt and of the answer, as in transformers: positive logits are divided by
+       it, negative ones multiplied. 2. frequency_penalty for each time that the answer has a token, presence_penalty if
+       it has it, as in OpenAI's API. 3. logit_bias is added. 4. `ends` are not allowed before min_new_tokens tokens.
+    5. constraint.
+
+    Args:
+        prompt: token ids. like: a tensor on the device, whose last dimension is the vocabulary.
+        bias: by token. ends: tokens that end the row.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        like: Tensor,
+        *,
+        repetition_penalty: float,
+        frequency_penalty: float,
+        presence_penalty: float,
+        bias: Mapping[int, float],
+        min_new_tokens: int,
+        ends: Collection[int],
+        constraint: Constraint | None,
+    ):
+        self.repetition, self.frequency, self.presence = repetition_penalty, frequency_penalty, presence_penalty
+        self.min_new_tokens, self.constraint, self.count = min_new_tokens, constraint, 0
+        device: Any = like.device
+        self._counts = torch.zeros(like.shape[-1], device=device)
+        self._in_prompt = torch.zeros(like.shape[-1], dtype=torch.bool, device=device)
+        self._in_prompt[torch.tensor(list(prompt), device=device)] = True
+        self._bias = torch.tensor(list(bias.values()), device=device)
+        self._biased = torch.tensor(list(bias), dtype=torch.int64, device=device)
+        self._ends = torch.tensor(list(ends), dtype=torch.int64, device=device)
+
+    def apply(self, logits: Tensor) -> None:
+        """Change (vocabulary,) float32 logits in place."""
+        answered = self._counts > 0
+        if self.repetition != 1:
+            repeated = torch.where(logits > 0, logits / self.repetition, logits * self.repetition)
+            logits.copy_(torch.where(self._in_prompt | answered, repeated, logits))
+        if self.frequency or self.presence:
+            logits -= self.frequency * self._counts + self.presence * answered
+        logits.index_add_(0, self._biased, self._bias)
+        if self.count < self.min_new_tokens:
+            logits[self._ends] = float("-inf")
+        if self.constraint is not None:
+            self.constraint.mask(logits)
+
+    def advance(self, token: int) -> None:
+        """Take the token that was chosen."""
+        self.count += 1
+        self._counts[token] += 1
+        if self.constraint is not None:
+            self.constraint.advance(token)

@@ -52,7 +52,7 @@ def seam_masks(model: Any, starts: Tensor | None, columns: Tensor, length: int) 
     Returns:
         A mask (B, 1, Q, length), or one for each attention type: bool, or additive where attention is eager.
     """
-    kinds = _mask_kinds(model.config)
+    kinds = mask_kinds(model.config)
     key = torch.arange(length, device=columns.device)
     query = columns[..., None]
     causal = key <= query
@@ -60,9 +60,9 @@ def seam_masks(model: Any, starts: Tensor | None, columns: Tensor, length: int) 
         causal = causal & (key >= starts[:, None, None]) | (key == query)
     masks = {}
     for kind in kinds:
-        window = _window(model.config, kind)
+        window = window_of(model.config, kind)
         seen = causal if window is None else causal & (key > query - window)
-        masks[kind] = _as_attention_takes_it(seen[:, None], model)
+        masks[kind] = as_attention_takes_it(seen[:, None], model)
     return masks.get("all", masks)
 
 
@@ -72,7 +72,7 @@ def goes_unmasked(model: Any, length: int) -> bool:
     The step's token must see all of them in every layer, and eager attention would be given a mask by transformers all
     the same.
     """
-    windows = [_window(model.config, kind) for kind in _mask_kinds(model.config)]
+    windows = [window_of(model.config, kind) for kind in mask_kinds(model.config)]
     sees_all = all(w is None or length < w for w in windows)
     return sees_all and model.config._attn_implementation != "eager" and not _faster_masked(model)
 
@@ -93,19 +93,22 @@ def _faster_masked(model: Any) -> bool:
 
 def unmasked(model: Any) -> dict[str, None] | None:
     """`seam_masks` where there is nothing to hide."""
-    kinds = _mask_kinds(model.config)
+    kinds = mask_kinds(model.config)
     return None if kinds == {"all"} else dict.fromkeys(kinds)
 
 
-def _mask_kinds(config: Any) -> set[str]:
+def mask_kinds(config: Any) -> set[str]:
+    """Return the attention types that have a mask each, or "all" where one serves every layer."""
     return set(config.layer_types) if architecture_of(config.model_type).masks_by_type else {"all"}
 
 
-def _window(config: Any, kind: str) -> int | None:
+def window_of(config: Any, kind: str) -> int | None:
+    """Return the sliding window of an attention type; None: it sees everything."""
     return None if kind == "full_attention" else getattr(config, "sliding_window", None)
 
 
-def _as_attention_takes_it(seen: Tensor, model: Any) -> Tensor:
+def as_attention_takes_it(seen: Tensor, model: Any) -> Tensor:
+    """Return a bool mask as the model's attention wants it: additive where it is eager."""
     if model.config._attn_implementation != "eager":
         return seen
     dtype = model.model.embed_tokens.weight.dtype

@@ -49,7 +49,7 @@ def test_rows_keep_their_own_columns_and_the_budget_holds(seed):
 
 def step(cache, expected):
     rows = len(expected)
-    cache.view = (rows, max(keys[0].shape[1] for keys in expected) + 1)
+    cache.start((rows, max(keys[0].shape[1] for keys in expected) + 1))
     for layer in range(3):
         new = torch.randn(rows, 2, 1, 8)
         keys, values = cache.update(new, -new, layer)

@@ -2,15 +2,29 @@
 
 import pytest
 import torch
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from qsun.runtime.sampling import draw, row_seed
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.7, 0.8, 0), (1.3, 1.0, 5), (2.0, 0.6, 7)]
+    ("temperature", "top_p", "top_k", "min_p"),
+    [
+        (1.0, 1.0, 0, 0.0),
+        (0.7, 0.8, 0, 0.0),
+        (1.3, 1.0, 5, 0.0),
+        (2.0, 0.6, 7, 0.0),
+        (1.0, 1.0, 0, 0.2),
+        (1.5, 0.9, 9, 0.3),
+    ],
 )
-def test_the_share_of_each_token_is_its_probability(temperature, top_p, top_k):
+def test_the_share_of_each_token_is_its_probability(temperature, top_p, top_k, min_p):
     torch.manual_seed(top_k)
     logits = torch.randn(1, 23) * 2
     warp = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
@@ -18,9 +32,11 @@ def test_the_share_of_each_token_is_its_probability(temperature, top_p, top_k):
         warp.append(TopKLogitsWarper(top_k))
     if top_p < 1:
         warp.append(TopPLogitsWarper(top_p))
+    if min_p:
+        warp.append(MinPLogitsWarper(min_p))
     expected = warp(None, logits.double()).softmax(-1)[0]
-    grid = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000  # every number once: shares, not luck
-    tokens = draw(logits.expand(20_000, -1), grid, temperature, top_p, top_k)
+    grid = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000  # every number once, so that shares are exact
+    tokens = draw(logits.expand(20_000, -1), grid, temperature, top_p, top_k, min_p)
     shares = torch.bincount(tokens, minlength=23) / 20_000
     torch.testing.assert_close(shares.double(), expected, atol=2e-4, rtol=0)
 
