@@ -86,15 +86,6 @@ class Reply:
             yield event
 
 
-def _sampling(settings: dict[str, Any]) -> Sampling:
-    """Return settings for the engine. Raises HttpError 400 for one that it does not have."""
-    known = Sampling.model_fields.keys()
-    for name in settings.keys() - known:
-        if settings[name] not in (None, False, 0, (), {}) and (name, settings[name]) != ("repetition_penalty", 1.0):
-            raise HttpError(400, f"{name.replace('new_', '')} is not supported; leave it out")
-    return Sampling(**{name: value for name, value in settings.items() if name in known})
-
-
 class Completions:
     """Queues what bodies ask for."""
 
@@ -163,7 +154,7 @@ class Completions:
                     uuid.uuid4().hex,
                     body.model,
                     tuple(prompt),
-                    _sampling(settings),
+                    Sampling(**settings),
                     self.limits.seconds,
                 )
             )

@@ -44,7 +44,7 @@ class Choice:
         self._written += len(update.text)
         self.tokens += update.tokens
         self.logprobs += update.logprobs
-        self.prompt_logprobs += getattr(update, "prompt_logprobs", ())
+        self.prompt_logprobs += update.prompt_logprobs
         self.finish = update.finish
         self.cached_tokens += update.cached_tokens
         content, calls = update.text, list[Call]()
