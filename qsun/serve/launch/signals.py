@@ -31,7 +31,7 @@ def deferred() -> Iterator[None]:
     held: list[int] = []
     with restored():
         for number in (signal.SIGINT, signal.SIGTERM) if _may_set() else ():
-            signal.signal(number, lambda number, _: held.append(number))
+            signal.signal(number, lambda received, _: held.append(received))
         yield
     for number in held[:1]:
         signal.raise_signal(number)
