@@ -110,40 +110,36 @@ def test_a_whole_study_and_its_second_run(cli, tmp_path):
         run_study(Study(lr=1.0), out)
 
 
+@pytest.mark.slow
 def test_own_base_and_data_end_to_end(cli, talking_model, tmp_path, monkeypatch):
-    """A tiny bfloat16 model, two tasks in files, a scorer of one's own; a part that is lost is made again, alone."""
-    for task, split in ((t, s) for t in ("code", "tool") for s in ("train", "valid", "test")):
-        write_jsonl(tmp_path / f"{task}-{split}.jsonl", examples(task, split, 40 if split == "train" else 6))
+    """A tiny bfloat16 model, a task in files, a scorer of one's own; a part that is lost is made again, alone."""
+    for split in ("train", "valid", "test"):
+        write_jsonl(tmp_path / f"{split}.jsonl", examples("code", split, 40 if split == "train" else 6))
     (tmp_path / "my_scorer.py").write_text("def anything(answer, response):\n    return bool(response)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    code, tool = (
-        ",".join(str(tmp_path / f"{task}-{split}.jsonl") for split in ("train", "valid", "test"))
-        for task in ("code", "tool")
-    )
+    files = ",".join(str(tmp_path / f"{split}.jsonl") for split in ("train", "valid", "test"))
     command = ["bench", "tasks", "-o", tmp_path / "out", "--base", talking_model, "--json"]
-    command += ["--task", f"mine={code},my_scorer:anything", "--task", f"calls={tool},json"]
+    command += ["--task", f"mine={files},my_scorer:anything", "--bits", "4", "--methods", "gptq", "--test", 4]
     command += ["--seeds", 1, "--steps", 1, "--curve", "", "--align-steps", 1, "--batch-size", 4, "--processes", 1]
-    command += ["--bits", "4", "--methods", "gptq", "--test", 4]
     answer = cli(*command)
     assert answer.code == 0, answer.err
-    right = json.loads(answer.out)["right"]["0"]
-    assert set(right["mine"].values()) == {"1111"}, "the scorer of one's own decides"
-    assert set(right["calls"]) == {
+    right = json.loads(answer.out)["right"]["0"]["mine"]
+    assert right == dict.fromkeys(right, "1111"), "the scorer of one's own decides"
+    assert set(right) == {
         *("base", "full", "sun", "sun longer"),
         *("int4 gptq text", "int4 gptq decode", "int4 gptq aligned"),
     }
     report = (tmp_path / "out/study.md").read_text()
     assert "| sun - full | 0.0 |" in report and "95% interval" in report
     matrix = from_file(tmp_path / "out/matrix.yaml")
-    assert matrix.tasks == () and {entry.responses for entry in matrix.entries[1:]} == {
-        str(tmp_path / f"{task}-valid.jsonl") for task in ("code", "tool")
-    }
+    assert matrix.tasks == ()
+    assert {entry.responses for entry in matrix.entries[1:]} == {str(tmp_path / "valid.jsonl")}
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
-    (tmp_path / "out/seed0/calls/scores.json").unlink()
+    (tmp_path / "out/seed0/mine/scores.json").unlink()
     again = cli(*command)
     assert again.out == answer.out
     assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
-    file = tmp_path / "code-train.jsonl"
+    file = tmp_path / "train.jsonl"
     file.write_text(file.read_text() + '{"prompt": "a>", "response": "b"}\n')
     changed = cli(*command)
     assert changed.code == 2 and f"file {file} has changed since the study" in changed.err
