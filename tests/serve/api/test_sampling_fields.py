@@ -28,8 +28,10 @@ def client(request):
     metrics = Metrics()
     with served(make_engine(metrics), metrics) as found:
         tokenizer = found.serving.engine.tokenizer
+        kept = tokenizer.chat_template  # loaded once for all tests
         tokenizer.chat_template = "{{ tools | tojson }}<tool_call>{{ messages[-1].content }}"
         yield found
+        tokenizer.chat_template = kept
 
 
 @pytest.fixture(scope="module")
