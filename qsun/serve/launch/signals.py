@@ -33,8 +33,8 @@ def deferred() -> Iterator[None]:
         for number in (signal.SIGINT, signal.SIGTERM) if _may_set() else ():
             signal.signal(number, lambda received, _: held.append(received))
         yield
-    for number in held[:1]:
-        signal.raise_signal(number)
+    if held:
+        signal.raise_signal(held[0])
 
 
 def ignore() -> None:
