@@ -161,7 +161,7 @@ class Override(Settings):
 
 @cache
 def _whole_numbers(pattern: str) -> re.Pattern[str]:
-    """The pattern, kept from beginning or ending inside a number."""
+    """Return the pattern, kept from beginning or ending inside a number."""
     flags = re.compile(pattern).flags
     pattern = re.sub(r"^\(\?[a-zA-Z]+\)", "", pattern)  # flags may only stand at the start
     edge = r"(?:(?<!\d)|(?!\d))"
@@ -169,7 +169,7 @@ def _whole_numbers(pattern: str) -> re.Pattern[str]:
 
 
 def _spelled(value: object) -> object:
-    """The name of a choice however it is spelled: GPTQ, compressed_tensors."""
+    """Return the name of a choice however it is spelled: GPTQ, compressed_tensors."""
     return value.lower().replace("_", "-") if isinstance(value, str) else value
 
 
@@ -229,7 +229,7 @@ class QuantConfig(Settings):
         return self.method != "rtn"
 
     def spec_for(self, layer: str) -> LayerSpec:
-        """Settings of the layer with this full name, e.g. model.layers.0.mlp.up_proj."""
+        """Return the settings of the layer with this full name, e.g. model.layers.0.mlp.up_proj."""
         settings: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size, "sym": self.sym}
         for override in self.overrides:
             if override.matches(layer):

@@ -42,7 +42,7 @@ def clear_out_of_memory(needed_bytes: int | None = None) -> Iterator[None]:
 
 
 def peak_rss_bytes() -> int:
-    """Highest resident memory of this process so far."""
+    """Return the highest resident memory of this process so far."""
     try:
         # Not getrusage: Linux carries its maximum over fork and exec, so a child would report its parent's peak.
         status = Path("/proc/self/status").read_text(encoding="ascii")
@@ -53,7 +53,7 @@ def peak_rss_bytes() -> int:
 
 
 def available_bytes(device: "torch.device | None" = None) -> int:
-    """Memory that can be taken: what is free on a GPU; else without swapping, as Linux estimates it, in this cgroup."""
+    """Return what is free on a GPU, or what Linux can give without swapping, within this cgroup."""
     if device is not None and device.type == "cuda":
         import torch  # takes seconds, and the rest of this module does without
 
@@ -68,7 +68,7 @@ def available_bytes(device: "torch.device | None" = None) -> int:
 
 
 def cgroup_available_bytes(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What a container's limit leaves (cgroup v2), its cached files counted as free; None where there is no limit."""
+    """Return what a container's limit leaves (cgroup v2), counting cached files as free; None without a limit."""
     try:
         limit = (folder / "memory.max").read_text(encoding="ascii").strip()
         used = int((folder / "memory.current").read_text(encoding="ascii"))

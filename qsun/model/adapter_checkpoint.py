@@ -1,4 +1,4 @@
-"""A LoRA adapter read as the plain model that it is when merged, whatever part of it is asked for."""
+"""A LoRA adapter, read as the plain model that it is when merged."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,10 +37,10 @@ class AdaptedCheckpoint(Checkpoint):
         return tensors
 
     def fingerprint(self) -> str:
-        """The adapter's own, as its qsun.json has it."""
+        """Return the adapter's own, as its qsun.json has it."""
         return adapter_file(self.adapter).fingerprint()
 
 
 def open_prefill(directory: Path) -> Checkpoint:
-    """The tensors of a prefill module: a plain directory's own, or those of an adapter on its base."""
+    """Open the tensors of a prefill module: a plain directory's own, or those of an adapter on its base."""
     return AdaptedCheckpoint(directory) if (directory / ADAPTER_CONFIG).exists() else Checkpoint(directory)

@@ -106,7 +106,7 @@ TEXT_MODELS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_t
 
 
 def architecture_of(model_type: str) -> Architecture:
-    """The table's row for a config.json's model_type. Raises QsunError for any other, and for mixtures of experts."""
+    """Return the table's row for a model_type. Raises QsunError for any other, and for mixtures of experts."""
     if model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type]
     if "moe" in model_type or model_type in ("mixtral", "deepseek_v2", "deepseek_v3", "gpt_oss", "dbrx", "jamba"):

@@ -83,14 +83,14 @@ class Checkpoint:
         return name in self.files
 
     def names(self, prefix: str = "") -> list[str]:
-        """Tensor names under a prefix, sorted."""
+        """Return the tensor names under a prefix, sorted."""
         return sorted(name for name in self.files if name.startswith(prefix))
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.headers[name]["shape"])
 
     def dtype(self, name: str) -> torch.dtype | None:
-        """torch dtype of a floating weight; None for any other tensor."""
+        """Return the torch dtype of a floating weight; None for any other tensor."""
         dtype = STORED_DTYPES[self.headers[name]["dtype"]]
         return dtype if dtype in _WEIGHT_DTYPES else None
 
@@ -98,7 +98,7 @@ class Checkpoint:
         return sum(end - start for start, end in (self.headers[name]["data_offsets"] for name in names))
 
     def load(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors by name, on the CPU, as stored. Raises QsunError for a name that is not there."""
+        """Return tensors by name, on the CPU, as stored. Raises QsunError for a name that does not exist."""
         names = list(names)
         absent = [name for name in names if name not in self.files]
         if absent:
@@ -112,7 +112,7 @@ class Checkpoint:
         return self.files[name], self.headers[name]["data_offsets"][0]
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows first .. last - 1 of a tensor; nothing else of it is read."""
+        """Return rows first .. last - 1 of a tensor; nothing else of it is read."""
         return self._tensor(name, (first, last))
 
     def _tensor(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
@@ -133,10 +133,10 @@ class Checkpoint:
         return kind[0] == kind[1] and all(a == b for a, b in zip(self._raw(name), self._raw(other), strict=True))
 
     def fingerprint(self) -> str:
-        """SHA-256 over every tensor's name, dtype, shape and bytes, whatever the sharding.
+        """Return a SHA-256 over every tensor's name, dtype, shape and bytes, whatever the sharding.
 
         Raises:
-            QsunError: a tensor has NaN or Inf. All bytes pass by here before any work, so this is the place to look.
+            QsunError: a tensor has NaN or Inf; this reads all bytes before any work, so it checks them too.
         """
         whole = hashlib.sha256()
         for name in self.names():
@@ -150,7 +150,7 @@ class Checkpoint:
         return whole.hexdigest()
 
     def _raw(self, name: str, rows: tuple[int, int] | None = None) -> Iterator[bytearray]:
-        """The bytes of a tensor or of some of its rows in pieces, read without mapping the file."""
+        """Yield the bytes of a tensor, or of some of its rows, in pieces, without mapping the file."""
         start, end = self.headers[name]["data_offsets"]
         if rows is not None:
             width = (end - start) // max(1, self.headers[name]["shape"][0])
@@ -183,7 +183,7 @@ def check_full_precision(checkpoint: Checkpoint) -> None:
 
 
 def _tensor_files(directory: Path) -> dict[str, str]:
-    """The file of each tensor, without the buffers that old Llama checkpoints hold and every model computes."""
+    """Return the file of each tensor, without buffers that old Llama checkpoints store and every model computes."""
     return {
         name: file for name, file in _all_tensor_files(directory).items() if not name.endswith(".rotary_emb.inv_freq")
     }
@@ -212,7 +212,7 @@ def _all_tensor_files(directory: Path) -> dict[str, str]:
 
 
 def _plain_names(names: Iterable[str]) -> dict[str, str]:
-    """The name in a causal language model of each stored tensor that belongs to one."""
+    """Return the name in a causal language model of each stored tensor that belongs to one."""
     names = list(names)
     if "embed_tokens.weight" in names:  # an inner model, saved by itself
         return {name: name if name.startswith("lm_head.") else f"model.{name}" for name in names}
@@ -226,18 +226,18 @@ def _plain_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises QsunError naming the file and line."""
+    """Read a JSON object from a file. Raises QsunError naming the file and line."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise QsunError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
-        raise QsunError(f"{path} holds no JSON object")
+        raise QsunError(f"{path} does not hold a JSON object")
     return value
 
 
 def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """Entries of a safetensors file and the offset of its data. Raises QsunError where the file is damaged."""
+    """Return the entries of a safetensors file and the offset of its data. Raises QsunError for a damaged file."""
     size = path.stat().st_size
     try:
         with open(path, "rb") as file:
@@ -250,9 +250,9 @@ def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
             raise ValueError("a tensor without a shape, or of a dtype that safetensors does not have")
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except (OSError, ValueError, KeyError, AttributeError, TypeError, struct.error) as error:
-        raise QsunError(f"{path} is not a sound safetensors file ({error}); download it again") from None
+        raise QsunError(f"{path} is not a valid safetensors file ({error}); download it again") from None
     if 8 + length + end != size:
-        raise QsunError(f"{path} is damaged: {size} bytes where its header wants {8 + length + end}; download it again")
+        raise QsunError(f"{path} is damaged: {size} bytes where its header says {8 + length + end}; download it again")
     return entries, 8 + length
 
 

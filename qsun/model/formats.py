@@ -46,7 +46,7 @@ def _pack_piece(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack_rows(packed: Tensor, bits: int, rows: int) -> Tensor:
-    """Inverse of `pack_rows`: (rows, C) uint8."""
+    """Undo `pack_rows`. Returns (rows, C) uint8."""
     return torch.cat([_unpack_piece(piece, bits, rows) for piece in _column_pieces(packed)], 1)
 
 
@@ -58,12 +58,12 @@ def _unpack_piece(packed: Tensor, bits: int, rows: int) -> Tensor:
 
 
 def _column_pieces(values: Tensor) -> tuple[Tensor, ...]:
-    """The 64-bit intermediates are eight times the integers: work on a few million at a time."""
+    """Split into pieces of a few million, as the 64-bit intermediates are eight times the integers."""
     return values.split(max(1, _PIECE_ELEMENTS // max(1, values.shape[0])), dim=1)
 
 
 def pack_layer(weights: Quantized, spec: LayerSpec, fmt: str) -> dict[str, Tensor]:
-    """Tensors of one layer, by suffix. Layouts: docs/formats.md."""
+    """Return the tensors of one layer by suffix. Layouts: docs/formats.md."""
     if fmt == "gptq":
         return _pack_gptq(weights, spec.bits)
     if fmt == "awq":
@@ -72,7 +72,7 @@ def pack_layer(weights: Quantized, spec: LayerSpec, fmt: str) -> dict[str, Tenso
 
 
 def unpack_layer(tensors: Mapping[str, Tensor], spec: LayerSpec, fmt: str) -> Quantized:
-    """Inverse of `pack_layer`; `fmt` may also be gptq_v2, whose zero points are stored as they are."""
+    """Undo `pack_layer`; `fmt` may also be gptq_v2, whose zero points are stored as they are."""
     if fmt in ("gptq", "gptq_v2"):
         return _unpack_gptq(tensors, spec.bits, offset=1 if fmt == "gptq" else 0)
     if fmt == "awq":
@@ -157,7 +157,7 @@ def _unpack_compressed(tensors: Mapping[str, Tensor], spec: LayerSpec) -> Quanti
 
 
 def check_format(config: QuantConfig, layers: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse, before work starts, what the target format cannot hold, and name one that can.
+    """Raise QsunError for what the target format cannot hold, naming one that can.
 
     Args:
         layers: (out_features, in_features) of each linear layer by full name.

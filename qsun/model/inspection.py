@@ -16,7 +16,7 @@ from qsun.model.stored_layers import bits_per_weight, layer_spec, quantized_laye
 
 
 def describe(directory: str | Path) -> dict[str, Any]:
-    """Kind, format, bits a weight, layers with their settings and errors, and engines.
+    """Return kind, format, bits a weight, layers with their settings and errors, and engines.
 
     Raises:
         QsunError: not a model directory that qsun reads.
@@ -63,7 +63,7 @@ def describe(directory: str | Path) -> dict[str, Any]:
 
 
 def _spec(checkpoint: Checkpoint, name: str, fmt: str, in_features: int, stored: dict[str, Any]) -> LayerSpec:
-    """Formats that always store zero points say in their configuration whether those are all in the middle."""
+    """Return a layer's settings; formats that always store zero points say in config.json if they are symmetric."""
     spec = layer_spec(checkpoint, name, fmt, in_features)
     if not fmt.startswith("gptq"):
         return spec
@@ -71,7 +71,7 @@ def _spec(checkpoint: Checkpoint, name: str, fmt: str, in_features: int, stored:
 
 
 def _own_settings(stored: dict[str, Any], name: str) -> dict[str, Any]:
-    """Of the first pattern under `dynamic` that the layer's name matches, as gptqmodel reads them."""
+    """Return the settings of the first pattern under `dynamic` that matches, as gptqmodel reads them."""
     for pattern, settings in (stored.get("dynamic") or {}).items():
         if pattern.startswith("+:") and re.match(pattern.removeprefix("+:"), name):
             return settings

@@ -1,4 +1,4 @@
-"""From what a user typed to a model directory: a path, the packaged `demo`, or a model id on the hub."""
+"""Find model directories: a path, the packaged `demo`, or a model id on the Hub."""
 
 import logging
 import re
@@ -16,7 +16,7 @@ _WANTED = ("*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vo
 
 
 def find_model(name: str) -> Path:
-    """Directory of a model. Raises QsunError where there is none."""
+    """Return the directory of a model. Raises QsunError if there is none."""
     path = Path(name)
     if path.is_dir():
         return path
@@ -69,7 +69,7 @@ def _installed(module: str) -> bool:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids; text that spells its first special token out does not get a second one."""
+    """Return token ids; text that spells out its first special token does not get a second one."""
     start = tokenizer.bos_token or ""
     spelt = bool(start) and text.startswith(start)
     return tokenizer(text, add_special_tokens=not spelt, verbose=False)["input_ids"]

@@ -57,12 +57,12 @@ class LoraLinear(nn.Module):
         return self.linear(x) + self.scale * nn.functional.linear(low, self.lora_B.to(x.dtype))
 
     def merged(self) -> Tensor:
-        """(out, in) float32 weights of the two together."""
+        """Return the (out, in) float32 weights of the two together."""
         return merged_weight(self.linear.weight, self.lora_A, self.lora_B, self.scale)
 
 
 def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """(out, in) float32 sum of a layer and its adapter."""
+    """Return the (out, in) float32 sum of a layer and its adapter."""
     return weight.detach().float() + scale * (b.float() @ a.float()).detach()
 
 
@@ -80,7 +80,7 @@ class AdapterSettings:
 
 
 def adapter_base(directory: Path) -> Path:
-    """The base of an adapter, as adapter_config.json names it. Raises QsunError where it is not that base any more."""
+    """Return the base of an adapter. Raises QsunError if it is missing or has changed."""
     base = named_base(directory)
     wanted = read_manifest(directory).get("base_fingerprint")
     if wanted and Checkpoint(base).fingerprint() != wanted:
@@ -104,7 +104,7 @@ def new_adapter(model: Any, settings: AdapterSettings, seed: int) -> Adapter:
 
 
 def fresh_adapter(model: Any, settings: AdapterSettings, seed: int) -> Adapter:
-    """A fresh adapter on the CPU; of the model, which may be on the meta device, only shapes are read."""
+    """Return a fresh adapter on the CPU; only shapes of the model are read, which may be on the meta device."""
     random = torch.Generator().manual_seed(seed)
     weights = {}
     for name in _linear_names(model):
@@ -134,7 +134,7 @@ def read_adapter(model: Any, directory: Path) -> Adapter:
 
 
 def stored_adapter(model: Any, directory: Path) -> Adapter:
-    """An adapter of this model, which may be on the meta device. Raises QsunError for one that is not plain LoRA."""
+    """Read an adapter of this model, which may be on the meta device. Raises QsunError if it is not plain LoRA."""
     settings = _read_settings(directory)
     file = adapter_file(directory)
     tensors = file.load(file.names())
@@ -159,7 +159,7 @@ def stored_adapter(model: Any, directory: Path) -> Adapter:
 
 
 def adapter_file(directory: Path) -> Checkpoint:
-    """The tensors of an adapter as they are stored. Raises QsunError where there are none, or only pickled ones."""
+    """Return the tensors of an adapter as stored. Raises QsunError if there are none, or only pickled ones."""
     if not (directory / ADAPTER_WEIGHTS).is_file():
         raise QsunError(f"{directory} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}; pickled adapters are not read")
     return Checkpoint(directory / ADAPTER_WEIGHTS)
@@ -175,7 +175,7 @@ def _read_settings(directory: Path) -> AdapterSettings:
             raise QsunError(f"{directory}: {key} is not read; merge the adapter into its base first")
     rank, alpha = values.get("r"), values.get("lora_alpha")
     if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
-        raise QsunError(f"{directory / ADAPTER_CONFIG}: r {rank!r} and lora_alpha {alpha!r} are no rank and scale")
+        raise QsunError(f"{directory / ADAPTER_CONFIG}: r {rank!r} and lora_alpha {alpha!r} are not a rank and a scale")
     return AdapterSettings(rank, alpha, bool(values.get("use_rslora")))
 
 

@@ -1,4 +1,4 @@
-"""What lies beside the weights: qsun.json, the files taken over from the base, config.json, the model card."""
+"""The files beside the weights: qsun.json, those copied from the base, config.json, the model card."""
 
 import json
 import platform
@@ -27,7 +27,7 @@ _BASE_FILES = (
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all: through a file beside it."""
+    """Write a JSON file completely or not at all, through a draft beside it."""
     draft = path.with_name(path.name + ".draft")
     draft.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     draft.replace(path)
@@ -41,7 +41,7 @@ def check_base_files(base: Path) -> None:
 
 
 def copy_base_files(base: Path, directory: Path) -> list[str]:
-    """Tokenizer and generation files, byte for byte. Returns their names."""
+    """Copy tokenizer and generation files, byte for byte. Returns their names."""
     names = sorted({path.name for pattern in _BASE_FILES for path in base.glob(pattern) if path.is_file()})
     for name in names:
         shutil.copyfile(base / name, directory / name)
@@ -49,7 +49,7 @@ def copy_base_files(base: Path, directory: Path) -> list[str]:
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Of what takes part in the result; more: further packages."""
+    """Return the versions of the packages that decide the result; more: further ones."""
     found = {"python": platform.python_version()}
     for package in ("qsun", "torch", "transformers", "safetensors", *more):
         try:
@@ -67,7 +67,7 @@ def manifest(
     directory: Path,
     prefill_modules: list[dict[str, str]],
 ) -> dict[str, Any]:
-    """qsun.json: what made this module, its errors, and the SHA-256 of every file that a loader reads.
+    """Return qsun.json: what made this module, its errors, and the SHA-256 of every file that a loader reads.
 
     prefill_modules: name, fingerprint and calibration source of each one whose KV was calibrated with.
     """
@@ -87,7 +87,7 @@ def manifest(
 
 
 def model_card(config: QuantConfig, base: str, bits_per_weight: float, engines: dict[str, str], source: str) -> str:
-    """README.md of a decode module."""
+    """Return README.md of a decode module."""
     rows = "\n".join(f"| {name} | {answer} |" for name, answer in engines.items())
     kind = "symmetric" if config.sym else "asymmetric"
     return f"""---

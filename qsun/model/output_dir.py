@@ -51,8 +51,8 @@ class Shard:
 def lay_out(parts: Iterable[Part], max_shard_bytes: int | None = None) -> list[Shard]:
     """Place every tensor of a model in its files: one model.safetensors, or several where they would be too large.
 
-    Parts follow each other, and none is cut: one that is larger than the limit (default: 4 GiB) is a file of its own.
-    Within a part tensors lie as safetensors writes them.
+    Parts follow each other, and none is cut: one that is larger than the limit (default: 4 GiB) gets its own file.
+    Within a part, tensors are in the order in which safetensors writes them.
     """
     files: list[list[Part]] = [[]]
     filled = 0
@@ -120,7 +120,7 @@ class ShardWriter:
 
 
 class Workdir:
-    """An output directory in the making: `module` becomes OUT, beside it lie records of what is finished.
+    """An unfinished output directory: `module` becomes OUT; beside it are records of finished parts.
 
     Args:
         out: where the module will appear; must not exist.
@@ -163,11 +163,11 @@ class Workdir:
         return self._record(name).exists()
 
     def note(self, name: str, record: dict[str, Any]) -> None:
-        """Record that a part is finished: after its tensors, for which the record vouches."""
+        """Record that a part is finished, after its tensors were written."""
         write_json(self._record(name), record)
 
     def write(self, name: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-        """Keep a finished part in a file of its own, and its record."""
+        """Write a finished part to its own file, and then its record."""
         draft = self.part(name).with_suffix(".draft")
         save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, draft, {"format": "pt"})
         draft.replace(self.part(name))
@@ -177,11 +177,11 @@ class Workdir:
         return read_json(self._record(name))
 
     def names(self, prefix: str) -> list[str]:
-        """Finished parts whose names begin like this, sorted."""
+        """Return the finished parts whose names begin with this, sorted."""
         return sorted(path.stem for path in (self.root / "parts").glob(f"{prefix}*.json"))
 
     def drop(self, name: str) -> None:
-        """Forget a part: first its record, which vouches for the tensors."""
+        """Delete a part, its record first."""
         self._record(name).unlink()
         self.part(name).unlink()
 
@@ -198,12 +198,12 @@ class Workdir:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let other runs continue this one."""
+        """Release the lock, so that another run can continue this one."""
         if self._lock is not None:
             self._lock.close()
 
     def publish(self) -> None:
-        """Make the module appear at OUT, and drop the parts."""
+        """Make the module appear at OUT, and delete the parts."""
         self.module.rename(self.out)
         shutil.rmtree(self.root, ignore_errors=True)
 
@@ -214,7 +214,7 @@ def partial_path(out: Path) -> Path:
 
 
 def written_bytes(out: Path) -> int:
-    """Bytes on the disk of what an interrupted run has written; its files have holes."""
+    """Return the bytes on disk of what an interrupted run has written; its files have holes."""
     return sum(512 * file.stat().st_blocks for file in (partial_path(out) / "module").glob("*.safetensors"))
 
 

@@ -1,17 +1,16 @@
-"""Does this prefill module fit this decode module? Engines do not ask: a wrong pair answers nonsense, not an error.
+"""Check that a prefill module fits a decode module. Engines do not: a wrong pair gives wrong text, not an error.
 
-A decode module reads K and V that it has not computed. They mean something to it only where both modules agree on
-every shape, on how positions enter (RoPE, windows), on what a token id stands for, and on the weights they came from.
+A decode module reads K and V that it did not compute. Both modules must agree on every shape, on how positions enter
+(RoPE, windows), on what a token id means, and on the weights that they came from.
 
-What qsun.json says, and who writes it:
+What qsun.json says, and which command writes it:
 
 * decode module (`qsun quantize`): kind "decode_module", base_fingerprint, and prefill_modules, the fingerprints of
   those whose KV it was calibrated with;
 * prefill module (`qsun tune`): kind "prefill_module", base_fingerprint (or base: {"fingerprint": ...}), fingerprint
   (`Checkpoint.fingerprint` of its own weights) and lineage, the fingerprints of the modules it was re-tuned from.
 
-A plain full-precision directory is a prefill module too; what it was tuned from is then unknown, and only what its
-files say is compared.
+A plain full-precision directory is a prefill module too. Its base is then unknown, and only its files are compared.
 """
 
 import json
@@ -56,7 +55,7 @@ def check_pair(prefill: str | Path, decode: str | Path) -> None:
 
 
 def differences(prefill: str | Path, decode: str | Path) -> list[str]:
-    """What keeps a prefill module from working with a decode module, each with both values and the fix.
+    """Return what keeps a prefill module from working with a decode module, with both values and the fix.
 
     Args:
         prefill: Hugging Face directory, LoRA adapter directory with a qsun.json, hub id or "demo".
@@ -77,7 +76,7 @@ def differences(prefill: str | Path, decode: str | Path) -> list[str]:
 
 
 def uncovered(prefill: str | Path, decode: str | Path) -> str | None:
-    """A warning where a decode module of few bits was calibrated with the KV of other prefill modules than this one.
+    """Return a warning if a decode module of few bits was calibrated with KV of other prefill modules than this one.
 
     A module that was re-tuned (`qsun tune --init`) from a covered one is covered.
     """
@@ -95,17 +94,17 @@ def uncovered(prefill: str | Path, decode: str | Path) -> str | None:
 
 
 def fewest_bits(made: Mapping[str, Any]) -> int:
-    """Of any quantized layer, from a decode module's qsun.json; 16 where none is."""
+    """Return the fewest bits of a quantized layer, from a decode module's qsun.json; 16 if there is none."""
     return min((layer["bits"] for layer in made.get("layers", [])), default=16)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """qsun.json, empty where there is none."""
+    """Read qsun.json; empty if there is none."""
     return read_json(directory / MANIFEST) if (directory / MANIFEST).exists() else {}
 
 
 def find_base(decode: str | Path, base: str | Path | None = None) -> tuple[Path, str]:
-    """The full-precision base of a decode module, directory and name.
+    """Return directory and name of a decode module's full-precision base.
 
     The one given, the one that a quantized module names, or the decode module itself. Raises QsunError for none.
     """
@@ -122,7 +121,7 @@ def find_base(decode: str | Path, base: str | Path | None = None) -> tuple[Path,
 
 
 def base_fingerprint(made: Mapping[str, Any]) -> str | None:
-    """The fingerprint of the base that qsun.json of either kind names."""
+    """Return the fingerprint of the base that qsun.json of either kind names."""
     named = made.get("base_fingerprint")
     if named is None and isinstance(made.get("base"), Mapping):
         named = made["base"].get("fingerprint")
@@ -130,12 +129,12 @@ def base_fingerprint(made: Mapping[str, Any]) -> str | None:
 
 
 def _lineage(directory: Path) -> set[str]:
-    """Fingerprints of a prefill module and of the modules it was re-tuned from."""
+    """Return the fingerprints of a prefill module and of those it was re-tuned from."""
     return {weights_fingerprint(directory), *read_manifest(directory).get("lineage", [])}
 
 
 def weights_fingerprint(directory: Path) -> str:
-    """Of a module's own weights, a model's tensors or an adapter's: as qsun.json has it, or else computed."""
+    """Return the fingerprint of a module's own weights, from qsun.json or computed."""
     own = read_manifest(directory).get("fingerprint")
     if isinstance(own, str):
         return own
@@ -166,7 +165,7 @@ def _config_differences(ours: Path, theirs: Path) -> Iterator[str]:
 
 
 def _facts(config: Any) -> dict[str, Any]:
-    """What two modules must agree on, flat."""
+    """Return what two modules must agree on, as a flat mapping."""
     values = config.to_dict()
     heads = values["num_attention_heads"]
     values["head_dim"] = values.get("head_dim") or values["hidden_size"] // heads
@@ -186,7 +185,7 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _tokenizer_differences(ours: Path, theirs: Path) -> Iterator[str]:
-    """Content, not bytes: other versions of transformers write the same tokenizer in other words."""
+    """Compare content, not bytes: versions of transformers write the same tokenizer differently."""
     if (ours / ADAPTER).exists() and not any((ours / file).exists() for file in (_FAST_TOKENIZER, *_VOCABULARY_FILES)):
         return  # an adapter is served with the base's tokenizer
     fast = [(directory / _FAST_TOKENIZER).exists() for directory in (ours, theirs)]
@@ -207,7 +206,7 @@ def _tokenizer_differences(ours: Path, theirs: Path) -> Iterator[str]:
 
 
 def _first_difference(name: str, a: Any, b: Any) -> Iterator[str]:
-    """The entry inside two JSON values where they first differ, so that the line names a token and not a whole file."""
+    """Find where two JSON values first differ, so that the line names a token and not a whole file."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         key = next(key for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key))
         yield from _first_difference(f"{name}.{key}", a.get(key), b.get(key))

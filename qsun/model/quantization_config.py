@@ -1,4 +1,4 @@
-"""The quantization_config that each loader reads, written and read; and which engines take a module.
+"""The quantization_config that each loader reads, written and read; and which engines load a module.
 
 Facts about engines are those verified by `make oracles` (docs/formats.md says which versions).
 """
@@ -15,13 +15,13 @@ _FUSED = (("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj", "
 
 
 def quantization_config(config: QuantConfig, specs: Mapping[str, LayerSpec]) -> dict[str, Any]:
-    """config.json's quantization_config for layers by full name."""
+    """Return config.json's quantization_config for layers by full name."""
     build = {"gptq": _gptq_config, "awq": _awq_config, "compressed-tensors": _compressed_config}
     return build[config.format](config, specs)
 
 
 def stored_format(values: Mapping[str, Any]) -> str:
-    """Which layout (formats.unpack_layer) a quantization_config means. Raises QsunError for one we do not read."""
+    """Return the layout (formats.unpack_layer) that a quantization_config means. Raises QsunError for others."""
     method = values.get("quant_method")
     if method == "gptq":
         layout = str(values.get("checkpoint_format") or values.get("format") or "gptq")
@@ -32,7 +32,7 @@ def stored_format(values: Mapping[str, Any]) -> str:
     if method == "compressed-tensors" and values.get("format") == "pack-quantized":
         return "compressed-tensors"
     kind = values.get("checkpoint_format") or values.get("format") or values.get("version")
-    raise QsunError(f"quantization {method!r} ({kind}) is not read; known are gptq, awq gemm and compressed-tensors")
+    raise QsunError(f"quantization {method!r} ({kind}) is not supported; use gptq, awq or compressed-tensors")
 
 
 def check_fused(specs: Mapping[str, LayerSpec]) -> None:
@@ -49,7 +49,7 @@ def check_fused(specs: Mapping[str, LayerSpec]) -> None:
 
 
 def check_overrides(config: QuantConfig, layers: Mapping[str, Any]) -> None:
-    """Every override must match some layer: a misspelt pattern must not pass silently."""
+    """Raise QsunError for an override that matches no layer, such as a misspelled one."""
     for override in config.overrides:
         if not any(map(override.matches, layers)):
             example = next(iter(layers))
@@ -59,7 +59,7 @@ def check_overrides(config: QuantConfig, layers: Mapping[str, Any]) -> None:
 def engines_for(
     fmt: str, quantization: Mapping[str, Any], specs: Mapping[str, LayerSpec], tied: bool = False
 ) -> dict[str, str]:
-    """For each engine, "yes" or why not. `tied`: the output projection is the embedding, and stored once."""
+    """Return "yes" or why not for each engine. `tied`: the output projection is the embedding, stored once."""
     quantized = [spec for spec in specs.values() if spec.quantized]
     bits = {spec.bits for spec in quantized}
     answers = {"qsun": "yes"}
@@ -74,7 +74,7 @@ def engines_for(
 
 
 def _python_loaders(fmt: str, specs: Mapping[str, LayerSpec], quantized: list[LayerSpec], tied: bool) -> dict[str, str]:
-    """transformers with gptqmodel, and for gptq also auto-gptq."""
+    """Answer for transformers with gptqmodel, and for gptq also auto-gptq."""
     rows = any(spec.group_size == -1 and spec.bits == 4 for spec in quantized)
     own = "GPU only, untested: its CPU kernel needs groups" if rows else "yes"
     if fmt == "awq":
@@ -181,7 +181,7 @@ def _by_spec(specs: Mapping[str, LayerSpec]) -> dict[LayerSpec, list[str]]:
 
 
 def _exactly(names: list[str]) -> str:
-    """A regular expression for just these layers, and for the fused layers vLLM makes of them."""
+    """Return a regular expression for exactly these layers, and for the fused ones that vLLM makes of them."""
     fused = {family[-1]: family for family in _FUSED}
     every = dict.fromkeys(names)
     for name in names:

@@ -18,17 +18,17 @@ class Quantized(NamedTuple):
     g_idx: Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(N, K) weights."""
+        """Return the (N, K) weights."""
         return dequantize(self.q, self.scales, self.zeros, self.g_idx, dtype)
 
     def to(self, device: torch.device) -> "Quantized":
-        """The same on a device."""
+        """Return a copy on a device."""
         g_idx = None if self.g_idx is None else self.g_idx.to(device)
         return Quantized(self.q.to(device), self.scales.to(device), self.zeros.to(device), g_idx)
 
 
 def digest(weights: Quantized) -> str:
-    """SHA-256 of what a layer computes with; the same whatever format it went through."""
+    """Return a SHA-256 of what a layer computes with, the same in every format."""
     sha = hashlib.sha256()
     for tensor in (weights.q, weights.scales.float(), weights.zeros):
         sha.update(tensor.contiguous().cpu().numpy().tobytes())

@@ -1,4 +1,4 @@
-"""A model's blocks one at a time: its skeleton without weights, and what the model passes to each block.
+"""A model without its weights, whose blocks are loaded one at a time, and what it passes to each block.
 
 transformers' own classes compute everything: the skeleton is the real model on the meta device, and the arguments of a
 block (masks, rotary embeddings, per layer type) are what the model's own forward hands to it, recorded by stand-ins.
@@ -45,18 +45,18 @@ class Skeleton:
         return bool(self.config.tie_word_embeddings)
 
     def linear_shapes(self, with_head: bool) -> dict[str, tuple[int, int]]:
-        """(out_features, in_features) of each linear layer that can be quantized, by full name."""
+        """Return (out_features, in_features) of each linear layer that can be quantized, by full name."""
         names = self.architecture.all_linear_names(len(self.layers)) + (["lm_head"] if with_head else [])
         return {name: weight_shape(self.model, name) for name in names}
 
     def load_block(self, index: int) -> nn.Module:
-        """Block with the checkpoint's weights, in the computation's dtype. Raises QsunError for NaN or Inf."""
+        """Return a block with its weights in the computation's dtype. Raises QsunError for NaN or Inf."""
         prefix = block_prefix(index)
         tensors = self.checkpoint.load(self.checkpoint.names(prefix))
         return self.fill(self.layers[index], {name.removeprefix(prefix): t for name, t in tensors.items()}, prefix)
 
     def fill(self, module: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> nn.Module:
-        """A copy of a skeleton module holding these tensors."""
+        """Return a copy of a skeleton module that holds these tensors."""
         filled = copy.deepcopy(module)
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -71,7 +71,7 @@ class Skeleton:
         return filled.to(self.device).eval().requires_grad_(False)
 
     def embed(self, batches: list[Tensor]) -> list[Tensor]:
-        """What enters block 0 for each batch of token ids."""
+        """Return what enters block 0 for each batch of token ids."""
         inner = self.model.model
         tensors = self.checkpoint.load([EMBEDDING])
         meta, inner.embed_tokens = inner.embed_tokens, self.fill(inner.embed_tokens, {"weight": tensors[EMBEDDING]})
@@ -81,7 +81,7 @@ class Skeleton:
             inner.embed_tokens = meta
 
     def block_arguments(self, index: int, hidden: Tensor) -> dict[str, Any]:
-        """Keyword arguments that the model passes to this block for unpadded input of hidden's (batch, length)."""
+        """Return the keyword arguments that the model passes to this block for unpadded input of this shape."""
         shape = (hidden.shape[0], hidden.shape[1])
         if shape not in self._arguments:
             self._arguments[shape] = self._record(embeds=hidden)[1]
@@ -104,18 +104,18 @@ class Skeleton:
         return self.fill(self.model.model.norm, tensors, "model.norm.")
 
     def head(self) -> nn.Module:
-        """The output projection, from the embedding where they are tied."""
+        """Return the output projection, from the embedding if they are tied."""
         stored = EMBEDDING if self.tied and HEAD not in self.checkpoint else HEAD
         return self.fill(self.model.lm_head, {"weight": self.checkpoint.load([stored])[stored]}, "lm_head.")
 
 
 def linear_of(module: nn.Module, name: str) -> nn.Linear:
-    """The linear layer of this name inside a module."""
+    """Return the linear layer of this name inside a module."""
     return cast(nn.Linear, module.get_submodule(name))
 
 
 def weight_shape(module: nn.Module, name: str) -> tuple[int, int]:
-    """(out_features, in_features) of the linear layer of this name."""
+    """Return (out_features, in_features) of the linear layer of this name."""
     linear = linear_of(module, name)
     return linear.out_features, linear.in_features
 
@@ -157,7 +157,7 @@ def _parsed(values: Mapping[str, Any], directory: Path) -> Any:
 
 
 def _text_values(directory: Path) -> dict[str, Any] | None:
-    """The config of the text model inside a multimodal model; None for every other model."""
+    """Return the config of the text model inside a multimodal model; None for every other model."""
     values = read_json(directory / "config.json")
     if values.get("model_type") in ARCHITECTURES or not ("text_config" in values or "vision_config" in values):
         return None
@@ -184,7 +184,7 @@ def _has_another_head(directory: Path) -> bool:
 
 
 def empty_model(config: Any) -> Any:
-    """The causal LM with parameters on the meta device and real buffers."""
+    """Return the causal LM with parameters on the meta device and real buffers."""
     # transformers' fused attention ignores Gemma 2's soft cap on the logits.
     attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
     with init_empty_weights(include_buffers=False):

@@ -15,9 +15,9 @@ from qsun.model.skeleton import Skeleton, linear_of
 def read_quantized_layer(
     checkpoint: Checkpoint, name: str, fmt: str, in_features: int, device: torch.device | None = None
 ) -> tuple[Quantized, LayerSpec]:
-    """One layer's integers and settings, from the shapes of its tensors, unpacked on the device.
+    """Read one layer's integers and its settings, unpacked on the device.
 
-    fmt: as engines.stored_format gives it.
+    fmt: as quantization_config.stored_format returns it.
     """
     spec = layer_spec(checkpoint, name, fmt, in_features)
     present = _present(checkpoint, name, fmt)
@@ -26,13 +26,13 @@ def read_quantized_layer(
 
 
 def quantized_layer_names(checkpoint: Checkpoint) -> list[str]:
-    """Names of the layers that are stored as integers."""
+    """Return the names of the layers that are stored as integers."""
     ends = (".qweight", ".weight_packed")
     return sorted(name.rpartition(".")[0] for name in checkpoint.names() if name.endswith(ends))
 
 
 def layer_spec(checkpoint: Checkpoint, name: str, fmt: str, in_features: int) -> LayerSpec:
-    """A layer's settings from the shapes of its tensors, which need no other tool's configuration to be believed.
+    """Return a layer's settings from the shapes of its tensors, whatever the configuration of another tool says.
 
     GPTQ and AWQ always store zero points, so sym is False for them whatever the zeros are.
     """
@@ -45,7 +45,9 @@ def layer_spec(checkpoint: Checkpoint, name: str, fmt: str, in_features: int) ->
         bits, sym = checkpoint.shape(f"{name}.qweight")[0] * 32 // in_features, False
         bits = 4 if fmt == "awq" else bits
     if groups == 0 or in_features % groups or (groups > 1 and in_features // groups not in GROUP_SIZES):
-        raise QsunError(f"{name}: {groups} groups of {in_features} inputs are not read; sizes are 32, 64, 128 or all")
+        raise QsunError(
+            f"{name}: {groups} groups of {in_features} inputs are not supported; sizes are 32, 64, 128 or all"
+        )
     size = in_features // groups
     return LayerSpec(bits, size if size in GROUP_SIZES else -1, sym)
 
@@ -55,7 +57,7 @@ def _present(checkpoint: Checkpoint, name: str, fmt: str) -> list[str]:
 
 
 def bits_per_weight(checkpoint: Checkpoint, shapes: dict[str, tuple[int, int]]) -> float:
-    """Bits on disk for each weight of these linear layers: integers, scales, zeros, indices; biases left out."""
+    """Return the bits on disk for each weight of these linear layers, without biases."""
     stored = sum(
         checkpoint.size_bytes(n for n in checkpoint.names(name + ".") if not n.endswith(".bias")) for name in shapes
     )
@@ -63,7 +65,7 @@ def bits_per_weight(checkpoint: Checkpoint, shapes: dict[str, tuple[int, int]]) 
 
 
 def load_quantized_block(skeleton: Skeleton, checkpoint: Checkpoint, index: int, fmt: str) -> nn.Module:
-    """A block of a quantized checkpoint with the weights that its integers stand for, in the computation's dtype."""
+    """Return a block of a quantized checkpoint with dequantized weights, in the computation's dtype."""
     prefix = block_prefix(index)
     tensors = {}
     for name, _ in skeleton.layers[index].named_parameters():

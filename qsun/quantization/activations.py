@@ -44,12 +44,12 @@ class Batch:
         return self.tokens[:, : int(self.prefilled.sum(1).max())]
 
     def rows(self, x: Tensor) -> Tensor:
-        """(counted positions, features) of x: (B, T, features)."""
+        """Return (counted positions, features) of x: (B, T, features)."""
         return x.flatten(0, 1) if self.counted.all() else x[self.counted]
 
 
 def make_batches(samples: tuple[Sample, ...], device: torch.device) -> list[Batch]:
-    """Samples of one prefill module, sorted by length and padded together; causal attention sees no padding."""
+    """Pad samples of one prefill module together, sorted by length; causal attention sees no padding."""
     batches: list[Batch] = []
     waiting: list[Sample] = []
     for sample in sorted(samples, key=lambda s: (-1 if s.module is None else s.module, len(s.tokens))):
@@ -166,7 +166,7 @@ class Activations:
 
     @contextmanager
     def _replayed(self, number: int, until: int) -> Iterator[None]:
-        """Within, halves of the block that end before stage `until`, and whose last input is known, start there."""
+        """Start halves of the block at their last input, where that is known and comes before stage `until`."""
         attention, mlp = self.architecture.attention, self.architecture.mlp
         originals = {attention: getattr(self.block, attention), mlp: getattr(self.block, mlp)}
         for name, ends, stage in ((attention, self._attention_ends, ATTENTION_END), (mlp, self._mlp_ends, MLP_END)):
@@ -181,7 +181,7 @@ class Activations:
 
 
 class _StageReached(Exception):
-    """The wanted input was seen; the rest of the block need not run."""
+    """Raised once the wanted input is known: the rest of the block need not run."""
 
 
 class _Replay(nn.Module):

@@ -40,7 +40,7 @@ def grid_of(spec: LayerSpec, scale_dtype: torch.dtype) -> Grid:
 def quantize_block(
     job: Job, index: int, block: nn.Module, ours: Activations | None, full: Activations | None, step: Step
 ) -> dict[str, LayerResult]:
-    """Quantize a block's linear layers in place: their weights become what the integers stand for.
+    """Quantize a block's linear layers in place: their weights become the dequantized integers.
 
     Args:
         block: in full precision; `ours` has started it (None for rtn: no calibration).
@@ -112,7 +112,7 @@ def quantize_layer(
 
 
 def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
-    """|(W - Q) X|^2 / |W X|^2 from the mean of x x^T."""
+    """Return |(W - Q) X|^2 / |W X|^2 from the mean of x x^T."""
     difference = weight - quantized
     wrong = ((difference @ hessian) * difference).sum()
     return float(wrong / ((weight @ hessian) * weight).sum().clamp(min=1e-30))

@@ -24,7 +24,7 @@ def write_module_files(
     fingerprints: dict[str, str | None],
     prefill_modules: list[dict[str, str]],
 ) -> dict[str, Any]:
-    """config.json, tokenizer, card and qsun.json. Returns what the report says of the module."""
+    """Write config.json, tokenizer, card and qsun.json. Returns what the report says about the module."""
     quantization = quantization_config(job.config, job.specs)
     base_config = config_json(job.checkpoint.directory)
     if job.config.lm_head:
@@ -63,7 +63,7 @@ def read_back(job: Job, directory: Path, digests: dict[str, str], probe: tuple[T
     """Check the finished directory against what was computed.
 
     Every layer's integers are unpacked and compared by digest; and, where there is calibration data, one batch runs
-    through the blocks as the files hold them and must end in the very hidden states that the walk ended in.
+    through the blocks as the files hold them and must end in the hidden states that quantization ended in.
 
     Raises:
         QsunError: a difference. The directory is then not published.

@@ -103,7 +103,7 @@ def prepare(
 
 
 def _fitting_groups(config: QuantConfig, shapes: dict[str, tuple[int, int]]) -> QuantConfig:
-    """The same settings; where the user named no group size, the largest that divides the inputs of every layer."""
+    """Return the settings; if the user named no group size, with the largest that fits every layer."""
     sizes = {K for name, (_, K) in shapes.items() if config.spec_for(name).quantized}
     fits = next((g for g in (128, 64, 32) if all(K % g == 0 for K in sizes)), -1)
     if "group_size" in config.model_fields_set or fits == config.group_size:
@@ -121,7 +121,7 @@ def _check_weights(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
         if name not in checkpoint:
             raise QsunError(f"{checkpoint.directory} has no tensor {name}; is config.json that of another model?")
         if checkpoint.shape(name) != shape:
-            raise QsunError(f"{name} is {list(checkpoint.shape(name))}, but config.json wants {list(shape)}")
+            raise QsunError(f"{name} is {list(checkpoint.shape(name))}, but config.json says {list(shape)}")
     unknown = [name for name in checkpoint.names() if name not in wanted]
     inside = [name for name in unknown if name.startswith(BLOCKS)]
     if inside:

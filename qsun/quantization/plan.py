@@ -78,7 +78,7 @@ def _part(skeleton: Skeleton, prefix: str, specs: dict[str, LayerSpec], fmt: str
 
 @cache
 def _packed(shape: tuple[int, int], spec: LayerSpec, fmt: str) -> Part:
-    """The tensors that `pack_layer` makes of a layer, by suffix, found without computing them."""
+    """Return the tensors that `pack_layer` makes of a layer, by suffix, without computing them."""
     N, K = shape
     G = 1 if spec.group_size == -1 else K // spec.group_size
     q, zeros = (torch.empty(size, dtype=torch.uint8, device="meta") for size in (shape, (G, N)))
@@ -126,7 +126,7 @@ def check_disk(plan: Plan, directory: Path, written: int = 0) -> None:
 
 
 def _largest_part(checkpoint: Checkpoint) -> int:
-    """Raw tensors of a block, or of the embedding, as they are read."""
+    """Return the bytes of a block, or of the embedding, as they are read."""
     return max(checkpoint.size_bytes(checkpoint.names(block_prefix(0))), checkpoint.size_bytes([EMBEDDING]))
 
 
@@ -149,6 +149,6 @@ def _working_bytes(
 
 
 def _prompt_numbers(skeleton: Skeleton, samples: tuple[Sample, ...]) -> int:
-    """Numbers kept of the prompts: K and V of a block, and the hidden states of whoever reads them."""
+    """Count what is kept of the prompts: K and V of a block, and the hidden states of their prefill modules."""
     _, heads, width = kv_shape(skeleton.config)
     return sum(sample.prefill_tokens for sample in samples) * (2 * heads * width + skeleton.config.hidden_size)

@@ -29,7 +29,7 @@ class PrefillSource:
     skeleton: Skeleton
 
     def fingerprint(self) -> str:
-        """Of its weights. Raises QsunError naming the module for NaN or Inf."""
+        """Return that of its weights. Raises QsunError naming the module for NaN or Inf."""
         try:
             return self.skeleton.checkpoint.fingerprint()
         except QsunError as error:
@@ -53,7 +53,7 @@ class PrefillPlan:
     sources: tuple[str, ...] = ()
 
     def record(self, base: str, modules: list[str]) -> list[dict[str, str]]:
-        """Of each source: name and fingerprint of its prefill module, given those of the base and of `modules`."""
+        """Return name and fingerprint of each source's prefill module, given fingerprints of the base and `modules`."""
         return [
             {"calibration": source, "name": name, "fingerprint": base if number is None else modules[number]}
             for source, name, number in zip(self.sources, self.names, self.numbers, strict=True)
@@ -65,7 +65,7 @@ def plan_prefills(names: Iterable[str], sources: list[str], model: str, base: Sk
 
     Raises:
         QsunError: another number of names than of sources, a module that does not fit the base, an adapter whose
-            base is not here.
+            base is missing.
     """
     names = tuple(names)
     if not names:
@@ -93,7 +93,7 @@ def _open(name: str, directory: Path, model: str, base: Skeleton) -> Skeleton:
 
 
 def unserved(served: Iterable[str], covered: Iterable[str]) -> list[str]:
-    """Those of the served prefill modules that are not among the covered ones, by directory."""
+    """Return the served prefill modules that are not among the covered ones, by directory."""
     known = {find_model(name).resolve() for name in covered}
     return [name for name in served if find_model(name).resolve() not in known]
 

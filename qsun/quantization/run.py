@@ -3,7 +3,7 @@
     plan -> for each block: load, quantize, write its tensors to their places in OUT.partial -> read back, check -> OUT
 
 Nothing but hidden states is carried from block to block, so memory does not grow with depth. A killed run is continued
-by recomputing the hidden states through the finished blocks, from the very tensors that were written.
+by recomputing the hidden states through the finished blocks, from the tensors that were written.
 """
 
 import errno
@@ -89,7 +89,7 @@ def _fingerprints(job: Job) -> dict[str, Any]:
 
 
 def _settings(job: Job, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Everything that decides the bytes: a resumed run must have the same."""
+    """Return everything that decides the bytes: a resumed run must have the same."""
     skeleton, layout = job.skeleton, hashlib.sha256(b"".join(shard.header for shard in job.shards))
     machine = {"compute_dtype": str(skeleton.dtype), "device": skeleton.device.type}
     return job.config.to_dict() | inputs | machine | {"layout": layout.hexdigest()}

@@ -94,7 +94,7 @@ def test_an_empty_directory(refused, tmp_path):
 def test_a_truncated_file(refused, base):
     whole = (base / "model.safetensors").read_bytes()
     (base / "model.safetensors").write_bytes(whole[:-100])
-    refused(base, *FAST, says=f"model.safetensors is damaged: {len(whole) - 100} bytes where its header wants")
+    refused(base, *FAST, says=f"model.safetensors is damaged: {len(whole) - 100} bytes where its header says")
 
 
 def test_a_truncated_shard(refused, base):
@@ -163,10 +163,10 @@ def test_a_mixture_of_experts(refused, base):
     [
         ({"model_type": None}, "names no model_type"),
         ({"hidden_size": "wide"}, "hidden_size"),
-        ({"intermediate_size": 256}, "config.json wants [256, 64]"),
+        ({"intermediate_size": 256}, "config.json says [256, 64]"),
         ({"num_hidden_layers": 3}, "has no tensor model.layers.2."),
         ({"num_hidden_layers": 1}, "model.layers.1."),
-        ({"vocab_size": 200}, "model.embed_tokens.weight is [128, 64], but config.json wants [200, 64]"),
+        ({"vocab_size": 200}, "model.embed_tokens.weight is [128, 64], but config.json says [200, 64]"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

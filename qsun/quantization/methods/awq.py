@@ -22,7 +22,7 @@ _PIECE_ELEMENTS = 1 << 22
 
 
 def channel_scales(weights: list[Tensor], hessian: Tensor, mean_abs: Tensor, grid: Grid) -> Tensor:
-    """Per-input-channel scales for linear layers that share an input.
+    """Return per-input-channel scales for linear layers that share an input.
 
     Args:
         weights: (N_i, K) each.
@@ -60,7 +60,7 @@ def awq(weight: Tensor, hessian: Tensor, grid: Grid) -> Quantized:
 
 
 def clipped_scales(weight: Tensor, hessian: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """(N, G) scales and zeros: the range shrink of each group with the least error in the layer's output."""
+    """Return (N, G) scales and zeros: the range of each group with the least error in the layer's output."""
     K = weight.shape[1]
     groups = grid.groups(K)
     size = K // groups

@@ -1,6 +1,6 @@
 """Coordinate descent: revisit integers and refit scales until the layer's output error stops falling.
 
-GPTQ fixes each column once, knowing nothing of how later ones will be rounded. Here every integer in turn moves to the
+GPTQ fixes each column once, before later ones are rounded. Here every integer in turn moves to the
 minimum of ``trace((W - Q) H (W - Q)^T)`` with all others fixed, and each group's scale to its least-squares value; both
 steps can only lower the error (but for the rounding of a scale to its stored dtype, which is checked).
 
@@ -35,7 +35,7 @@ class _State:
         self.pull = hessian @ (weight.t() - self.quantized)
 
     def each(self, by_group: Tensor) -> Tensor:
-        """(K, N) from (G, N)."""
+        """Return (K, N) from (G, N)."""
         return by_group.repeat_interleave(self.size, 0)
 
 
@@ -78,7 +78,7 @@ def _sweep_block(state: _State, block: slice) -> None:
 
 
 def _move_integers(state: _State, columns: slice, pull: Tensor) -> Tensor:
-    """One pass over a few columns. pull: theirs, left as it was. Returns the (columns, N) change of the weights."""
+    """Pass over a few columns once; `pull` is theirs. Returns the (columns, N) change of the weights."""
     pull, local = pull.clone(), state.hessian[columns, columns]
     step = local.diagonal().reciprocal()
     change = torch.empty_like(pull)

@@ -6,7 +6,8 @@ Source: Frantar et al., "GPTQ", arXiv 2210.17323, section 3 and its Cholesky for
   are in the file, so no engine needs a g_idx. `desc_act=True` is the classic form, whose groups follow the order.
 * The scale search weighs a column's squared error by 1 / U_jj^2, which is what GPTQ's error costs once the later
   columns have absorbed what they can (U: upper Cholesky factor of the inverse Hessian).
-* Coordinate descent on the result (descent.py): GPTQ never revisits a column, a sweep does, and refits the scales.
+* Coordinate descent on the result (coordinate_descent.py): a sweep revisits columns, which GPTQ never does, and
+  refits the scales.
 """
 
 import logging
@@ -66,7 +67,7 @@ def gptq(weight: Tensor, hessian: Tensor, grid: Grid, options: GptqOptions | Non
 def _with_groups_in_order(
     weight: Tensor, hessian: Tensor, order: Tensor, grid: Grid, options: GptqOptions
 ) -> Quantized:
-    """desc_act: permute, quantize contiguous groups, and put the integers back with a g_idx that says so."""
+    """Permute, quantize contiguous groups, and put the integers back with a g_idx (desc_act)."""
     result = _gptq_contiguous(weight[:, order], hessian[order][:, order], None, grid, options)
     q, g_idx = torch.empty_like(result.q), torch.empty_like(order, dtype=torch.int32)
     q[:, order] = result.q
@@ -101,7 +102,7 @@ def _gptq_contiguous(
 
 
 def _quantize_columns(weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, grid: Grid) -> Tensor:
-    """GPTQ's sweep over columns whose (N, K) scales and zeros are known. Returns (N, K) float integers."""
+    """Sweep over columns whose (N, K) scales and zeros are known. Returns (N, K) float integers."""
     weight, q = weight.clone(), torch.empty_like(weight)
     for start in range(0, weight.shape[1], _BLOCK):
         _quantize_block(weight, q, factor, scales, zeros, slice(start, min(start + _BLOCK, weight.shape[1])), grid.top)
@@ -111,7 +112,7 @@ def _quantize_columns(weight: Tensor, factor: Tensor, scales: Tensor, zeros: Ten
 def _quantize_groups(
     weight: Tensor, factor: Tensor, grid: Grid, find: ScaleSearch, importance: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same with each group's scale found when it is reached, from weights that already absorbed earlier errors."""
+    """Sweep, finding each group's scale when it is reached, from weights that already absorbed earlier errors."""
     weight, q = weight.clone(), torch.empty_like(weight)
     size = weight.shape[1] // grid.groups(weight.shape[1])
     found = []
@@ -145,7 +146,7 @@ def _quantize_block(
 
 
 def inverse_factor(hessian: Tensor, damp_percent: float) -> tuple[Tensor, float]:
-    """Upper Cholesky factor U of the damped inverse Hessian, U^T U = (H + damp I)^-1, and the damp it took.
+    """Return the upper Cholesky factor U of the damped inverse Hessian, U^T U = (H + damp I)^-1, and the damp.
 
     A Hessian that is singular at `damp_percent` of its mean diagonal is damped ten times more until it factors.
     """

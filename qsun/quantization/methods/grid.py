@@ -41,19 +41,19 @@ class Grid:
 
 
 def round_scales(scales: Tensor, grid: Grid) -> Tensor:
-    """Scales as the file will hold them (fp16, or bf16 values that fp16 holds), never zero."""
+    """Round scales to what the file will hold (fp16, or bf16 values that fp16 holds), never zero."""
     small = scales.abs() < SMALLEST_SCALE
     scales = torch.where(small, torch.where(scales < 0, -SMALLEST_SCALE, SMALLEST_SCALE), scales)
     return scales.clamp(-65000, 65000).to(grid.scale_dtype).to(torch.float16).float()
 
 
 def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor, top: int) -> Tensor:
-    """Nearest grid integers, as floats; scales and zeros broadcast against weight."""
+    """Return the nearest grid integers, as floats; scales and zeros broadcast against weight."""
     return (weight / scales).round_().add_(zeros).clamp_(0, top)
 
 
 def search_scales(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of each group with the least weighted squared error.
+    """Return the scale and zero point of each group with the least weighted squared error.
 
     Shrinking the range trades clipped outliers for finer steps; the best shrink is searched coarse to fine.
 
@@ -76,7 +76,7 @@ def search_scales(weight: Tensor, grid: Grid, importance: Tensor | None = None) 
 
 
 def minmax_scales(weight: Tensor, grid: Grid, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Scale and zero point that cover `shrink` of each group's range; shapes as `search_scales`."""
+    """Return the scale and zero point that cover `shrink` of each group's range; shapes as `search_scales`."""
     N, K = weight.shape
     grouped = weight.float().reshape(N, grid.groups(K), -1)
     return next(_candidates(grouped, grid, torch.full(grouped.shape[:2], shrink, device=weight.device), step=0.0))
@@ -112,7 +112,7 @@ def _search_piece(grouped: Tensor, grid: Grid, columns: Tensor) -> tuple[Tensor,
 
 
 def _candidates(grouped: Tensor, grid: Grid, shrink: Tensor, step: float) -> Iterator[tuple[Tensor, Tensor]]:
-    """Grids that cover `shrink` of each group's range. step = 0 asks for the plain one only."""
+    """Yield grids that cover `shrink` of each group's range; only the plain one for step = 0."""
     high, low = grouped.amax(-1).clamp(min=0), grouped.amin(-1).clamp(max=0)
     if grid.sym:
         scales = torch.maximum(high, -low) * shrink / (grid.middle - 0.5)

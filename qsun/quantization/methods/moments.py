@@ -1,4 +1,4 @@
-"""What a pass learns from activations: second moments, accumulated over batches of rows."""
+"""Second moments of activations, accumulated over batches of rows: all that a pass reads of them."""
 
 from dataclasses import dataclass
 
@@ -44,7 +44,7 @@ class Moments:
             self.residual = _accumulate(self.residual, residual_gap.float(), x)
 
     def hessian(self) -> Tensor:
-        """(K, K) mean of x x^T, both triangles."""
+        """Return the (K, K) mean of x x^T, both triangles."""
         full = torch.tril(self.gram)
         full += torch.tril(self.gram, -1).t()
         return full.div_(max(self.tokens, 1))

@@ -35,7 +35,7 @@ def refined(weight: Tensor, moments: Moments, grid: Grid, options: GptqOptions) 
 
 
 def compensated_target(weight: Tensor, moments: Moments) -> Tensor:
-    """T of the module's docstring, (N, K) float32; the weight itself where no drift was tracked."""
+    """Return T of the module's docstring, (N, K) float32; the weight itself if no drift was tracked."""
     weight = weight.float()
     if moments.drift is None:
         return weight

@@ -20,7 +20,7 @@ def rtn(weight: Tensor, grid: Grid, *, scale_search: bool = True) -> Quantized:
 
 
 def quantize_nearest(weight: Tensor, scales: Tensor, zeros: Tensor, grid: Grid) -> Quantized:
-    """Nearest integers for given (N, G) scales and zeros."""
+    """Return the nearest integers for given (N, G) scales and zeros."""
     N, K = weight.shape
     grouped = weight.float().reshape(N, scales.shape[1], -1)
     q = round_to_grid(grouped, scales[..., None], zeros[..., None], grid.top)
