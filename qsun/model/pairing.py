@@ -245,7 +245,11 @@ def _base_differences(ours: Path, theirs: Path) -> Iterator[str]:
     made = read_manifest(theirs)
     quantized = bool(read_json(theirs / "config.json").get("quantization_config"))
     if mine is None:
-        base = named_base(ours)
+        try:
+            base = named_base(ours)
+        except QsunError as error:
+            yield str(error)
+            return
         if not quantized and base.resolve() == theirs.resolve():
             return
         mine = Checkpoint(base).fingerprint()

@@ -233,7 +233,10 @@ def test_an_adapter_is_known_by_its_manifest(decode, talking_model, tmp_path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"r": 8}')
-    assert "without a qsun.json" in differences(adapter, decode)[0]
+    assert "adapter_config.json names no base_model_name_or_path" in differences(adapter, decode)[0]
+    settings = {"r": 8, "base_model_name_or_path": str(talking_model)}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    assert differences(adapter, decode) == [], "as peft leaves it"
     write_manifest(adapter, base_fingerprint=Checkpoint(talking_model).fingerprint())
     assert differences(adapter, decode) == []
     write_manifest(adapter, base_fingerprint="f" * 64)
