@@ -25,6 +25,7 @@ from qsun.memory import available_bytes
 from qsun.runtime.decode_module import DecodeModule
 from qsun.runtime.kv_cache import kv_bytes_per_token
 from qsun.runtime.prefill_module import PrefillModule
+from qsun.runtime.rotary import rope_boundary
 from qsun.runtime.row_text import RowText
 
 _SHARED = ""
@@ -111,6 +112,14 @@ class Engine:
                 f"the prompt's {len(request.tokens)} tokens and max_tokens {request.sampling.max_new_tokens} need KV "
                 f"of {request.kv_tokens} tokens, and the engine has {budget}; ask for fewer"
             )
+
+    def room(self, prompt_tokens: int) -> int:
+        """Return the most new tokens that a prompt of this length can have; 0 or less where it does not fit."""
+        model: Any = self.decode.model
+        boundary, limit = rope_boundary(model.config), min(self.positions, self.budget_tokens)
+        if boundary is not None and prompt_tokens - 1 <= boundary:
+            limit = min(limit, boundary)
+        return limit + 1 - prompt_tokens
 
     def submit(self, *requests: Request) -> None:
         """Queue requests, all or none.

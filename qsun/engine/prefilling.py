@@ -13,6 +13,7 @@ from qsun.engine.requests import Request, TokenLogprob
 from qsun.engine.token_choice import token_logprobs
 from qsun.runtime.logits import head_logits, position_pieces, prompt_hidden
 from qsun.runtime.prefill_module import PrefillModule
+from qsun.runtime.rotary import rope_boundary
 from qsun.runtime.seam import extend_prefill, prefilled_rows
 
 
@@ -119,7 +120,7 @@ class Prefilling:
             return
         task.started = True
         wanted = task.request.tokens[:-1]
-        task.done, layers = self.known.find(task.owner.number, wanted)
+        task.done, layers = self.known.find(task.owner.number, wanted, self._variant(task))
         task.cached = task.done
         if task.done:
             task.cache = DynamicCache()
@@ -158,7 +159,7 @@ class Prefilling:
             task.cache = task.cache or DynamicCache()
             piece = list(task.request.tokens[task.done : task.done + count])
             tokens = torch.tensor([piece], device=model.model.embed_tokens.weight.device)
-            extend_prefill(model, tokens, task.done, task.cache)
+            extend_prefill(model, tokens, task.done, task.cache, [task.request.prefix_tokens])
             task.done += count
         return count
 
@@ -181,4 +182,9 @@ class Prefilling:
         elif task.scores:
             return  # it was kept before it was scored
         if task.layers:
-            self.known.keep(task.owner.number, task.request.tokens[:-1], task.layers)
+            self.known.keep(task.owner.number, task.request.tokens[:-1], task.layers, self._variant(task))
+
+    def _variant(self, task: PrefillTask) -> int:
+        """Prompts whose KV differs from the first token on: those that are long for a model with longrope."""
+        boundary = rope_boundary(self._decode.config)
+        return int(boundary is not None and task.request.prefix_tokens > boundary)

@@ -1,4 +1,4 @@
-"""KV of prompts' beginnings, kept for the next prompt that begins alike, under the same prefill module only.
+"""KV of the beginnings of prompts, kept for the next prompt that begins alike, under the same prefill module only.
 
 The KV of a prompt belongs to (prefill module, tokens): a cache keyed by tokens alone hands one task's answer to another
 (seen in vLLM). The key of a block of tokens is a SHA-256 over the module's own number, which no other load of any
@@ -19,7 +19,9 @@ LayerKV = list[tuple[Tensor, Tensor]]
 
 
 class PrefixCache:
-    """Blocks of KV, the least recently used let go first, within a budget.
+    """Blocks of KV within a budget; the least recently used goes first.
+
+    `variant` tells prompts apart whose tokens are equal and whose KV is not.
 
     Attributes:
         bytes: held. hits, lookups: prompt tokens found, and prompt tokens asked for.
@@ -31,11 +33,11 @@ class PrefixCache:
         self._blocks: OrderedDict[bytes, LayerKV] = OrderedDict()
         self._modules: dict[bytes, int] = {}
 
-    def find(self, module: int, tokens: Sequence[int]) -> tuple[int, LayerKV]:
-        """The longest known beginning: its tokens, and (heads, tokens, head_dim) keys and values by layer."""
+    def find(self, module: int, tokens: Sequence[int], variant: int = 0) -> tuple[int, LayerKV]:
+        """Return the longest known beginning: its tokens, and (heads, tokens, head_dim) keys and values by layer."""
         self.lookups += len(tokens)
         keys = []
-        for key in _keys(module, tokens) if self._blocks else ():
+        for key in _keys(module, tokens, variant) if self._blocks else ():
             if key not in self._blocks:
                 break
             keys.append(key)
@@ -51,12 +53,12 @@ class PrefixCache:
         ]
         return len(keys) * BLOCK_TOKENS, joined
 
-    def keep(self, module: int, tokens: Sequence[int], layers: LayerKV) -> None:
+    def keep(self, module: int, tokens: Sequence[int], layers: LayerKV, variant: int = 0) -> None:
         """Keep the whole blocks of a prompt; layers: (heads, tokens, head_dim), at least as many tokens."""
         if not self.budget_bytes or len(tokens) < BLOCK_TOKENS:
             return
         new = []
-        for number, key in enumerate(_keys(module, tokens)):
+        for number, key in enumerate(_keys(module, tokens, variant)):
             if key not in self._blocks:
                 part = slice(number * BLOCK_TOKENS, (number + 1) * BLOCK_TOKENS)
                 self._blocks[key] = [(keys[:, part].clone(), values[:, part].clone()) for keys, values in layers]
@@ -69,7 +71,7 @@ class PrefixCache:
             self._drop(next(iter(self._blocks)))
 
     def forget(self, module: int) -> None:
-        """Drop all of a module that is gone."""
+        """Drop all blocks of a module."""
         for key in [key for key, owner in self._modules.items() if owner == module]:
             self._drop(key)
 
@@ -78,9 +80,9 @@ class PrefixCache:
         del self._modules[key]
 
 
-def _keys(module: int, tokens: Sequence[int]) -> list[bytes]:
-    """One for each whole block, over everything before its end."""
-    chain = hashlib.sha256(module.to_bytes(8, "little"))
+def _keys(module: int, tokens: Sequence[int], variant: int) -> list[bytes]:
+    """Return a key for each whole block, over everything before its end."""
+    chain = hashlib.sha256(array("q", [module, variant]).tobytes())
     keys = []
     for start in range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
         chain.update(array("q", tokens[start : start + BLOCK_TOKENS]).tobytes())

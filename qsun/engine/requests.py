@@ -6,6 +6,7 @@ from typing import Any
 
 from qsun.engine.config import Sampling
 from qsun.errors import QsunError
+from qsun.runtime.rotary import rope_boundary
 
 
 class Full(QsunError):
@@ -59,6 +60,7 @@ def check_prompt(request: Request, config: Any, name: str) -> None:
             f"{name} has {len(tokens)} tokens, and max_new_tokens {new} goes over the model's {limit} positions; "
             + (f"use {limit + 1 - len(tokens)} or less" if len(tokens) <= limit else "shorten it")
         )
+    _check_boundary(request, rope_boundary(config), name)
     named = {
         name: tokens,
         "logit_bias": [token for token, _ in request.sampling.logit_bias],
@@ -68,6 +70,24 @@ def check_prompt(request: Request, config: Any, name: str) -> None:
         bad = next((token for token in given if not 0 <= token < config.vocab_size), None)
         if bad is not None:
             raise QsunError(f"{where} has token {bad}, outside the model's vocabulary of {config.vocab_size}")
+
+
+def _check_boundary(request: Request, boundary: int | None, name: str) -> None:
+    """Raise QsunError for a request that would need both sets of rotary frequencies."""
+    prompt, prefix = len(request.tokens), request.prefix_tokens
+    if boundary is None or request.kv_tokens <= boundary:
+        return
+    if prefix <= boundary:
+        fix = f"use {boundary - prefix} or less, or a longer prompt" if prefix < boundary else "use another length"
+        raise QsunError(
+            f"{name} has {prompt} tokens, and max_new_tokens {request.sampling.max_new_tokens} crosses the model's "
+            f"{boundary} tokens, where its RoPE (longrope) changes; {fix}"
+        )
+    if request.sampling.prompt_logprobs is not None:
+        raise QsunError(
+            f"{name} has {prompt} tokens, and the model's RoPE (longrope) changes at {boundary}; prompt_logprobs of "
+            "prompts beyond it are not supported"
+        )
 
 
 @dataclass(frozen=True)

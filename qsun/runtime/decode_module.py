@@ -21,6 +21,7 @@ from qsun.model.stored_layers import quantized_layer_names, read_quantized_layer
 from qsun.runtime.fused_block import fuse_blocks
 from qsun.runtime.fused_projections import merge_projections
 from qsun.runtime.quant_linear import QuantLinear
+from qsun.runtime.rotary import use_row_rotary
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def place_weights(
     Raises:
         QsunError: a tensor that is missing, or that the model has no place for.
     """
+    use_row_rotary(model)
     stored = read_json(checkpoint.directory / "config.json").get("quantization_config")
     fmt = stored_format(stored) if stored else ""
     taken: set[str] = set()

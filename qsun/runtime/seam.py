@@ -18,6 +18,7 @@ from transformers.integrations import sdpa_attention
 from qsun.model.architectures import architecture_of
 from qsun.runtime.kv_cache import CACHE_ARGUMENT
 from qsun.runtime.prefill_pass import fill_cache
+from qsun.runtime.rotary import row_lengths
 
 IGNORED = -100  # label of a position that is no response token
 
@@ -126,13 +127,14 @@ def prefill_batch(model: Any, batch: SeamBatch) -> Any:
     P = batch.prefix.shape[1]
     if P:
         columns = torch.arange(P, device=batch.prefix.device)
-        fill_cache(
-            model,
-            cache,
-            input_ids=batch.prefix,
-            attention_mask=seam_masks(model, batch.starts, columns, P),
-            position_ids=_positions(batch.starts, columns),
-        )
+        with row_lengths(model, P - batch.starts):
+            fill_cache(
+                model,
+                cache,
+                input_ids=batch.prefix,
+                attention_mask=seam_masks(model, batch.starts, columns, P),
+                position_ids=_positions(batch.starts, columns),
+            )
     return cache
 
 
@@ -143,12 +145,14 @@ def seam_logits(prefill: Any, decode: Any, batch: SeamBatch) -> Tensor:
 
 def decode_logits(decode: Any, batch: SeamBatch, cache: Any) -> Tensor:
     """`seam_logits` for prefixes that were read before; cache: of B rows and P columns, `rest` is added to it."""
-    return decode(**_decode_inputs(decode, batch, cache)).logits
+    with row_lengths(decode, batch.prefix.shape[1] - batch.starts):
+        return decode(**_decode_inputs(decode, batch, cache)).logits
 
 
 def decode_hidden(decode: Any, batch: SeamBatch, cache: Any) -> Tensor:
     """Return the hidden states (B, R, hidden) whose logits `decode_logits` returns."""
-    return decode.model(**_decode_inputs(decode, batch, cache)).last_hidden_state
+    with row_lengths(decode, batch.prefix.shape[1] - batch.starts):
+        return decode.model(**_decode_inputs(decode, batch, cache)).last_hidden_state
 
 
 def _decode_inputs(decode: Any, batch: SeamBatch, cache: Any) -> dict[str, Any]:
@@ -167,13 +171,14 @@ def monolithic_logits(model: Any, batch: SeamBatch) -> Tensor:
     """The same from one model in one forward pass without a cache, as fine-tuning is usually done."""
     P, R = batch.prefix.shape[1], batch.rest.shape[1]
     columns = torch.arange(P + R, device=batch.rest.device)
-    return model(
-        input_ids=torch.cat([batch.prefix, batch.rest], 1),
-        attention_mask=seam_masks(model, batch.starts, columns, P + R),
-        position_ids=_positions(batch.starts, columns),
-        use_cache=False,
-        logits_to_keep=R,
-    ).logits
+    with row_lengths(model, P - batch.starts + (batch.labels != IGNORED).sum(-1)):
+        return model(
+            input_ids=torch.cat([batch.prefix, batch.rest], 1),
+            attention_mask=seam_masks(model, batch.starts, columns, P + R),
+            position_ids=_positions(batch.starts, columns),
+            use_cache=False,
+            logits_to_keep=R,
+        ).logits
 
 
 def response_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -196,13 +201,14 @@ def prefilled_rows(model: Any, rows: list[list[int]], chunk: int) -> Iterator[li
     tokens = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
     cache = DynamicCache()
     for start in range(0, longest, chunk):
-        extend_prefill(model, tokens[:, start : start + chunk], start, cache)
+        extend_prefill(model, tokens[:, start : start + chunk], start, cache, list(map(len, rows)))
     layers: Any = cache.layers
     for number, row in enumerate(rows):
         yield [(layer.keys[number, :, : len(row)], layer.values[number, :, : len(row)]) for layer in layers]
 
 
-def extend_prefill(model: Any, tokens: Tensor, start: int, cache: Any) -> None:
-    """Add the KV of tokens (B, T) to a cache that holds the `start` tokens before them."""
+def extend_prefill(model: Any, tokens: Tensor, start: int, cache: Any, lengths: list[int]) -> None:
+    """Add the KV of tokens (B, T) to a cache that holds the `start` tokens before them; lengths: of the whole rows."""
     positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)[None]
-    fill_cache(model, cache, input_ids=tokens, position_ids=positions)
+    with row_lengths(model, lengths):
+        fill_cache(model, cache, input_ids=tokens, position_ids=positions)

@@ -199,9 +199,8 @@ class Completions:
         if asked is None and not chat:
             asked = _DEFAULT_COMPLETION_TOKENS if not most else min(most, _DEFAULT_COMPLETION_TOKENS)
         if asked is None:
-            room = min(positions, self.engine.budget_tokens) + 1 - prompt_tokens
             limits = [limit for limit in (most, self.limits.default_tokens) if limit]
-            asked = max(1, min([room, *limits]))
+            asked = max(1, min([self.engine.room(prompt_tokens), *limits]))
         if most and asked > most:
             raise HttpError(400, f"max_tokens {asked} is over this server's limit of {most}", "max_tokens")
         if prompt_tokens + asked - 1 > positions:
