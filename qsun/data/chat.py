@@ -104,8 +104,3 @@ def _with_parsed_arguments(call: Any) -> Any:
     except json.JSONDecodeError:
         return call  # the template prints the text as it is
     return {**call, "function": {**function, "arguments": parsed}}
-
-
-def render_prompt(tokenizer: Any, messages: list[dict[str, Any]]) -> str:
-    """Render a conversation up to where the assistant's answer begins."""
-    return chat_text(tokenizer, messages)

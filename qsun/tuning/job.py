@@ -11,6 +11,8 @@ import torch
 from qsun.data.examples import TokenExample, check_vocabulary
 from qsun.device import compute_dtype, default_device
 from qsun.errors import QsunError
+from qsun.memory import available_bytes
+from qsun.model.architectures import positions_of_one_rope
 from qsun.model.checkpoint import Checkpoint, read_json
 from qsun.model.locate import find_model, load_tokenizer
 from qsun.model.lora import ADAPTER_CONFIG, Adapter, AdapterSettings, adapter_base, fresh_adapter, stored_adapter
@@ -106,6 +108,15 @@ class TuneJob:
             "shared_bytes": shared,
         }
 
+    def check_memory(self, processes: int, device: torch.device) -> None:
+        """Raise QsunError if not even weights, gradients and the optimizer's state fit on this process's device."""
+        needed, free = self.plan(processes)["memory_bytes"], available_bytes(device)
+        if needed > free:
+            raise QsunError(
+                f"tuning needs at least {needed / 2**30:.1f} GiB on {device}, with {free / 2**30:.1f} GiB free; use "
+                "--lora-rank, --dtype bfloat16, or --shard over several processes"
+            )
+
     def _memory_bytes(self, model: Any, weights: int, processes: int) -> tuple[int, int]:
         """Return the bytes of one process, and those that are spread over all of them."""
         rank, fine_tune = self.config.lora_rank, self.config.fine_tune
@@ -172,7 +183,7 @@ def prepare_tuning(
 def _read(
     sources: str | Path | Sequence[str | Path], what: str, tokenizer: Any, config: TuneConfig, shape: Any
 ) -> tuple[list[TokenExample], int]:
-    limit = min(config.max_len, shape.max_position_embeddings)
+    limit = min(config.max_len, positions_of_one_rope(shape))
     examples, too_long = read_examples(_names(sources), tokenizer, limit, what)
     tokens = ((*example.prompt, *example.response) for example in examples)
     check_vocabulary(tokens, shape.vocab_size, tokenizer, f"{what} data")

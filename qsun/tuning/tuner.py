@@ -5,7 +5,7 @@ prompt -> prefill module (trained) -> KV -> decode module (frozen, may be int4) 
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,7 @@ def tune(  # noqa: PLR0913, PLR0917
 def run_tuning(job: TuneJob, resume: bool = False, progress: Progress = lambda *_: None) -> dict[str, Any]:
     """Run a prepared job; see `tune`."""
     started, processes = time.perf_counter(), Processes.launched(job.device)
+    job.check_memory(processes.count, processes.device)
     with _workdir(job, resume, processes) as work:
         tuner = Tuner(job, work, processes)
         tuner.run(progress if processes.first else lambda *_: None)
@@ -118,7 +119,7 @@ class Tuner:
         self.config = job.config
         self.models: TuneModels = _models(job, processes)
         self.optimizer = self.models.optimizer
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.tokens_per_second = 0, 0.0, 0.0
         self.train_loss: list[tuple[int, float]] = []
         self.valid_loss: list[tuple[int, float]] = []
         self.best_parts: list[str] = []
@@ -129,23 +130,26 @@ class Tuner:
         job = self.job
         every = self.config.eval_every or max(1, job.steps // 10)
         if not self.valid_loss:
-            self._validate()
+            self._validate(progress)
             progress(self._label(), 0, job.steps)
         while self.step < job.steps:
             self.train_step()
             if self.step % every == 0 or self.step == job.steps:
-                self._validate()
+                self._validate(progress)
             progress(self._label(), self.step, job.steps)
 
     def train_step(self) -> None:
         """Take one optimizer step, on the next examples."""
         started = time.perf_counter()
-        loss = self.gradients(self._batch(self.step))
+        batch = self._batch(self.step)
+        loss = self.gradients(batch)
         self._check_finite(loss, "training")
         rate = learning_rate(self.step, self.job.steps, self.job.peak_lr, self.config.warmup, self.config.min_lr)
         self.optimizer.step(rate, self.config.clip)
         self.step += 1
-        self.seconds += time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        self.seconds += seconds
+        self.tokens_per_second = sum(len(e.prompt) + len(e.response) - 1 for e in batch) / seconds
         self.train_loss.append((self.step, loss))
 
     def _batch(self, step: int) -> list[TokenExample]:
@@ -186,12 +190,13 @@ class Tuner:
         return None if batch is None else response_loss(self.models.logits(batch), batch.labels)
 
     @torch.no_grad()
-    def mean_loss(self, examples: Sequence[TokenExample]) -> float:
-        """Return the mean loss of a response token, over all processes."""
+    def mean_loss(self, examples: Sequence[TokenExample], tell: Callable[[int], None] = lambda _: None) -> float:
+        """Return the mean loss of a response token, over all processes; tell: called with the examples begun so far."""
         total = torch.zeros(2, dtype=torch.float64, device=self.processes.device)
         size = max(1, self.config.batch_size // self.config.grad_accum)
         mine = sorted(examples, key=lambda e: len(e.prompt))[self.processes.rank :: self.processes.count]
         for first in range(0, -(-len(examples) // self.processes.count), size):  # as many in every process
+            tell(first * self.processes.count)
             piece = mine[first : first + size]
             loss = self._loss(piece)
             if loss is not None:
@@ -207,8 +212,11 @@ class Tuner:
                 f"{self.job.peak_lr:.2g}, or --dtype float32"
             )
 
-    def _validate(self) -> None:
-        loss = self.mean_loss(self.job.valid)
+    def _validate(self, progress: Progress) -> None:
+        def tell(done: int) -> None:
+            progress(f"validating, {done} of {len(self.job.valid)} examples", self.step, self.job.steps)
+
+        loss = self.mean_loss(self.job.valid, tell)
         self._check_finite(loss, "validation")
         best = min((loss for _, loss in self.valid_loss), default=float("inf"))
         self.valid_loss.append((self.step, loss))
@@ -223,8 +231,10 @@ class Tuner:
         return parts
 
     def _label(self) -> str:
-        trained = f"loss {self.train_loss[-1][1]:.4f}, " if self.train_loss else ""
-        return f"{trained}validation {self.valid_loss[-1][1]:.4f}"
+        valid = f"validation {self.valid_loss[-1][1]:.4f}"
+        if not self.train_loss:
+            return valid
+        return f"loss {self.train_loss[-1][1]:.4f}, {self.tokens_per_second:,.0f} tokens/s, {valid}"
 
     def _save(self) -> None:
         """Write the state of this step, a part from each process, then delete the state before it."""

@@ -163,6 +163,23 @@ def test_pieces_and_recomputation_change_nothing_that_matters(again, small, talk
         assert ours == pytest.approx(theirs, rel=1e-4)
 
 
+def test_progress_is_reported_from_the_first_validation_on(talking_model, few, tmp_path):
+    seen = []
+    qsun.tune(
+        talking_model, tmp_path / "out", few, FAST.replace(steps=2), device="cpu",
+        progress=lambda label, done, total: seen.append((label, done, total)),
+    )  # fmt: skip
+    assert seen[0] == ("validating, 0 of 2 examples", 0, 2)
+    assert any("tokens/s, validation" in label and done == 1 for label, done, _ in seen)
+
+
+def test_too_little_memory_is_one_line(talking_model, few, tmp_path, monkeypatch):
+    monkeypatch.setattr("qsun.tuning.job.available_bytes", lambda _: 1 << 10)
+    with pytest.raises(qsun.QsunError, match=r"tuning needs at least .* GiB on cpu, with 0\.0 GiB free; use"):
+        qsun.tune(talking_model, tmp_path / "out", few, FAST, device="cpu")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_same_seed_gives_the_same_bytes(small, talking_model, few, tmp_path):
     qsun.tune(talking_model, tmp_path / "out", few, FAST, device="cpu")
     assert weights_of(tmp_path / "out") == weights_of(small[0])
@@ -188,7 +205,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(step, settings, talking_model, f
 def test_what_is_kept_is_no_pickle(talking_model, few, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         qsun.tune(talking_model, tmp_path / "out", few, FAST, device="cpu", progress=stop_after(5))
-    files = [path for path in (tmp_path / "out.partial").rglob("*") if path.is_file()]
+    files = [path for path in (tmp_path / "out.partial").rglob("*") if path.is_file() and path.name != "lock"]
     assert {path.suffix for path in files} == {".safetensors", ".json"}
     assert {path.name for path in files if path.name.startswith("s")} == {
         f"{kind}.{suffix}" for kind in ("state-000000004", "share-000000004-0") for suffix in ("json", "safetensors")
