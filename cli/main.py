@@ -15,6 +15,7 @@ from qsun.cli import (
     demo,
     demo_data,
     evaluate,
+    generate,
     inspect,
     lm_eval,
     quantize,
@@ -39,6 +40,7 @@ app = typer.Typer(
 app.command("quantize", no_args_is_help=True, help=quantize.EXAMPLES)(quantize.quantize)
 app.command("tune", no_args_is_help=True)(tune.tune)
 app.command("eval", no_args_is_help=True, help=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command("generate", no_args_is_help=True)(generate.generate)
 app.command("serve", no_args_is_help=True)(serve.serve)
 app.command("inspect", no_args_is_help=True)(inspect.inspect)
 app.command("check-pair", no_args_is_help=True)(check_pair.check_pair)

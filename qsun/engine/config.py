@@ -22,7 +22,7 @@ _Biases = Annotated[
     BeforeValidator(lambda given: tuple(given.items() if isinstance(given, Mapping) else given)),
 ]
 _Logprobs = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None
-_BY_PROMPT = {"seed", "logprobs", "prompt_logprobs", "detokenize", "constraint"}
+_BY_PROMPT = {"seed", "logprobs", "prompt_logprobs", "constraint"}
 
 
 class Sampling(Settings):

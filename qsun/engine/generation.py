@@ -77,6 +77,7 @@ def generate_stream(
     if len(modules) != len(prompts):
         raise QsunError(f"{len(modules)} prefill modules for {len(prompts)} prompts; give one, or one for each prompt")
     wants_text = bool(config.sampling.stop) or any(isinstance(prompt, str) for prompt in prompts)
+    wants_text = settings.get("detokenize", wants_text)
     if wants_text and decode.tokenizer is None:
         raise QsunError(f"{decode.directory} has no tokenizer; give prompts as token ids, and no stop strings")
     names = {id(module.model): str(number) for number, module in enumerate(modules)}

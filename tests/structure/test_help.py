@@ -13,6 +13,7 @@ from qsun.cli.main import app
 COMMANDS = {
     "quantize": "Default: refined.",
     "tune": "Default: 3.",
+    "generate": "Default: standard input is one prompt.",
     "serve": "Default: a quarter of what is free.",
     "inspect": "",
     "eval": "",
