@@ -112,18 +112,3 @@ def architecture_of(model_type: str) -> Architecture:
     if "moe" in model_type or model_type in ("mixtral", "deepseek_v2", "deepseek_v3", "gpt_oss", "dbrx", "jamba"):
         raise QsunError(f"architecture {model_type!r} is a mixture of experts, which is not supported yet")
     raise QsunError(f"architecture {model_type!r} is not supported; known are {', '.join(ARCHITECTURES)}")
-
-
-def positions_of_one_rope(config: Any) -> int:
-    """Return how many positions share one set of RoPE factors: with longrope, those of the original context.
-
-    Where one row of a batch has a later position, transformers gives the long factors to all rows. Rows that stay
-    within are computed as they are alone.
-    """
-    positions: int = config.max_position_embeddings
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    for one in (rope, *(inner for inner in rope.values() if isinstance(inner, dict))):
-        if one.get("rope_type", one.get("type")) == "longrope":
-            original = one.get("original_max_position_embeddings") or config.original_max_position_embeddings
-            positions = min(positions, original)
-    return positions

@@ -13,7 +13,7 @@ from qsun.demo import calibration_file
 from qsun.device import compute_dtype, default_device
 from qsun.errors import QsunError
 from qsun.memory import clear_out_of_memory
-from qsun.model.architectures import BLOCKS, positions_of_one_rope
+from qsun.model.architectures import BLOCKS
 from qsun.model.checkpoint import Checkpoint, check_full_precision
 from qsun.model.formats import check_format
 from qsun.model.locate import DEMO, find_model, load_tokenizer
@@ -23,6 +23,7 @@ from qsun.model.quantization_config import check_fused, check_overrides
 from qsun.model.skeleton import EMBEDDING, HEAD, Skeleton
 from qsun.quantization.plan import Plan, check_disk, make_plan, output_parts
 from qsun.quantization.prefill_activations import PrefillPlan, plan_prefills
+from qsun.runtime.rotary import rope_boundary
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +141,8 @@ def _sources(model: str, calibration: str | Path | Iterable[str | Path] | None) 
 
 
 def _read_samples(skeleton: Skeleton, config: QuantConfig, sources: list[str], prefill: PrefillPlan) -> Calibration:
-    seq_len = min(config.seq_len, positions_of_one_rope(skeleton.config))
+    positions = skeleton.config.max_position_embeddings
+    seq_len = min(config.seq_len, positions, rope_boundary(skeleton.config) or positions)
     tokenizer = load_tokenizer(skeleton.checkpoint.directory)
     return read_calibration(
         sources, tokenizer, skeleton.config.vocab_size, config.samples, seq_len, config.seed, prefill.numbers

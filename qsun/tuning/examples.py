@@ -75,6 +75,12 @@ def hold_out(examples: list[TokenExample], fraction: float, seed: int) -> tuple[
     return [e for e in examples if e.prompt not in chosen], [e for e in examples if e.prompt in chosen]
 
 
+def crosses(example: TokenExample, boundary: int | None) -> bool:
+    """Whether the response would need RoPE factors for `boundary` tokens and for more; None: they never change."""
+    prefix = len(example.prompt) - 1
+    return boundary is not None and prefix <= boundary < prefix + len(example.response)
+
+
 def draw(examples: list[TokenExample], count: int, seed: int) -> list[TokenExample]:
     """Draw `count` examples, in their order; all of them if there are no more, or if count is 0."""
     if not count or len(examples) <= count:

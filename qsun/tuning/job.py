@@ -1,5 +1,6 @@
 """A request to tune, checked: what can be refused is refused here, before weights are loaded."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,15 +13,17 @@ from qsun.data.examples import TokenExample, check_vocabulary
 from qsun.device import compute_dtype, default_device
 from qsun.errors import QsunError
 from qsun.memory import available_bytes
-from qsun.model.architectures import positions_of_one_rope
 from qsun.model.checkpoint import Checkpoint, read_json
 from qsun.model.locate import find_model, load_tokenizer
 from qsun.model.lora import ADAPTER_CONFIG, Adapter, AdapterSettings, adapter_base, fresh_adapter, stored_adapter
 from qsun.model.output_dir import check_free
 from qsun.model.pairing import base_fingerprint, check_pair, differences, find_base, read_manifest, weights_fingerprint
 from qsun.model.skeleton import EMBEDDING, empty_model, read_model_config
+from qsun.runtime.rotary import rope_boundary
 from qsun.tuning.config import TuneConfig
-from qsun.tuning.examples import draw, fingerprint, hold_out, read_examples
+from qsun.tuning.examples import crosses, draw, fingerprint, hold_out, read_examples
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -183,8 +186,16 @@ def prepare_tuning(
 def _read(
     sources: str | Path | Sequence[str | Path], what: str, tokenizer: Any, config: TuneConfig, shape: Any
 ) -> tuple[list[TokenExample], int]:
-    limit = min(config.max_len, positions_of_one_rope(shape))
-    examples, too_long = read_examples(_names(sources), tokenizer, limit, what)
+    limit = min(config.max_len, shape.max_position_embeddings)
+    found, too_long = read_examples(_names(sources), tokenizer, limit, what)
+    examples = [e for e in found if not crosses(e, rope_boundary(shape))]
+    if len(examples) < len(found):
+        log.warning(
+            "%s data: left out %d examples that cross the model's original context of %s tokens, "
+            "where its RoPE (longrope) changes", what, len(found) - len(examples), rope_boundary(shape),
+        )  # fmt: skip
+    if not examples:
+        raise QsunError(f"{what} data has no examples on one side of the {rope_boundary(shape)} tokens of longrope")
     tokens = ((*example.prompt, *example.response) for example in examples)
     check_vocabulary(tokens, shape.vocab_size, tokenizer, f"{what} data")
     return examples, too_long

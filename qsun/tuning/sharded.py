@@ -29,6 +29,7 @@ from qsun.model.skeleton import empty_model, read_model_config
 from qsun.runtime.decode_module import place_weights
 from qsun.runtime.kv_cache import CACHE_ARGUMENT
 from qsun.runtime.quant_linear import QuantLinear
+from qsun.runtime.rotary import use_row_rotary
 from qsun.runtime.seam import IGNORED, SeamBatch, monolithic_logits, seam_logits
 from qsun.tuning.checkpointing import kv_of, with_kv
 from qsun.tuning.examples import collate
@@ -97,7 +98,9 @@ class ShardedModels:
             shard(model)
         else:
             shard(model.model.norm)  # seam.py calls the model without its head
-        return model.to(self.processes.device).eval(), dtypes
+        model.to(self.processes.device).eval()
+        use_row_rotary(model)
+        return model, dtypes
 
     def _shard(self, module: nn.Module, trained: bool) -> nn.Module:
         """Shard a module; if trained, with float32 shares and gradients, gathered in the computation's dtype."""

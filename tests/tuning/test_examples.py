@@ -5,10 +5,11 @@ import random
 import pytest
 import torch
 
+import qsun
 from qsun.data.examples import TokenExample
 from qsun.errors import QsunError
-from qsun.runtime.seam import IGNORED
-from qsun.tuning.examples import collate, draw, epoch_order, fingerprint, hold_out, read_examples
+from qsun.runtime.seam import IGNORED, seam_logits
+from qsun.tuning.examples import collate, crosses, draw, epoch_order, fingerprint, hold_out, read_examples
 from tests.tiny_models import write_jsonl
 
 
@@ -157,3 +158,28 @@ def test_the_order_of_an_epoch_needs_no_state():
 def test_the_fingerprint_sees_order_and_the_seam():
     a, b = TokenExample((1, 2), (3,)), TokenExample((1,), (2, 3))
     assert len({fingerprint(rows) for rows in ([a], [b], [a, b], [b, a])}) == 4
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "crossing"),
+    [(5, 4, False), (5, 5, True), (9, 1, True), (10, 1, False), (20, 9, False)],
+)
+def test_examples_that_cross_the_boundary_of_rope(prompt, response, crossing):
+    """Of a prompt of n tokens, n - 1 are prefilled; the last response token is never an input."""
+    example = TokenExample((3,) * prompt, (4,) * response)
+    assert crosses(example, 8) == crossing
+    assert not crosses(example, None)
+
+
+def test_a_row_is_computed_as_it_is_alone_beside_a_long_one(tiny_model):
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32,
+        "short_factor": [1.0] * 8, "long_factor": [1.0 + 4 * i for i in range(8)],
+    }  # fmt: skip
+    directory = tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=32)
+    model = qsun.load_decode(directory, "cpu", torch.float32).model
+    r = random.Random(0)
+    short, long = (TokenExample(tuple(r.randrange(3, 128) for _ in range(n)), (5, 2)) for n in (10, 50))
+    with torch.no_grad():
+        alone, mixed = (seam_logits(model, model, collate(rows))[0] for rows in ([short], [short, long]))
+    torch.testing.assert_close(alone, mixed, rtol=1e-4, atol=1e-4)

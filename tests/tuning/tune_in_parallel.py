@@ -20,8 +20,9 @@ def first_gradients(base, out, data, config=CONFIG):
     """This process's share of the gradients of the first step, summed over all processes."""
     job = prepare_tuning(base, out, data, config, device="cpu")
     processes = Processes.launched(job.device)
-    tuner = Tuner(job, Workdir(Path(f"{out}-{processes.rank}"), job.settings(), resume=False), processes)
-    tuner.gradients(tuner._batch(0))
+    with Workdir(Path(f"{out}-{processes.rank}"), job.settings(), resume=False) as work:
+        tuner = Tuner(job, work, processes)
+        tuner.gradients(tuner._batch(0))
     return {name: master.grad.clone() for name, master in tuner.optimizer.masters.items()}
 
 
@@ -29,8 +30,9 @@ def held_bytes(base, out, data, config=CONFIG):
     """Bytes of weights held between two steps, each storage counted once."""
     job = prepare_tuning(base, out, data, config, device="cpu")
     processes = Processes.launched(job.device)
-    tuner = Tuner(job, Workdir(Path(f"{out}-{processes.rank}"), job.settings(), resume=False), processes)
-    tuner.train_step()
+    with Workdir(Path(f"{out}-{processes.rank}"), job.settings(), resume=False) as work:
+        tuner = Tuner(job, work, processes)
+        tuner.train_step()
     modules = vars(tuner.models).values()
     found = [t for m in modules if isinstance(m, torch.nn.Module) for t in (*m.parameters(), *m.buffers())]
     local = [t.to_local() if hasattr(t, "to_local") else t for t in (tensor.detach() for tensor in found)]
