@@ -144,11 +144,12 @@ def test_the_plan_says_what_is_shared_out(cli, few, tmp_path):
 
 @pytest.mark.parametrize("cuts", [[0, 7], [0, 4, 7], [0, 3, 6, 7], [0, 7, 7]])
 def test_rows_that_processes_wrote_are_read_by_any_number_of_others(cuts, tmp_path):
-    work, whole = Workdir(tmp_path / "out", {}, resume=False), torch.arange(21.0).reshape(7, 3)
-    for rank, (first, last) in enumerate(pairwise(cuts)):
-        held = {"w": whole[first:last].clone()} if last > first else {}
-        work.write(f"part-{rank}", held | {"step": torch.tensor(4.0)}, {})
-    files = [Checkpoint(work.part(f"part-{rank}")) for rank in range(len(cuts) - 1)]
+    whole = torch.arange(21.0).reshape(7, 3)
+    with Workdir(tmp_path / "out", {}, resume=False) as work:
+        for rank, (first, last) in enumerate(pairwise(cuts)):
+            held = {"w": whole[first:last].clone()} if last > first else {}
+            work.write(f"part-{rank}", held | {"step": torch.tensor(4.0)}, {})
+    files = [Checkpoint.of_file(work.part(f"part-{rank}")) for rank in range(len(cuts) - 1)]
     kept = SplitTensors(files)
     assert set(kept) == {"w", "step"} and torch.equal(kept["w"], whole)
     for first in range(7):
