@@ -1,4 +1,4 @@
-"""Traces: Poisson gaps, Zipf shares, lengths as asked for, the same luck for the same seed."""
+"""Traces: Poisson gaps, Zipf shares, lengths as asked for, the same draws for the same seed."""
 
 import itertools
 import json
