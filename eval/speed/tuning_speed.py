@@ -61,4 +61,4 @@ def _finish(device: torch.device) -> None:
 
 def _tuner(decode: str, out: Path, data: Path, config: TuneConfig, device: str | None) -> Tuner:
     job = prepare_tuning(decode, out, data, config, device=device)
-    return Tuner(job, Workdir(job.out, job.settings(), resume=False), Processes.launched(job.device))
+    return Tuner(job, Workdir(job.out, job.settings(), resume=False, lock=False), Processes.launched(job.device))

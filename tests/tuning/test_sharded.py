@@ -149,7 +149,7 @@ def test_rows_that_processes_wrote_are_read_by_any_number_of_others(cuts, tmp_pa
         for rank, (first, last) in enumerate(pairwise(cuts)):
             held = {"w": whole[first:last].clone()} if last > first else {}
             work.write(f"part-{rank}", held | {"step": torch.tensor(4.0)}, {})
-    files = [Checkpoint.of_file(work.part(f"part-{rank}")) for rank in range(len(cuts) - 1)]
+    files = [Checkpoint(work.part(f"part-{rank}")) for rank in range(len(cuts) - 1)]
     kept = SplitTensors(files)
     assert set(kept) == {"w", "step"} and torch.equal(kept["w"], whole)
     for first in range(7):
