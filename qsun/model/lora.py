@@ -96,13 +96,6 @@ class Adapter:
     weights: dict[str, tuple[Tensor, Tensor]]
 
 
-def new_adapter(model: Any, settings: AdapterSettings, seed: int) -> Adapter:
-    """Put a fresh adapter, which changes nothing yet, on every linear layer of the blocks."""
-    adapter = fresh_adapter(model, settings, seed)
-    place_adapter(model, adapter)
-    return adapter
-
-
 def fresh_adapter(model: Any, settings: AdapterSettings, seed: int) -> Adapter:
     """Return a fresh adapter on the CPU; only shapes of the model are read, which may be on the meta device."""
     random = torch.Generator().manual_seed(seed)
