@@ -32,7 +32,7 @@ def test_what_is_written_is_read(fmt):
     ],
 )
 def test_other_formats_are_refused(values):
-    with pytest.raises(QsunError, match="known are gptq, awq gemm and compressed-tensors"):
+    with pytest.raises(QsunError, match="is not supported; use gptq, awq or compressed-tensors"):
         stored_format(values)
 
 
