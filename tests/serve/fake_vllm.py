@@ -185,7 +185,7 @@ class FakeWorker:
         await answer(send, self._whole(scope, body, prompt, ["x"], "length") | {"kv_transfer_params": params})
 
     def _source(self, body, prompt):
-        """Whose KV cache this request decodes over; None for somebody else's blocks."""
+        """Return the model whose KV cache this request decodes over; None for another request's blocks."""
         params = body.get("kv_transfer_params")
         found = OWN_WEIGHTS
         if body.get("prompt_logprobs") is not None:  # false is 0 to pydantic: vLLM computes the prompt itself
