@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import qsun
 from qsun.model.checkpoint import Checkpoint
-from qsun.model.lora import AdapterSettings, new_adapter, write_adapter
+from qsun.model.lora import AdapterSettings, fresh_adapter, place_adapter, write_adapter
 from tests.tiny_models import SEQUENCE, build_model, prompt_rows, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("no_picture")
@@ -56,7 +56,8 @@ def written_adapter(base: Path, directory: Path) -> Path:
     """A LoRA adapter that changes a good deal, as `qsun tune` leaves it."""
     directory.mkdir()
     model = qsun.load_decode(base, "cpu").model
-    adapter = new_adapter(model, AdapterSettings(4, 8), seed=1)
+    adapter = fresh_adapter(model, AdapterSettings(4, 8), seed=1)
+    place_adapter(model, adapter)
     torch.manual_seed(5)
     tuned = {n: 0.2 * torch.randn_like(p) for n, p in model.named_parameters() if n.endswith("lora_B")}
     write_adapter(adapter, str(base), tuned, directory)

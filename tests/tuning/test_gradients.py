@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import qsun
 from qsun.data.examples import TokenExample
-from qsun.model.lora import AdapterSettings, new_adapter
+from qsun.model.lora import AdapterSettings, fresh_adapter, place_adapter
 from qsun.runtime.seam import monolithic_logits, response_loss, seam_logits
 from qsun.tuning.checkpointing import recomputed
 from qsun.tuning.examples import collate
@@ -182,7 +182,7 @@ def test_through_a_quantized_decode_module(tmp_path, tiny_model):
 
 def test_only_adapters_that_matter_are_tuned(tiny_model):
     model = qsun.load_decode(tiny_model("llama"), "cpu", torch.float32).model
-    new_adapter(model, AdapterSettings(3, 6), seed=0)
+    place_adapter(model, fresh_adapter(model, AdapterSettings(3, 6), seed=0))
     names = set(tuned_adapters(model))
     assert all(name.endswith(("lora_A", "lora_B")) for name in names)
     assert {name.split(".")[4] for name in names if ".1." in name} == {"k_proj", "v_proj"}
