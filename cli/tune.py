@@ -20,6 +20,8 @@ Examples:
 
   qsun tune ./Llama-3.1-8B-int4 -o tuned/code --data code.jsonl --lora-rank 32 --grad-checkpoint
 
+  qsun tune ./Llama-3.1-8B-int4 -o tuned/tools --data tools.jsonl --lora-rank 16 --prefill-weights decode
+
   qsun tune ./Llama-3.1-8B-int2 -o tuned/math-int2 --data math.jsonl --init tuned/math --steps 100
 
   qsun tune demo -o full/math --data math.jsonl --baseline full
@@ -47,6 +49,16 @@ def tune(
     valid_examples: int | None = typer.Option(None, help="Examples per validation, 0 for all. Default: 256."),
     baseline: str | None = typer.Option(None, help="'full': a conventional full fine-tune instead, for comparison."),
     lora_rank: int | None = typer.Option(None, help="Tune a LoRA adapter of this rank. Default: tune all weights."),
+    lora_alpha: float | None = typer.Option(None, help="Scale of the adapter times its rank. Default: twice the rank."),
+    lora_rslora: bool | None = typer.Option(
+        None, "--lora-rslora/--no-lora-rslora", help="Divide alpha by the root of the rank. Alpha is then 8 by default."
+    ),
+    lora_targets: list[str] | None = typer.Option(
+        None, help="Layers with an adapter: q_proj,v_proj; may be repeated. Default: all linear layers of the blocks."
+    ),
+    prefill_weights: str | None = typer.Option(
+        None, help="What an adapter is tuned on: 'base', or 'decode', the decode module's own weights. Default: base."
+    ),
     epochs: int | None = typer.Option(None, help="Passes over the data. Default: 3."),
     steps: int | None = typer.Option(None, help="Optimizer steps; overrides --epochs."),
     lr: float | None = typer.Option(None, help="Peak learning rate. Default: chosen by the model's width."),

@@ -17,7 +17,7 @@ from qsun.model.quantized import Quantized
 from qsun.model.skeleton import HEAD, empty_model
 from qsun.quantization.methods.grid import Grid
 from qsun.quantization.methods.rtn import rtn
-from qsun.runtime.decode_module import DecodeModule, load_decode
+from qsun.runtime.decode_module import dequantize_layers, load_decode
 from qsun.runtime.fused_block import fuse_blocks
 from qsun.runtime.fused_projections import merge_block, merge_projections
 from qsun.runtime.kv_cache import kv_bytes_per_token
@@ -92,7 +92,8 @@ def loaded_contenders(directory: str, base: str | None, device: torch.device) ->
         raise QsunError(f"{directory} is not quantized; give the int4 decode module, and its base with --base")
     full: Any
     if base is None:
-        full = dequantized_model(load_decode(directory, device, DTYPE, keep_dense=False, merge=False))
+        full = load_decode(directory, device, DTYPE, keep_dense=False, merge=False).model
+        dequantize_layers(full)
     else:
         full = load_decode(base, device, DTYPE).model
         if any(isinstance(module, QuantLinear) for module in full.modules()):
@@ -180,19 +181,6 @@ def rounded(weight: Tensor) -> Quantized:
     parts = [rtn(rows, GRID, scale_search=False) for rows in weight.split(_ROWS)]
     q, scales, zeros = (torch.cat([part[i] for part in parts], min(i, 1)) for i in range(3))  # type: ignore[misc]
     return Quantized(q, scales, zeros)
-
-
-def dequantized_model(quantized: DecodeModule) -> Any:
-    """Turn quantized layers into plain bfloat16 ones, in place: the reference of a module without a base."""
-    model: Any = quantized.model
-    for name, module in list(model.named_modules()):
-        if isinstance(module, QuantLinear):
-            plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
-            plain.weight = nn.Parameter(module.weight_in(DTYPE), requires_grad=False)
-            if module.bias is not None:
-                plain.bias = nn.Parameter(module.bias, requires_grad=False)
-            model.set_submodule(name, plain)
-    return model
 
 
 def head_of(model: Any) -> str:

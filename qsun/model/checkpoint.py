@@ -10,6 +10,7 @@ import logging
 import re
 import struct
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,17 @@ class Checkpoint:
                     raise QsunError(f"{file.name} ends inside {name}; download it again")
                 remaining -= len(piece)
                 yield piece
+
+
+def files_fingerprint(directory: Path) -> str:
+    """Return `Checkpoint.fingerprint`, computed again only if a file of weights has changed."""
+    files = sorted(directory.glob("*.safetensors*"))
+    return _fingerprint(directory, tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files))
+
+
+@lru_cache(maxsize=16)
+def _fingerprint(directory: Path, _: tuple[tuple[str, int, int], ...]) -> str:
+    return Checkpoint(directory).fingerprint()
 
 
 def check_full_precision(checkpoint: Checkpoint) -> None:

@@ -5,8 +5,9 @@ merging need no more than what is here, so peft itself is not needed.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 
 from qsun.errors import QsunError
 from qsun.model.architectures import architecture_of
-from qsun.model.checkpoint import Checkpoint, read_json
+from qsun.model.checkpoint import Checkpoint, files_fingerprint, read_json
 from qsun.model.manifest import write_json
-from qsun.model.pairing import ADAPTER, ADAPTER_WEIGHTS, named_base, read_manifest
-from qsun.model.skeleton import linear_of
+from qsun.model.pairing import ADAPTER, ADAPTER_WEIGHTS, named_base, on_decode_weights, read_manifest
+from qsun.model.skeleton import linear_of, plain_linear
 
 ADAPTER_CONFIG = ADAPTER
 _PREFIX = "base_model.model."
@@ -40,25 +41,29 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer with an adapter.
+    """A frozen linear layer, full precision or quantized, with an adapter.
 
     lora_A (rank, in) and lora_B (out, rank) are float32, whatever the layer computes in.
     """
 
-    def __init__(self, linear: nn.Linear, a: Tensor, b: Tensor, scale: float):
+    def __init__(self, linear: Any, a: Tensor, b: Tensor, scale: float):
         super().__init__()
         self.linear, self.scale = linear, scale
-        device = linear.weight.device
+        device = next(chain(linear.parameters(), linear.buffers())).device
         self.lora_A = nn.Parameter(a.to(device, torch.float32))
         self.lora_B = nn.Parameter(b.to(device, torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         low = nn.functional.linear(x, self.lora_A.to(x.dtype))
-        return self.linear(x) + self.scale * nn.functional.linear(low, self.lora_B.to(x.dtype))
+        wide: Tensor = self.linear(x)
+        return wide + self.scale * nn.functional.linear(low, self.lora_B.to(x.dtype))
 
-    def merged(self) -> Tensor:
-        """Return the (out, in) float32 weights of the two together."""
-        return merged_weight(self.linear.weight, self.lora_A, self.lora_B, self.scale)
+    def merged(self) -> nn.Linear:
+        """Return one linear layer in the place of the two, added in float32 and rounded once."""
+        quantized = not isinstance(self.linear, nn.Linear)
+        weight = self.linear.weight_in(torch.float32) if quantized else self.linear.weight
+        dtype = self.linear.dtype if quantized else weight.dtype
+        return plain_linear(merged_weight(weight, self.lora_A, self.lora_B, self.scale).to(dtype), self.linear.bias)
 
 
 def merged_weight(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -80,11 +85,18 @@ class AdapterSettings:
 
 
 def adapter_base(directory: Path) -> Path:
-    """Return the base of an adapter. Raises QsunError if it is missing or has changed."""
-    base = named_base(directory)
-    wanted = read_manifest(directory).get("base_fingerprint")
-    if wanted and Checkpoint(base).fingerprint() != wanted:
-        raise QsunError(f"{base} is not the base that the adapter {directory} was tuned on: their fingerprints differ")
+    """Return the model whose weights an adapter was tuned on: its base, or a decode module.
+
+    Raises QsunError if it is missing or has changed.
+    """
+    base, made = named_base(directory), read_manifest(directory)
+    on_decode = on_decode_weights(directory)
+    wanted = made.get("prefill_weights_fingerprint" if on_decode else "base_fingerprint")
+    if wanted and files_fingerprint(base) != wanted:
+        kind = "decode module" if on_decode else "base"
+        raise QsunError(
+            f"{base} is not the {kind} that the adapter {directory} was tuned on: their fingerprints differ"
+        )
     return base
 
 
@@ -96,11 +108,14 @@ class Adapter:
     weights: dict[str, tuple[Tensor, Tensor]]
 
 
-def fresh_adapter(model: Any, settings: AdapterSettings, seed: int) -> Adapter:
-    """Return a fresh adapter on the CPU; only shapes of the model are read, which may be on the meta device."""
+def fresh_adapter(model: Any, settings: AdapterSettings, seed: int, targets: Sequence[str] = ()) -> Adapter:
+    """Return a fresh adapter on the CPU; only shapes of the model are read, which may be on the meta device.
+
+    targets: last parts of the names of linear layers, such as q_proj; empty: all linear layers of the blocks.
+    """
     random = torch.Generator().manual_seed(seed)
     weights = {}
-    for name in _linear_names(model):
+    for name in target_names(model.config, targets):
         linear = linear_of(model, name)
         a = torch.empty(settings.rank, linear.in_features)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=random)
@@ -115,8 +130,16 @@ def place_adapter(model: Any, adapter: Adapter, prefix: str = "") -> None:
             model.set_submodule(name, LoraLinear(linear_of(model, name), a, b, adapter.settings.scale))
 
 
-def _linear_names(model: Any) -> list[str]:
-    return architecture_of(model.config.model_type).all_linear_names(len(model.model.layers))
+def target_names(config: Any, targets: Sequence[str] = ()) -> list[str]:
+    """Return the full names of the linear layers that an adapter is put on. Raises QsunError for an unknown target."""
+    names = architecture_of(config.model_type).all_linear_names(config.num_hidden_layers)
+    known = dict.fromkeys(name.rpartition(".")[2] for name in names)
+    unknown = [target for target in targets if target not in known]
+    if unknown:
+        raise QsunError(
+            f"LoRA target {unknown[0]!r} is not a linear layer of a {config.model_type}; use {', '.join(known)}"
+        )
+    return [name for name in names if not targets or name.rpartition(".")[2] in targets]
 
 
 def read_adapter(model: Any, directory: Path) -> Adapter:
@@ -132,7 +155,7 @@ def stored_adapter(model: Any, directory: Path) -> Adapter:
     file = adapter_file(directory)
     tensors = file.load(file.names())
     path = directory / ADAPTER_WEIGHTS
-    known, weights = set(_linear_names(model)), {}
+    known, weights = set(target_names(model.config)), {}
     for layer in dict.fromkeys(name.rpartition(".lora_")[0].removeprefix(_PREFIX) for name in tensors):
         names = [f"{_PREFIX}{layer}.{part}.weight" for part in _PARTS]
         if layer not in known or not all(name in tensors for name in names):
@@ -173,12 +196,10 @@ def _read_settings(directory: Path) -> AdapterSettings:
 
 
 def merge_adapter(model: Any) -> None:
-    """Replace every layer that has an adapter by one linear layer, added in float32 and rounded once."""
+    """Replace every layer that has an adapter by one linear layer."""
     for name, module in list(model.named_modules()):
         if isinstance(module, LoraLinear):
-            linear = module.linear
-            linear.weight = nn.Parameter(module.merged().to(linear.weight.dtype), requires_grad=False)
-            model.set_submodule(name, linear)
+            model.set_submodule(name, module.merged())
 
 
 def write_adapter(adapter: Adapter, base: str, tuned: Mapping[str, Tensor], directory: Path) -> None:
@@ -198,7 +219,7 @@ def _config_json(names: Iterable[str], settings: AdapterSettings, base: str) -> 
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": settings.rank,
-        "lora_alpha": settings.alpha,
+        "lora_alpha": int(settings.alpha) if float(settings.alpha).is_integer() else settings.alpha,
         "lora_dropout": 0.0,
         "use_rslora": settings.rslora,
         "bias": "none",

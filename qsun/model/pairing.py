@@ -8,7 +8,9 @@ What qsun.json says, and which command writes it:
 * decode module (`qsun quantize`): kind "decode_module", base_fingerprint, and prefill_modules, the fingerprints of
   those whose KV it was calibrated with;
 * prefill module (`qsun tune`): kind "prefill_module", base_fingerprint (or base: {"fingerprint": ...}), fingerprint
-  (`Checkpoint.fingerprint` of its own weights) and lineage, the fingerprints of the modules it was re-tuned from.
+  (`Checkpoint.fingerprint` of its own weights) and lineage, the fingerprints of the modules it was re-tuned from;
+* LoRA adapter: besides, prefill_weights, "base" or "decode", and prefill_weights_fingerprint, that of the weights which
+  it was tuned on. One on "decode" weights reads prompts with those of its decode module and fits no other.
 
 A plain full-precision directory is a prefill module too. Its base is then unknown, and only its files are compared.
 """
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from qsun.errors import QsunError
-from qsun.model.checkpoint import Checkpoint, read_json
+from qsun.model.checkpoint import Checkpoint, files_fingerprint, read_json
 from qsun.model.locate import find_model
 from qsun.model.manifest import MANIFEST
 from qsun.model.skeleton import read_model_config
@@ -28,6 +30,7 @@ ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 FEWEST_SAFE_BITS = 4  # below, a task that calibration left out is lost (docs/calibration.md)
 _SAME_BASE = "use a prefill module that was tuned from the decode module's base"
+_SAME_WEIGHTS = "use the decode module that it was tuned on, or qsun tune --init to tune it on this one's weights"
 _SAME_TOKENIZER = "copy the tokenizer files of the decode module"
 _NUMBERS = (
     "num_hidden_layers",
@@ -46,20 +49,21 @@ _VOCABULARY_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt",
 _FAST_TOKENIZER = "tokenizer.json"
 
 
-def check_pair(prefill: str | Path, decode: str | Path) -> None:
+def check_pair(prefill: str | Path, decode: str | Path, same_weights: bool = True) -> None:
     """Raise QsunError where a prefill module does not fit a decode module; see `differences`."""
-    found = differences(prefill, decode)
+    found = differences(prefill, decode, same_weights)
     if found:
         more = f" ({len(found) - 1} more: qsun check-pair)" if len(found) > 1 else ""
         raise QsunError(f"prefill module {prefill} does not fit decode module {decode}: {found[0]}{more}")
 
 
-def differences(prefill: str | Path, decode: str | Path) -> list[str]:
+def differences(prefill: str | Path, decode: str | Path, same_weights: bool = True) -> list[str]:
     """Return what keeps a prefill module from working with a decode module, with both values and the fix.
 
     Args:
         prefill: Hugging Face directory, LoRA adapter directory with a qsun.json, hub id or "demo".
         decode: decode module, or a full-precision base; its weights are read only where no qsun.json names the base.
+        same_weights: compare the weights that an adapter was tuned on; False for one that is to be tuned on others.
     Returns:
         One line a difference, the most telling first; empty for a pair that fits.
     Raises:
@@ -72,7 +76,7 @@ def differences(prefill: str | Path, decode: str | Path) -> list[str]:
     if (ours / "config.json").exists() or not (ours / ADAPTER).exists():
         found += _config_differences(ours, theirs)
     found += _tokenizer_differences(ours, theirs)
-    return found + list(_base_differences(ours, theirs))
+    return [*found, *_base_differences(ours, theirs), *(_weights_differences(ours, theirs) if same_weights else ())]
 
 
 def uncovered(prefill: str | Path, decode: str | Path) -> str | None:
@@ -141,6 +145,11 @@ def weights_fingerprint(directory: Path) -> str:
     adapter = directory / ADAPTER_WEIGHTS
     is_adapter = (directory / ADAPTER).exists() and adapter.is_file()
     return Checkpoint(adapter if is_adapter else directory).fingerprint()
+
+
+def on_decode_weights(adapter: Path) -> bool:
+    """Whether an adapter was tuned on its decode module's own weights (`qsun tune --prefill-weights decode`)."""
+    return read_manifest(adapter).get("prefill_weights") == "decode"
 
 
 def _role_differences(ours: Path, theirs: Path) -> Iterator[str]:
@@ -252,10 +261,17 @@ def _base_differences(ours: Path, theirs: Path) -> Iterator[str]:
             return
         if not quantized and base.resolve() == theirs.resolve():
             return
-        mine = Checkpoint(base).fingerprint()
-    wanted = base_fingerprint(made) or (None if quantized else Checkpoint(theirs).fingerprint())
+        mine = files_fingerprint(base)
+    wanted = base_fingerprint(made) or (None if quantized else files_fingerprint(theirs))
     if wanted is not None and mine != wanted:
         yield _line("base fingerprint", mine[:16], wanted[:16], _SAME_BASE)
+
+
+def _weights_differences(ours: Path, theirs: Path) -> Iterator[str]:
+    if on_decode_weights(ours):
+        mine, wanted = str(read_manifest(ours).get("prefill_weights_fingerprint")), files_fingerprint(theirs)
+        if mine != wanted:
+            yield _line("fingerprint of the weights under the adapter", mine[:16], wanted[:16], _SAME_WEIGHTS)
 
 
 def named_base(adapter: Path) -> Path:

@@ -114,6 +114,15 @@ def linear_of(module: nn.Module, name: str) -> nn.Linear:
     return cast(nn.Linear, module.get_submodule(name))
 
 
+def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """Return a frozen linear layer of these weights (out, in)."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear
+
+
 def weight_shape(module: nn.Module, name: str) -> tuple[int, int]:
     """Return (out_features, in_features) of the linear layer of this name."""
     linear = linear_of(module, name)

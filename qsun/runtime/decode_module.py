@@ -16,7 +16,7 @@ from qsun.model.checkpoint import Checkpoint, read_json
 from qsun.model.locate import find_model, load_tokenizer
 from qsun.model.manifest import MANIFEST
 from qsun.model.quantization_config import stored_format
-from qsun.model.skeleton import EMBEDDING, HEAD, empty_model, linear_of, read_model_config
+from qsun.model.skeleton import EMBEDDING, HEAD, empty_model, linear_of, plain_linear, read_model_config
 from qsun.model.stored_layers import quantized_layer_names, read_quantized_layer
 from qsun.runtime.fused_block import fuse_blocks
 from qsun.runtime.fused_projections import merge_projections
@@ -92,6 +92,13 @@ def load_decode(
         model.generation_config = GenerationConfig.from_pretrained(path)
     manifest = read_json(path / MANIFEST) if (path / MANIFEST).exists() else {}
     return DecodeModule(model.to(device).eval().requires_grad_(False), path, manifest)
+
+
+def dequantize_layers(model: nn.Module) -> None:
+    """Replace quantized layers by plain ones that compute in the same dtype, in place."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, QuantLinear):
+            model.set_submodule(name, plain_linear(layer.weight_in(layer.dtype), layer.bias))
 
 
 def place_weights(

@@ -12,10 +12,15 @@ from qsun.errors import QsunError
 from qsun.model.checkpoint import read_json
 from qsun.model.locate import find_model
 from qsun.model.lora import ADAPTER_CONFIG, adapter_base, merge_adapter, read_adapter
-from qsun.model.pairing import check_pair, read_manifest, uncovered
-from qsun.runtime.decode_module import DecodeModule, load_decode
+from qsun.model.pairing import check_pair, on_decode_weights, read_manifest, uncovered
+from qsun.runtime.decode_module import DecodeModule, dequantize_layers, load_decode
 
 log = logging.getLogger(__name__)
+_PLAIN_ADAPTER = (
+    "adapter {0} has no qsun.json, so it was not tuned against a frozen decode module: it acts on prompt tokens only, "
+    "and the decode module writes the answer without it; what it taught about answers is lost unless you tune it with "
+    "qsun tune --init {0}"
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,9 @@ def load_prefill(
     """Load a prefill module: a full-precision Hugging Face directory, "demo", or a LoRA adapter of one.
 
     An adapter is merged into its base in float32 and then rounded: prefill then runs at the plain model's speed, and
-    what it writes is one model's KV, at the price of one set of weights for each task.
+    what it writes is one model's KV, at the price of one set of weights for each task. One that was tuned on the decode
+    module's own weights is merged into those, dequantized. Logs a warning for an adapter without a qsun.json, which was
+    not tuned against a frozen decode module.
 
     Args:
         decode: the module that it will be paired with; the pair is checked, and its device is the default. Logs a
@@ -61,11 +68,23 @@ def load_prefill(
         model: Any = decode.model
         device = device or model.model.embed_tokens.weight.device
     if (path / ADAPTER_CONFIG).exists():
-        loaded = load_decode(adapter_base(path), device, dtype)
-        read_adapter(loaded.model, path)
-        merge_adapter(loaded.model)
-        return PrefillModule(loaded.model, path, read_manifest(path))
+        manifest = read_manifest(path)
+        if not manifest:
+            log.warning("%s", _PLAIN_ADAPTER.format(path))
+        weights = decode.directory if decode is not None and on_decode_weights(path) else adapter_base(path)
+        return PrefillModule(_with_adapter(weights, path, device, dtype), path, manifest)
     if (path / "config.json").exists() and read_json(path / "config.json").get("quantization_config"):
         raise QsunError(f"{path} is quantized; a prefill module is full precision: give its base or a tuned module")
     loaded = load_decode(path, device, dtype)
     return PrefillModule(loaded.model, path, loaded.manifest)
+
+
+def _with_adapter(
+    directory: Path, adapter: Path, device: str | torch.device | None, dtype: torch.dtype | str | None
+) -> nn.Module:
+    """Load the weights that an adapter was tuned on, full precision or quantized, and merge it into them."""
+    model = load_decode(directory, device, dtype, keep_dense=False, merge=False, fuse=False).model
+    read_adapter(model, adapter)
+    merge_adapter(model)
+    dequantize_layers(model)
+    return model

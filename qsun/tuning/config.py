@@ -1,14 +1,22 @@
 """The settings of tuning: built from the command line, YAML or Python, validated here, saved with the result."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from qsun.config import Dtype, Settings
 from qsun.errors import QsunError
 
 _Count = Annotated[int, Field(ge=0, le=1 << 40)]
 _Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _listed(names: Any) -> Any:
+    """Return names as a tuple; several may stand in one text, with commas between."""
+    texts = [names] if isinstance(names, str) else names
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        return names
+    return tuple(name.strip() for text in texts for name in text.split(",") if name.strip())
 
 
 class TuneConfig(Settings):
@@ -24,7 +32,12 @@ class TuneConfig(Settings):
         max_len: tokens of prompt and response; longer examples are left out, and counted in the report.
         warmup: fraction of the steps over which the rate rises; it then falls along a cosine to min_lr of its peak.
         clip: largest norm of the gradient. weight_decay: of AdamW.
-        lora_rank: 0 tunes all weights; otherwise a LoRA adapter of this rank (lora_alpha is twice the rank).
+        prefill_weights: what an adapter is tuned on: the full-precision base, or the decode module's own weights, which
+            then read prompts too (one copy serves both).
+        lora_rank: 0 tunes all weights; otherwise a LoRA adapter of this rank.
+        lora_alpha: the adapter is scaled by lora_alpha / lora_rank; 0: by 2, with lora_rslora by 8 / sqrt(lora_rank).
+        lora_rslora: divide lora_alpha by the root of the rank instead (arXiv 2312.03732).
+        lora_targets: linear layers that get an adapter, such as q_proj; empty: all of the blocks.
         eval_every: steps between validations; 0: ten in a run.
         valid_fraction: of the training data, held out if no validation data is given.
         valid_examples: of the validation data, drawn once and used in every validation; 0: all.
@@ -44,7 +57,11 @@ class TuneConfig(Settings):
     min_lr: _Fraction = 0.05
     clip: Annotated[float, Field(ge=1e-9, le=1e9)] = 1.0
     weight_decay: _Fraction = 0.0
+    prefill_weights: Literal["base", "decode"] = "base"
     lora_rank: Annotated[int, Field(ge=0, le=4096)] = 0
+    lora_alpha: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    lora_rslora: bool = False
+    lora_targets: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
     eval_every: _Count = 0
     valid_fraction: Annotated[float, Field(ge=0, le=0.9)] = 0.05
     valid_examples: _Count = 256
@@ -56,7 +73,16 @@ class TuneConfig(Settings):
     def _adapter_or_full(self) -> Self:
         if self.fine_tune and self.lora_rank:
             raise QsunError(f"baseline full tunes all weights, but lora_rank is {self.lora_rank}; leave one out")
+        without = [key for key in ("lora_alpha", "lora_rslora", "lora_targets") if getattr(self, key)]
+        if without and not self.lora_rank:
+            raise QsunError(f"{without[0]} has no effect without a LoRA adapter; add lora_rank, or leave it out")
         return self
+
+    @property
+    def adapter(self) -> tuple[int, float, bool] | None:
+        """Rank, alpha and rslora of a fresh adapter; None where all weights are tuned."""
+        rank, rslora = self.lora_rank, self.lora_rslora
+        return (rank, self.lora_alpha or (8.0 if rslora else 2.0 * rank), rslora) if rank else None
 
     @property
     def fine_tune(self) -> bool:

@@ -1,6 +1,7 @@
 """A request to tune, checked: what can be refused is refused here, before weights are loaded."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,15 +14,16 @@ from qsun.data.examples import TokenExample, check_vocabulary
 from qsun.device import compute_dtype, default_device
 from qsun.errors import QsunError
 from qsun.memory import available_bytes
-from qsun.model.checkpoint import Checkpoint, read_json
+from qsun.model.checkpoint import Checkpoint, files_fingerprint, read_json
 from qsun.model.locate import find_model, load_tokenizer
-from qsun.model.lora import ADAPTER_CONFIG, Adapter, AdapterSettings, adapter_base, fresh_adapter, stored_adapter
-from qsun.model.output_dir import check_free
-from qsun.model.pairing import base_fingerprint, check_pair, differences, find_base, read_manifest, weights_fingerprint
-from qsun.model.skeleton import EMBEDDING, empty_model, read_model_config
+from qsun.model.lora import Adapter, AdapterSettings, adapter_file, fresh_adapter, stored_adapter, target_names
+from qsun.model.output_dir import check_free, check_outside
+from qsun.model.pairing import find_base, weights_fingerprint
+from qsun.model.skeleton import EMBEDDING, empty_model, read_model_config, weight_shape
 from qsun.runtime.rotary import rope_boundary
 from qsun.tuning.config import TuneConfig
 from qsun.tuning.examples import crosses, draw, fingerprint, hold_out, read_examples
+from qsun.tuning.start import Start, check_base, find_start
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +33,7 @@ class TuneJob:
     """A checked request.
 
     Attributes:
-        decode, base: directories. start: directory of the first weights: base, or the module given as `init`.
+        decode, base: directories. start: the first weights.
         names: decode, base and data as the user named them.
         fingerprints: of base, decode and start.
         too_long: number of examples that max_len left out.
@@ -41,7 +43,7 @@ class TuneJob:
     config: TuneConfig
     decode: Path
     base: Path
-    start: Path
+    start: Start
     names: dict[str, str]
     fingerprints: dict[str, str]
     train: list[TokenExample]
@@ -60,21 +62,22 @@ class TuneJob:
         return self.config.peak_lr(read_model_config(self.base).hidden_size)
 
     @property
-    def continues_adapter(self) -> bool:
-        """Whether `start` is an adapter, which is tuned further."""
-        return (self.start / ADAPTER_CONFIG).exists()
+    def tunes_adapter(self) -> bool:
+        return self.start.is_adapter or bool(self.config.lora_rank)
 
     @property
-    def weights(self) -> Path:
-        """Directory of full weights: start, or the base of an adapter."""
-        return adapter_base(self.start) if self.continues_adapter else self.start
+    def one_copy(self) -> bool:
+        """Whether an adapter is tuned on the very weights of the decode module, which are then held once."""
+        return self.tunes_adapter and self.start.weights == self.decode
 
     def first_adapter(self, model: Any) -> Adapter | None:
         """Return the first weights of an adapter of this model, which may be on the meta device, if one is tuned."""
-        rank = self.config.lora_rank
-        if self.continues_adapter:
-            return stored_adapter(model, self.start)
-        return fresh_adapter(model, AdapterSettings(rank, 2 * rank), self.config.seed) if rank else None
+        if self.start.is_adapter:
+            return stored_adapter(model, self.start.directory)
+        settings = self.config.adapter
+        if settings is None:
+            return None
+        return fresh_adapter(model, AdapterSettings(*settings), self.config.seed, self.config.lora_targets)
 
     def settings(self) -> dict[str, Any]:
         """Return everything that decides the weights; a resumed run must have the same."""
@@ -120,18 +123,25 @@ class TuneJob:
                 "--lora-rank, --dtype bfloat16, or --shard over several processes"
             )
 
+    def _adapter_weights(self, model: Any) -> int:
+        if self.start.is_adapter:
+            file = adapter_file(self.start.directory)
+            return sum(math.prod(file.shape(name)) for name in file.names())
+        names = target_names(model.config, self.config.lora_targets)
+        return self.config.lora_rank * sum(sum(weight_shape(model, name)) for name in names)
+
     def _memory_bytes(self, model: Any, weights: int, processes: int) -> tuple[int, int]:
         """Return the bytes of one process, and those that are spread over all of them."""
-        rank, fine_tune = self.config.lora_rank, self.config.fine_tune
-        tuned = sum(rank * sum(p.shape) for p in model.parameters() if p.ndim == 2) if rank else weights
+        fine_tune = self.config.fine_tune
+        tuned = self._adapter_weights(model) if self.tunes_adapter else weights
         item = torch.finfo(self.dtype).bits // 8
         if not self.config.shard:
             gradient = 4 + item if item < 4 else 4
-            return (1 if fine_tune else 2) * weights * item + tuned * (12 + gradient), 0
+            return (1 if fine_tune or self.one_copy else 2) * weights * item + tuned * (12 + gradient), 0
         stored = Checkpoint(self.decode)
         quantized = bool(read_json(self.decode / "config.json").get("quantization_config"))
         frozen = stored.size_bytes(stored.names()) if quantized else weights * item
-        shared = (0 if fine_tune else frozen) + (weights * item if rank else 0) + tuned * 16
+        shared = (0 if fine_tune else frozen) + (weights * item if self.tunes_adapter else 0) + tuned * 16
         block = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
         embedding = model.model.embed_tokens.weight.numel()
         # gathered at a time: two blocks and the gradient of one, or an embedding and its gradient
@@ -155,18 +165,12 @@ def prepare_tuning(
     check_free(out, resume)
     decode_dir = find_model(str(decode))
     base_dir, base_name = find_base(decode, base)
-    start = base_dir if init is None else _find_start(str(init), decode_dir, config)
-    fingerprints = {"base": Checkpoint(base_dir).fingerprint(), "decode": Checkpoint(decode_dir).fingerprint()}
-    fingerprints["start"] = fingerprints["base"] if init is None else weights_fingerprint(start)
-    wanted = base_fingerprint(read_manifest(decode_dir))
-    if wanted and wanted != fingerprints["base"]:
-        raise QsunError(
-            f"{base_dir} is not the base that {decode} was made from: their fingerprints differ "
-            f"({fingerprints['base'][:12]} and {wanted[:12]}); give the right one with --base"
-        )
-    found = differences(base_dir, decode_dir)
-    if found:
-        raise QsunError(f"base {base_name} does not fit decode module {decode}: {found[0]}")
+    start = find_start(init, decode_dir, base_dir, config)
+    for directory in (decode_dir, base_dir, start.directory):
+        check_outside(out, directory)
+    fingerprints = {name: files_fingerprint(path) for name, path in (("base", base_dir), ("decode", decode_dir))}
+    fingerprints["start"] = fingerprints["base"] if init is None else weights_fingerprint(start.directory)
+    check_base(str(decode), decode_dir, base_name, base_dir)
     tokenizer = load_tokenizer(decode_dir)
     if tokenizer is None:
         raise QsunError(f"{decode_dir} has no tokenizer, and training data is text")
@@ -203,15 +207,3 @@ def _read(
 
 def _names(sources: str | Path | Sequence[str | Path]) -> list[str]:
     return [str(sources)] if isinstance(sources, (str, Path)) else [str(source) for source in sources]
-
-
-def _find_start(init: str, decode_dir: Path, config: TuneConfig) -> Path:
-    start = find_model(init)
-    check_pair(start, decode_dir)
-    if config.lora_rank:
-        raise QsunError(f"lora_rank {config.lora_rank} with an init: what is tuned follows {init}; leave one out")
-    if (start / ADAPTER_CONFIG).exists():
-        adapter_base(start)  # raises if it is missing or another
-        if config.fine_tune:
-            raise QsunError(f"baseline full tunes all weights, but {init} is an adapter; leave one of them out")
-    return start

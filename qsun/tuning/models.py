@@ -1,17 +1,19 @@
 """The two modules of a tuning run, whole in each process; sharded.py spreads them over all processes."""
 
+import copy
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qsun.data.examples import TokenExample
 from qsun.model.lora import Adapter, place_adapter
 from qsun.runtime.decode_module import load_decode
 from qsun.runtime.prefill_module import load_prefill
+from qsun.runtime.quant_linear import QuantLinear
 from qsun.runtime.seam import SeamBatch, monolithic_logits, seam_logits
 from qsun.tuning.checkpointing import recomputed
 from qsun.tuning.examples import collate
@@ -53,12 +55,14 @@ class WholeModels:
 
     def __init__(self, job: TuneJob, processes: Processes):
         self.job, self.processes = job, processes
-        self.model: Any = load_decode(job.weights, processes.device, job.dtype).model
+        self.model: Any = load_decode(job.start.weights, processes.device, job.dtype, merge=False, fuse=False).model
+        self.decode = self.model
+        if job.one_copy:
+            self.decode = _with_the_same_layers(self.model)
+        elif not job.config.fine_tune:
+            self.decode = load_decode(job.decode, processes.device, job.dtype).model
         self.adapter = make_trainable(self.model, job)
         self.model.eval()  # no dropout: the module writes KV as it does when it serves
-        self.decode = self.model
-        if not job.config.fine_tune:
-            self.decode = load_decode(job.decode, processes.device, job.dtype).model
         self.optimizer: Optimizer = Optimizer(self.model, job.config.weight_decay, processes)
 
     def batch(self, examples: Sequence[TokenExample]) -> SeamBatch | None:
@@ -74,6 +78,12 @@ class WholeModels:
     def read_back(self, directory: Path) -> None:
         del self.optimizer, self.model
         self.model = load_prefill(directory, dtype=self.job.dtype, device=self.processes.device).model
+
+
+def _with_the_same_layers(model: Any) -> Any:
+    """Return a copy of a frozen model that shares its linear layers and embedding, so that weights are held once."""
+    shared = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Embedding, QuantLinear))]
+    return copy.deepcopy(model, {id(module): module for module in shared})
 
 
 def make_trainable(model: Any, job: TuneJob) -> Adapter | None:

@@ -26,7 +26,7 @@ def write_module(job: TuneJob, work: Workdir, tuned: Mapping[str, Tensor], adapt
     """
     directory = work.clear()
     if adapter is not None:
-        write_adapter(adapter, job.names["base"], tuned, directory)
+        write_adapter(adapter, job.names["decode" if job.start.on_decode else "base"], tuned, directory)
         weights = Checkpoint(directory / ADAPTER_WEIGHTS)
     else:
         _write_weights(job, tuned, directory)
@@ -50,7 +50,7 @@ def _write_config(base: Path, directory: Path) -> None:
 
 def _write_weights(job: TuneJob, tuned: Mapping[str, Tensor], directory: Path) -> None:
     """Write weights in the start's dtypes and names, one block at a time."""
-    source = Checkpoint(job.start)
+    source = Checkpoint(job.start.directory)
     tied = bool(config_json(job.base).get("tie_word_embeddings"))
     names = [name for name in source.names() if not (tied and name == HEAD and EMBEDDING in source)]
     groups: dict[str, list[str]] = {}
@@ -66,8 +66,11 @@ def _write_weights(job: TuneJob, tuned: Mapping[str, Tensor], directory: Path) -
 def _manifest(job: TuneJob, fingerprint: str, directory: Path) -> dict[str, Any]:
     """Return qsun.json of a prefill module, or of a conventional fine-tune; pairing.py reads it."""
     fine_tune = job.config.fine_tune
-    before = read_manifest(job.start) if job.start != job.base else {}
-    lineage = [job.fingerprints["start"], *before.get("lineage", [])] if job.start != job.base else []
+    retuned = job.start.directory != job.base
+    before = read_manifest(job.start.directory) if retuned else {}
+    lineage = [job.fingerprints["start"], *before.get("lineage", [])] if retuned else []
+    on = "decode" if job.start.on_decode else "base"
+    under = {"prefill_weights": on, "prefill_weights_fingerprint": job.fingerprints[on]} if job.tunes_adapter else {}
     files = sorted(p for p in directory.iterdir() if p.is_file() and p.name != MANIFEST)
     return {
         "qsun_manifest": MANIFEST_VERSION,
@@ -76,6 +79,7 @@ def _manifest(job: TuneJob, fingerprint: str, directory: Path) -> dict[str, Any]
         "base_fingerprint": job.fingerprints["base"],
         "fingerprint": fingerprint,
         "lineage": lineage,
+        **under,
         "decode": None if fine_tune else job.names["decode"],
         "decode_fingerprint": None if fine_tune else job.fingerprints["decode"],
         "data": job.names["data"],
@@ -87,7 +91,7 @@ def _manifest(job: TuneJob, fingerprint: str, directory: Path) -> dict[str, Any]
 
 def _card(job: TuneJob) -> str:
     base, decode = job.names["base"], job.names["decode"]
-    library = "peft" if job.continues_adapter or job.config.lora_rank else "transformers"
+    library = "peft" if job.tunes_adapter else "transformers"
     head = f"---\nbase_model: {base}\nlibrary_name: {library}\ntags: [qsun, sun]\n---\n"
     if job.config.fine_tune:
         return f"{head}# {base}: conventional fine-tune\n\nMade by `qsun tune --baseline full`, to compare with.\n"

@@ -24,7 +24,7 @@ from qsun.data.examples import TokenExample
 from qsun.model.adapter_checkpoint import open_prefill
 from qsun.model.architectures import block_prefix
 from qsun.model.checkpoint import Checkpoint
-from qsun.model.lora import Adapter, place_adapter
+from qsun.model.lora import Adapter, place_adapter, stored_adapter
 from qsun.model.skeleton import empty_model, read_model_config
 from qsun.runtime.decode_module import place_weights
 from qsun.runtime.kv_cache import CACHE_ARGUMENT
@@ -53,7 +53,7 @@ class ShardedModels:
         outline = empty_model(read_model_config(job.base)).to("meta")
         self.adapter = make_trainable(outline, job)
         tuned = {name for name, parameter in outline.named_parameters() if parameter.requires_grad}
-        model, dtypes = self._load(Checkpoint(job.weights), tuned, self.adapter, head=self.fine_tune)
+        model, dtypes = self._load(Checkpoint(job.start.weights), tuned, self.adapter, head=self.fine_tune)
         self._seam = self._joined(model)
         self.optimizer: Optimizer = ShardedOptimizer(model, dtypes, job.config.weight_decay, processes)
 
@@ -77,7 +77,8 @@ class ShardedModels:
         model = empty_model(read_model_config(checkpoint.directory)).requires_grad_(False)
         place = partial(place_weights, model, checkpoint, self.job.dtype, self.processes.device)
         dtypes: dict[str, torch.dtype] = {}
-        shard = partial(self._shard, trained=bool(tuned))
+        # an adapter casts itself, and scales under it keep float32
+        shard = partial(self._shard, trained=bool(tuned) and adapter is None)
         for index, layer in enumerate(model.model.layers):
             prefix = block_prefix(index)
             place(prefixes=(prefix,))
@@ -125,7 +126,11 @@ class ShardedModels:
         del self.optimizer, self._seam
         gc.collect()  # FSDP and its modules refer to each other
         self.processes.wait()
-        self._seam = self._joined(self._load(open_prefill(directory), (), None, head=self.fine_tune)[0])
+        adapter, weights = None, self.job.start.weights
+        if self.job.start.on_decode:  # which may be integers, into which nothing can be merged as it is read
+            adapter = stored_adapter(empty_model(read_model_config(weights)), directory)
+        opened = Checkpoint(weights) if adapter is not None else open_prefill(directory)
+        self._seam = self._joined(self._load(opened, (), adapter, head=self.fine_tune)[0])
 
 
 class _Seam(nn.Module):

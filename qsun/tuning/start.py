@@ -1,0 +1,75 @@
+"""Where tuning starts: from the base or from a module given as `init`, and on which weights an adapter is tuned."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qsun.errors import QsunError
+from qsun.model.checkpoint import Checkpoint, check_full_precision, files_fingerprint, read_json
+from qsun.model.locate import find_model
+from qsun.model.lora import ADAPTER_CONFIG, target_names
+from qsun.model.pairing import base_fingerprint, check_pair, differences, named_base, on_decode_weights, read_manifest
+from qsun.model.quantization_config import stored_format
+from qsun.model.skeleton import read_model_config
+from qsun.tuning.config import TuneConfig
+
+
+@dataclass(frozen=True)
+class Start:
+    """The first weights.
+
+    Attributes:
+        directory: of the base, or of the module given as `init`.
+        is_adapter: whether that is an adapter, which is tuned further.
+        weights: directory of the full set of weights that is tuned, or that an adapter is tuned on.
+        on_decode: whether these are the decode module's.
+    """
+
+    directory: Path
+    is_adapter: bool
+    weights: Path
+    on_decode: bool
+
+
+def find_start(init: str | Path | None, decode: Path, base: Path, config: TuneConfig) -> Start:
+    """Return where tuning starts. Raises QsunError if `init` and the settings contradict each other."""
+    target_names(read_model_config(decode), config.lora_targets)  # raises if there is no such layer
+    start = base if init is None else _init(str(init), decode, base, config)
+    is_adapter = init is not None and (start / ADAPTER_CONFIG).exists()
+    on_decode = config.prefill_weights == "decode" or (is_adapter and on_decode_weights(start))
+    if on_decode and not (is_adapter or config.lora_rank):
+        instead = f"init {init} is a full module" if init is not None else "no lora_rank is given"
+        raise QsunError(
+            "prefill_weights decode keeps the decode module's weights and tunes an adapter on them, but "
+            f"{instead}; add lora_rank, or use prefill_weights base"
+        )
+    return Start(start, is_adapter, decode if on_decode else base if is_adapter else start, on_decode)
+
+
+def _init(init: str, decode: Path, base: Path, config: TuneConfig) -> Path:
+    start = find_model(init)
+    check_pair(start, decode, same_weights=False)
+    if config.lora_rank:
+        raise QsunError(f"lora_rank {config.lora_rank} with an init: what is tuned follows {init}; leave one out")
+    if (start / ADAPTER_CONFIG).exists():
+        if (base_fingerprint(read_manifest(start)) or files_fingerprint(named_base(start))) != files_fingerprint(base):
+            raise QsunError(f"init {init} is an adapter of another base than {base}: their fingerprints differ")
+        if config.fine_tune:
+            raise QsunError(f"baseline full tunes all weights, but {init} is an adapter; leave one of them out")
+    return start
+
+
+def check_base(decode_name: str, decode: Path, base_name: str, base: Path) -> None:
+    """Raise QsunError for a base that is quantized or not the decode module's, or a format that cannot be read."""
+    check_full_precision(Checkpoint(base))
+    stored = read_json(decode / "config.json").get("quantization_config")
+    if stored:
+        stored_format(stored)
+    wanted, found = base_fingerprint(read_manifest(decode)), files_fingerprint(base)
+    if wanted and wanted != found:
+        raise QsunError(
+            f"{base} is not the base that {decode_name} was made from: their fingerprints differ "
+            f"({found[:12]} and {wanted[:12]}); give the right one with --base"
+        )
+    different = differences(base, decode)
+    if different:
+        raise QsunError(f"base {base_name} does not fit decode module {decode_name}: {different[0]}")
