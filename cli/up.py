@@ -1,5 +1,6 @@
 """`qsun up`: vLLM workers on this machine and the router in front of them, in one command."""
 
+import importlib.util
 import json
 import os
 import sys
@@ -7,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import typer
+import yaml
 
 from qsun.cli.terminal import screen
+from qsun.errors import QsunError
 
 
 def up(
@@ -16,20 +19,31 @@ def up(
     logs: Path = typer.Option(Path("qsun-logs"), help="Directory for the logs of the workers."),
     show: bool = typer.Option(False, "--print", help="Print the commands without running them."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout, for scripts."),
+    on_ray: bool = typer.Option(False, "--ray", help="Deploy to Ray Serve, which restarts and scales workers."),
+    address: str | None = typer.Option(None, help="Dashboard of a running Ray cluster, such as http://head:8265."),
+    kuberay: bool = typer.Option(False, help="With --ray --print: print a RayService for KubeRay."),
 ) -> None:
     """Start vLLM workers on this machine and the router in front of them; Ctrl-C ends all of them.
 
     A worker that dies is not restarted: its last log lines are shown, and the router continues with the others.
+    With --ray, Ray Serve replaces it. Without --address, Ray runs on this machine until Ctrl-C.
 
     Examples:
 
       qsun up cluster.yaml --logs logs
 
       qsun up cluster.yaml --print
+
+      qsun up cluster.yaml --ray --print > serve.yaml
     """
+    screen.show_log()
+    if on_ray:
+        _up_on_ray(file, logs, address, show, kuberay, as_json)
+        return
+    if address is not None or kuberay:
+        raise QsunError("--address and --kuberay are for --ray; add it")
     from qsun.serve.launch import signals as launch_signals
 
-    screen.show_log()
     if show:
         _print(file, as_json)
         return
@@ -100,3 +114,64 @@ def _serve(file: Path, logs: Path, as_json: bool) -> None:
         for line in last_lines(died.worker.log):
             screen.note(f"    {line}")
         raise
+
+
+def _up_on_ray(file: Path, logs: Path, address: str | None, show: bool, kuberay: bool, as_json: bool) -> None:
+    """Deploy a cluster file to Ray Serve, or print what would be deployed."""
+    if importlib.util.find_spec("ray") is None:
+        raise QsunError("--ray needs Ray: pip install 'qsun[ray]'")
+    from qsun.serve.cluster.file import read_cluster
+    from qsun.serve.cluster.modules import ModuleChecks
+    from qsun.serve.http.keys import read_keys
+    from qsun.serve.ray.plan import plan_apps
+
+    cluster = read_cluster(file)
+    cluster.guard_config(read_keys(cluster.listen.api_keys))  # raises for an invalid key
+    if cluster.ray.logs is None and address is None and not show:
+        cluster = cluster.replace(ray=cluster.ray.model_copy(update={"logs": str(logs.resolve())}))
+    planned = plan_apps(cluster, ModuleChecks().names(cluster))
+    if show:
+        _print_on_ray(cluster, planned, kuberay, as_json)
+    elif address is not None:
+        _deploy(cluster, planned, address)
+    else:
+        _serve_here(cluster, planned, as_json)
+
+
+def _print_on_ray(cluster: Any, planned: Any, kuberay: bool, as_json: bool) -> None:
+    import ray
+
+    from qsun.serve.ray.config import ray_service, serve_config
+
+    shown = ray_service(cluster, planned, ray.__version__) if kuberay else serve_config(cluster, planned)
+    typer.echo(json.dumps(shown) if as_json else yaml.safe_dump(shown, sort_keys=False), nl=as_json)
+
+
+def _deploy(cluster: Any, planned: Any, address: str) -> None:
+    from qsun.serve.ray.config import serve_config
+    from qsun.serve.ray.remote import put_config
+
+    put_config(address, serve_config(cluster, planned))
+    screen.note(f"{len(planned)} applications are being deployed; `serve status -a {address}` shows how they are")
+
+
+def _serve_here(cluster: Any, planned: Any, as_json: bool) -> None:
+    from qsun.serve.launch import signals as launch_signals
+    from qsun.serve.launch.launcher import check_environment
+    from qsun.serve.ray.local import deploy, local_ray, wait_for_signal, wait_until_running
+
+    launch = cluster.launch
+    check_environment(launch.python or sys.executable, launch.kernels, dict(os.environ) | launch.environment)
+    with launch_signals.restored():
+        launch_signals.interrupt_start()
+        try:
+            with local_ray(planned):
+                url = deploy(cluster, planned)
+                screen.note(f"starting {len(planned)} applications on Ray; logs of vLLM in {cluster.ray.logs}")
+                wait_until_running(planned, url, launch.start_seconds, screen.note)
+                models = list(cluster.models)
+                typer.echo(json.dumps({"url": url, "models": models}) if as_json else f"qsun up: {url}")
+                wait_for_signal()
+                screen.note("ending the replicas")
+        except KeyboardInterrupt:
+            screen.interrupted("the cluster was not warm yet, and all replicas have ended")

@@ -5,7 +5,7 @@
     models:
       math: {module: out/math, workers: [http://127.0.0.1:8101]}
 
-A number instead of a list of workers is for `qsun up`, which starts that many.
+A number instead of a list of workers is for `qsun up`, which starts that many here, or as replicas on a Ray cluster.
 """
 
 import re
@@ -57,16 +57,33 @@ Entries = Annotated[tuple[WorkerEntry, ...], Field(strict=False)]
 Workers = Annotated[Entries | int, BeforeValidator(_worker_entries)]
 
 
+class Scale(Section):
+    """How far Ray may raise the number of a pool's workers, which is also the least number.
+
+    Attributes:
+        workers: at most.
+        tokens: outstanding tokens for each worker (see `policy`): with twice as many there are to be two.
+        up_seconds, down_seconds: for which more, or fewer, must be wanted.
+    """
+
+    workers: Annotated[int, Field(ge=1, le=_MOST_WORKERS)]
+    tokens: Count
+    up_seconds: Seconds = 10.0
+    down_seconds: Seconds = 120.0
+
+
 class Pool(Section):
     """A module, and the workers that serve it.
 
     Attributes:
         module: its directory, absolute after `read_cluster`, or "demo".
         workers: running ones, or how many `qsun up` is to start.
+        scale: for `qsun up --ray`; None: the number stays.
     """
 
     module: str
     workers: Workers
+    scale: Scale | None = None
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -180,6 +197,28 @@ class LaunchSettings(Section):
         return self.device == "cpu" if self.eager is None else self.eager
 
 
+class RaySettings(Section):
+    """How `qsun up --ray` places replicas on a Ray cluster.
+
+    Attributes:
+        cpus, gpus, resources: that one worker takes of its node; gpus None: tensor_parallel_size of them on a GPU.
+        ingress_replicas: processes that run the exchange.
+        transfer_device: network device over which KV cache moves. `lo` keeps all workers on one machine.
+        surge_percent: workers of a new module started before old ones stop, of all; they need free resources.
+        linger_seconds: that a prefill worker which is to stop holds KV cache that decode workers have yet to fetch.
+        logs: directory on each node for the logs of vLLM; None: qsun-logs in that of temporary files.
+    """
+
+    cpus: Annotated[float, Field(ge=0, le=1024)] = 1.0
+    gpus: Annotated[float, Field(ge=0, le=64)] | None = None
+    resources: dict[str, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    ingress_replicas: Annotated[int, Field(ge=1, le=64)] = 1
+    transfer_device: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:,-]{1,100}$")] = "lo"
+    surge_percent: Annotated[int, Field(ge=0, le=100)] = 0
+    linger_seconds: Annotated[float, Field(ge=0, le=600)] = 5.0
+    logs: str | None = None
+
+
 class Cluster(Settings):
     """The whole cluster file."""
 
@@ -190,6 +229,7 @@ class Cluster(Settings):
     limits: RequestLimits = RequestLimits()
     health: Health = Health()
     launch: LaunchSettings = LaunchSettings()
+    ray: RaySettings = RaySettings()
 
     def need_running_workers(self) -> None:
         """Raise QsunError if a pool has a number in place of URLs."""

@@ -1,10 +1,12 @@
 """The router in front of vLLM workers: OpenAI's API for clients, one KV transfer for each request behind it."""
 
+import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
+import httpx
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -21,10 +23,23 @@ from qsun.serve.router.exchange.state import RouterState
 
 
 class Router:
-    """An ASGI application. `state` is what it serves from; `apply` changes it while it runs."""
+    """An ASGI application. `state` is what it serves from; `apply` changes it while it runs.
 
-    def __init__(self, cluster: Cluster, names: ServedNames, api_keys: tuple[str, ...] = ()):
-        self.state = RouterState(cluster, names)
+    Args:
+        transport: that reaches the workers; None: HTTP.
+        beside: runs beside the router from its start to its end.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        names: ServedNames,
+        api_keys: tuple[str, ...] = (),
+        transport: httpx.AsyncBaseTransport | None = None,
+        beside: Callable[[], Coroutine[Any, Any, None]] | None = None,
+    ):
+        self.state = RouterState(cluster, names, transport)
+        self._beside = beside
         self._started = int(time.time())
         self._inner = Starlette(
             routes=self._routes(),
@@ -61,9 +76,13 @@ class Router:
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         self.state.health.watch()
+        beside = None if self._beside is None else asyncio.create_task(self._beside())
         try:
             yield
         finally:
+            if beside is not None:
+                beside.cancel()
+                await asyncio.wait([beside])
             await self.state.health.stop()
             await self.state.client.aclose()
 

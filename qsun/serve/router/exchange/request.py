@@ -67,19 +67,22 @@ def read_request(path: str, raw: bytes, models: Collection[str], limits: Request
     body = _without_nulls(body)
     body = {key: v for key, v in body.items() if key not in _DROPPED and not key.endswith(_DROPPED_SUFFIX)}
     _refuse_wrong_prompts(body)
-    prompt_tokens = _chat_tokens(body) if path == CHAT else _prompt_tokens(body)
-    if prompt_tokens > limits.prompt_tokens:
+    tokens = prompt_tokens(path, body)
+    if tokens > limits.prompt_tokens:
         param, limit = "messages" if path == CHAT else "prompt", limits.prompt_tokens
-        raise HttpError(400, f"{param}: about {prompt_tokens} tokens; the limit is {limit}, send less", param=param)
+        raise HttpError(400, f"{param}: about {tokens} tokens; the limit is {limit}, send less", param=param)
     stream = body.get("stream", False)
     if not isinstance(stream, bool):
         raise HttpError(400, f"stream {stream!r:.30} is invalid; use true or false", param="stream")
     options = _stream_options(body, stream)
     include_usage, continuous = bool(options.get("include_usage")), bool(options.get("continuous_usage_stats"))
     max_tokens = _max_tokens(path, body, limits)
-    return RoutedRequest(
-        path, model, body, stream, include_usage, max_tokens, prompt_tokens, include_usage and continuous
-    )
+    return RoutedRequest(path, model, body, stream, include_usage, max_tokens, tokens, include_usage and continuous)
+
+
+def prompt_tokens(path: str, body: dict[str, Any]) -> int:
+    """Count the tokens of a request's prompt, for text by its length. Raises HttpError for one of another shape."""
+    return _chat_tokens(body) if path == CHAT else _prompt_tokens(body)
 
 
 def _json_object(raw: bytes) -> dict[str, Any]:

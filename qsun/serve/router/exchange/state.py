@@ -18,18 +18,20 @@ _KEEP_ALIVE_SECONDS = 2.0  # less than vLLM's 5: a connection that it closes mea
 class RouterState:
     """Everything that a router has besides its HTTP side.
 
+    Args:
+        transport: that reaches the workers; None: HTTP.
     Attributes:
         draining: new requests and /ready get 503.
         cut_off: set to end running requests now, with an error.
     """
 
-    def __init__(self, cluster: Cluster, names: ServedNames):
+    def __init__(self, cluster: Cluster, names: ServedNames, transport: httpx.AsyncBaseTransport | None = None):
         limits = cluster.limits
         self.cluster = cluster
         self.fleet = Fleet()
         self.metrics = RouterMetrics()
         self.admission = Admission(limits.concurrent_requests, limits.queued_requests, limits.queue_seconds)
-        self.client = _client(limits)
+        self.client = httpx.AsyncClient(transport=transport or _http(limits), trust_env=False, follow_redirects=False)
         self.health = HealthChecks(self.client, self.fleet, cluster.health)
         self.draining = False
         self.cut_off = asyncio.Event()
@@ -50,12 +52,11 @@ class RouterState:
         self.health.watch()
 
 
-def _client(limits: RequestLimits) -> httpx.AsyncClient:
-    """Return a client for workers: bounded connections, no redirects, no proxy from the environment."""
+def _http(limits: RequestLimits) -> httpx.AsyncHTTPTransport:
+    """Return a transport to workers: bounded connections, no proxy from the environment."""
     at_once = 2 * limits.concurrent_requests + 64
     bounds = httpx.Limits(max_connections=at_once, max_keepalive_connections=64, keepalive_expiry=_KEEP_ALIVE_SECONDS)
-    transport = httpx.AsyncHTTPTransport(limits=bounds, trust_env=False, socket_options=_keep_alive_options())
-    return httpx.AsyncClient(transport=transport, trust_env=False, follow_redirects=False)
+    return httpx.AsyncHTTPTransport(limits=bounds, trust_env=False, socket_options=_keep_alive_options())
 
 
 def _keep_alive_options() -> list[tuple[int, int, int]]:

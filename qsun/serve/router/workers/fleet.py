@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from qsun.serve.cluster.modules import ServedNames
 from qsun.serve.cluster.schema import Cluster
@@ -38,8 +38,12 @@ class Fleet:
 
     def update(self, cluster: Cluster, names: ServedNames) -> list[Worker]:
         """Apply a file. Workers that stay keep their state, others leave once they are idle. Return the new ones."""
+        return self.place(_workers(cluster, names), cluster)
+
+    def place(self, workers: Iterable[Worker], cluster: Cluster) -> list[Worker]:
+        """Have these workers instead of the present ones, under the policy and limits of a file; see `update`."""
         known = {_identity(worker): worker for worker in self}
-        wanted = {_identity(worker): worker for worker in _workers(cluster, names)}
+        wanted = {_identity(worker): worker for worker in workers}
         placed = {identity: known.get(identity, worker) for identity, worker in wanted.items()}
         joined = [worker for identity, worker in placed.items() if identity not in known]
         for identity, worker in known.items():

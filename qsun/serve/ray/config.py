@@ -1,0 +1,84 @@
+"""The planned applications as files: a config for `serve deploy`, and a RayService for KubeRay."""
+
+import os.path
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from qsun.serve.cluster.schema import Cluster
+from qsun.serve.ray.plan import PlannedApp
+
+IMAGE = "YOUR-REGISTRY/qsun-vllm:latest"
+_CLAIM, _MODULES = "qsun-modules", "modules"
+
+
+def serve_config(cluster: Cluster, planned: Sequence[PlannedApp]) -> dict[str, Any]:
+    """Return the config that `serve deploy` and Serve's REST API read (ray.serve.schema.ServeDeploySchema)."""
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": cluster.listen.host, "port": cluster.listen.port},
+        "applications": [
+            {"name": app.name, "import_path": app.import_path, "route_prefix": app.route_prefix, "args": app.args}
+            for app in planned
+        ],
+    }
+
+
+def ray_service(cluster: Cluster, planned: Sequence[PlannedApp], ray_version: str) -> dict[str, Any]:
+    """Return a RayService: the config, and a cluster whose pods fit one worker each.
+
+    The image, which has qsun, Ray and vLLM, and the volume with the modules are placeholders.
+    """
+    config = yaml.safe_dump(serve_config(cluster, planned), sort_keys=False)
+    count = sum(_most_workers(cluster))
+    worker = {
+        "groupName": "engines",
+        "replicas": count,
+        "minReplicas": 0,
+        "maxReplicas": count,
+        "rayStartParams": {},
+        "template": _pod("ray-worker", _resources(cluster), cluster),
+    }
+    head = {
+        "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},  # noqa: S104 - a pod, whose port is not published
+        "template": _pod("ray-head", {"cpu": "2", "memory": "8Gi"}, cluster),
+    }
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": "RayService",
+        "metadata": {"name": "qsun"},
+        "spec": {
+            "serveConfigV2": config,
+            "rayClusterConfig": {"rayVersion": ray_version, "headGroupSpec": head, "workerGroupSpecs": [worker]},
+        },
+    }
+
+
+def _most_workers(cluster: Cluster) -> list[int]:
+    pools = (cluster.decode, *cluster.models.values())
+    return [pool.scale.workers if pool.scale else pool.workers for pool in pools if isinstance(pool.workers, int)]
+
+
+def _resources(cluster: Cluster) -> dict[str, str]:
+    found = {"cpu": f"{max(1, round(cluster.ray.cpus + 1))}", "memory": "32Gi"}  # an ingress may be beside a worker
+    if cluster.launch.device == "cuda":
+        found["nvidia.com/gpu"] = str(cluster.launch.tensor_parallel_size)
+    return found
+
+
+def _pod(name: str, resources: dict[str, str], cluster: Cluster) -> dict[str, Any]:
+    container = {
+        "name": name,
+        "image": IMAGE,
+        "resources": {"limits": resources, "requests": resources},
+        "volumeMounts": [{"name": _MODULES, "mountPath": _common_directory(cluster), "readOnly": True}],
+    }
+    volume = {"name": _MODULES, "persistentVolumeClaim": {"claimName": _CLAIM, "readOnly": True}}
+    return {"spec": {"containers": [container], "volumes": [volume]}}
+
+
+def _common_directory(cluster: Cluster) -> str:
+    modules = [cluster.decode.module, *(pool.module for pool in cluster.models.values())]
+    inside = [module for module in modules if module.startswith("/")]
+    return os.path.commonpath(inside) if inside else "/modules"

@@ -1,0 +1,141 @@
+"""What `qsun up --ray` deploys, decided before anything runs: an application for each pool, and the ingress.
+
+Each pool is an application of its own, so that Ray Serve replaces the replicas of a module that has changed, and no
+others: it compares applications by their arguments, and the module's fingerprint is one of them.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qsun.errors import QsunError
+from qsun.serve.cluster.modules import ServedNames
+from qsun.serve.cluster.schema import Cluster, Pool
+
+DECODE_APP, INGRESS_APP = "qsun-decode", "qsun"
+ENGINE, INGRESS = "Engine", "Ingress"  # the deployments in them
+_BUILDERS = "qsun.serve.ray.apps"
+_START_SECONDS = 30.0  # beside the drain, for vLLM to end
+
+
+@dataclass(frozen=True)
+class PlannedApp:
+    """A Serve application.
+
+    Attributes:
+        import_path: of the function that builds it. args: JSON values for that function.
+        route_prefix: None: it is reached through handles only.
+    """
+
+    name: str
+    import_path: str
+    args: dict[str, Any]
+    route_prefix: str | None = None
+
+
+def plan_apps(cluster: Cluster, names: ServedNames) -> list[PlannedApp]:
+    """Return the applications of a cluster file, the ingress last.
+
+    Raises:
+        QsunError: a pool lists running workers, or a setting is for workers on one machine only.
+    """
+    _check(cluster)
+    prefill = {model: f"qsun-prefill-{i}-{_safe(model)}" for i, model in enumerate(cluster.models)}
+    apps = [_pool_app(DECODE_APP, None, cluster.decode, names.decode, cluster)]
+    for model, pool in cluster.models.items():
+        apps.append(_pool_app(prefill[model], model, pool, names.prefill[model], cluster))
+    args = {"cluster": cluster.model_dump(mode="json", exclude_defaults=True), "decode": DECODE_APP, "prefill": prefill}
+    return [*apps, PlannedApp(INGRESS_APP, f"{_BUILDERS}:ingress", args | {"deployment": _ingress(cluster)}, "/")]
+
+
+def _check(cluster: Cluster) -> None:
+    for where, pool in (
+        ("decode", cluster.decode),
+        *((f"models.{name}", pool) for name, pool in cluster.models.items()),
+    ):
+        if not isinstance(pool.workers, int):
+            raise QsunError(f"{where}.workers lists running workers, and Ray starts its own; give their number")
+        if pool.scale is not None and pool.scale.workers < pool.workers:
+            raise QsunError(f"{where}.scale.workers {pool.scale.workers} is less than {where}.workers {pool.workers}")
+    for name in ("gpus", "first_port"):
+        if getattr(cluster.launch, name) is not None:
+            raise QsunError(f"launch.{name} is for workers on one machine; Ray assigns them, so leave it out")
+
+
+def _pool_app(name: str, model: str | None, pool: Pool, served: str, cluster: Cluster) -> PlannedApp:
+    engine = {
+        "model": model,
+        "module": pool.module,
+        "served_name": served,
+        "launch": cluster.launch.model_dump(mode="json", exclude_defaults=True),
+        "transfer_device": cluster.ray.transfer_device,
+        "linger_seconds": 0.0 if model is None else cluster.ray.linger_seconds,
+        "health_seconds": cluster.health.timeout_seconds,
+        "logs": cluster.ray.logs,
+    }
+    return PlannedApp(name, f"{_BUILDERS}:engines", {"engine": engine, "deployment": dict(_engines(pool, cluster))})
+
+
+def _engines(pool: Pool, cluster: Cluster) -> Iterator[tuple[str, Any]]:
+    """Yield Serve's options of a pool's deployment."""
+    assert isinstance(pool.workers, int)
+    limits, ray = cluster.limits, cluster.ray
+    gpus = ray.gpus
+    if gpus is None:
+        gpus = 0 if cluster.launch.device == "cpu" else cluster.launch.tensor_parallel_size
+    yield "ray_actor_options", {"num_cpus": ray.cpus, "num_gpus": gpus, "resources": ray.resources}
+    # the ingress bounds requests; its health checks must get through beside as many as it admits
+    yield "max_ongoing_requests", 2 * limits.concurrent_requests * ray.ingress_replicas + 64
+    yield "health_check_period_s", cluster.health.interval_seconds
+    yield "health_check_timeout_s", 2 * cluster.health.timeout_seconds
+    yield "graceful_shutdown_wait_loop_s", 0.5
+    yield "graceful_shutdown_timeout_s", limits.drain_seconds + ray.linger_seconds + _START_SECONDS
+    yield "logging_config", {"enable_access_log": False}  # a line for each health check and each half of a request
+    yield "max_surge_percent", ray.surge_percent
+    yield "request_router_config", {"request_router_class": "qsun.serve.ray.routing:NamedReplica"}
+    if pool.scale is None:
+        yield "num_replicas", pool.workers
+    else:
+        yield (
+            "autoscaling_config",
+            {
+                "min_replicas": pool.workers,
+                "max_replicas": pool.scale.workers,
+                "upscale_delay_s": pool.scale.up_seconds,
+                "downscale_delay_s": pool.scale.down_seconds,
+                "metrics_interval_s": min(1.0, pool.scale.up_seconds),
+                "look_back_period_s": min(5.0, pool.scale.up_seconds),
+                "policy": {
+                    "policy_function": "qsun.serve.ray.scaling:ByOutstandingTokens",
+                    "policy_kwargs": {"tokens": pool.scale.tokens},
+                },
+            },
+        )
+
+
+def needed_cpus(planned: Sequence[PlannedApp]) -> int:
+    """Return the CPUs, on Ray's books, that the applications need at their largest."""
+
+    def most(deployment: dict[str, Any]) -> int:
+        return deployment.get("num_replicas") or deployment["autoscaling_config"]["max_replicas"]
+
+    deployments = [app.args["deployment"] for app in planned]
+    return math.ceil(sum(most(d) * d["ray_actor_options"]["num_cpus"] for d in deployments))
+
+
+def _ingress(cluster: Cluster) -> dict[str, Any]:
+    limits = cluster.limits
+    return {
+        "num_replicas": cluster.ray.ingress_replicas,
+        "ray_actor_options": {"num_cpus": 1.0},
+        "max_ongoing_requests": cluster.guard_config(()).max_requests + 64,
+        "health_check_period_s": cluster.health.interval_seconds,
+        "graceful_shutdown_timeout_s": limits.drain_seconds + 5.0,
+        "graceful_shutdown_wait_loop_s": 0.5,
+    }
+
+
+def _safe(model: str) -> str:
+    return re.sub(r"[^A-Za-z0-9-]", "-", model)

@@ -1,0 +1,1 @@
+"""Stands where NIXL would be."""

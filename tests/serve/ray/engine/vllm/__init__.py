@@ -1,0 +1,1 @@
+"""Stands where vLLM would be: replicas start its API server."""

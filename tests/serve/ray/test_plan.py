@@ -1,0 +1,137 @@
+"""What `qsun up --ray` would deploy; needs no Ray."""
+
+import json
+
+import pytest
+
+from qsun.errors import QsunError
+from qsun.serve.cluster.file import parse_cluster
+from qsun.serve.cluster.modules import ServedNames
+from qsun.serve.ray.config import ray_service, serve_config
+from qsun.serve.ray.load import OutstandingTokens
+from qsun.serve.ray.plan import DECODE_APP, needed_cpus, plan_apps
+from qsun.serve.ray.scaling import METRIC, ByOutstandingTokens
+
+NAMES = ServedNames("qsun-d", {"math": "qsun-m", "a/b": "qsun-ab"})
+
+
+def cluster(**changes):
+    values = {
+        "decode": {"module": "demo", "workers": 2},
+        "models": {"math": {"module": "/m/math", "workers": 1}, "a/b": {"module": "/m/ab", "workers": 3}},
+        "launch": {"device": "cpu"},
+    }
+    return parse_cluster(values | changes)
+
+
+def planned(**changes):
+    return {app.name: app for app in plan_apps(cluster(**changes), NAMES)}
+
+
+def test_a_pool_is_an_application_and_clients_reach_the_ingress_only():
+    apps = planned()
+    assert list(apps) == [DECODE_APP, "qsun-prefill-0-math", "qsun-prefill-1-a-b", "qsun"]
+    assert [app.route_prefix for app in apps.values()] == [None, None, None, "/"]
+    assert [apps[name].args["deployment"]["num_replicas"] for name in list(apps)[:3]] == [2, 1, 3]
+    assert apps["qsun"].args["prefill"] == {"math": "qsun-prefill-0-math", "a/b": "qsun-prefill-1-a-b"}
+
+
+def test_a_module_that_changes_changes_its_own_application_only():
+    before = planned()
+    after = {app.name: app for app in plan_apps(cluster(), ServedNames("qsun-d", NAMES.prefill | {"math": "qsun-new"}))}
+    assert [name for name in before if before[name] != after[name]] == ["qsun-prefill-0-math"]
+
+
+def test_arguments_are_json():
+    for app in planned(ray={"resources": {"a100": 1.0}}).values():
+        assert json.loads(json.dumps(app.args)) == app.args
+
+
+def test_tensor_parallel_ranks_share_a_node():
+    """A replica's GPUs are one actor's, and Ray gives an actor those of one node."""
+    options = planned(launch={"tensor_parallel_size": 4})[DECODE_APP].args["deployment"]["ray_actor_options"]
+    assert options == {"num_cpus": 1.0, "num_gpus": 4, "resources": {}}
+    shared = planned(launch={}, ray={"gpus": 0.5})[DECODE_APP].args["deployment"]["ray_actor_options"]
+    assert shared["num_gpus"] == 0.5
+
+
+def test_autoscaling():
+    decode = {"module": "demo", "workers": 1, "scale": {"workers": 3, "tokens": 500, "up_seconds": 2.0}}
+    options = planned(decode=decode)[DECODE_APP].args["deployment"]
+    assert "num_replicas" not in options
+    assert options["autoscaling_config"]["min_replicas"] == 1
+    assert options["autoscaling_config"]["max_replicas"] == 3
+    assert options["autoscaling_config"]["policy"]["policy_kwargs"] == {"tokens": 500}
+    apps = plan_apps(cluster(decode=decode), NAMES)
+    assert needed_cpus(apps) == 3 + 1 + 3 + 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decode": {"module": "demo", "workers": ["http://a:1"]}}, "decode.workers lists running workers"),
+        ({"launch": {"first_port": 2000}}, "launch.first_port is for workers on one machine"),
+        ({"launch": {"gpus": [0]}}, "launch.gpus is for workers on one machine"),
+        (
+            {"decode": {"module": "demo", "workers": 3, "scale": {"workers": 2, "tokens": 1}}},
+            "decode.scale.workers 2 is less than decode.workers 3",
+        ),
+    ],
+)
+def test_what_cannot_be_placed(changes, message):
+    with pytest.raises(QsunError, match=message):
+        plan_apps(cluster(**changes), NAMES)
+
+
+def test_serves_own_schema_takes_the_config():
+    schema = pytest.importorskip("ray.serve.schema", reason="needs Ray: pip install 'qsun[ray]'")
+    decode = {"module": "demo", "workers": 1, "scale": {"workers": 3, "tokens": 500}}
+    config = serve_config(cluster(decode=decode), plan_apps(cluster(decode=decode), NAMES))
+    checked = schema.ServeDeploySchema.model_validate(config)
+    assert [app.name for app in checked.applications] == [app["name"] for app in config["applications"]]
+    assert checked.http_options.host == "127.0.0.1"
+    assert set(config) <= set(schema.ServeDeploySchema.model_fields)  # it ignores keys that it does not know
+    for app in config["applications"]:
+        assert set(app) <= set(schema.ServeApplicationSchema.model_fields)
+        options = schema.DeploymentSchema.model_validate({"name": "x", **app["args"]["deployment"]})
+        assert set(app["args"]["deployment"]) <= set(type(options).model_fields)
+
+
+def test_a_ray_service_holds_the_config():
+    yaml = pytest.importorskip("yaml")
+    plan = plan_apps(cluster(), NAMES)
+    service = ray_service(cluster(), plan, "2.60.0")
+    assert yaml.safe_load(service["spec"]["serveConfigV2"]) == serve_config(cluster(), plan)
+    workers = service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
+    assert workers["maxReplicas"] == 6
+    mounts = workers["template"]["spec"]["containers"][0]["volumeMounts"]
+    assert mounts == [{"name": "modules", "mountPath": "/m", "readOnly": True}]
+
+
+class Context:
+    def __init__(self, tokens):
+        self.aggregated_metrics = {METRIC: dict(enumerate(tokens))}
+
+
+@pytest.mark.parametrize(("tokens", "wanted"), [([], 0), ([0, 0], 0), ([1], 1), ([500, 500], 2), ([900, 101], 3)])
+def test_replicas_by_outstanding_tokens(tokens, wanted):
+    assert ByOutstandingTokens(tokens=500)(Context(tokens)) == (wanted, {})
+
+
+def test_tokens_are_outstanding_until_they_have_come():
+    load = OutstandingTokens(decode=True)
+    body = json.dumps({"prompt": [1, 2, 3], "max_tokens": 10}).encode()
+    with load.counted("/v1/completions", body) as request:
+        assert load.tokens == 13
+        request.arrived(b"data: {}\n\ndata: {}\n\n")
+        assert load.tokens == 11
+    assert load.tokens == 0
+
+
+def test_a_prefill_replica_counts_prompts_only():
+    load = OutstandingTokens(decode=False)
+    body = json.dumps({"messages": [{"role": "user", "content": "x" * 36}], "max_tokens": 1}).encode()
+    with load.counted("/v1/chat/completions", body):
+        assert load.tokens == 10
+    with load.counted("/health", b""):
+        assert load.tokens == 0
