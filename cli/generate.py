@@ -31,7 +31,7 @@ modules; all are decoded in one batch. Answers come in the order of the prompts;
 
 
 @dataclass(frozen=True)
-class _Prompt:
+class _AskedPrompt:
     """What to answer: text, or messages for the chat template; of which module; and what names it in errors."""
 
     text: str | list[dict[str, Any]]
@@ -98,7 +98,7 @@ def _modules(given: list[str]) -> dict[str, str]:
     return modules or {"": ""}
 
 
-def _prompts(texts: list[str], file: Path | None, chat: bool, models: list[str]) -> Iterator[_Prompt]:
+def _prompts(texts: list[str], file: Path | None, chat: bool, models: list[str]) -> Iterator[_AskedPrompt]:
     if file is not None and texts:
         raise QsunError("give prompts on the command line or in a file, not both")
     if file is not None:
@@ -109,10 +109,10 @@ def _prompts(texts: list[str], file: Path | None, chat: bool, models: list[str])
     if len(models) > 1:
         raise QsunError('several prefill modules: say which reads each prompt, by "model" in a file (--input)')
     for number, text in enumerate(texts or [sys.stdin.read()]):
-        yield _Prompt(_message(text) if chat else text, models[0], f"prompt {number}")
+        yield _AskedPrompt(_message(text) if chat else text, models[0], f"prompt {number}")
 
 
-def _rows(file: Path, chat: bool, models: list[str]) -> Iterator[_Prompt]:
+def _rows(file: Path, chat: bool, models: list[str]) -> Iterator[_AskedPrompt]:
     from qsun.data.jsonl import read_rows, text_of
 
     for where, row in read_rows(Path("/dev/stdin") if str(file) == "-" else file, "prompt"):
@@ -122,10 +122,10 @@ def _rows(file: Path, chat: bool, models: list[str]) -> Iterator[_Prompt]:
         if model not in models:
             raise QsunError(f"{where}: 'model' is {model!r}; use one of {', '.join(models)}")
         if "messages" in row:
-            yield _Prompt(row["messages"], model, where)
+            yield _AskedPrompt(row["messages"], model, where)
         else:
             text = text_of(row, "prompt", where)
-            yield _Prompt(_message(text) if chat else text, model, where)
+            yield _AskedPrompt(_message(text) if chat else text, model, where)
 
 
 def _message(text: str) -> list[dict[str, Any]]:
@@ -135,7 +135,7 @@ def _message(text: str) -> list[dict[str, Any]]:
 def _answers(
     decode: str,
     modules: dict[str, str],
-    asked: list[_Prompt],
+    asked: list[_AskedPrompt],
     where: tuple[str | None, str | None],
     settings: dict[str, Any],
 ) -> Iterator[Any]:
@@ -161,7 +161,7 @@ def _answers(
     return generate_stream([loaded[prompt.model] for prompt in asked], module, prompts, **settings)
 
 
-def _encoded(tokenizer: Any, prompt: _Prompt) -> Any:
+def _encoded(tokenizer: Any, prompt: _AskedPrompt) -> Any:
     if isinstance(prompt.text, str):
         return prompt.text
     from qsun.data.chat import chat_tokens
@@ -183,7 +183,7 @@ def _stream(pieces: Iterator[Any]) -> set[str]:
     return finishes
 
 
-def _print(pieces: Iterator[Any], asked: list[_Prompt], as_json: bool) -> set[str]:
+def _print(pieces: Iterator[Any], asked: list[_AskedPrompt], as_json: bool) -> set[str]:
     """Print whole answers in the order of their prompts, each once those before it are done. Returns why they ended."""
     texts, tokens, finishes = [""] * len(asked), [0] * len(asked), [""] * len(asked)
     printed = 0

@@ -3,23 +3,12 @@
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from qsun.config import read_config_file
+from qsun.config import Settings, read_config_file
 from qsun.errors import QsunError
 
-
-class _Settings(Protocol):
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Any: ...
-
-
-S = TypeVar("S", bound=_Settings)
-
-
-def settings_from(kind: type[S], options: Mapping[str, Any]) -> S:
-    """Return the settings that a command's options and its --config file ask for; see `settings_and_inputs`."""
-    return settings_and_inputs(kind, options, {})[0]
+S = TypeVar("S", bound=Settings)
 
 
 def settings_and_inputs(

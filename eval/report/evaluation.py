@@ -62,7 +62,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _EvaluationPart:
     """A piece of work whose result is one file."""
 
     label: str
@@ -142,17 +142,18 @@ def _contents(job: Evaluation) -> dict[str, str]:
     return found
 
 
-def _parts(job: Evaluation) -> Iterator[_Part]:
+def _parts(job: Evaluation) -> Iterator[_EvaluationPart]:
     for place, entry in enumerate(job.matrix.entries):
         for task in entry.answers(job.matrix.tasks):
-            yield _Part(f"{entry.name}: {task}", f"{place:03d}-{task}", _task(job, entry, task))
+            yield _EvaluationPart(f"{entry.name}: {task}", f"{place:03d}-{task}", _task(job, entry, task))
         source = entry.responses or job.responses
         if source:
-            yield _Part(f"{entry.name}: decode positions", f"{place:03d}-responses", _responses(entry, Path(source)))
+            work = _responses(entry, Path(source))
+            yield _EvaluationPart(f"{entry.name}: decode positions", f"{place:03d}-responses", work)
     if job.text:
         for place, (entry, names) in enumerate(_decoders(job.matrix)):
             part = _text(job, job.text, entry, names)
-            yield _Part(f"{', '.join(names)}: text", f"text-{place:03d}", part)
+            yield _EvaluationPart(f"{', '.join(names)}: text", f"text-{place:03d}", part)
 
 
 def _decoders(matrix: Matrix) -> list[tuple[Entry, list[str]]]:

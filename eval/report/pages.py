@@ -5,13 +5,10 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from math import exp
-from typing import Any
 
 from qsun.eval.output.table import Table
-from qsun.eval.report.summary import shown_p
+from qsun.eval.report.summary import Report, shown_p
 from qsun.eval.speed.report import speed_table
-
-Report = Mapping[str, Any]
 
 _CAPTIONS = {
     "accuracy": "Accuracy by task and variant; whiskers are 95% intervals.",

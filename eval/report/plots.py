@@ -4,10 +4,10 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
+from qsun.eval.report.summary import Report
 from qsun.eval.speed.report import speed_figure
 from qsun.figure import new_figure, save_figure, tidy
 
-Report = Mapping[str, Any]
 _COLORS = ["#9aa5b1", "#52606d", "#f0883e", "#2f81f7", "#1f6feb", "#8957e5", "#bf4b8a", "#3fb950", "#d29922", "#a40e26"]
 
 

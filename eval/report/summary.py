@@ -13,10 +13,11 @@ from qsun.eval.report.paired import compare_groups
 from qsun.eval.report.variants import Matrix, stored_bits
 from qsun.model.manifest import versions
 
-Part = Mapping[str, Any]
+PartResult = Mapping[str, Any]
+Report = Mapping[str, Any]
 
 
-def summarize(matrix: Matrix, parts: Sequence[Part]) -> dict[str, Any]:
+def summarize(matrix: Matrix, parts: Sequence[PartResult]) -> dict[str, Any]:
     """Combine the parts of an evaluation.
 
     Returns:
@@ -44,7 +45,7 @@ def summarize(matrix: Matrix, parts: Sequence[Part]) -> dict[str, Any]:
     }
 
 
-def _values(parts: Sequence[Part]) -> dict[str, dict[str, Sequence[float]]]:
+def _values(parts: Sequence[PartResult]) -> dict[str, dict[str, Sequence[float]]]:
     found: dict[str, dict[str, Sequence[float]]] = {}
     for part in parts:
         if part["kind"] == "task":
@@ -101,7 +102,7 @@ def shown_p(value: float) -> str:
     return "< 0.001" if value < 0.001 else f"= {value:.3f}"
 
 
-def _pooled(parts: Sequence[Part]) -> dict[str, dict[str, float]]:
+def _pooled(parts: Sequence[PartResult]) -> dict[str, dict[str, float]]:
     """Pool a variant's entries, weighted by their positions; its p99_kl is their largest."""
     pooled = {}
     for name in dict.fromkeys(part["variant"] for part in parts):
@@ -115,7 +116,7 @@ def _pooled(parts: Sequence[Part]) -> dict[str, dict[str, float]]:
     return pooled
 
 
-def _numbers(part: Part) -> dict[str, float]:
+def _numbers(part: PartResult) -> dict[str, float]:
     return {key: value for key, value in part.items() if isinstance(value, (int, float))}
 
 

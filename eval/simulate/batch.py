@@ -53,7 +53,7 @@ class RowBatch:
 
 
 @dataclass
-class _Prompt:
+class _QueuedPrompt:
     times: RequestTimes
     done: int = 0
 
@@ -71,10 +71,10 @@ class PromptQueue:
 
     def __init__(self, turn_tokens: int, curves: Curves):
         self._turn_tokens, self._curves = turn_tokens, curves
-        self._prompts: deque[_Prompt] = deque()
+        self._prompts: deque[_QueuedPrompt] = deque()
 
     def add(self, times: RequestTimes) -> None:
-        self._prompts.append(_Prompt(times))
+        self._prompts.append(_QueuedPrompt(times))
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -103,10 +103,10 @@ class PromptQueue:
                 self._prompts.rotate(-1)
         return finished, seconds
 
-    def _group(self, most: int) -> list[_Prompt]:
+    def _group(self, most: int) -> list[_QueuedPrompt]:
         """Return the first prompt and those after it that can be read beside it."""
         head = self._prompts[0]
-        group: list[_Prompt] = []
+        group: list[_QueuedPrompt] = []
         longest = 0
         for prompt in self._prompts:
             if prompt.times.request.model != head.times.request.model:

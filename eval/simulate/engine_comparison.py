@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from qsun.engine import requests as engine_requests
 from qsun.engine.config import EngineConfig, Sampling
 from qsun.engine.engine import Engine
+from qsun.engine.requests import Request
 from qsun.errors import QsunError
 from qsun.eval.load.percentiles import spread
 from qsun.eval.load.workload import TracedRequest
@@ -248,11 +248,11 @@ def _summary(trace: Sequence[TracedRequest], first: Mapping[int, float], last: M
     }
 
 
-def _request(number: int, request: TracedRequest) -> engine_requests.Request:
+def _request(number: int, request: TracedRequest) -> Request:
     """Return a request with tokens of its own; what they mean does not affect the time."""
     tokens = tuple(3 + (number * 7 + place * 13) % 100 for place in range(request.prompt_tokens))
     sampling = Sampling(max_new_tokens=request.output_tokens, ignore_eos=True)
-    return engine_requests.Request(str(number), request.model, tokens, sampling)
+    return Request(str(number), request.model, tokens, sampling)
 
 
 def _seconds(call: Callable[[], object]) -> float:

@@ -10,7 +10,6 @@ from qsun.eval.simulate.curves import QSUN, SUN
 from qsun.eval.simulate.sweep import where_ratio
 from qsun.figure import new_figure, tidy
 
-Row = Mapping[str, Any]
 _STYLES: dict[str, dict[str, Any]] = {
     kind: {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.8, "label": label}
     for kind, color, marker, label in (
@@ -50,7 +49,7 @@ def report_figure(result: Mapping[str, Any]) -> Any:
     return figure
 
 
-def _capacity_lines(rows: Sequence[Row]) -> list[str]:
+def _capacity_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return each system's capacity at each skew, and where the ratios reach 2."""
     served = [row for row in rows if row["rate"]]
     lines = [Table.of(served, _CAPACITY_COLUMNS).text()]
@@ -59,7 +58,7 @@ def _capacity_lines(rows: Sequence[Row]) -> list[str]:
     return lines + [_where(rows, kind) for kind in (SUN, QSUN)]
 
 
-def _where(rows: Sequence[Row], kind: str) -> str:
+def _where(rows: Sequence[Mapping[str, Any]], kind: str) -> str:
     skew = where_ratio(rows, kind, _DOUBLE)
     known = [row for row in rows if row["system"] == kind and row["ratio_same_tpot"] is not None]
     if skew is not None:

@@ -11,7 +11,7 @@ import torch
 from qsun.engine.config import Sampling
 from qsun.engine.decode_batch import DecodeBatch
 from qsun.engine.requests import Request
-from qsun.engine.row import Row as EngineRow
+from qsun.engine.row import Row
 from qsun.errors import QsunError
 from qsun.eval.load.percentiles import percentile
 from qsun.eval.speed.clock import copy_bandwidth
@@ -170,7 +170,7 @@ def filled_batch(model: Any, batch: int, filled: int, steps: int) -> DecodeBatch
     layers, heads, width = kv_shape(model.config)
     drawn = [torch.randn(2, heads, filled, width, device=device).to(DTYPE) for _ in range(layers)]
     tokens = torch.randint(model.config.vocab_size, (batch, filled + 1)).tolist()
-    rows = [EngineRow(Request(str(i), "", tuple(row), Sampling(max_new_tokens=steps))) for i, row in enumerate(tokens)]
+    rows = [Row(Request(str(i), "", tuple(row), Sampling(max_new_tokens=steps))) for i, row in enumerate(tokens)]
     decoding = DecodeBatch(model, batch * (filled + steps))
     decoding.cache.reserve([filled + steps] * batch)
     for row in rows:

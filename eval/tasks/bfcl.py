@@ -18,7 +18,7 @@ _ABSENT = ""  # among acceptable values: the parameter may be left out
 
 
 @dataclass(frozen=True)
-class Call:
+class FunctionCall:
     """A function's name and its arguments."""
 
     name: str
@@ -34,7 +34,7 @@ def prompt_of(question: str, functions: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def parse_calls(answer: str) -> list[Call] | None:
+def parse_calls(answer: str) -> list[FunctionCall] | None:
     """Parse a JSON list (or one object) of {"name", "arguments"}, or Python calls `f(a=1), g(b="x")`.
 
     If there is a code fence, only the text in the first one counts. Python is never run: arguments must be literals
@@ -57,7 +57,7 @@ def parse_calls(answer: str) -> list[Call] | None:
         return None
 
 
-def _from_json(value: Any) -> list[Call] | None:
+def _from_json(value: Any) -> list[FunctionCall] | None:
     rows = value if isinstance(value, list) else [value]
     calls = []
     for row in rows:
@@ -65,11 +65,11 @@ def _from_json(value: Any) -> list[Call] | None:
             return None
         if not isinstance(row["name"], str) or not isinstance(row["arguments"], dict):
             return None
-        calls.append(Call(row["name"], row["arguments"]))
+        calls.append(FunctionCall(row["name"], row["arguments"]))
     return calls
 
 
-def _from_python(text: str) -> Iterator[Call]:
+def _from_python(text: str) -> Iterator[FunctionCall]:
     inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     tree = ast.parse(f"[{inner}\n]", mode="eval").body
     if not isinstance(tree, ast.List):
@@ -80,7 +80,7 @@ def _from_python(text: str) -> Iterator[Call]:
         names = [keyword.arg for keyword in node.keywords]
         if None in names or len(set(names)) < len(names):
             raise ValueError("arguments without a name, or twice")
-        yield Call(_dotted(node.func), {str(k.arg): ast.literal_eval(k.value) for k in node.keywords})
+        yield FunctionCall(_dotted(node.func), {str(k.arg): ast.literal_eval(k.value) for k in node.keywords})
 
 
 def _dotted(node: ast.expr) -> str:
@@ -120,7 +120,7 @@ def _all_matched(fits: Sequence[Sequence[bool]]) -> bool:
     return all(place(row, set()) for row in range(len(fits)))
 
 
-def _fits(call: Call, expected: Mapping[str, Mapping[str, Any]]) -> bool:
+def _fits(call: FunctionCall, expected: Mapping[str, Mapping[str, Any]]) -> bool:
     ((name, parameters),) = expected.items()
     return call.name == name and _fields_fit(call.arguments, parameters)
 

@@ -12,12 +12,10 @@ from jinja2 import TemplateError
 
 from qsun.errors import QsunError
 
-Message = Mapping[str, Any]
-
 
 def chat_tokens(
     tokenizer: Any,
-    messages: Sequence[Message],
+    messages: Sequence[Mapping[str, Any]],
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
@@ -38,7 +36,7 @@ def chat_tokens(
 
 def chat_text(
     tokenizer: Any,
-    messages: Sequence[Message],
+    messages: Sequence[Mapping[str, Any]],
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
@@ -76,7 +74,7 @@ def rendered_tokens(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _as_templates_expect(message: Message) -> dict[str, Any]:
+def _as_templates_expect(message: Mapping[str, Any]) -> dict[str, Any]:
     """Join text parts to one string and parse arguments of tool calls, which OpenAI's API sends as JSON text."""
     plain = dict(message)
     content = plain.get("content")

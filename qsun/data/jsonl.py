@@ -9,11 +9,11 @@ from typing import Any
 
 from qsun.errors import QsunError
 
-Row = tuple[str, Mapping[str, Any]]  # where it lies, for errors, and its values
+PlacedRow = tuple[str, Mapping[str, Any]]  # where it lies, for errors, and its values
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def read_rows(path: Path, what: str) -> Iterator[Row]:
+def read_rows(path: Path, what: str) -> Iterator[PlacedRow]:
     """Yield the objects of a .jsonl file, or of a .json file's one list; either may be compressed (.gz).
 
     Args:
@@ -55,7 +55,7 @@ def _parse(content: bytes, where: str) -> Any:
         raise QsunError(f"{where}: not valid JSON ({error.msg} at {line}column {error.colno})") from None
 
 
-def _as_object(row: Any, where: str) -> Row:
+def _as_object(row: Any, where: str) -> PlacedRow:
     if not isinstance(row, dict):
         raise QsunError(f"{where}: not a JSON object")
     return where, row

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qsun.data.jsonl import Row, read_rows
+from qsun.data.jsonl import PlacedRow, read_rows
 from qsun.data.shapes import RowLeftOut, recognize
 from qsun.errors import QsunError
 
@@ -50,7 +50,7 @@ def converted_rows(
     return results
 
 
-def source_rows(name: str, what: str) -> Iterator[Row]:
+def source_rows(name: str, what: str) -> Iterator[PlacedRow]:
     """Yield the rows of a file, or of a data set named ID, ID:SPLIT or ID:CONFIG:SPLIT; a folder on disk is one too.
 
     what: the role of the data in the command, for errors.
@@ -75,7 +75,7 @@ def file_kind(name: str) -> str:
     return Path(name.lower().removesuffix(".gz")).suffix
 
 
-def _loaded(where: str, **source: Any) -> Iterator[Row]:
+def _loaded(where: str, **source: Any) -> Iterator[PlacedRow]:
     try:
         from datasets import load_dataset
     except ImportError:

@@ -11,14 +11,14 @@ from qsun.runtime.sampling import row_seed
 
 MOST_LOGPROBS = 20
 _Positive = Annotated[int, Field(ge=1)]
-_Count = Annotated[int, Field(ge=0)]
+_Natural = Annotated[int, Field(ge=0)]
 _Strings = Annotated[
     tuple[Annotated[str, Field(min_length=1)], ...],
     BeforeValidator(lambda given: (given,) if isinstance(given, str) else tuple(given)),
 ]
-_Tokens = Annotated[tuple[_Count, ...], BeforeValidator(tuple)]
+_Tokens = Annotated[tuple[_Natural, ...], BeforeValidator(tuple)]
 _Biases = Annotated[
-    tuple[tuple[_Count, Annotated[float, Field(allow_inf_nan=False)]], ...],
+    tuple[tuple[_Natural, Annotated[float, Field(allow_inf_nan=False)]], ...],
     BeforeValidator(lambda given: tuple(given.items() if isinstance(given, Mapping) else given)),
 ]
 _Logprobs = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None
@@ -43,10 +43,10 @@ class Sampling(Settings):
         detokenize: make text, in which `stop` is looked for. skip_special_tokens: leave special tokens out of it.
     """
 
-    max_new_tokens: _Count = 128
+    max_new_tokens: _Natural = 128
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: _Count = 0
+    top_k: _Natural = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
     frequency_penalty: Annotated[float, Field(ge=-100, le=100)] = 0.0
@@ -56,7 +56,7 @@ class Sampling(Settings):
     stop: _Strings = ()
     stop_token_ids: _Tokens = ()
     ignore_eos: bool = False
-    min_new_tokens: _Count = 0
+    min_new_tokens: _Natural = 0
     constraint: Any = None
     logprobs: _Logprobs = None
     prompt_logprobs: _Logprobs = None
@@ -93,8 +93,8 @@ class EngineConfig(Settings):
     """
 
     max_batch: _Positive = 64
-    kv_bytes: _Count = 0
-    prefix_bytes: _Count = 256 << 20
+    kv_bytes: _Natural = 0
+    prefix_bytes: _Natural = 256 << 20
     prefill_tokens: _Positive = 512
     max_waiting: _Positive = 256
     partitioned: bool = False

@@ -7,7 +7,7 @@ from qsun.engine.decode_step import DecodeStep
 from qsun.engine.prefix_cache import LayerKV
 from qsun.engine.row import Row
 from qsun.engine.slot_cache import SlotCache
-from qsun.engine.token_choice import Choice, choose
+from qsun.engine.token_choice import ChosenToken, choose
 
 
 class DecodeBatch:
@@ -35,7 +35,7 @@ class DecodeBatch:
         if last is not row:
             self.rows[place] = last
 
-    def step(self, eos: Set[int] = frozenset()) -> list[tuple[Row, Choice]]:
+    def step(self, eos: Set[int] = frozenset()) -> list[tuple[Row, ChosenToken]]:
         """Choose one token for each row. eos: the model's end tokens."""
         choices = choose(self._step([row.token for row in self.rows]), self.rows, eos)
         return list(zip(self.rows, choices, strict=True))

@@ -19,7 +19,7 @@ from qsun.engine.prefix_cache import PrefixCache
 from qsun.engine.requests import Full, Refused, Request, Update, check_prompt
 from qsun.engine.row import Row
 from qsun.engine.state import EngineState, EngineWatch, model_states
-from qsun.engine.token_choice import Choice
+from qsun.engine.token_choice import ChosenToken
 from qsun.errors import QsunError
 from qsun.memory import available_bytes
 from qsun.runtime.decode_module import DecodeModule
@@ -269,7 +269,7 @@ class Engine:
                 updates += [self._update(batch, row, choice, now) for row, choice in chosen]
         return updates
 
-    def _update(self, batch: DecodeBatch, row: Row, choice: Choice, now: float) -> Update:
+    def _update(self, batch: DecodeBatch, row: Row, choice: ChosenToken, now: float) -> Update:
         request = row.request
         if choice.error:
             batch.remove(row, broken=True)

@@ -12,7 +12,7 @@ from qsun.engine.row import Row
 from qsun.runtime.sampling import draw
 
 
-class Choice(NamedTuple):
+class ChosenToken(NamedTuple):
     """A row's next token, its log-probability where that is wanted, and what went wrong ("" if nothing did)."""
 
     token: int
@@ -20,7 +20,7 @@ class Choice(NamedTuple):
     error: str
 
 
-def choose(logits: Tensor, rows: Sequence[Row], eos: Set[int] = frozenset()) -> list[Choice]:
+def choose(logits: Tensor, rows: Sequence[Row], eos: Set[int] = frozenset()) -> list[ChosenToken]:
     """Choose a token for each row of (B, vocabulary) logits and let the row take it. eos: the model's end tokens."""
     best, tokens = logits.max(-1)
     errors = ["" if isfinite(logit) else "the model computed NaN or Inf for this prompt" for logit in best.tolist()]
@@ -37,7 +37,7 @@ def choose(logits: Tensor, rows: Sequence[Row], eos: Set[int] = frozenset()) -> 
     choices = []
     for place, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
         failure = row.advance(token)
-        choices.append(Choice(token, logprobs.get(place), errors[place] or failure))
+        choices.append(ChosenToken(token, logprobs.get(place), errors[place] or failure))
     return choices
 
 

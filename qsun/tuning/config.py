@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from qsun.config import Dtype, Settings
 from qsun.errors import QsunError
 
-_Count = Annotated[int, Field(ge=0, le=1 << 40)]
+_Natural = Annotated[int, Field(ge=0, le=1 << 40)]
 _Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -46,7 +46,7 @@ class TuneConfig(Settings):
     """
 
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 3
-    steps: _Count = 0
+    steps: _Natural = 0
     lr: Annotated[float, Field(ge=0, le=10)] = 0.0
     batch_size: Annotated[int, Field(ge=1, le=1 << 20)] = 16
     grad_accum: Annotated[int, Field(ge=1, le=1 << 20)] = 1
@@ -62,9 +62,9 @@ class TuneConfig(Settings):
     lora_alpha: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     lora_rslora: bool = False
     lora_targets: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
-    eval_every: _Count = 0
+    eval_every: _Natural = 0
     valid_fraction: Annotated[float, Field(ge=0, le=0.9)] = 0.05
-    valid_examples: _Count = 256
+    valid_examples: _Natural = 256
     baseline: Literal["none", "full"] = "none"
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     dtype: Dtype = "auto"

@@ -2,9 +2,13 @@
 
 import pytest
 
-from qsun.cli.terminal.options import settings_from
+from qsun.cli.terminal.options import settings_and_inputs
 from qsun.config import QuantConfig
 from qsun.errors import QsunError
+
+
+def settings(options):
+    return settings_and_inputs(QuantConfig, options, {})[0]
 
 
 @pytest.fixture
@@ -16,20 +20,20 @@ def file(tmp_path):
 
 def test_options_win_over_the_file_and_the_file_over_defaults(file):
     options = {"config": file, "bits": 2, "group_size": None, "seed": None, "device": "cpu"}
-    found = settings_from(QuantConfig, options)
+    found = settings(options)
     assert found == QuantConfig(bits=2, group_size=64, sweeps=1)
 
 
 def test_an_option_can_switch_off_what_the_file_switches_on(tmp_path):
     (tmp_path / "s.yaml").write_text("sym: true\n")
-    assert settings_from(QuantConfig, {"config": tmp_path / "s.yaml", "sym": False}).sym is False
+    assert settings({"config": tmp_path / "s.yaml", "sym": False}).sym is False
 
 
 def test_without_a_file(file):
-    assert settings_from(QuantConfig, {"config": None, "bits": None}) == QuantConfig()
+    assert settings({"config": None, "bits": None}) == QuantConfig()
 
 
 def test_an_unknown_key_is_refused(file):
     file.write_text("bitz: 3\n")
     with pytest.raises(QsunError, match="unknown setting 'bitz'"):
-        settings_from(QuantConfig, {"config": file})
+        settings({"config": file})

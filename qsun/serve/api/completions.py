@@ -24,7 +24,7 @@ from qsun.serve.api.answers.token_text import Spelling
 from qsun.serve.api.bodies.chat import ChatBody
 from qsun.serve.api.bodies.completion import CompletionBody
 from qsun.serve.api.bodies.fields import MOST_CHOICES
-from qsun.serve.api.prompts import Prompts, context_exceeded
+from qsun.serve.api.prompts import PromptTokenizer, context_exceeded
 from qsun.serve.api.structured import Grammars, call_schema
 from qsun.serve.api.tools.formats import FORCED, FORMATS, ToolFormat, format_of
 from qsun.serve.api.tools.parser import ToolParser
@@ -92,7 +92,7 @@ class Completions:
     def __init__(self, engine: Engine, thread: EngineThread, limits: ServeLimits):
         self.engine, self.thread, self.limits = engine, thread, limits
         model: Any = engine.decode.model
-        self.prompts = Prompts(engine.tokenizer, engine.positions)
+        self.prompts = PromptTokenizer(engine.tokenizer, engine.positions)
         self._grammars = Grammars(engine.tokenizer, model.config.vocab_size, engine.eos)
         self._spelling = Spelling(engine.tokenizer)
 

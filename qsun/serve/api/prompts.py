@@ -23,7 +23,7 @@ def context_exceeded(positions: int, prompt: str, asked: int = 0, param: str | N
     return HttpError(400, f"{message}; ask for fewer, or shorten the prompt", param, code="context_length_exceeded")
 
 
-class Prompts:
+class PromptTokenizer:
     """Tokenizes prompts. Long ones take turns in a thread of their own, so that short ones need not wait for them.
 
     Args:

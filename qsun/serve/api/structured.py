@@ -44,7 +44,7 @@ class Grammars:
         try:
             return from_tokenizer(self._tokenizer, self._vocabulary, self._eos)
         except ValueError:  # a kind that the library does not know: its tokens one by one
-            wrapped = self._library.TokenizerWrapper(_Tokens(self._tokenizer, self._vocabulary, self._eos))
+            wrapped = self._library.TokenizerWrapper(_TokenTable(self._tokenizer, self._vocabulary, self._eos))
             return self._library.LLTokenizer(wrapped, self._vocabulary, self._eos)
 
     def json(self, schema: Mapping[str, Any]) -> "JsonConstraint":
@@ -61,7 +61,7 @@ class Grammars:
         return JsonConstraint(matcher)
 
 
-class _Tokens:
+class _TokenTable:
     """A tokenizer as llguidance asks for it."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, eos: Sequence[int]):

@@ -7,11 +7,11 @@ from fastapi import FastAPI
 from qsun.errors import QsunError
 from qsun.serve.api.bodies.tokens import DetokenizeBody, TokenizeBody
 from qsun.serve.api.errors import DESCRIBED
-from qsun.serve.api.prompts import Prompts
+from qsun.serve.api.prompts import PromptTokenizer
 from qsun.serve.http.errors import HttpError
 
 
-def add_token_routes(app: FastAPI, prompts: Prompts) -> None:
+def add_token_routes(app: FastAPI, prompts: PromptTokenizer) -> None:
     tokenizer, positions = prompts.tokenizer, prompts.positions
 
     @app.post("/tokenize", responses={400: DESCRIBED[400]})

@@ -13,7 +13,7 @@ from qsun.serve.cluster.schema import Cluster
 logger = logging.getLogger(__name__)
 
 _NAME_DIGITS = 16
-_State = tuple[tuple[str, int, int], ...]
+_FileStamps = tuple[tuple[str, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class ModuleChecks:
     """Fingerprints and pair checks, cached until a file of the module changes, so that a reload is quick."""
 
     def __init__(self) -> None:
-        self._fingerprints: dict[Path, tuple[_State, str]] = {}
-        self._pairs: set[tuple[Path, _State, Path, _State]] = set()
+        self._fingerprints: dict[Path, tuple[_FileStamps, str]] = {}
+        self._pairs: set[tuple[Path, _FileStamps, Path, _FileStamps]] = set()
 
     def names(self, cluster: Cluster) -> ServedNames:
         """Check every pair and return the name of every module.
@@ -57,16 +57,16 @@ class ModuleChecks:
         )
 
     def fingerprint(self, directory: Path) -> str:
-        state = _state(directory)
+        stamps = _stamps(directory)
         known = self._fingerprints.get(directory)
-        if known is None or known[0] != state:
-            known = self._fingerprints[directory] = (state, Checkpoint(directory).fingerprint())
+        if known is None or known[0] != stamps:
+            known = self._fingerprints[directory] = (stamps, Checkpoint(directory).fingerprint())
         return known[1]
 
     def _check(self, prefill: Path, decode: Path) -> None:
         if not (prefill / "config.json").exists() and (prefill / "adapter_config.json").exists():
             raise QsunError(f"{prefill} is a LoRA adapter, which a worker cannot serve by itself; merge it first")
-        key = (prefill, _state(prefill), decode, _state(decode))
+        key = (prefill, _stamps(prefill), decode, _stamps(decode))
         if key in self._pairs:
             return
         check_pair(prefill, decode)
@@ -82,7 +82,7 @@ def _directory(where: str, module: str) -> Path:
     return find_model(module).resolve()
 
 
-def _state(directory: Path) -> _State:
+def _stamps(directory: Path) -> _FileStamps:
     """Return the name, size and time of the last change of every file."""
     files = sorted(path for path in directory.iterdir() if path.is_file())
     return tuple((path.name, stat.st_size, stat.st_mtime_ns) for path in files for stat in [path.stat()])

@@ -10,9 +10,10 @@ import asyncio
 import copy
 from typing import Any
 
+from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from qsun.serve.http.guard import ClientStalled, Message, Receive, Send
+from qsun.serve.http.guard import ClientStalled
 
 HEADER_SECONDS = 30.0
 SEND_SECONDS = 60.0
@@ -84,7 +85,7 @@ class Connection(asyncio.Protocol):
             self._transport.write(_PROBE)
             self._loop.call_later(_PROBE_SECONDS, self._probe)
 
-    async def _answer(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request whose head is whole to the application."""
         self._answering += 1
         self._silent = scope["http_version"] != "1.0"  # which knows no interim responses

@@ -8,19 +8,14 @@ import hashlib
 import hmac
 import re
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import AfterValidator, Field
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qsun.config import Settings
 from qsun.errors import QsunError
 from qsun.serve.http.errors import HttpError, busy
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 _OPEN = ("/health", "/ready", "/metrics", "/version", "/openapi.json")  # for probes and scrapers: without a key
 _SOUND_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -60,17 +55,17 @@ class Guard:
         running: requests being answered, but for health and metrics.
     """
 
-    def __init__(self, app: App, config: GuardConfig):
+    def __init__(self, app: ASGIApp, config: GuardConfig):
         self.app, self.config = app, config
         self.running = 0
         self._keys = [_digest(key) for key in config.api_keys]
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
-        answer = _Answer(send, _request_id(headers))
+        answer = _AnswerSender(send, _request_id(headers))
         scope.setdefault("state", {})["request_id"] = answer.request_id
         try:
             await self._pass_on(scope, headers, receive, answer)
@@ -80,7 +75,7 @@ class Guard:
             return
 
     async def _pass_on(
-        self, scope: MutableMapping[str, Any], headers: dict[bytes, bytes], receive: Receive, answer: "_Answer"
+        self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, answer: "_AnswerSender"
     ) -> None:
         guarded = scope["path"] not in _OPEN
         if guarded:
@@ -155,7 +150,7 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
     return next_message
 
 
-class _Answer:
+class _AnswerSender:
     """Sends an answer with the request's id."""
 
     def __init__(self, send: Send, request_id: str):

@@ -12,11 +12,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from qsun.serve.cluster.modules import ServedNames
 from qsun.serve.cluster.schema import Cluster
 from qsun.serve.http.errors import HttpError
-from qsun.serve.http.guard import Guard, Message, Receive, Send
+from qsun.serve.http.guard import Guard
 from qsun.serve.router.endpoint import GenerationEndpoint
 from qsun.serve.router.exchange.request import CHAT, COMPLETIONS
 from qsun.serve.router.exchange.state import RouterState
@@ -48,7 +49,7 @@ class Router:
         )
         self._guard = Guard(self._inner, cluster.guard_config(api_keys))
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._guard(scope, receive, send)
 
     def apply(self, cluster: Cluster, names: ServedNames, api_keys: tuple[str, ...]) -> None:

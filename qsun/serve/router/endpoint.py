@@ -6,9 +6,11 @@ import logging
 import time
 from contextlib import AsyncExitStack, aclosing
 
+from starlette.types import Message, Receive, Scope, Send
+
 from qsun.serve.cluster.schema import RequestLimits
 from qsun.serve.http.errors import HttpError
-from qsun.serve.http.guard import ClientStalled, Message, Receive, Send
+from qsun.serve.http.guard import ClientStalled
 from qsun.serve.http.wire import DONE_EVENT, encode_event
 from qsun.serve.router.exchange.exchange import Exchange, WorkerAnswer
 from qsun.serve.router.exchange.request import RoutedRequest, read_request
@@ -26,7 +28,7 @@ class GenerationEndpoint:
     def __init__(self, state: RouterState):
         self._state = state
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         first = await receive()  # the guard hands the body over in one message
         response = _Response(send)
         work = asyncio.create_task(self._serve(scope, bytes(first.get("body", b"")), response.send))
@@ -47,7 +49,7 @@ class GenerationEndpoint:
         elif not disconnected:
             await response.cut_off()
 
-    async def _serve(self, scope: Message, body: bytes, send: Send) -> None:
+    async def _serve(self, scope: Scope, body: bytes, send: Send) -> None:
         """Answer one request, and count its outcome."""
         state, limits, arrived = self._state, self._state.cluster.limits, time.monotonic()
         model, outcome = _UNKNOWN_MODEL, "client_gone"

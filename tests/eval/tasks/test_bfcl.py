@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qsun.eval.tasks.bfcl import Call, check_answer, parse_calls, prompt_of
+from qsun.eval.tasks.bfcl import FunctionCall, check_answer, parse_calls, prompt_of
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ from qsun.eval.tasks.bfcl import Call, check_answer, parse_calls, prompt_of
 def test_calls(answer, calls):
     if calls is None:
         calls = [("f", {"a": 1}), ("g.h", {"b": "x, y", "c": [1, -2.5], "d": {"k": (1, True)}})]
-    assert parse_calls(answer) == [Call(*one) for one in calls]
+    assert parse_calls(answer) == [FunctionCall(*one) for one in calls]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from qsun.serve.api.prompts import Prompts
+from qsun.serve.api.prompts import PromptTokenizer
 from qsun.serve.http.errors import HttpError
 
 
@@ -30,7 +30,7 @@ class Characters:
 def test_a_text_that_cannot_fit_is_not_read_whole():
     tokenizer = Characters()
     with pytest.raises(HttpError, match="maximum context length is 100 tokens") as refused:
-        asyncio.run(Prompts(tokenizer, 100).of_texts(["x" * 1_000_000]))
+        asyncio.run(PromptTokenizer(tokenizer, 100).of_texts(["x" * 1_000_000]))
     assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded")
     assert refused.value.param == "prompt"
     assert tokenizer.read <= 8 * 100
@@ -41,7 +41,7 @@ def test_a_long_text_of_few_tokens_is_read_whole():
         def __call__(self, text, **_):
             return {"input_ids": text.split("-")}
 
-    (tokens,) = asyncio.run(Prompts(Words(), 100).of_texts(["x" * 5000 + "-y"]))
+    (tokens,) = asyncio.run(PromptTokenizer(Words(), 100).of_texts(["x" * 5000 + "-y"]))
     assert len(tokens) == 2
 
 
@@ -50,7 +50,7 @@ def test_short_prompts_overtake_long_ones():
     tokenizer.gate = threading.Event()
 
     async def scenario():
-        prompts = Prompts(tokenizer, 1 << 20)
+        prompts = PromptTokenizer(tokenizer, 1 << 20)
         slow = [asyncio.ensure_future(prompts.of_texts(["x" * 20_000])) for _ in range(64)]
         await asyncio.sleep(0.05)
         async with asyncio.timeout(10):

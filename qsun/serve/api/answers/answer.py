@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -74,17 +75,17 @@ class Style:
     continuous_usage: bool = False
 
 
-class Answer:
-    """Builds the JSON of one request's answer, whole or in chunks; a subclass for each of OpenAI's formats.
+class Answer(ABC):
+    """Builds the JSON of one request's answer, whole or as the events of a stream; a subclass for each format.
 
     Args:
         prompts: tokens of each prompt; its n choices share it.
         parsers: one for each choice where the answer may call tools.
+    Attributes:
+        prefix: of the answer's id.
     """
 
     prefix: ClassVar[str]
-    kind: ClassVar[str]
-    chunk_kind: ClassVar[str]
 
     def __init__(
         self,
@@ -94,46 +95,30 @@ class Answer:
         style: Style,
         parsers: Sequence[ToolParser | None] | None = None,
     ):
-        self.style, self._n = style, n
+        self.model, self.style, self._n = model, style, n
+        self.id, self.created = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
         parsers = parsers or [None] * (len(prompts) * n)
         self.choices = [Choice(i, prompts[i // n], parser) for i, parser in enumerate(parsers)]
-        self.head = {
-            "id": f"{self.prefix}-{uuid.uuid4().hex}",
-            "object": self.kind,
-            "created": int(time.time()),
-            "model": model,
-        }
 
+    @abstractmethod
     def whole(self) -> dict[str, Any]:
-        return self.head | {"choices": [self.choice(choice) for choice in self.choices], "usage": self.usage()}
+        """Return the finished answer."""
 
-    def choice(self, choice: Choice) -> dict[str, Any]:
-        """Return a finished choice."""
-        raise NotImplementedError
-
+    @abstractmethod
     def opening(self) -> Iterator[bytes]:
         """Yield the events that a stream begins with."""
-        yield from ()
 
+    @abstractmethod
     def events(self, choice: Choice, update: Update) -> Iterator[bytes]:
         """Take an update, and yield what the client gets to see of it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def closing(self) -> Iterator[bytes]:
         """Yield the events that end a stream."""
-        if self.style.include_usage:
-            yield self.chunk([], self.usage())
-        yield DONE_EVENT
 
+    @abstractmethod
     def failure(self, error: HttpError) -> bytes:
         """Return the event that ends a stream that failed."""
-        return encode_event(error.body())
-
-    def chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
-        body = self.head | {"object": self.chunk_kind, "choices": choices}
-        if usage is None and self.style.continuous_usage:
-            usage = self.usage()
-        return encode_event(body | ({} if usage is None else {"usage": usage}))
 
     def usage(self) -> dict[str, Any]:
         n = self._n
@@ -146,6 +131,40 @@ class Answer:
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
         }
+
+
+class ChoicesAnswer(Answer):
+    """An answer that is a list of choices, whose stream ends with [DONE]: chat and text completions.
+
+    Attributes:
+        kind, chunk_kind: `object` of a whole answer and of a chunk.
+    """
+
+    kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
+
+    @abstractmethod
+    def choice(self, choice: Choice) -> dict[str, Any]:
+        """Return a finished choice."""
+
+    def whole(self) -> dict[str, Any]:
+        return self._body(self.kind, [self.choice(choice) for choice in self.choices]) | {"usage": self.usage()}
+
+    def closing(self) -> Iterator[bytes]:
+        if self.style.include_usage:
+            yield self.chunk([], self.usage())
+        yield DONE_EVENT
+
+    def failure(self, error: HttpError) -> bytes:
+        return encode_event(error.body())
+
+    def chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> bytes:
+        if usage is None and self.style.continuous_usage:
+            usage = self.usage()
+        return encode_event(self._body(self.chunk_kind, choices) | ({} if usage is None else {"usage": usage}))
+
+    def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
     def token_ids(self, tokens: Sequence[int]) -> dict[str, Any]:
         return {"token_ids": list(tokens)} if self.style.token_ids else {}

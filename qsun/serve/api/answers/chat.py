@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qsun.engine.requests import TokenLogprob, Update
-from qsun.serve.api.answers.answer import Answer, Choice
+from qsun.serve.api.answers.answer import Choice, ChoicesAnswer
 
 
-class ChatAnswer(Answer):
+class ChatAnswer(ChoicesAnswer):
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def choice(self, choice: Choice) -> dict[str, Any]:

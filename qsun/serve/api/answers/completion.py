@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qsun.engine.requests import TokenLogprob, Update
-from qsun.serve.api.answers.answer import Answer, Choice
+from qsun.serve.api.answers.answer import Choice, ChoicesAnswer
 
 
-class CompletionAnswer(Answer):
+class CompletionAnswer(ChoicesAnswer):
     """Attributes:
     echo: the prompt is part of the text. no_tokens: the answer itself is not (max_tokens 0).
     prompt_texts: of each prompt, as it was given.

@@ -12,11 +12,9 @@ from qsun.serve.http.wire import encode_event
 
 
 class ResponseAnswer(Answer):
-    """Args:
-    settings: what the answer repeats of its request.
-    """
+    """The answer of /v1/responses, of a single choice. settings: what it repeats of its request."""
 
-    prefix, kind, chunk_kind = "resp", "response", ""
+    prefix = "resp"
 
     def __init__(self, *arguments: Any, settings: Mapping[str, Any]):
         super().__init__(*arguments)
@@ -32,10 +30,10 @@ class ResponseAnswer(Answer):
         finish = self._only.finish
         status = "incomplete" if finish == "length" else "completed" if finish else "in_progress"
         return {
-            "id": self.head["id"],
-            "object": self.kind,
-            "created_at": self.head["created"],
-            "model": self.head["model"],
+            "id": self.id,
+            "object": "response",
+            "created_at": self.created,
+            "model": self.model,
             "status": status,
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
