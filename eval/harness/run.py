@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from qsun.errors import QsunError
@@ -45,7 +46,8 @@ def run_task(prefill: PrefillModule, decode: DecodeModule, task: str, settings: 
     Raises:
         QsunError: no such task, or a task that runs code without permission.
     """
-    evaluator, manager = _lm_eval(settings)
+    from lm_eval import evaluator
+
     from qsun.eval.harness.lm import QsunLM
 
     try:
@@ -53,7 +55,7 @@ def run_task(prefill: PrefillModule, decode: DecodeModule, task: str, settings: 
             results = evaluator.simple_evaluate(
                 model=QsunLM(decode, prefill, device=_device(decode), batch_size=settings.batch_size),
                 tasks=[task],
-                task_manager=manager,
+                task_manager=_task_manager(task, settings),
                 limit=settings.limit or None,
                 num_fewshot=settings.num_fewshot,
                 apply_chat_template=settings.chat_template,
@@ -72,12 +74,10 @@ def run_task(prefill: PrefillModule, decode: DecodeModule, task: str, settings: 
 
 def check_tasks(tasks: Sequence[str], settings: HarnessSettings) -> None:
     """Raise QsunError, before work starts, for an unknown task or one that runs code without permission."""
-    if not tasks:
-        return
-    _, manager = _lm_eval(settings)
     for task in tasks:
-        if task not in manager.all_tasks:
-            near = [name for name in manager.all_tasks if task.split("_", 1)[0] in name][:5]
+        known = _task_manager(task, settings).all_tasks
+        if task not in known:
+            near = [name for name in known if task.split("_", 1)[0] in name][:5]
             fix = f"similar are {', '.join(near)}" if near else "give the folder of its file with --task-dir"
             raise QsunError(f"task {task!r} is not known to lm-eval; {fix}")
         if task == _SANDBOXED and not settings.allow_code:
@@ -89,15 +89,23 @@ def _device(decode: DecodeModule) -> str:
     return str(model.model.embed_tokens.weight.device)
 
 
-def _lm_eval(settings: HarnessSettings) -> tuple[Any, Any]:
-    from lm_eval import evaluator
+def _task_manager(task: str, settings: HarnessSettings) -> Any:
+    """Return lm-eval's index of tasks: of our own where the task is one of them, as all of lm-eval's take 8 seconds."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it explains much at every task
+    ours = _indexed("", settings.task_data, include_defaults=False)
+    if not settings.task_dir and task in ours.all_tasks:
+        return ours
+    return _indexed(settings.task_dir, settings.task_data, include_defaults=True)
+
+
+@cache
+def _indexed(task_dir: str, task_data: str, include_defaults: bool) -> Any:
     from lm_eval.tasks import TaskManager
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it explains much at every task
-    folders = [str(tasks_directory()), *([settings.task_dir] if settings.task_dir else [])]
+    folders = [str(tasks_directory()), *([task_dir] if task_dir else [])]
     # simple_evaluate uses its metadata only for a manager that it makes itself
-    metadata = {"data_dir": settings.task_data} if settings.task_data else None
-    return evaluator, TaskManager(include_path=folders, metadata=metadata)
+    metadata = {"data_dir": task_data} if task_data else None
+    return TaskManager(include_path=folders, include_defaults=include_defaults, metadata=metadata)
 
 
 def _outcome(task: str, results: Mapping[str, Any]) -> dict[str, Any]:

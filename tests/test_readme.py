@@ -19,27 +19,28 @@ HANGS = 3600  # seconds: only against a test that never ends
 
 
 @pytest.mark.slow
-def test_commands_and_python_run(tmp_path):
-    ran = [line for line in COMMANDS if line.startswith("qsun ")]
+def test_commands_and_python_run(cli, tmp_path, monkeypatch):
+    """In this process, as each start takes seconds; the server is one of its own."""
+    monkeypatch.chdir(tmp_path)
+    ran = [shlex.split(line, comments=True)[1:] for line in COMMANDS if line.startswith("qsun ")]
     assert len(ran) >= 6
-    for line in ran:
-        command = [sys.executable, "-m", "qsun.cli.main", *shlex.split(line, comments=True)[1:]]
-        if command[3] == "serve":
-            answers_and_ends(command, tmp_path)
+    for arguments in ran:
+        if arguments[0] == "serve":
+            answers_and_ends([sys.executable, "-m", "qsun.cli.main", *arguments])
         else:
-            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANGS, check=False)
-            assert done.returncode == 0, f"{line}\n{done.stderr}"
+            answer = cli(*arguments)
+            assert answer.code == 0, f"{arguments}\n{answer.err}"
     for _, kind, body in BLOCKS:
         if kind == "python":
-            subprocess.run([sys.executable, "-c", body], cwd=tmp_path, check=True, timeout=HANGS)
+            exec(compile(body, "README.md", "exec"), {})  # noqa: S102
     assert (tmp_path / "out/demo-int4/errors.png").stat().st_size > 10_000
 
 
-def answers_and_ends(command, directory):
+def answers_and_ends(command):
     """Start the server on a free port, ask what the README's curl asks, and stop it with Ctrl-C."""
     request = shlex.split(next(line for line in COMMANDS if line.startswith("curl ")))
     path, body = request[1].partition(":8000")[2], request[-1].encode()
-    server = subprocess.Popen([*command, "--port", "0", "--json"], cwd=directory, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen([*command, "--port", "0", "--json"], stdout=subprocess.PIPE, text=True)
     try:
         url = json.loads(server.stdout.readline())["url"]
         answer = httpx.post(url + path, content=body, headers={"Content-Type": "application/json"}, timeout=HANGS)
