@@ -6,6 +6,7 @@ from qsun._version import __version__
 from qsun.errors import QsunError, ResumeError
 
 if TYPE_CHECKING:
+    from qsun.adapters.adapter_module import AdapterLibrary
     from qsun.config import LayerSpec, Override, QuantConfig
     from qsun.engine.generation import generate, generate_stream
     from qsun.model.pairing import check_pair
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "__version__",
+    "AdapterLibrary",
     "DecodeModule",
     "LayerSpec",
     "Override",
@@ -39,6 +41,7 @@ __all__ = [
 
 # torch and transformers take seconds to import, and kernels run without pydantic: everything is imported on first use.
 _HOMES = {
+    "AdapterLibrary": "qsun.adapters.adapter_module",
     "LayerSpec": "qsun.config",
     "Override": "qsun.config",
     "QuantConfig": "qsun.config",

@@ -88,6 +88,7 @@ class EngineConfig(Settings):
         prefix_bytes: of the prefix cache; 0: none.
         prefill_tokens: prompt tokens read between two decode steps. pass_tokens: most in one forward pass.
         max_waiting: requests in the queues; one more is refused.
+        max_adapters: LoRA adapters in memory; the least recently used goes first, and comes back when it is needed.
         partitioned: decode each model's requests in a batch of their own, in turns: conventional serving, to compare.
         static: fixed shapes of a decode step, as CUDA graphs need; None: on a GPU.
     """
@@ -97,6 +98,7 @@ class EngineConfig(Settings):
     prefix_bytes: _Natural = 256 << 20
     prefill_tokens: _Positive = 512
     max_waiting: _Positive = 256
+    max_adapters: _Positive = 32
     partitioned: bool = False
     static: bool | None = None
     pass_tokens: _Positive = 2048

@@ -10,25 +10,26 @@ from typing import Any
 
 import torch
 
+from qsun.adapters.pool import AdapterPool
 from qsun.engine.config import EngineConfig
 from qsun.engine.decode_batch import DecodeBatch
 from qsun.engine.decode_step import on_device
 from qsun.engine.fair_queue import FairQueue
 from qsun.engine.prefilling import LoadedModule, Prefilling, PrefillTask
 from qsun.engine.prefix_cache import PrefixCache
-from qsun.engine.requests import Full, Refused, Request, Update, check_prompt
+from qsun.engine.requests import Full, Refused, Request, Update, check_prompt, most_new_tokens
 from qsun.engine.row import Row
-from qsun.engine.state import EngineState, EngineWatch, model_states
+from qsun.engine.state import EngineState, EngineWatch, engine_state, model_states
 from qsun.engine.token_choice import ChosenToken
 from qsun.errors import QsunError
 from qsun.memory import available_bytes
 from qsun.runtime.decode_module import DecodeModule
 from qsun.runtime.kv_cache import kv_bytes_per_token
 from qsun.runtime.prefill_module import PrefillModule
-from qsun.runtime.rotary import rope_boundary
 from qsun.runtime.row_text import RowText
 
 _SHARED = ""
+_LOADING_SECONDS = 0.05  # that an engine with nothing else to do waits for an adapter in one step
 
 
 class Engine:
@@ -56,7 +57,8 @@ class Engine:
         self.modules: dict[str, LoadedModule] = {}
         self.known = PrefixCache(self.config.prefix_bytes)
         self._queue = FairQueue()
-        self._prefilling = Prefilling(model, self.known, self.config.prefill_tokens, self.config.pass_tokens)
+        self._adapters = AdapterPool(self.config.max_adapters)
+        self._prefilling = Prefilling(model, self.known, self._adapters, self.config)
         self._batches: dict[str, DecodeBatch] = {}
         self._loads = 0
         self._deadline = float("inf")  # no request's is earlier
@@ -96,6 +98,7 @@ class Engine:
                 self._batches.pop(name, None)
                 self._queue.forget(name)
                 self.known.forget(owner.number)
+                self._adapters.drop(owner.number)
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -115,11 +118,7 @@ class Engine:
 
     def room(self, prompt_tokens: int) -> int:
         """Return the most new tokens that a prompt of this length can have; 0 or less where it does not fit."""
-        model: Any = self.decode.model
-        boundary, limit = rope_boundary(model.config), min(self.positions, self.budget_tokens)
-        if boundary is not None and prompt_tokens - 1 <= boundary:
-            limit = min(limit, boundary)
-        return limit + 1 - prompt_tokens
+        return most_new_tokens(self.decode.model.config, self.budget_tokens, prompt_tokens)
 
     def submit(self, *requests: Request) -> None:
         """Queue requests, all or none.
@@ -185,9 +184,8 @@ class Engine:
         models = model_states(list(self.modules.values()), self._queue.waiting, list(self._prefilling.tasks), rows)
         done = list(self._finished_at)
         span = time.monotonic() - (done[0] if len(done) == self._finished_at.maxlen else self._started)
-        known = self.known
         rate = len(done) / max(span, 1e-3)
-        return EngineState(models, self.budget_tokens, known.bytes, known.hits, known.lookups, rate)
+        return engine_state(models, self.budget_tokens, self.known, self._adapters, rate)
 
     @property
     def idle(self) -> bool:
@@ -198,7 +196,9 @@ class Engine:
     def step(self) -> list[Update]:
         """Advance every request a little. Returns what came of it."""
         with on_device(self.device):
-            updates = self._expire()
+            if not self._in_progress():
+                self._adapters.wait(_LOADING_SECONDS)
+            updates = self._expire() + self._without_adapter()
             self._admit()
             updates += self._prefill() + self._decode()
             self._let_go()
@@ -215,21 +215,35 @@ class Engine:
         self._deadline = min((r.deadline for r in everything if r not in late), default=float("inf"))
         return [Update(r.id, finish="timeout", error=f"not done within {r.seconds:g} seconds") for r in late]
 
+    def _without_adapter(self) -> list[Update]:
+        """End the requests whose adapter could not be loaded."""
+        failed = self._adapters.collect()
+        waiting = [(request.id, self.modules[request.model].number) for request in self._queue] if failed else []
+        lost = {request: failed[number] for request, number in waiting if number in failed}
+        for request in lost:
+            self._drop(request, "error")
+        return [Update(request, finish="error", error=error) for request, error in lost.items()]
+
     def _admit(self) -> None:
         room = self.config.max_batch - len(self._in_progress())
         needs: dict[DecodeBatch, list[int]] = {}
         for task in self._prefilling.tasks:
             needs.setdefault(self._batch(task.request.model), []).append(task.request.kv_tokens)
-        while room > 0 and (request := self._queue.next()) is not None:
-            batch = self._batch(request.model)
+        modules, absent = list(self.modules.values()), set[str]()  # absent: models whose adapter is not in memory
+        wanted = {owner.number for owner in modules if self._queue.waiting(owner.name)}
+        while room > 0 and (request := self._queue.next(absent)) is not None:
+            batch, owner = self._batch(request.model), self.modules[request.model]
             alike = needs.setdefault(batch, [])
             if not batch.cache.fits([*alike, request.kv_tokens]):
                 break
+            missing = self._prefilling.begin(request, owner, wanted)
+            if missing:  # no other adapter starts before one that has no place: its model has been served the least
+                absent |= {request.model} if missing == "loading" else {m.name for m in modules if m.adapts}
+                continue
             alike.append(request.kv_tokens)
             room -= 1
             self._queue.take(request)
             self._queue.charge(request.model, request.prefix_tokens)
-            self._prefilling.tasks.append(PrefillTask(request, self.modules[request.model]))
             self.watch.admitted(request, time.monotonic() - request.arrived)
         for batch, alike in needs.items():
             batch.cache.reserve(alike)

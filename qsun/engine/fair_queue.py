@@ -6,7 +6,7 @@ nobody is busy with the most served, so that idle time earns no credit and nobod
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from qsun.engine.requests import Request
 
@@ -37,9 +37,9 @@ class FairQueue:
             self._served[model] = max(self._served.get(model, 0.0), min(others, default=self._most))
         self._queues.setdefault(model, deque()).append(request)
 
-    def next(self) -> Request | None:
-        """The request whose turn it is; it stays until `take`."""
-        models = [model for model, queue in self._queues.items() if queue]
+    def next(self, without: Set[str] = frozenset()) -> Request | None:
+        """The request whose turn it is, of all models but some; it stays until `take`."""
+        models = [model for model, queue in self._queues.items() if queue and model not in without]
         return self._queues[min(models, key=lambda model: self._served[model])][0] if models else None
 
     def take(self, request: Request) -> None:

@@ -80,11 +80,11 @@ def generate_stream(
     wants_text = settings.get("detokenize", wants_text)
     if wants_text and decode.tokenizer is None:
         raise QsunError(f"{decode.directory} has no tokenizer; give prompts as token ids, and no stop strings")
-    names = {id(module.model): str(number) for number, module in enumerate(modules)}
+    names = {id(module): str(number) for number, module in enumerate(modules)}
     requests = [
         Request(
             id=str(number),
-            model=names[id(module.model)],
+            model=names[id(module)],
             tokens=_tokens(prompt, decode),
             sampling=config.sampling.replace(seed=seed, detokenize=wants_text),
             seconds=float("inf"),
@@ -93,7 +93,7 @@ def generate_stream(
     ]
     engine = _engine(decode, requests, config)
     for number, module in enumerate(modules):
-        if names[id(module.model)] == str(number):
+        if names[id(module)] == str(number):
             engine.add_module(str(number), module)
     for request in requests:
         engine.check(request, f"prompt {request.id}")

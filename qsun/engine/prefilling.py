@@ -1,13 +1,18 @@
 """Prompts that their prefill modules are reading, a bounded number of tokens between two decode steps."""
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import DynamicCache
 
+from qsun.adapters.adapter_module import AdapterModule
+from qsun.adapters.pool import AdapterPool
+from qsun.adapters.shared_prefill import AdapterWeights
+from qsun.engine.config import EngineConfig
 from qsun.engine.prefix_cache import LayerKV, PrefixCache
 from qsun.engine.requests import Request, TokenLogprob
 from qsun.engine.token_choice import token_logprobs
@@ -32,18 +37,25 @@ class LoadedModule:
     leaving: bool = False
     active: int = 0
 
+    @property
+    def adapts(self) -> bool:
+        """Whether it is an adapter."""
+        return isinstance(self.module, AdapterModule) and self.module.state is not None
+
 
 @dataclass(eq=False)
 class PrefillTask:
     """A prompt on its way into KV.
 
     Attributes:
-        done: tokens read. cached: of them, found in the prefix cache. layers: KV of all of them, once they are read.
+        adapter: of the owner, if it is one. done: tokens read. cached: of them, found in the prefix cache.
+        layers: KV of all of them, once they are read.
         scores: log-probabilities of the prompt's tokens from the second on, where they are wanted.
     """
 
     request: Request
     owner: LoadedModule
+    adapter: AdapterWeights | None = None
     done: int = 0
     cached: int = 0
     started: bool = False
@@ -68,24 +80,38 @@ class Prefilling:
 
     Args:
         decode: the decode module's causal LM, which scores prompts. known: prefix cache.
-        turn_tokens: most that a turn reads. pass_tokens: most that one forward pass reads.
+        adapters: those in memory. limits: prefill_tokens, most that a turn reads; pass_tokens, that a pass does.
 
     Attributes:
         read: tokens read in this turn.
     """
 
-    def __init__(self, decode: Any, known: PrefixCache, turn_tokens: int, pass_tokens: int):
-        self._decode = decode
-        self.known, self.turn_tokens, self.pass_tokens = known, turn_tokens, pass_tokens
+    def __init__(self, decode: Any, known: PrefixCache, adapters: AdapterPool, limits: EngineConfig):
+        self._decode, self._adapters = decode, adapters
+        self.known, self.turn_tokens, self.pass_tokens = known, limits.prefill_tokens, limits.pass_tokens
         self.tasks: deque[PrefillTask] = deque()
         self.read = 0
+
+    def begin(self, request: Request, owner: LoadedModule, wanted: Set[int]) -> Literal["", "loading", "full"]:
+        """Take a prompt in, or return why its adapter is not in memory (see `AdapterPool.want`).
+
+        wanted: numbers of the modules for which requests wait.
+        """
+        adapter = None
+        if isinstance(owner.module, AdapterModule) and owner.adapts:
+            pinned = {task.owner.number for task in self.tasks} | self._adapters.unused & wanted
+            adapter = self._adapters.want(owner.number, owner.module.load, pinned)
+        if isinstance(adapter, str):
+            return adapter
+        self.tasks.append(PrefillTask(request, owner, adapter))
+        return ""
 
     @torch.no_grad()
     def turn(self) -> Iterator[PrefillTask]:
         """Read on; yield each task as it is finished and taken out.
 
-        Short prompts of one module are read side by side; one that is longer than a turn takes its turns between those
-        of others, so that none of them waits for all of it.
+        Short prompts of one module, or of adapters that share weights, are read side by side; one that is longer than
+        a turn takes its turns between those of others, so that none of them waits for all of it.
         """
         self.read = 0
         while self.tasks and self.read < self.turn_tokens:
@@ -128,12 +154,12 @@ class Prefilling:
                 task.cache.update(keys[None], values[None], index)
 
     def _group(self, most: int) -> list[PrefillTask]:
-        """Return the head and those that can be read beside it: whole, not begun, of its module, within `most`."""
+        """Return the head and those that can be read beside it: whole, not begun, of its weights, within `most`."""
         head = self.tasks[0]
         group: list[PrefillTask] = []
         longest = 0
         for task in self.tasks:
-            if task.owner is not head.owner:
+            if task.owner.module.model is not head.owner.module.model:
                 continue
             self._start(task)
             padded = (len(group) + 1) * max(longest, task.left)
@@ -143,14 +169,15 @@ class Prefilling:
                 continue
             group.append(task)
             longest = max(longest, task.left)
-        return group
+        return sorted(group, key=lambda task: task.owner.number)  # rows of an adapter side by side
 
     def _read_together(self, group: Sequence[PrefillTask]) -> int:
         """Return the tokens computed."""
         prompts = [list(task.request.tokens[:-1]) for task in group]
-        written = prefilled_rows(group[0].owner.module.model, prompts, self.pass_tokens)
-        for task, layers in zip(group, written, strict=True):
-            task.layers, task.done = layers, task.request.prefix_tokens
+        with _adapters_of(group):
+            written = prefilled_rows(group[0].owner.module.model, prompts, self.pass_tokens)
+            for task, layers in zip(group, written, strict=True):
+                task.layers, task.done = layers, task.request.prefix_tokens
         return len(group) * max(map(len, prompts))
 
     def _read_on(self, task: PrefillTask, count: int) -> int:
@@ -159,7 +186,8 @@ class Prefilling:
             task.cache = task.cache or DynamicCache()
             piece = list(task.request.tokens[task.done : task.done + count])
             tokens = torch.tensor([piece], device=model.model.embed_tokens.weight.device)
-            extend_prefill(model, tokens, task.done, task.cache, [task.request.prefix_tokens])
+            with _adapters_of([task]):
+                extend_prefill(model, tokens, task.done, task.cache, [task.request.prefix_tokens])
             task.done += count
         return count
 
@@ -188,3 +216,9 @@ class Prefilling:
         """Prompts whose KV differs from the first token on: those that are long for a model with longrope."""
         boundary = rope_boundary(self._decode.config)
         return int(boundary is not None and task.request.prefix_tokens > boundary)
+
+
+def _adapters_of(tasks: Sequence[PrefillTask]) -> AbstractContextManager[None]:
+    """Within, a pass over the prompts of these tasks, which share weights, has their adapters."""
+    module = tasks[0].owner.module
+    return module.shared.rows([t.adapter for t in tasks]) if isinstance(module, AdapterModule) else nullcontext()

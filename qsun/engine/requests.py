@@ -72,6 +72,14 @@ def check_prompt(request: Request, config: Any, name: str) -> None:
             raise QsunError(f"{where} has token {bad}, outside the model's vocabulary of {config.vocab_size}")
 
 
+def most_new_tokens(config: Any, budget_tokens: int, prompt_tokens: int) -> int:
+    """Return how many new tokens a prompt of this length can have at most; 0 or less where it does not fit."""
+    boundary, limit = rope_boundary(config), min(config.max_position_embeddings, budget_tokens)
+    if boundary is not None and prompt_tokens - 1 <= boundary:
+        limit = min(limit, boundary)
+    return limit + 1 - prompt_tokens
+
+
 def _check_boundary(request: Request, boundary: int | None, name: str) -> None:
     """Raise QsunError for a request that would need both sets of rotary frequencies."""
     prompt, prefix = len(request.tokens), request.prefix_tokens

@@ -54,7 +54,7 @@ class SlotCache:
 
     def reserve(self, needs: Sequence[int]) -> None:
         """Make room at once for more rows, with this many columns each. The caller has asked `fits`."""
-        rows, columns = self.rows + len(needs), max([*needs, *self.needs])
+        rows, columns = self.rows + len(needs), max([*needs, *self.needs], default=0)
         have_rows, have_columns = self.capacity
         if rows <= have_rows and columns <= have_columns:
             return

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from qsun.adapters.pool import AdapterPool
 from qsun.engine.prefilling import LoadedModule, PrefillTask
+from qsun.engine.prefix_cache import PrefixCache
 from qsun.engine.requests import Request
 from qsun.engine.row import Row
 
@@ -26,6 +28,7 @@ class EngineState:
     Attributes:
         models: by name. kv_budget_tokens: most rows x columns.
         prefix_bytes, prefix_hits, prefix_lookups: of the prefix cache, the last two in prompt tokens.
+        adapters, adapter_bytes: LoRA adapters in memory; adapter_loads, adapter_evictions: so far.
         finished_per_second: requests, recently.
     """
 
@@ -34,6 +37,10 @@ class EngineState:
     prefix_bytes: int = 0
     prefix_hits: int = 0
     prefix_lookups: int = 0
+    adapters: int = 0
+    adapter_bytes: int = 0
+    adapter_loads: int = 0
+    adapter_evictions: int = 0
     finished_per_second: float = 0.0
 
     @property
@@ -55,6 +62,24 @@ def model_states(
         kv_tokens = sum(task.done for task in tasks) + sum(row.request.prefix_tokens + row.count for row in rows)
         states[owner.name] = ModelState(waiting(owner.name), len(tasks), len(rows), kv_tokens, owner.leaving)
     return states
+
+
+def engine_state(
+    models: dict[str, ModelState], budget_tokens: int, known: PrefixCache, adapters: AdapterPool, rate: float
+) -> EngineState:
+    """Put a snapshot together. rate: finished requests per second."""
+    return EngineState(
+        models=models,
+        kv_budget_tokens=budget_tokens,
+        prefix_bytes=known.bytes,
+        prefix_hits=known.hits,
+        prefix_lookups=known.lookups,
+        adapters=len(adapters),
+        adapter_bytes=adapters.size_bytes,
+        adapter_loads=adapters.loads,
+        adapter_evictions=adapters.evictions,
+        finished_per_second=rate,
+    )
 
 
 class EngineWatch:

@@ -151,27 +151,39 @@ def read_adapter(model: Any, directory: Path) -> Adapter:
 
 def stored_adapter(model: Any, directory: Path) -> Adapter:
     """Read an adapter of this model, which may be on the meta device. Raises QsunError if it is not plain LoRA."""
-    settings = _read_settings(directory)
+    settings, layers = check_adapter(model, directory)
     file = adapter_file(directory)
     tensors = file.load(file.names())
+    return Adapter(settings, {layer: (tensors[a], tensors[b]) for layer, (a, b) in layers.items()})
+
+
+def check_adapter(model: Any, directory: Path) -> tuple[AdapterSettings, dict[str, tuple[str, str]]]:
+    """Check an adapter of this model, which may be on the meta device, without reading its weights.
+
+    Returns:
+        Its settings, and the names of its two tensors by the name of their layer.
+    Raises:
+        QsunError: it is not plain LoRA, or does not fit the model.
+    """
+    settings, file = _read_settings(directory), adapter_file(directory)
     path = directory / ADAPTER_WEIGHTS
-    known, weights = set(target_names(model.config)), {}
-    for layer in dict.fromkeys(name.rpartition(".lora_")[0].removeprefix(_PREFIX) for name in tensors):
-        names = [f"{_PREFIX}{layer}.{part}.weight" for part in _PARTS]
-        if layer not in known or not all(name in tensors for name in names):
-            odd = next(name for name in tensors if layer in name and (layer or ".lora_" not in name))
+    known, left, layers = set(target_names(model.config)), dict.fromkeys(file.names()), {}
+    for layer in dict.fromkeys(name.rpartition(".lora_")[0].removeprefix(_PREFIX) for name in left):
+        a, b = names = [f"{_PREFIX}{layer}.{part}.weight" for part in _PARTS]
+        if layer not in known or not all(name in left for name in names):
+            odd = next(name for name in left if layer in name and (layer or ".lora_" not in name))
             raise QsunError(
                 f"{path} has {odd}, which is not lora_A or lora_B of a linear layer of its base's blocks; "
                 "merge the adapter into its base first"
             )
-        linear = linear_of(model, layer)
-        a, b = (tensors.pop(name) for name in names)
-        if a.shape != (settings.rank, linear.in_features) or b.shape != (linear.out_features, settings.rank):
-            raise QsunError(f"{path}: {layer} is {list(a.shape)} and {list(b.shape)}, not of rank {settings.rank}")
-        weights[layer] = a, b
-    if tensors:
-        raise QsunError(f"{path} has {next(iter(tensors))}, which is not plain LoRA")
-    return Adapter(settings, weights)
+        linear, shapes = linear_of(model, layer), [list(file.shape(name)) for name in names]
+        if shapes != [[settings.rank, linear.in_features], [linear.out_features, settings.rank]]:
+            raise QsunError(f"{path}: {layer} is {shapes[0]} and {shapes[1]}, not of rank {settings.rank}")
+        layers[layer] = a, b
+        del left[a], left[b]
+    if left:
+        raise QsunError(f"{path} has {next(iter(left))}, which is not plain LoRA")
+    return settings, layers
 
 
 def adapter_file(directory: Path) -> Checkpoint:

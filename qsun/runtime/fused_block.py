@@ -34,11 +34,16 @@ class FusedBlock(nn.Module):
         self.scale, self.rotates = attention.scaling, bool(getattr(attention, "use_rope", True))
         self.width = attention.head_dim
 
+    @property
+    def block(self) -> Any:
+        """The block itself."""
+        return self._block[0]
+
     def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> Tensor:
         cache = options.get("cache", options.get("past_key_values"))
         rotation: Any = options.get("position_embeddings")
         if args or not self._takes(hidden_states, cache, rotation):
-            return self._block[0](hidden_states, *args, **options)
+            return self.block(hidden_states, *args, **options)
         with torch.cuda.device_of(hidden_states):  # Triton launches on the current device
             return self._step(hidden_states.flatten(0, 1), cache, rotation).view(hidden_states.shape)
 

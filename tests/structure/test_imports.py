@@ -22,6 +22,7 @@ PACKAGES = [
     "qsun.quantization.methods",
     "qsun.quantization",
     "qsun.tuning",
+    "qsun.adapters",
     "qsun.engine",
     "qsun.serve.http",
     "qsun.serve.api.tools",

@@ -1,0 +1,92 @@
+"""Which adapters are in memory: loaded when a request needs them, at most so many, the least recently used goes first.
+
+An adapter is needed while prompts of its model are read, and no longer: a decode step has nothing of it.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Set
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Literal
+
+from qsun.adapters.shared_prefill import AdapterWeights
+from qsun.errors import QsunError
+
+
+class AdapterPool:
+    """Adapters by the number of their load. Loading takes place in a thread, so that decode steps go on.
+
+    Args:
+        most: adapters in memory, those that are being loaded among them.
+
+    Attributes:
+        loads, evictions: how many so far.
+        unused: loaded for a request that has not taken them yet.
+    """
+
+    def __init__(self, most: int):
+        self.most = most
+        self.loads = self.evictions = 0
+        self.unused: set[int] = set()
+        self._here: OrderedDict[int, AdapterWeights] = OrderedDict()
+        self._loading: dict[int, Future[AdapterWeights]] = {}
+        self._loader = ThreadPoolExecutor(1, "qsun-adapters")
+
+    def __len__(self) -> int:
+        return len(self._here)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the adapters in memory."""
+        return sum(adapter.size_bytes for adapter in list(self._here.values()))
+
+    def want(
+        self, number: int, load: Callable[[], AdapterWeights], pinned: Set[int]
+    ) -> AdapterWeights | Literal["loading", "full"]:
+        """Return an adapter, or why it is not here: it is being loaded, or all that are here are pinned."""
+        adapter = self._here.get(number)
+        if adapter is not None:
+            self._here.move_to_end(number)
+            self.unused.discard(number)
+            return adapter
+        if number not in self._loading:
+            if not self._make_room(pinned):
+                return "full"
+            self._loading[number] = self._loader.submit(load)
+        return "loading"
+
+    def _make_room(self, pinned: Set[int]) -> bool:
+        while len(self._here) + len(self._loading) >= self.most:
+            oldest = next((number for number in self._here if number not in pinned), None)
+            if oldest is None:
+                return False
+            self.drop(oldest)
+            self.evictions += 1
+        return True
+
+    def collect(self) -> dict[int, str]:
+        """Take in what has been loaded. Returns why others could not be."""
+        failed = {}
+        for number, future in list(self._loading.items()):
+            if not future.done():
+                continue
+            del self._loading[number]
+            error = future.exception()
+            if error is None:
+                self._here[number] = future.result()
+                self.unused.add(number)
+                self.loads += 1
+            elif isinstance(error, (QsunError, OSError, RuntimeError)):  # torch's lack of memory is the last
+                failed[number] = " ".join(str(error).split())
+            else:
+                raise error
+        return failed
+
+    def wait(self, seconds: float) -> None:
+        """Return once an adapter has been loaded, or after this time; at once if none is being loaded."""
+        wait(list(self._loading.values()), seconds, FIRST_COMPLETED)
+
+    def drop(self, number: int) -> None:
+        """Let go of an adapter, wherever it is."""
+        self._here.pop(number, None)
+        self._loading.pop(number, None)
+        self.unused.discard(number)

@@ -1,0 +1,159 @@
+"""One set of prefill weights for many LoRA adapters, each of which acts on the rows of its own prompts.
+
+    y = W x + scale * B A x, with B and A of the row's adapter
+
+W is computed for all rows at once, whichever adapters they have; the low-rank products go adapter by adapter, over rows
+that lie side by side. A decode module that shares its weights is not changed: its layers are held by a second tree of
+modules, so that nothing of an adapter is in a decode step.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsun.model.architectures import Architecture, architecture_of, block_prefix
+from qsun.model.lora import Adapter
+from qsun.model.skeleton import empty_model
+from qsun.runtime.fused_block import FusedBlock
+from qsun.runtime.fused_projections import GatedMLP, MergedPart
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterWeights:
+    """An adapter in memory: lora_A (rank, in) and scale * lora_B (out, rank) by the name of their layer."""
+
+    layers: dict[str, tuple[Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, adapter: Adapter, dtype: torch.dtype, device: torch.device) -> "AdapterWeights":
+        """Return an adapter in the dtype that its model computes in; the scale enters before B is rounded."""
+        scale = adapter.settings.scale
+        return cls(
+            {
+                layer: (a.to(device, dtype), (b.to(device, torch.float32) * scale).to(dtype))
+                for layer, (a, b) in adapter.weights.items()
+            }
+        )
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for pair in self.layers.values() for tensor in pair)
+
+
+class RowAdapters:
+    """The adapters of the pass that is being computed.
+
+    Attributes:
+        runs: rows side by side that have the same adapter; rows without one are in none.
+    """
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[slice, AdapterWeights]] = []
+
+    def add(self, y: Tensor, x: Tensor, layer: str) -> None:
+        """Add the low-rank products of x (B, T, in) to a layer's output y (B, T, out), in place."""
+        for rows, adapter in self.runs:
+            pair = adapter.layers.get(layer)
+            if pair is not None:
+                low = x[rows].flatten(0, 1) @ pair[0].t()
+                y[rows].view(-1, y.shape[-1]).addmm_(low, pair[1].t())
+
+
+class AdaptedLinear(nn.Module):
+    """A linear layer, plus what the adapter of each row adds to it."""
+
+    def __init__(self, layer: nn.Module, name: str, adapters: RowAdapters):
+        super().__init__()
+        self.layer, self.name, self.adapters = layer, name, adapters
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        self.adapters.add(y, x, self.name)
+        return y
+
+
+class AdaptedGatedMLP(nn.Module):
+    """A GatedMLP whose gate and up projections, in one product, have adapters of their own."""
+
+    def __init__(self, mlp: GatedMLP, names: Sequence[str], adapters: RowAdapters):
+        super().__init__()
+        self.gate_up, self.down_proj = mlp.gate_up, mlp.down_proj
+        self.names, self.adapters = names, adapters
+
+    def forward(self, x: Tensor) -> Any:
+        gate, up = halves = self.gate_up(x).chunk(2, -1)
+        for half, name in zip(halves, self.names, strict=True):
+            self.adapters.add(half, x, name)
+        return self.down_proj(nn.functional.silu(gate) * up)
+
+
+class SharedPrefill:
+    """Prefill weights that many adapters share.
+
+    Args:
+        model: transformers' causal LM, whose weights are shared and which is left as it is.
+
+    Attributes:
+        model: the same with a place for adapters at each linear layer of its blocks.
+        skeleton: the model on the meta device, with plain linear layers.
+    """
+
+    def __init__(self, model: Any):
+        self._adapters = RowAdapters()
+        self.model: Any = _same_weights(model)
+        self.skeleton: Any = empty_model(model.config)
+        architecture = architecture_of(model.config.model_type)
+        for index, block in enumerate(self.model.model.layers):
+            _adapt_block(block, block_prefix(index), architecture, self._adapters)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.model.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.model.embed_tokens.weight.device
+
+    @contextmanager
+    def rows(self, adapters: Sequence[AdapterWeights | None]) -> Iterator[None]:
+        """Within, passes of the model have so many rows, each with its adapter or none. Equal ones lie side by side."""
+        runs, start = [], 0
+        for adapter, group in groupby(adapters):
+            end = start + len(list(group))
+            if adapter is not None:
+                runs.append((slice(start, end), adapter))
+            start = end
+        self._adapters.runs = runs
+        try:
+            yield
+        finally:
+            self._adapters.runs = []
+
+
+def _same_weights(model: Any) -> Any:
+    """Return a second tree of modules over the same leaves, which hold all weights."""
+    memo: dict[int, Any] = {id(model.config): model.config}
+    for module in model.modules():
+        if isinstance(module, MergedPart) or not any(True for _ in module.children()):
+            memo[id(module)] = module
+    twin = copy.deepcopy(model, memo)
+    for index, block in enumerate(twin.model.layers):
+        if isinstance(block, FusedBlock):  # for decode steps only
+            twin.model.layers[index] = block.block
+    return twin
+
+
+def _adapt_block(block: nn.Module, prefix: str, architecture: Architecture, adapters: RowAdapters) -> None:
+    mlp = block.get_submodule(architecture.mlp)
+    gated = architecture.stages[2].layers if isinstance(mlp, GatedMLP) else ()
+    if isinstance(mlp, GatedMLP):
+        block.set_submodule(architecture.mlp, AdaptedGatedMLP(mlp, [prefix + name for name in gated], adapters))
+    for name in architecture.linear_names():
+        if name not in gated:
+            block.set_submodule(name, AdaptedLinear(block.get_submodule(name), prefix + name, adapters))
