@@ -21,17 +21,25 @@ Examples:
 
   qsun serve --decode out/int4 --prefill math=out/math --prefill code=out/code --port 8000
 
+  qsun serve --decode out/int4 --adapters out/adapters --max-adapters 64
+
   curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"model": "math", "prompt": "calc 12+8>"}'
 
-Each prefill module is a model of the API; without --prefill the base itself is, as "base". SIGTERM and Ctrl-C let
-running requests finish, a second one ends them. /metrics is for Prometheus, /health and /ready for probes. Without
+Each prefill module is a model of the API. --adapters serves every LoRA adapter in a folder under the name of its own
+folder: all share one set of prefill weights, and one costs its own megabytes, while prompts for it are read. Without
+--prefill, and beside --adapters, the base itself is a model, "base". SIGTERM and Ctrl-C let running requests finish, a
+second one ends them. /metrics is for Prometheus, /health and /ready for probes. Without
 --api-keys it listens on this machine only.
 """
 
 
 def serve(
     decode: str = typer.Option(..., help="Decode module, quantized or not: directory, hub id, or 'demo'."),
-    prefill: list[str] = typer.Option([], help="NAME=DIR of a prefill module; may be repeated."),
+    prefill: list[str] = typer.Option(
+        [], help="NAME=DIR of a prefill module; may be repeated. An adapter is merged into weights of its own."
+    ),
+    adapters: Path | None = typer.Option(None, help="Folder of LoRA adapters, each in a folder that is its name."),
+    max_adapters: int = typer.Option(32, min=1, help="Adapters in memory; the least recently used goes first."),
     host: str = typer.Option("127.0.0.1", help="Address to listen on."),
     port: int = typer.Option(8000, min=0, max=65535, help="Port; 0 takes a free one."),
     api_keys: Path | None = typer.Option(None, help="File with an API key on each line; # begins a comment."),
@@ -64,6 +72,7 @@ def serve(
 
     check_device(device)
     named = _named(prefill)
+    folders = _adapters(adapters, named)
     from qsun.engine.config import EngineConfig
     from qsun.serve.api.completions import ServeLimits
     from qsun.serve.http.cors import with_cors
@@ -84,12 +93,13 @@ def serve(
         prefix_bytes=prefix_bytes,
         prefill_tokens=prefill_tokens,
         max_waiting=max_waiting,
+        max_adapters=max_adapters,
         partitioned=partitioned,
     )
     screen.show_warnings()
     logging.getLogger("uvicorn").addHandler(logging.StreamHandler(sys.stderr))
     with listen(host, port) as bound:  # before weights are loaded: a taken port is known at once
-        serving, app = _load(decode, named, config, limits, (dtype, device, threads), admin)
+        serving, app = _load(decode, (named, folders), config, limits, (dtype, device, threads), admin)
         guarded = Guard(app, guard)
         draining = Draining(serving.drain, lambda: guarded.running, lambda: drain, lambda: serving.thread.stop(0))
         try:
@@ -103,16 +113,20 @@ serve.__doc__ = _EXAMPLES
 
 
 def _load(
-    decode: str, named: dict[str, str], config: Any, limits: Any, where: tuple[str | None, str | None, int], admin: bool
+    decode: str,
+    named: tuple[dict[str, str], dict[str, Path]],
+    config: Any,
+    limits: Any,
+    where: tuple[str | None, str | None, int],
+    admin: bool,
 ) -> tuple[Any, Any]:
-    """Load all modules. Returns the server's state and its application."""
+    """Load all modules; named: full ones and adapters. Returns the server's state and its application."""
     dtype, device, threads = where
     import torch
 
+    from qsun.adapters.adapter_module import AdapterLibrary
     from qsun.engine.engine import Engine
-    from qsun.model.pairing import find_base
     from qsun.runtime.decode_module import load_decode
-    from qsun.runtime.prefill_module import load_prefill
     from qsun.serve.api.app import Serving, build_app
     from qsun.serve.api.metrics import Metrics
 
@@ -121,21 +135,34 @@ def _load(
     if threads:
         torch.set_num_threads(threads)
     with screen.progress(quiet=False) as progress:
-        names = named or {"base": find_base(decode)[1]}
-        progress(f"decode module {decode}", 0, len(names) + 1)
+        progress(f"decode module {decode}", 0, 1)
         module = load_decode(decode, device, dtype)
-        decoder: Any = module.model
-        prefills = {}
-        for number, (name, directory) in enumerate(names.items(), 1):
-            progress(f"prefill module {name}", number, len(names) + 1)
-            prefills[name] = load_prefill(directory, module, decoder.model.embed_tokens.weight.dtype)
-        metrics = Metrics()
+        library, metrics = AdapterLibrary(module), Metrics()
+        modules = _modules(module, library, *named, progress)
         engine = Engine(module, config, metrics)  # after the modules: KV is a share of what they leave free
-        for name, prefill in prefills.items():
+        for name, prefill in modules.items():
             engine.add_module(name, prefill)
-        progress("loaded", len(names) + 1, len(names) + 1)
-    serving = Serving(engine, metrics, limits)
+    serving = Serving(engine, metrics, limits, library)
     return serving, build_app(serving, admin)
+
+
+def _modules(decode: Any, library: Any, full: dict[str, str], adapters: dict[str, Path], progress: Any) -> Any:
+    """Load full modules and check adapters. Returns them by name, and the base where it is served too."""
+    from qsun.model.pairing import find_base
+    from qsun.runtime.prefill_module import load_prefill
+
+    names: dict[str, Any] = {**full, **adapters} or {"base": find_base(decode.directory)[1]}
+    modules = {}
+    for number, (name, directory) in enumerate(names.items(), 1):
+        progress(f"prefill module {name}", number, len(names) + 1)
+        if name in adapters:
+            modules[name] = library.open(directory)
+        else:
+            modules[name] = load_prefill(directory, decode, decode.model.model.embed_tokens.weight.dtype)
+    if adapters:
+        modules.setdefault("base", library.plain())
+    progress("loaded", len(names) + 1, len(names) + 1)
+    return modules
 
 
 def _announce(url: str, serving: Any, as_json: bool) -> None:
@@ -158,6 +185,22 @@ def _named(pairs: list[str]) -> dict[str, str]:
             raise QsunError(f"--prefill names {name!r} twice; give each model a name of its own")
         named[name] = directory
     return named
+
+
+def _adapters(folder: Path | None, named: dict[str, str]) -> dict[str, Path]:
+    """Return the adapters in a folder by name."""
+    if folder is None:
+        return {}
+    from qsun.adapters.adapter_module import adapter_directories
+    from qsun.serve.api.admin import MODEL_NAME
+
+    found = adapter_directories(folder)
+    for name, path in found.items():
+        if not re.fullmatch(MODEL_NAME, name):
+            raise QsunError(f"{path} cannot be the name of a model; use letters, digits and . _ : - in it")
+        if name in named:
+            raise QsunError(f"--prefill names {name!r}, and {path} is an adapter of that name; rename one")
+    return found
 
 
 def byte_count(name: str, text: str) -> int:

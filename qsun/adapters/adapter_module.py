@@ -10,7 +10,7 @@ from qsun.adapters.shared_prefill import AdapterWeights, SharedPrefill
 from qsun.errors import QsunError
 from qsun.model.checkpoint import files_fingerprint, read_json
 from qsun.model.locate import find_model
-from qsun.model.lora import ADAPTER_CONFIG, adapter_base, check_adapter, stored_adapter
+from qsun.model.lora import ADAPTER_CONFIG, adapter_base, adapter_file, check_adapter, stored_adapter
 from qsun.model.pairing import ADAPTER_WEIGHTS, base_fingerprint, check_pair, find_base, read_manifest, uncovered
 from qsun.runtime.decode_module import DecodeModule, load_decode
 from qsun.runtime.prefill_module import PrefillModule
@@ -67,6 +67,7 @@ class AdapterLibrary:
         path = find_model(str(directory))
         if not (path / ADAPTER_CONFIG).exists():
             raise QsunError(f"{path} has no {ADAPTER_CONFIG}; it is not a LoRA adapter")
+        adapter_file(path)
         check_pair(path, self.decode.directory)
         made = read_manifest(path)
         warning = uncovered(path, self.decode.directory)

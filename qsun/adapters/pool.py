@@ -3,6 +3,7 @@
 An adapter is needed while prompts of its model are read, and no longer: a decode step has nothing of it.
 """
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -10,6 +11,9 @@ from typing import Literal
 
 from qsun.adapters.shared_prefill import AdapterWeights
 from qsun.errors import QsunError
+
+log = logging.getLogger(__name__)
+NOT_LOADED = "the model's adapter could not be loaded; the server's log says why"
 
 
 class AdapterPool:
@@ -63,9 +67,9 @@ class AdapterPool:
             self.evictions += 1
         return True
 
-    def collect(self) -> dict[int, str]:
-        """Take in what has been loaded. Returns why others could not be."""
-        failed = {}
+    def collect(self) -> set[int]:
+        """Take in what has been loaded. Returns those that could not be; the log says why."""
+        failed = set()
         for number, future in list(self._loading.items()):
             if not future.done():
                 continue
@@ -76,7 +80,8 @@ class AdapterPool:
                 self.unused.add(number)
                 self.loads += 1
             elif isinstance(error, (QsunError, OSError, RuntimeError)):  # torch's lack of memory is the last
-                failed[number] = " ".join(str(error).split())
+                failed.add(number)
+                log.error("%s", " ".join(str(error).split()))
             else:
                 raise error
         return failed

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qsun.adapters.pool import AdapterPool
+from qsun.adapters.pool import NOT_LOADED, AdapterPool
 from qsun.engine.config import EngineConfig
 from qsun.engine.decode_batch import DecodeBatch
 from qsun.engine.decode_step import on_device
@@ -216,13 +216,13 @@ class Engine:
         return [Update(r.id, finish="timeout", error=f"not done within {r.seconds:g} seconds") for r in late]
 
     def _without_adapter(self) -> list[Update]:
-        """End the requests whose adapter could not be loaded."""
+        """End the requests whose adapter could not be loaded; why is in the log, as it may name paths."""
         failed = self._adapters.collect()
         waiting = [(request.id, self.modules[request.model].number) for request in self._queue] if failed else []
-        lost = {request: failed[number] for request, number in waiting if number in failed}
+        lost = [request for request, number in waiting if number in failed]
         for request in lost:
             self._drop(request, "error")
-        return [Update(request, finish="error", error=error) for request, error in lost.items()]
+        return [Update(request, finish="error", error=NOT_LOADED) for request in lost]
 
     def _admit(self) -> None:
         room = self.config.max_batch - len(self._in_progress())

@@ -265,7 +265,9 @@ def test_a_model_that_is_removed_while_its_adapter_is_in_use(make_engine, adapte
     assert tokens_of(updates) == alone(request, module, engine.decode)
 
 
-def test_an_adapter_that_cannot_be_read_fails_its_own_requests_only(make_engine, adapters, base_directory, tmp_path):
+def test_an_adapter_that_cannot_be_read_fails_its_own_requests_only(
+    make_engine, adapters, base_directory, tmp_path, caplog
+):
     engine = make_engine(base_directory, count=2)
     library = AdapterLibrary(engine.decode)
     for name in ("changed", "gone", "nan"):
@@ -283,17 +285,18 @@ def test_an_adapter_that_cannot_be_read_fails_its_own_requests_only(make_engine,
     for name in ("changed", "gone", "nan", "task0", "base"):
         engine.submit(*(Request(f"{name}{i}", name, (5, 6, 7), Sampling(3, ignore_eos=True)) for i in range(2)))
     updates = run_until_idle(engine)
-    told = {name: [update.error for update in updates[name]] for name in updates}
     for name, says in {
         "changed": "has changed since it was added; remove it and add it again",
         "gone": "cannot be read: No such file",
         "nan": "model.layers.1.",
     }.items():
+        (message,) = (message for message in caplog.messages if f"/{name}" in message)
+        assert says in message
+        assert "\n" not in message
         for i in range(2):
-            (error,) = told[f"{name}{i}"]
-            assert says in error
-            assert "\n" not in error
-            assert updates[f"{name}{i}"][-1].finish == "error"
+            (update,) = updates[f"{name}{i}"]
+            assert update.finish == "error"
+            assert update.error == "the model's adapter could not be loaded; the server's log says why"
     assert all(len(tokens_of(updates[name])) == 3 for name in ("task00", "task01", "base0", "base1"))
     assert engine.state.models["nan"].waiting == 0
     shutil.copytree(adapters()["task0"], tmp_path / "gone")  # as it was: the failure is not remembered

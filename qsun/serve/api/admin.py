@@ -8,12 +8,14 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from qsun.adapters.adapter_module import AdapterLibrary
 from qsun.engine.engine import Engine
 from qsun.engine.requests import Refused
 from qsun.engine.thread import EngineThread
 from qsun.errors import QsunError
 from qsun.model.locate import DEMO
-from qsun.runtime.prefill_module import load_prefill
+from qsun.model.lora import ADAPTER_CONFIG
+from qsun.runtime.prefill_module import PrefillModule, load_prefill
 from qsun.serve.http.errors import HttpError
 
 MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}"
@@ -21,14 +23,23 @@ _LEAVE_SECONDS = 60.0
 
 
 class ModuleBody(BaseModel):
-    """POST /admin/models: a directory on the server, and the name under which it is to be served."""
+    """POST /admin/models: a directory on the server, and the name under which it is to be served.
+
+    A LoRA adapter shares its prefill weights with other adapters; `merge` gives it weights of its own.
+    """
 
     model_config = ConfigDict(extra="forbid")
     name: Annotated[str, Field(pattern=f"^{MODEL_NAME}$")]
     directory: Annotated[str, Field(min_length=1, max_length=4096)]
+    merge: bool = False
 
 
-def add_admin_routes(app: FastAPI, engine: Engine, thread: EngineThread) -> None:
+def add_admin_routes(app: FastAPI, engine: Engine, thread: EngineThread, library: AdapterLibrary) -> None:
+    def opened(body: ModuleBody) -> PrefillModule:
+        if not body.merge and (Path(body.directory) / ADAPTER_CONFIG).is_file():
+            return library.open(body.directory)
+        return load_prefill(body.directory, engine.decode, engine.dtype)
+
     loading = asyncio.Lock()  # one at a time: weights are large
 
     @app.post("/admin/models", status_code=201, responses={400: {"description": "It cannot be served; why."}})
@@ -40,7 +51,7 @@ def add_admin_routes(app: FastAPI, engine: Engine, thread: EngineThread) -> None
             raise HttpError(400, f"model {body.name!r} is served already; remove it first", "name")
         async with loading:
             try:
-                module = await asyncio.to_thread(load_prefill, body.directory, engine.decode, engine.dtype)
+                module = await asyncio.to_thread(opened, body)
                 await thread.call(engine.add_module, body.name, module)
             except Refused as refused:
                 raise HttpError(503, str(refused)) from None

@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
 from qsun._version import __version__
+from qsun.adapters.adapter_module import AdapterLibrary
 from qsun.engine.engine import Engine
 from qsun.engine.thread import SHUTTING_DOWN, EngineThread
 from qsun.serve.api.admin import add_admin_routes
@@ -24,11 +25,15 @@ from qsun.serve.http.errors import HttpError
 class Serving:
     """An engine, its thread and its metrics; the state behind the routes.
 
+    Args:
+        library: opens the adapters that are added while it runs, and has opened those that the engine serves already.
+
     Attributes:
         draining: takes no new requests, as the process is to end.
     """
 
-    def __init__(self, engine: Engine, metrics: Metrics, limits: ServeLimits):
+    def __init__(self, engine: Engine, metrics: Metrics, limits: ServeLimits, library: AdapterLibrary | None = None):
+        self.library = library or AdapterLibrary(engine.decode)
         self.engine, self.metrics, self.limits = engine, metrics, limits
         self.thread = EngineThread(engine)
         self.completions = Completions(engine, self.thread, limits)
@@ -73,7 +78,7 @@ def build_app(serving: Serving, admin: bool = False) -> FastAPI:
     add_generation_routes(app, serving.completions, serving.check_open)
     add_token_routes(app, serving.completions.prompts)
     if admin:
-        add_admin_routes(app, serving.engine, serving.thread)
+        add_admin_routes(app, serving.engine, serving.thread, serving.library)
     return app
 
 

@@ -109,3 +109,9 @@ class _StateCollector(Collector):
         yield CounterMetricFamily(
             "qsun_prefix_cache_lookup_tokens", "Prompt tokens looked up.", value=state.prefix_lookups
         )
+        yield GaugeMetricFamily("qsun_adapters", "LoRA adapters in memory.", value=state.adapters)
+        yield GaugeMetricFamily("qsun_adapter_bytes", "Bytes of the adapters in memory.", value=state.adapter_bytes)
+        yield CounterMetricFamily("qsun_adapter_loads", "Adapters read from disk.", value=state.adapter_loads)
+        yield CounterMetricFamily(
+            "qsun_adapter_evictions", "Adapters dropped for others.", value=state.adapter_evictions
+        )
