@@ -15,8 +15,13 @@ from qsun.runtime.quant_linear import QuantLinear
 KINDS = (["q_proj", "v_proj"], ["k_proj", "o_proj", "down_proj"], ["gate_proj", "up_proj"], [])  # []: all
 
 
-def write_adapter(directory: Path, base: Path, seed: int, rank: int = 4, targets: Any = (), **manifest: Any) -> Path:
-    """Write an adapter of a base that changes answers. targets: ends of layer names; none for all of them."""
+def write_adapter(
+    directory: Path, base: Path, seed: int, rank: int = 4, targets: Any = (), decode: Path | None = None
+) -> Path:
+    """Write an adapter that changes answers, of a base or of a decode module's own weights.
+
+    targets: ends of layer names; none for all of them.
+    """
     model = qsun.load_decode(base, "cpu", "float32").model
     random = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -28,7 +33,7 @@ def write_adapter(directory: Path, base: Path, seed: int, rank: int = 4, targets
     directory.mkdir(parents=True)
     save_file(tensors, directory / "adapter_model.safetensors")
     config = {
-        "peft_type": "LORA", "base_model_name_or_path": str(base), "r": rank, "lora_alpha": 2 * rank + 1,
+        "peft_type": "LORA", "base_model_name_or_path": str(decode or base), "r": rank, "lora_alpha": 2 * rank + 1,
         "use_rslora": bool(seed % 2), "bias": "none", "target_modules": sorted({n.split(".")[-3] for n in tensors}),
     }  # fmt: skip
     (directory / "adapter_config.json").write_text(json.dumps(config))
@@ -39,7 +44,9 @@ def write_adapter(directory: Path, base: Path, seed: int, rank: int = 4, targets
         "base_fingerprint": Checkpoint(base).fingerprint(),
         "fingerprint": Checkpoint(directory / "adapter_model.safetensors").fingerprint(),
     }
-    (directory / "qsun.json").write_text(json.dumps(made | manifest))
+    if decode is not None:
+        made |= {"prefill_weights": "decode", "prefill_weights_fingerprint": Checkpoint(decode).fingerprint()}
+    (directory / "qsun.json").write_text(json.dumps(made))
     return directory
 
 

@@ -13,7 +13,7 @@ from qsun.model.locate import find_model
 from qsun.model.lora import ADAPTER_CONFIG, adapter_base, adapter_file, check_adapter, stored_adapter
 from qsun.model.pairing import ADAPTER_WEIGHTS, base_fingerprint, check_pair, find_base, read_manifest, uncovered
 from qsun.runtime.decode_module import DecodeModule, load_decode
-from qsun.runtime.prefill_module import PrefillModule
+from qsun.runtime.prefill_module import PLAIN_ADAPTER, PrefillModule
 
 log = logging.getLogger(__name__)
 PREFILL_WEIGHTS = "prefill_weights"  # key of an adapter's qsun.json: what it was tuned on
@@ -74,7 +74,7 @@ class AdapterLibrary:
         if warning:
             log.warning("%s", warning)
         if not made:
-            log.warning("%s was not tuned for a frozen decoder: it acts on prompts only, not on answers", path)
+            log.warning("%s", PLAIN_ADAPTER.format(path))
         shared = self._weights_of(path, made)
         state = _state(path)
         check_adapter(shared.skeleton, path)

@@ -16,7 +16,7 @@ from qsun.model.pairing import check_pair, on_decode_weights, read_manifest, unc
 from qsun.runtime.decode_module import DecodeModule, dequantize_layers, load_decode
 
 log = logging.getLogger(__name__)
-_PLAIN_ADAPTER = (
+PLAIN_ADAPTER = (
     "adapter {0} has no qsun.json, so it was not tuned against a frozen decode module: it acts on prompt tokens only, "
     "and the decode module writes the answer without it; what it taught about answers is lost unless you tune it with "
     "qsun tune --init {0}"
@@ -70,7 +70,7 @@ def load_prefill(
     if (path / ADAPTER_CONFIG).exists():
         manifest = read_manifest(path)
         if not manifest:
-            log.warning("%s", _PLAIN_ADAPTER.format(path))
+            log.warning("%s", PLAIN_ADAPTER.format(path))
         weights = decode.directory if decode is not None and on_decode_weights(path) else adapter_base(path)
         return PrefillModule(_with_adapter(weights, path, device, dtype), path, manifest)
     if (path / "config.json").exists() and read_json(path / "config.json").get("quantization_config"):

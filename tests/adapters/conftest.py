@@ -14,17 +14,16 @@ def quantized(base_directory, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def adapters(base_directory, tmp_path_factory):
+def adapters(base_directory, quantized, tmp_path_factory):
     """Factory: adapters(tuned_on) -> {name: directory}."""
     made = {}
 
     def make(tuned_on="base"):
         if tuned_on not in made:
             folder = tmp_path_factory.mktemp("adapters")
+            own = quantized if tuned_on == "decode" else None
             made[tuned_on] = {
-                f"task{i}": write_adapter(
-                    folder / f"task{i}", base_directory, i, 1 + i % 5, KINDS[i % 4], prefill_weights=tuned_on
-                )
+                f"task{i}": write_adapter(folder / f"task{i}", base_directory, i, 1 + i % 5, KINDS[i % 4], own)
                 for i in range(16)
             }
         return made[tuned_on]

@@ -61,8 +61,7 @@ def test_on_the_weights_of_a_quantized_decode_module(merge, quantized, base_dire
     apart = qsun.load_decode(quantized, "cpu", "float32")
     kinds = {isinstance(module, (GatedMLP, MergedPart)) for module in decode.model.modules()}
     assert (True in kinds) is merge
-    own = {"prefill_weights": "decode"}
-    paths = [write_adapter(tmp_path / str(i), base_directory, i, 3, kind, **own) for i, kind in enumerate(KINDS)]
+    paths = [write_adapter(tmp_path / str(i), base_directory, i, 3, kind, quantized) for i, kind in enumerate(KINDS)]
     check_rows(AdapterLibrary(decode), apart.model, paths)
 
 
