@@ -26,6 +26,11 @@ class Quantized(NamedTuple):
         g_idx = None if self.g_idx is None else self.g_idx.to(device)
         return Quantized(self.q.to(device), self.scales.to(device), self.zeros.to(device), g_idx)
 
+    def split(self, rows: list[int]) -> "list[Quantized]":
+        """Return matrices of so many rows each, copies; the inverse of stacking them."""
+        parts = zip(self.q.split(rows), self.scales.split(rows, 1), self.zeros.split(rows, 1), strict=True)
+        return [Quantized(q.clone(), s.contiguous(), z.contiguous(), self.g_idx) for q, s, z in parts]
+
 
 def digest(weights: Quantized) -> str:
     """Return a SHA-256 of what a layer computes with, the same in every format."""

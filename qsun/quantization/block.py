@@ -17,7 +17,7 @@ from qsun.quantization.job import Job
 from qsun.quantization.methods.awq import awq, channel_scales
 from qsun.quantization.methods.gptq import GptqOptions, gptq
 from qsun.quantization.methods.grid import Grid
-from qsun.quantization.methods.moments import Moments
+from qsun.quantization.methods.moments import Moments, ordered_sum
 from qsun.quantization.methods.refined import refined
 from qsun.quantization.methods.rtn import rtn
 
@@ -59,10 +59,10 @@ def quantize_block(
         if not wanted:
             continue
         moments = None if ours is None else collect(ours, full, number)
-        for name in wanted:
-            linear = linear_of(block, name)
-            spec = job.specs[prefix + name]
-            result = quantize_layer(linear.weight.data, moments, spec, job.config, job.scale_dtype, prefix + name)
+        spec, linears = job.specs[prefix + wanted[0]], [linear_of(block, name) for name in wanted]
+        weights = [linear.weight.data for linear in linears]
+        found = quantize_layers(weights, moments, spec, job.config, job.scale_dtype, prefix + wanted[0])
+        for name, linear, result in zip(wanted, linears, found, strict=True):
             linear.weight.data = result.weights.dequantize().to(linear.weight.dtype)
             results[prefix + name] = result
             step(prefix + name)
@@ -85,37 +85,61 @@ def collect(ours: Activations, full: Activations | None, number: int) -> Moments
     return moments
 
 
-def quantize_layer(
-    weight: Tensor, moments: Moments | None, spec: LayerSpec, config: QuantConfig, scale_dtype: torch.dtype, name: str
-) -> LayerResult:
-    """Run the configured pass on one weight matrix. Raises QsunError naming the layer for NaN or Inf."""
-    grid = grid_of(spec, scale_dtype)
-    options = GptqOptions(
-        config.damp_percent, config.desc_act, config.static_groups, config.scale_search, config.sweeps
-    )
-    weight = weight.float()
+def quantize_layers(
+    weights: list[Tensor],
+    moments: Moments | None,
+    spec: LayerSpec,
+    config: QuantConfig,
+    scale_dtype: torch.dtype,
+    name: str,
+) -> list[LayerResult]:
+    """Run the configured pass on weight matrices (N_i, K) that share an input, as one of all their rows.
+
+    Args:
+        spec: of all of them, as engines fuse them into one layer (`check_fused`).
+        name: of the first.
+    Raises:
+        QsunError: NaN or Inf in the statistics.
+    """
+    weight, rows = torch.cat([weight.float() for weight in weights]), [len(weight) for weight in weights]
     if moments is None:
-        quantized = rtn(weight, grid, scale_search=config.scale_search)
-        error = (weight - quantized.dequantize()).square().sum() / weight.square().sum().clamp(min=1e-30)
-        return LayerResult(quantized, spec, float(error))
+        quantized = rtn(weight, grid_of(spec, scale_dtype), scale_search=config.scale_search)
+        parts = zip(weight.split(rows), quantized.split(rows), strict=True)
+        return [LayerResult(part, spec, weight_error(original, part.dequantize())) for original, part in parts]
     if not torch.isfinite(moments.absolute).all():
         raise QsunError(f"the input of {name} has NaN or Inf; try --dtype float32")
     hessian = moments.hessian()
+    quantized = _pass(weight, moments, hessian, grid_of(spec, scale_dtype), config)
+    errors = output_errors(weight, quantized.dequantize(), hessian, rows)
+    return [LayerResult(part, spec, error) for part, error in zip(quantized.split(rows), errors, strict=True)]
+
+
+def _pass(weight: Tensor, moments: Moments, hessian: Tensor, grid: Grid, config: QuantConfig) -> Quantized:
+    options = GptqOptions(
+        config.damp_percent, config.desc_act, config.static_groups, config.scale_search, config.sweeps
+    )
     passes: Mapping[str, Callable[[], Quantized]] = {
         "gptq": lambda: gptq(weight, hessian, grid, options),
         "awq": lambda: awq(weight, hessian, grid),
         "awq+gptq": lambda: gptq(weight, hessian, grid, options),
         "refined": lambda: refined(weight, moments, grid, options),
     }
-    quantized = passes[config.method]()
-    return LayerResult(quantized, spec, output_error(weight, quantized.dequantize(), hessian))
+    return passes[config.method]()
 
 
-def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
-    """Return |(W - Q) X|^2 / |W X|^2 from the mean of x x^T."""
-    difference = weight - quantized
-    wrong = ((difference @ hessian) * difference).sum()
-    return float(wrong / ((weight @ hessian) * weight).sum().clamp(min=1e-30))
+def weight_error(weight: Tensor, quantized: Tensor) -> float:
+    """Return |W - Q|^2 / |W|^2."""
+    return _ratio((weight - quantized).square().sum(1), weight.square().sum(1))
+
+
+def output_errors(weight: Tensor, quantized: Tensor, hessian: Tensor, rows: list[int]) -> list[float]:
+    """Return |(W - Q) X|^2 / |W X|^2 of matrices stacked by rows, from the mean of x x^T."""
+    wrong, right = (((w @ hessian) * w).sum(1).split(rows) for w in (weight - quantized, weight))
+    return [_ratio(*sums) for sums in zip(wrong, right, strict=True)]
+
+
+def _ratio(wrong: Tensor, right: Tensor) -> float:
+    return ordered_sum(wrong) / max(ordered_sum(right), 1e-30)
 
 
 def fold_scales(job: Job, index: int, block: nn.Module, ours: Activations) -> None:

@@ -17,11 +17,13 @@ from qsun.model.skeleton import linear_of
 from qsun.model.stored_layers import load_quantized_block
 from qsun.progress import Progress
 from qsun.quantization.activations import Activations, Batch, make_batches
-from qsun.quantization.block import LayerResult, quantize_block, quantize_layer
+from qsun.quantization.block import LayerResult, quantize_block, quantize_layers
 from qsun.quantization.job import Job
-from qsun.quantization.methods.moments import Moments
+from qsun.quantization.methods.moments import Moments, squared_norm
 from qsun.quantization.plan import REST, block_part
 from qsun.quantization.prefill_activations import PrefillActivations
+
+_PROBE_TOKENS = 512
 
 
 class ProgressCounter:
@@ -69,10 +71,12 @@ class BlockwiseQuantizer:
 
     @property
     def probe(self) -> tuple[Tensor, Tensor] | None:
-        """Tokens of one batch and the quantized model's hidden states after the last block, for the read-back."""
+        """Tokens of a few samples and the quantized model's hidden states after the last block, for the read-back."""
         if self.ours is None or self.ours.batches[0].prefilled.any():
             return None
-        return self.ours.batches[0].tokens, self.ours.hidden[0]
+        tokens = self.ours.batches[0].tokens
+        rows = max(1, _PROBE_TOKENS // tokens.shape[1])
+        return tokens[:rows], self.ours.hidden[0][:rows]
 
     def run(self) -> None:
         """Quantize every block, then what is outside of them."""
@@ -133,8 +137,8 @@ class BlockwiseQuantizer:
             return None
         wrong = right = 0.0
         for ours, full, batch in zip(self.ours.hidden, self.full.hidden, self.ours.batches, strict=True):
-            wrong += float((ours - full)[batch.counted].float().square().sum())
-            right += float(full[batch.counted].float().square().sum())
+            wrong += squared_norm((ours - full)[batch.counted])
+            right += squared_norm(full[batch.counted])
         return wrong / max(right, 1e-30)
 
     def _rest(self) -> None:
@@ -158,4 +162,4 @@ class BlockwiseQuantizer:
                 rows = batch.rows(norm(self.ours.hidden[number]))
                 full = None if self.full is None else batch.rows(norm(self.full.hidden[number]))
                 moments.add(rows, full)
-        return quantize_layer(weight, moments, job.specs["lm_head"], job.config, job.scale_dtype, "lm_head")
+        return quantize_layers([weight], moments, job.specs["lm_head"], job.config, job.scale_dtype, "lm_head")[0]

@@ -140,12 +140,25 @@ def _working_bytes(
         return 2 * block + max((N * K * 4 for N, K in shapes.values()), default=0)
     tokens = sum(len(sample.tokens) for sample in samples)
     streams = 2 if config.method == "refined" else 1
-    N, K = max(shapes.values(), key=lambda shape: shape[1])
-    moments = 4 * K * K * streams + 4 * hidden * K * (streams - 1)
-    factor = 2 * (8 if K <= 4096 else 4) * K * K + 4 * 4 * K * K + 10 * 4 * N * K  # at the peak, inside gptq
+    at_peak = max(_pass_bytes(N, K, hidden, streams) for N, K in _stage_shapes(skeleton, shapes))
+    K = max(K for _, K in shapes.values())
     kept = streams * (2 * tokens * hidden * item + min(tokens * K * item, _KEPT_MLP_LIMIT))
     kept += _prompt_numbers(skeleton, samples) * item
-    return kept + max(2 * block + moments + factor, vocabulary * hidden * item)
+    return kept + max(2 * block + at_peak, vocabulary * hidden * item)
+
+
+def _stage_shapes(skeleton: Skeleton, shapes: dict[str, tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the shapes that passes work on: all rows of a stage's layers at once, and lm_head."""
+    stages = [[shapes[block_prefix(0) + name] for name in stage.layers] for stage in skeleton.architecture.stages]
+    return [(sum(N for N, _ in stage), stage[0][1]) for stage in stages] + [
+        shape for name, shape in shapes.items() if not name.startswith(BLOCKS)
+    ]
+
+
+def _pass_bytes(N: int, K: int, hidden: int, streams: int) -> int:
+    """Return what the moments of a stage and, at its peak, gptq take."""
+    moments = 4 * K * K * streams + 4 * hidden * K * (streams - 1)
+    return moments + 2 * (8 if K <= 4096 else 4) * K * K + 4 * 4 * K * K + 10 * 4 * N * K
 
 
 def _prompt_numbers(skeleton: Skeleton, samples: tuple[Sample, ...]) -> int:

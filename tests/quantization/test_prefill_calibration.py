@@ -87,14 +87,14 @@ def settings(method: str, **changes: Any) -> qsun.QuantConfig:
 def collected(monkeypatch) -> dict[str, Moments]:
     """What every layer is quantized with, by name."""
     moments: dict[str, Moments] = {}
-    original = block_pass.quantize_layer
+    original = block_pass.quantize_layers
 
-    def noting(weight: Tensor, seen: Moments, *rest: Any) -> Any:
+    def noting(weights: list[Tensor], seen: Moments, *rest: Any) -> Any:
         moments[rest[-1]] = seen
-        return original(weight, seen, *rest)
+        return original(weights, seen, *rest)
 
     for module in (block_pass, walk):
-        monkeypatch.setattr(module, "quantize_layer", noting)
+        monkeypatch.setattr(module, "quantize_layers", noting)
     return moments
 
 
@@ -245,12 +245,12 @@ def test_a_copy_of_the_base_gives_the_bases_own_statistics(task, collected, monk
     layers then see a thousand times enlarged; so the second run takes the integers of the first.
     """
     results: dict[str, Any] = {}
-    quantize_layer = block_pass.quantize_layer
+    quantize_layers = block_pass.quantize_layers
 
-    def replayed(weight: Tensor, moments: Moments, *rest: Any) -> Any:
-        return results.setdefault(rest[-1], quantize_layer(weight, moments, *rest))
+    def replayed(weights: list[Tensor], moments: Moments, *rest: Any) -> Any:
+        return results.setdefault(rest[-1], quantize_layers(weights, moments, *rest))
 
-    monkeypatch.setattr(block_pass, "quantize_layer", replayed)
+    monkeypatch.setattr(block_pass, "quantize_layers", replayed)
     given = task()
     copy = shutil.copytree(given.base, tmp_path / "copy")
     config = settings("refined", bits=8)

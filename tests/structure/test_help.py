@@ -62,7 +62,7 @@ for command in sys.argv[1:]:
         main()
     except SystemExit as leave:
         assert leave.code in (None, 0), command
-    loaded = {"torch", "transformers", "numpy", "matplotlib"} & set(sys.modules)
+    loaded = {"torch", "transformers", "numpy", "numba", "matplotlib"} & set(sys.modules)
     assert not loaded, f"qsun {command} --help imports {loaded}"
 """
 

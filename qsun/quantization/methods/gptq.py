@@ -10,22 +10,20 @@ Source: Frantar et al., "GPTQ", arXiv 2210.17323, section 3 and its Cholesky for
   refits the scales.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qsun.errors import QsunError
 from qsun.model.quantized import Quantized
 from qsun.quantization.methods.coordinate_descent import descend
-from qsun.quantization.methods.grid import Grid, minmax_scales, round_to_grid, search_scales
+from qsun.quantization.methods.grid import Grid, minmax_scales, search_scales
+from qsun.quantization.methods.inverse_factor import inverse_factor
+from qsun.quantization.methods.loops import loops_on
 
-log = logging.getLogger(__name__)
 ScaleSearch = Callable[[Tensor, Grid, Tensor], tuple[Tensor, Tensor]]
-_BLOCK, _INNER = 128, 32  # an error goes to the next _INNER columns at once, to the _BLOCK and the rest in bulk
-_FLOAT64_UP_TO = 4096  # factor larger Hessians in float32: float64 would need gigabytes
+_BLOCK = 128  # columns that learn of an error at once; all later ones learn of it in one product
 
 
 @dataclass(frozen=True)
@@ -87,25 +85,28 @@ def _gptq_contiguous(
         importance = torch.empty_like(cost)
         importance[order] = cost
     find: ScaleSearch = search_scales if options.scale_search else lambda w, g, _: minmax_scales(w, g)
-    scales, zeros = find(weight, grid, importance)
-    groups = order // (K // scales.shape[1])
+    columns = weight.t().contiguous()
     if options.static_groups:
-        q = _quantize_columns(weight[:, order], factor, scales[:, groups], zeros[:, groups], grid)
-        q = torch.empty_like(q).index_copy_(1, order, q)
+        scales, zeros = (found.t().contiguous() for found in find(weight, grid, importance))
+        q = torch.empty_like(columns)
+        q[order] = _quantize_columns(columns[order], factor, scales, zeros, order // (K // len(scales)), grid.top)
     else:
-        q, scales, zeros = _quantize_groups(weight, factor, grid, find, importance)
+        q, scales, zeros = _quantize_groups(columns, factor, grid, find, importance)
     del factor  # as large as the Hessian
     hessian.diagonal().add_(damp)
     if options.sweeps:
-        q, scales = descend(weight, q, scales, zeros, hessian, grid, options.sweeps)
-    return Quantized(q.to(torch.uint8), scales.t().contiguous(), zeros.t().to(torch.uint8).contiguous())
+        q, scales = descend(columns, q, scales, zeros, hessian, grid, options.sweeps)
+    return Quantized(q.t().to(torch.uint8).contiguous(), scales, zeros.to(torch.uint8))
 
 
-def _quantize_columns(weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, grid: Grid) -> Tensor:
-    """Sweep over columns whose (N, K) scales and zeros are known. Returns (N, K) float integers."""
+def _quantize_columns(
+    weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, top: int
+) -> Tensor:
+    """Sweep over columns whose scales and zeros, (G, N), are known. weight: (K, N). Returns (K, N) float integers."""
     weight, q = weight.clone(), torch.empty_like(weight)
-    for start in range(0, weight.shape[1], _BLOCK):
-        _quantize_block(weight, q, factor, scales, zeros, slice(start, min(start + _BLOCK, weight.shape[1])), grid.top)
+    for start in range(0, len(weight), _BLOCK):
+        columns = slice(start, start + _BLOCK)
+        q[columns] = _quantize_block(weight, factor, scales, zeros, groups[columns], columns, top)
     return q
 
 
@@ -114,55 +115,22 @@ def _quantize_groups(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sweep, finding each group's scale when it is reached, from weights that already absorbed earlier errors."""
     weight, q = weight.clone(), torch.empty_like(weight)
-    size = weight.shape[1] // grid.groups(weight.shape[1])
-    found = []
-    for start in range(0, weight.shape[1], size):
+    size, found = len(weight) // grid.groups(len(weight)), []
+    one_group = Grid(grid.bits, -1, grid.sym, grid.scale_dtype)
+    for start in range(0, len(weight), size):
         columns = slice(start, start + size)
-        one_group = Grid(grid.bits, -1, grid.sym, grid.scale_dtype)
-        scale, zero = find(weight[:, columns], one_group, importance[columns])
+        scale, zero = (t.t().contiguous() for t in find(weight[columns].t(), one_group, importance[columns]))
         found.append((scale, zero))
-        scales, zeros = (t.expand(-1, weight.shape[1]) for t in (scale, zero))
-        _quantize_block(weight, q, factor, scales, zeros, columns, grid.top)
-    return q, torch.cat([s for s, _ in found], 1), torch.cat([z for _, z in found], 1)
+        groups = torch.zeros(size, dtype=torch.int64, device=weight.device)
+        q[columns] = _quantize_block(weight, factor, scale, zero, groups, columns, grid.top)
+    return q, torch.cat([s for s, _ in found]), torch.cat([z for _, z in found])
 
 
 def _quantize_block(
-    weight: Tensor, q: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, columns: slice, top: int
-) -> None:
-    """Quantize some columns in place in `q`, and take their errors out of all later columns of `weight`."""
-    # Transposed, a column is one run of memory; cloned, because of a single row contiguous() would be the caller's own.
-    block, local = weight[:, columns].t().clone(memory_format=torch.contiguous_format), factor[columns, columns]
-    scale, zero = scales[:, columns].t().contiguous(), zeros[:, columns].t().contiguous()
-    errors, integers = torch.empty_like(block), torch.empty_like(block)
-    for start in range(0, len(block), _INNER):
-        stop = min(start + _INNER, len(block))
-        for i in range(start, stop):
-            integers[i] = round_to_grid(block[i], scale[i], zero[i], top)
-            errors[i] = (block[i] - (integers[i] - zero[i]) * scale[i]) / local[i, i]
-            block[i + 1 : stop].addr_(local[i, i + 1 : stop], errors[i], alpha=-1)
-        block[stop:].addmm_(local[start:stop, stop:].t(), errors[start:stop], alpha=-1)
-    q[:, columns] = integers.t()
-    weight[:, columns.stop :].addmm_(errors.t(), factor[columns, columns.stop :], alpha=-1)
-
-
-def inverse_factor(hessian: Tensor, damp_percent: float) -> tuple[Tensor, float]:
-    """Return the upper Cholesky factor U of the damped inverse Hessian, U^T U = (H + damp I)^-1, and the damp.
-
-    A Hessian that is singular at `damp_percent` of its mean diagonal is damped ten times more until it factors.
-    """
-    if not torch.isfinite(hessian).all():
-        raise QsunError("the calibration statistics have NaN or Inf; check the model's weights and dtype")
-    dtype = torch.float64 if hessian.shape[0] <= _FLOAT64_UP_TO else torch.float32
-    mean = hessian.diagonal().mean().item()
-    while True:
-        damped = hessian.to(dtype, copy=True)
-        damped.diagonal().add_(damp_percent * mean)
-        # Each of these is as large as the Hessian, hundreds of megabytes: none is kept longer than it is needed.
-        damped, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            damped = torch.cholesky_inverse(damped)
-            damped, failed = torch.linalg.cholesky_ex(damped, upper=True)
-        if not failed:
-            return damped.float(), damp_percent * mean
-        damp_percent = max(damp_percent * 10, 1e-4)
-        log.warning("singular Hessian of size %d: damping raised to %g", hessian.shape[0], damp_percent)
+    weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, columns: slice, top: int
+) -> Tensor:
+    """Return the integers of some columns, and take their errors out of all later columns of `weight`."""
+    local = factor[columns, columns].contiguous()
+    integers, errors = loops_on(weight.device).round_columns(weight[columns], local, scales, zeros, groups, top)
+    weight[columns.stop :].addmm_(factor[columns, columns.stop :].t(), errors, alpha=-1)
+    return integers

@@ -8,15 +8,16 @@ Grids are chosen so that one result can be written in every format (docs/formats
   weight. At 2 bits (-2, -1, 0, 1) that is a quarter of the range, and every reader of ``(q - zero) * scale`` takes it.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-SMALLEST_SCALE = 2.0**-20  # a subnormal fp16; an all-zero group must not divide by zero
+from qsun.quantization.methods.loops import loops_on
+from qsun.quantization.methods.rounding import round_scales
+
 _COARSE, _FINE, _NARROWEST = 10, 3, 0.4
-_CHUNK_ELEMENTS = 1 << 18  # candidates are tried on pieces that stay in the cache
+_CHUNK_ELEMENTS = 1 << 22  # of weights whose candidates are held at once
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,6 @@ class Grid:
         return 1 if self.group_size == -1 else in_features // self.group_size
 
 
-def round_scales(scales: Tensor, grid: Grid) -> Tensor:
-    """Round scales to what the file will hold (fp16, or bf16 values that fp16 holds), never zero."""
-    small = scales.abs() < SMALLEST_SCALE
-    scales = torch.where(small, torch.where(scales < 0, -SMALLEST_SCALE, SMALLEST_SCALE), scales)
-    return scales.clamp(-65000, 65000).to(grid.scale_dtype).to(torch.float16).float()
-
-
-def round_to_grid(weight: Tensor, scales: Tensor, zeros: Tensor, top: int) -> Tensor:
-    """Return the nearest grid integers, as floats; scales and zeros broadcast against weight."""
-    return (weight / scales).round_().add_(zeros).clamp_(0, top)
-
-
 def search_scales(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the scale and zero point of each group with the least weighted squared error.
 
@@ -63,67 +52,54 @@ def search_scales(weight: Tensor, grid: Grid, importance: Tensor | None = None) 
     Returns:
         scales, zeros: (N, G) float32 each; zeros are whole numbers.
     """
-    N, K = weight.shape
-    G = grid.groups(K)
-    grouped = weight.float().reshape(N, G, K // G)
-    columns = torch.ones(G, K // G, device=weight.device) if importance is None else importance.float().reshape(G, -1)
-    scales, zeros = (torch.empty(N, G, device=weight.device) for _ in range(2))
-    rows = max(1, _CHUNK_ELEMENTS // K)
-    for start in range(0, N, rows):
-        piece = slice(start, start + rows)
-        scales[piece], zeros[piece] = _search_piece(grouped[piece], grid, columns)
-    return scales, zeros
+    K = weight.shape[1]
+    weight = weight.float()
+    importance = torch.ones(K, device=weight.device) if importance is None else importance.float()
+    found = [_search_rows(piece, grid, importance) for piece in weight.split(max(1, _CHUNK_ELEMENTS // K))]
+    return torch.cat([scales for scales, _ in found]), torch.cat([zeros for _, zeros in found])
 
 
 def minmax_scales(weight: Tensor, grid: Grid, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return the scale and zero point that cover `shrink` of each group's range; shapes as `search_scales`."""
     N, K = weight.shape
-    grouped = weight.float().reshape(N, grid.groups(K), -1)
-    return next(_candidates(grouped, grid, torch.full(grouped.shape[:2], shrink, device=weight.device), step=0.0))
+    arms = _arms(weight.float().reshape(N, grid.groups(K), -1))
+    return _candidates(arms, grid, torch.full_like(arms[0], shrink), step=0.0)[0]
 
 
-def _search_piece(grouped: Tensor, grid: Grid, columns: Tensor) -> tuple[Tensor, Tensor]:
-    best_error = torch.full(grouped.shape[:2], float("inf"), device=grouped.device)
-    best_shrink = torch.ones_like(best_error)
-    best_scales, best_zeros = torch.ones_like(best_error), torch.ones_like(best_error)
-
-    def offer(shrink: Tensor, step: float) -> None:
-        for scales, zeros in _candidates(grouped, grid, shrink, step):
-            error = round_to_grid(grouped, scales[..., None], zeros[..., None], grid.top)
-            error.sub_(zeros[..., None]).mul_(scales[..., None]).sub_(grouped).square_()
-            error = torch.einsum("ngk,gk->ng", error, columns)
-            better = error < best_error
-            for best, new in (
-                (best_error, error),
-                (best_shrink, shrink),
-                (best_scales, scales),
-                (best_zeros, zeros),
-            ):
-                torch.where(better, new, best, out=best)
-
-    step = (1 - _NARROWEST) / (_COARSE - 1)
-    for i in range(_COARSE):
-        offer(torch.full_like(best_error, 1 - step * i), step)
-    centre = best_shrink.clone()
-    for i in range(1, _FINE):
-        offer(centre + step * i / _FINE, step)
-        offer(centre - step * i / _FINE, step)
-    return best_scales, best_zeros
+def _search_rows(weight: Tensor, grid: Grid, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """Search coarse, then fine around the best of it, which stays the first candidate."""
+    arms = _arms(weight.unflatten(1, (grid.groups(weight.shape[1]), -1)))
+    whole, step = torch.ones_like(arms[0]), (1 - _NARROWEST) / (_COARSE - 1)
+    coarse = [_candidates(arms, grid, whole - step * i, step) for i in range(_COARSE)]
+    number, best = _best(weight, [grid for grids in coarse for grid in grids], importance, grid.top)
+    shrink = whole - step * (number // len(coarse[0]))
+    fine = [_candidates(arms, grid, shrink + step * i / _FINE, step) for i in (1, -1, 2, -2)]
+    return _best(weight, [best, *(grid for grids in fine for grid in grids)], importance, grid.top)[1]
 
 
-def _candidates(grouped: Tensor, grid: Grid, shrink: Tensor, step: float) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield grids that cover `shrink` of each group's range; only the plain one for step = 0."""
-    high, low = grouped.amax(-1).clamp(min=0), grouped.amin(-1).clamp(max=0)
+def _best(
+    weight: Tensor, candidates: list[tuple[Tensor, Tensor]], importance: Tensor, top: int
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Return the number of the best candidate of each group, (N, G), and its scales and zeros."""
+    scales, zeros = (torch.stack([candidate[i] for candidate in candidates]) for i in (0, 1))
+    number = loops_on(weight.device).least_error(weight, scales, zeros, importance, top)
+    return number, (scales.gather(0, number[None])[0], zeros.gather(0, number[None])[0])
+
+
+def _arms(grouped: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how far each group reaches to both sides of zero, (N, G) each."""
+    return grouped.amax(-1).clamp(min=0), grouped.amin(-1).clamp(max=0)
+
+
+def _candidates(arms: tuple[Tensor, Tensor], grid: Grid, shrink: Tensor, step: float) -> list[tuple[Tensor, Tensor]]:
+    """Return grids that cover `shrink` of each group's range; only the plain one for step = 0."""
+    high, low = arms
     if grid.sym:
         scales = torch.maximum(high, -low) * shrink / (grid.middle - 0.5)
         middle = torch.full_like(scales, float(grid.middle))
-        yield round_scales(scales, grid), middle
-        if step:
-            yield round_scales(-scales, grid), middle
-        return
-    scales = round_scales((high - low) * shrink / grid.top, grid)
+        plain = round_scales(scales, grid.scale_dtype), middle
+        return [plain, (round_scales(-scales, grid.scale_dtype), middle)] if step else [plain]
+    scales = round_scales((high - low) * shrink / grid.top, grid.scale_dtype)
     zeros = (-low * shrink / scales).round()
-    yield scales, zeros.clamp(1, grid.top)
-    if grid.bits <= 3 and step:  # with few levels the best zero is often a neighbour
-        yield scales, (zeros - 1).clamp(1, grid.top)
-        yield scales, (zeros + 1).clamp(1, grid.top)
+    near = (0, -1, 1) if grid.bits <= 3 and step else (0,)  # with few levels the best zero is often a neighbour
+    return [(scales, (zeros + move).clamp(1, grid.top)) for move in near]

@@ -67,3 +67,13 @@ def _accumulate(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
     if total is None:
         return left.t() @ right
     return total.addmm_(left.t(), right)
+
+
+def squared_norm(rows: Tensor) -> float:
+    """Return the sum of squares of (rows, features), in an order that the number of threads does not change."""
+    return ordered_sum(rows.float().square().sum(1))
+
+
+def ordered_sum(values: Tensor) -> float:
+    """Return the sum of (n,) values from first to last; torch splits a sum among its threads."""
+    return float(values.cumsum(0)[-1])

@@ -24,6 +24,7 @@ from torch import Tensor
 from qsun.model.quantized import Quantized
 from qsun.quantization.methods.gptq import GptqOptions, gptq
 from qsun.quantization.methods.grid import Grid
+from qsun.quantization.methods.inverse_factor import inverse_factor
 from qsun.quantization.methods.moments import Moments
 
 _LEAST_RIDGE = 0.003
@@ -43,8 +44,6 @@ def compensated_target(weight: Tensor, moments: Moments) -> Tensor:
     if moments.residual is not None:
         wanted += moments.residual
     hessian = moments.hessian()
-    features = hessian.shape[0]
-    ridge = max(_LEAST_RIDGE, features / moments.tokens) * hessian.diagonal().mean()
-    hessian.diagonal().add_(ridge.clamp(min=1e-12))
-    factor = torch.linalg.cholesky(hessian)
-    return weight + torch.cholesky_solve(wanted.t() / moments.tokens, factor).t()
+    hessian.diagonal().add_(1e-12)  # of inputs that are all zero
+    factor, _ = inverse_factor(hessian, max(_LEAST_RIDGE, len(hessian) / moments.tokens))
+    return weight + torch.linalg.multi_dot([wanted / moments.tokens, factor.t(), factor])

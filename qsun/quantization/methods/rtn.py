@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from qsun.model.quantized import Quantized
-from qsun.quantization.methods.grid import Grid, minmax_scales, round_to_grid, search_scales
+from qsun.quantization.methods.grid import Grid, minmax_scales, search_scales
+from qsun.quantization.methods.rounding import round_to_grid
 
 
 def rtn(weight: Tensor, grid: Grid, *, scale_search: bool = True) -> Quantized:

@@ -6,8 +6,10 @@ import logging
 import pytest
 import torch
 
-from qsun.quantization.methods.gptq import GptqOptions, gptq, inverse_factor
-from qsun.quantization.methods.grid import Grid, round_to_grid, search_scales
+from qsun.quantization.methods.gptq import GptqOptions, gptq
+from qsun.quantization.methods.grid import Grid, search_scales
+from qsun.quantization.methods.inverse_factor import inverse_factor
+from qsun.quantization.methods.rounding import round_to_grid
 from qsun.quantization.methods.rtn import rtn
 
 PLAIN = GptqOptions(scale_search=False, sweeps=0, static_groups=False)
