@@ -32,6 +32,22 @@ def test_python_names_exist(page):
             assert resolves(name), name
 
 
+def examples(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_examples_import_exists(page):
+    for body in examples(page):
+        exec("\n".join(line for line in body.splitlines() if line.startswith(("import ", "from "))), {})  # noqa: S102
+
+
+def test_the_example_of_a_simulation_runs(capsys):
+    (body,) = examples("docs/capacity.md")
+    exec(body, {})  # noqa: S102
+    assert capsys.readouterr().out
+
+
 def resolves(name):
     """Whether the longest part that is a module has the rest as attributes."""
     parts = name.split(".")
