@@ -1,12 +1,11 @@
 """`qsun quantize`: one command from a model directory to a decode module."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from qsun.cli.terminal import screen
+from qsun.cli.terminal import results, screen
 from qsun.cli.terminal.device import check_device
 from qsun.cli.terminal.options import settings_and_inputs
 from qsun.config import FORMATS, METHODS, QuantConfig
@@ -84,7 +83,7 @@ def quantize(
     if resume:
         screen.note_fresh_start(out)
     if dry_run:
-        _show(job.plan.to_dict(), as_json, _plan_lines(job.plan.to_dict()))
+        results.show(job.plan.to_dict(), as_json, _plan_text)
         return
     if job.calibration is not None and not as_json:
         screen.note(f"calibration: {len(job.calibration.samples)} samples from {job.calibration.source}; the first:")
@@ -94,7 +93,7 @@ def quantize(
             report = run(job, resume, progress)
     except KeyboardInterrupt:
         screen.interrupted("finished blocks are kept, --resume continues")
-    _show(report, as_json, _report_lines(report))
+    results.show(report, as_json, _report_text)
 
 
 def _warn_of_unserved(served: list[str], covered: tuple[str, ...], model: str) -> None:
@@ -111,16 +110,12 @@ def _warn_of_unserved(served: list[str], covered: tuple[str, ...], model: str) -
         )
 
 
-def _show(value: dict[str, Any], as_json: bool, lines: list[str]) -> None:
-    typer.echo(json.dumps(value) if as_json else "\n".join(lines))
-
-
 def _shortened(text: str, limit: int = 240) -> str:
     flat = " ".join(text.split())
     return flat if len(flat) <= limit else flat[:limit] + " ..."
 
 
-def _plan_lines(plan: dict[str, Any]) -> list[str]:
+def _plan_text(plan: dict[str, Any]) -> str:
     lines = [
         f"{plan['quantized_layers']} layers in {plan['blocks']} blocks to quantize, "
         f"{plan['full_precision_layers']} left in full precision",
@@ -135,10 +130,10 @@ def _plan_lines(plan: dict[str, Any]) -> list[str]:
     ):
         if plan[key]:
             lines.append(f"{label:<22}{plan[key] / 2**20:>12,.1f} MiB")
-    return lines
+    return "\n".join(lines)
 
 
-def _report_lines(report: dict[str, Any]) -> list[str]:
+def _report_text(report: dict[str, Any]) -> str:
     worst = max(report["layers"], key=lambda layer: layer["error"], default=None)
     lines = [
         f"{report['out']}: {len(report['layers'])} layers, {report['bits_per_weight']:.3f} bits a weight, "
@@ -147,4 +142,4 @@ def _report_lines(report: dict[str, Any]) -> list[str]:
     if worst:
         lines.append(f"largest error: {worst['error']:.2e} in {worst['name']} (all: report.json, errors.png)")
     lines += [f"  {engine}: {answer}" for engine, answer in report["engines"].items()]
-    return lines
+    return "\n".join(lines)

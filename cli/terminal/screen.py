@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qsun.progress import Progress as ProgressCallback
@@ -19,12 +20,12 @@ _LINE_EVERY_SECONDS = 5.0
 
 def error(message: str) -> None:
     """Print an error as one line, which no newline of the message breaks."""
-    console.print(f"[bold red]error:[/] {_plain(' '.join(message.split()))}")
+    console.print(f"[bold red]error:[/] {escape(' '.join(message.split()))}")
 
 
 def note(message: str) -> None:
     """Print a line that is not part of the result."""
-    console.print(_plain(message))
+    console.print(escape(message))
 
 
 class Interrupted(SystemExit):
@@ -48,12 +49,6 @@ def note_fresh_start(out: Path) -> None:
 
     if not partial_path(out).exists():
         note(f"nothing to resume: {partial_path(out)} does not exist; starting from the beginning")
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def show_warnings() -> None:

@@ -20,8 +20,9 @@ from qsun.eval.harness.divergence import read_windows, response_divergence, text
 from qsun.eval.harness.run import HarnessSettings, check_tasks, run_task
 from qsun.eval.output.machine import machine
 from qsun.eval.report.variants import Entry, Matrix, stored_bits
-from qsun.eval.speed.contenders import known_shape, loaded_contenders, made_contenders
+from qsun.eval.speed.contenders import loaded_contenders, made_contenders
 from qsun.eval.speed.decode_speed import Points, bench_speed
+from qsun.eval.speed.model_shapes import known_shape
 from qsun.model.checkpoint import file_sha256, read_json
 from qsun.model.locate import find_model, load_tokenizer
 from qsun.model.manifest import write_json

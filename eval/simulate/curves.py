@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qsun.errors import QsunError
-from qsun.eval.speed.model_shapes import MODEL_SHAPES, ModelShape
+from qsun.eval.speed.model_shapes import ModelShape, known_shape
 
 SUN, QSUN = "sun", "qsun"
 COMPUTED = "computed:"
@@ -198,10 +198,7 @@ def computed_curves(name: str) -> Curves:
     A step reads every weight and all keys and values once at copy bandwidth; a prefill takes the longer of that and its
     operations at peak. Blocks are in bf16 or int4 (group 128), the head in bf16.
     """
-    shape = MODEL_SHAPES.get(name)
-    if shape is None or shape.ranks > 1:
-        known = ", ".join(name for name, shape in MODEL_SHAPES.items() if shape.ranks == 1)
-        raise QsunError(f"model {name!r} has no computed curves; use one of {known}")
+    shape = known_shape(name)
     blocks, head = _weights(shape)
     kv_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * 2
     weight_bytes = {SUN: 2 * (blocks + head), QSUN: _INT4_BYTES * blocks + 2 * head}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from qsun.errors import QsunError
-from qsun.eval.speed.model_shapes import MODEL_SHAPES, ModelShape
+from qsun.eval.speed.model_shapes import ModelShape, known_shape
 from qsun.memory import available_bytes
 from qsun.model.architectures import architecture_of
 from qsun.model.quantized import Quantized
@@ -70,15 +70,6 @@ def made_contenders(shape: str, head: str, device: torch.device, seed: int = 0) 
         for model in (full, quantized):
             fuse_blocks(model, config)
     return Contenders(shape, decode, full, {name: head_of(model) for name, model in decode.items()})
-
-
-def known_shape(name: str) -> ModelShape:
-    """Return the sizes of a known model that fits one device. Raises QsunError for another name."""
-    sizes = MODEL_SHAPES.get(name)
-    if sizes is None or sizes.ranks > 1:
-        known = ", ".join(name for name, known in MODEL_SHAPES.items() if known.ranks == 1)
-        raise QsunError(f"shape {name!r} is not known; use one of {known}")
-    return sizes
 
 
 def loaded_contenders(directory: str, base: str | None, device: torch.device) -> Contenders:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from qsun.errors import QsunError
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -37,3 +39,12 @@ MODEL_SHAPES = {
     "qwen3-8b": ModelShape(4096, 36, 32, 8, 128, 12288, 151936),
     "qwen3-1.7b": ModelShape(2048, 28, 16, 8, 128, 6144, 151936, tied=True),
 }
+
+
+def known_shape(name: str) -> ModelShape:
+    """Return the sizes of a known model that fits one device. Raises QsunError for another name."""
+    sizes = MODEL_SHAPES.get(name)
+    if sizes is None or sizes.ranks > 1:
+        known = ", ".join(name for name, known in MODEL_SHAPES.items() if known.ranks == 1)
+        raise QsunError(f"shape {name!r} is not known; use one of {known}")
+    return sizes

@@ -13,25 +13,9 @@ from jinja2 import TemplateError
 from qsun.errors import QsunError
 
 
-def chat_tokens(
-    tokenizer: Any,
-    messages: Sequence[Mapping[str, Any]],
-    *,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    add_generation_prompt: bool = True,
-    continue_final_message: bool = False,
-    template_args: Mapping[str, Any] | None = None,
-) -> list[int]:
-    """Return the token ids of a conversation; see `chat_text`."""
-    text = chat_text(
-        tokenizer,
-        messages,
-        tools=tools,
-        add_generation_prompt=add_generation_prompt,
-        continue_final_message=continue_final_message,
-        template_args=template_args,
-    )
-    return rendered_tokens(tokenizer, text)
+def chat_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+    """Return the token ids of a conversation, with the options of `chat_text`."""
+    return rendered_tokens(tokenizer, chat_text(tokenizer, messages, **options))
 
 
 def chat_text(

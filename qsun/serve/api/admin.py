@@ -1,4 +1,4 @@
-"""Prefill modules that come and go while the server runs. Off unless asked for: it reads directories by name."""
+"""Add and remove prefill modules while the server runs. Off by default, because clients then name directories."""
 
 import asyncio
 from pathlib import Path
@@ -16,6 +16,7 @@ from qsun.errors import QsunError
 from qsun.model.locate import DEMO
 from qsun.model.lora import ADAPTER_CONFIG
 from qsun.runtime.prefill_module import PrefillModule, load_prefill
+from qsun.serve.api.errors import DESCRIBED
 from qsun.serve.http.errors import HttpError
 
 MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}"
@@ -23,7 +24,7 @@ _LEAVE_SECONDS = 60.0
 
 
 class ModuleBody(BaseModel):
-    """POST /admin/models: a directory on the server, and the name under which it is to be served.
+    """Body of POST /admin/models: a directory on the server, and the name to serve it under.
 
     A LoRA adapter shares its prefill weights with other adapters; `merge` gives it weights of its own.
     """
@@ -42,13 +43,13 @@ def add_admin_routes(app: FastAPI, engine: Engine, thread: EngineThread, library
 
     loading = asyncio.Lock()  # one at a time: weights are large
 
-    @app.post("/admin/models", status_code=201, responses={400: {"description": "It cannot be served; why."}})
+    @app.post("/admin/models", status_code=201, responses={400: DESCRIBED[400]})
     async def add(body: ModuleBody) -> dict[str, Any]:
-        """Load a prefill module and serve it; its pair with the decode module is checked."""
+        """Load a prefill module, check that it fits the decode module, and serve it."""
         if body.directory != DEMO and not Path(body.directory).is_dir():
             raise HttpError(400, f"{body.directory} is not a directory on the server", "directory")
         if body.name in engine.modules:
-            raise HttpError(400, f"model {body.name!r} is served already; remove it first", "name")
+            raise HttpError(400, f"model {body.name!r} is already served; remove it first", "name")
         async with loading:
             try:
                 module = await asyncio.to_thread(opened, body)
@@ -59,9 +60,9 @@ def add_admin_routes(app: FastAPI, engine: Engine, thread: EngineThread, library
                 raise HttpError(400, str(error), "directory") from None
         return {"id": body.name, "object": "model"}
 
-    @app.delete("/admin/models/{name:path}", responses={404: {"description": "No such model."}})
+    @app.delete("/admin/models/{name:path}", responses={404: DESCRIBED[404]})
     async def remove(name: str) -> JSONResponse:
-        """Take no more requests for a model, and let it go once it has none; 202 where that takes long."""
+        """Refuse new requests for a model and unload it after the last one; 202 if that takes over a minute."""
         try:
             await thread.call(engine.remove_module, name)
         except Refused as refused:

@@ -1,6 +1,7 @@
 """Prometheus metrics of the server, in a registry of its own."""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -14,42 +15,28 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics(EngineWatch):
-    """Counts what the engine reports; labels are names of prefill modules, so there are few."""
+    """Counts what the engine reports. Labels are the names of prefill modules, of which there are few."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        self._requests = Counter(
-            "qsun_requests", "Requests that ended, by how.", ["model", "outcome"], registry=registry
-        )
-        self._refused = Counter(
-            "qsun_requests_refused", "Requests that found the queue full.", ["model"], registry=registry
-        )
-        self._prompt = Counter(
-            "qsun_prompt_tokens", "Prompt tokens of admitted requests.", ["model"], registry=registry
-        )
-        self._generated = Counter("qsun_generated_tokens", "Output tokens.", ["model"], registry=registry)
-        self._queued = Histogram(
-            "qsun_queue_seconds", "Arrival to admission.", ["model"], registry=registry, buckets=_SECONDS
-        )
-        self._ttft = Histogram(
-            "qsun_ttft_seconds", "Arrival to first token.", ["model"], registry=registry, buckets=_SECONDS
-        )
-        self._tpot = Histogram(
-            "qsun_tpot_seconds",
-            "Mean time of an output token after the first, of each finished request.",
-            ["model"],
-            registry=registry,
-            buckets=_SECONDS,
-        )
-        self._rows = Histogram("qsun_decode_batch_rows", "Rows of a decode step.", registry=registry, buckets=_ROWS)
-        self._step = Histogram(
-            "qsun_decode_step_seconds", "Time of a decode step.", registry=registry, buckets=_SECONDS
-        )
-        self._prefill = Counter("qsun_prefill_seconds", "Time in prefill.", registry=registry)
+        by_model: Any = {"labelnames": ["model"], "registry": registry}
+        timed: Any = {"registry": registry, "buckets": _SECONDS}
+        timed_by_model = by_model | timed
+        self._requests = Counter("qsun_requests", "Finished requests.", ["model", "outcome"], registry=registry)
+        self._refused = Counter("qsun_requests_refused", "Requests refused because the queue was full.", **by_model)
+        self._prompt = Counter("qsun_prompt_tokens", "Prompt tokens of admitted requests.", **by_model)
+        self._generated = Counter("qsun_generated_tokens", "Output tokens.", **by_model)
+        self._queued = Histogram("qsun_queue_seconds", "Time from arrival to admission.", **timed_by_model)
+        self._ttft = Histogram("qsun_ttft_seconds", "Time from arrival to the first token.", **timed_by_model)
+        tpot = "Mean time per output token after the first, by finished request."
+        self._tpot = Histogram("qsun_tpot_seconds", tpot, **timed_by_model)
+        self._rows = Histogram("qsun_decode_batch_rows", "Rows in a decode step.", registry=registry, buckets=_ROWS)
+        self._step = Histogram("qsun_decode_step_seconds", "Duration of a decode step.", **timed)
+        self._prefill = Counter("qsun_prefill_seconds", "Time spent in prefill.", registry=registry)
         self._first: dict[str, float] = {}
 
     def watch_state(self, state: Callable[[], EngineState]) -> None:
-        """Report the engine's snapshot whenever metrics are asked for."""
+        """Export the engine's state at each scrape."""
         self.registry.register(_StateCollector(state))
 
     def refused(self, requests: Sequence[Request]) -> None:
@@ -80,7 +67,7 @@ class Metrics(EngineWatch):
             self._tpot.labels(request.model).observe((seconds - first) / (tokens - 1))
 
     def text(self) -> bytes:
-        """In Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
@@ -94,7 +81,7 @@ class _StateCollector(Collector):
             field: GaugeMetricFamily(f"qsun_{name}", text, labels=["model"])
             for field, name, text in (
                 ("waiting", "requests_waiting", "Requests in the queue."),
-                ("prefilling", "requests_prefilling", "Requests whose prompt is being read."),
+                ("prefilling", "requests_prefilling", "Requests being prefilled."),
                 ("decoding", "requests_decoding", "Rows of the decode batch."),
                 ("kv_tokens", "kv_tokens", "Tokens of KV in use."),
             )
@@ -103,15 +90,14 @@ class _StateCollector(Collector):
             for field, gauge in gauges.items():
                 gauge.add_metric([name], getattr(model, field))
         yield from gauges.values()
-        yield GaugeMetricFamily("qsun_kv_budget_tokens", "Most tokens of KV.", value=state.kv_budget_tokens)
-        yield GaugeMetricFamily("qsun_prefix_cache_bytes", "Held by the prefix cache.", value=state.prefix_bytes)
-        yield CounterMetricFamily("qsun_prefix_cache_hit_tokens", "Prompt tokens found.", value=state.prefix_hits)
-        yield CounterMetricFamily(
-            "qsun_prefix_cache_lookup_tokens", "Prompt tokens looked up.", value=state.prefix_lookups
-        )
-        yield GaugeMetricFamily("qsun_adapters", "LoRA adapters in memory.", value=state.adapters)
-        yield GaugeMetricFamily("qsun_adapter_bytes", "Bytes of the adapters in memory.", value=state.adapter_bytes)
-        yield CounterMetricFamily("qsun_adapter_loads", "Adapters read from disk.", value=state.adapter_loads)
-        yield CounterMetricFamily(
-            "qsun_adapter_evictions", "Adapters dropped for others.", value=state.adapter_evictions
-        )
+        for kind, name, text, value in (
+            (GaugeMetricFamily, "kv_budget_tokens", "Largest number of KV tokens.", state.kv_budget_tokens),
+            (GaugeMetricFamily, "prefix_cache_bytes", "Bytes held by the prefix cache.", state.prefix_bytes),
+            (CounterMetricFamily, "prefix_cache_hit_tokens", "Prompt tokens found in it.", state.prefix_hits),
+            (CounterMetricFamily, "prefix_cache_lookup_tokens", "Prompt tokens looked up.", state.prefix_lookups),
+            (GaugeMetricFamily, "adapters", "LoRA adapters in memory.", state.adapters),
+            (GaugeMetricFamily, "adapter_bytes", "Bytes of the adapters in memory.", state.adapter_bytes),
+            (CounterMetricFamily, "adapter_loads", "Adapters read from disk.", state.adapter_loads),
+            (CounterMetricFamily, "adapter_evictions", "Adapters evicted to make room.", state.adapter_evictions),
+        ):
+            yield kind(f"qsun_{name}", text, value=value)

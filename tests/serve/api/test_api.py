@@ -291,7 +291,7 @@ def test_modules_come_and_go_where_administration_is_on(make_engine, base_direct
     with served(engine, metrics, admin=True) as client:
         add = {"name": "base", "directory": str(base_directory)}
         assert client.post("/admin/models", json=add).status_code == 201
-        assert "served already" in error_of(client.post("/admin/models", json=add), 400)
+        assert "already served" in error_of(client.post("/admin/models", json=add), 400)
         assert "not a directory" in error_of(
             client.post("/admin/models", json={**add, "name": "x", "directory": "no"}), 400
         )

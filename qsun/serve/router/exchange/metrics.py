@@ -1,5 +1,7 @@
 """Prometheus metrics of the router, in their own registry. Labels come from the cluster file, never from clients."""
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from qsun.serve.router.workers.fleet import Fleet
@@ -14,42 +16,26 @@ class RouterMetrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        model, ttft, tpot = ["model"], _TTFT_SECONDS, _TPOT_SECONDS
-        self.requests = Counter(
-            "qsun_router_requests", "Requests by model and outcome", ["model", "outcome"], registry=registry
-        )
-        self.retries = Counter("qsun_router_retries", "Attempts that failed, by cause", ["cause"], registry=registry)
-        self.missing_transfers = Counter(
-            "qsun_router_missing_transfer_params",
-            "Prefills without transfer parameters",
-            model,
-            registry=registry,
-        )
-        self.prompt_tokens = Counter("qsun_router_prompt_tokens", "Prompt tokens", model, registry=registry)
-        self.tokens = Counter("qsun_router_generated_tokens", "Tokens passed to clients", model, registry=registry)
-        self.ttft = Histogram(
-            "qsun_router_ttft_seconds",
-            "Time to the first event of a stream",
-            model,
-            buckets=ttft,
-            registry=registry,
-        )
-        self.tpot = Histogram(
-            "qsun_router_tpot_seconds", "Time between tokens of a stream", model, buckets=tpot, registry=registry
-        )
-        self.in_flight = Gauge("qsun_router_in_flight", "Running requests", registry=registry)
-        self.queued = Gauge("qsun_router_queued", "Waiting requests", registry=registry)
-        self.reloads = Counter("qsun_router_reloads", "Reloads of the cluster file", ["outcome"], registry=registry)
-        worker = ["url", "role"]
-        self._state = Gauge(
-            "qsun_router_worker_state", "1 for the current state", [*worker, "state"], registry=registry
-        )
-        self._circuit = Gauge("qsun_router_circuit_open", "1 if the circuit is not closed", worker, registry=registry)
-        self._outstanding = Gauge(
-            "qsun_router_outstanding_tokens", "Tokens not yet computed", worker, registry=registry
-        )
-        self._at_worker = Gauge("qsun_router_worker_in_flight", "Requests at a worker", worker, registry=registry)
-        self._warm = Gauge("qsun_router_warm_pairs", "Warm pairs of workers", registry=registry)
+        every: Any = {"registry": registry}
+        by_model, by_worker = every | {"labelnames": ["model"]}, every | {"labelnames": ["url", "role"]}
+        self.requests = Counter("qsun_router_requests", "Requests by outcome", ["model", "outcome"], **every)
+        self.retries = Counter("qsun_router_retries", "Attempts that failed, by cause", ["cause"], **every)
+        missing = "Prefills without transfer parameters"
+        self.missing_transfers = Counter("qsun_router_missing_transfer_params", missing, **by_model)
+        self.prompt_tokens = Counter("qsun_router_prompt_tokens", "Prompt tokens", **by_model)
+        self.tokens = Counter("qsun_router_generated_tokens", "Tokens passed to clients", **by_model)
+        first, between = "Time to the first event of a stream", "Time between tokens of a stream"
+        self.ttft = Histogram("qsun_router_ttft_seconds", first, buckets=_TTFT_SECONDS, **by_model)
+        self.tpot = Histogram("qsun_router_tpot_seconds", between, buckets=_TPOT_SECONDS, **by_model)
+        self.in_flight = Gauge("qsun_router_in_flight", "Running requests", **every)
+        self.queued = Gauge("qsun_router_queued", "Waiting requests", **every)
+        self.reloads = Counter("qsun_router_reloads", "Reloads of the cluster file", ["outcome"], **every)
+        states = ["url", "role", "state"]
+        self._state = Gauge("qsun_router_worker_state", "1 for the current state", states, **every)
+        self._circuit = Gauge("qsun_router_circuit_open", "1 if the circuit is not closed", **by_worker)
+        self._outstanding = Gauge("qsun_router_outstanding_tokens", "Tokens not yet computed", **by_worker)
+        self._at_worker = Gauge("qsun_router_worker_in_flight", "Requests at a worker", **by_worker)
+        self._warm = Gauge("qsun_router_warm_pairs", "Warm pairs of workers", **every)
 
     def render(self, fleet: Fleet) -> bytes:
         """Return the text that Prometheus scrapes."""
