@@ -54,6 +54,9 @@ def generate(
     seed: int = typer.Option(0, help="Random seed; each prompt draws its own numbers."),
     stop: list[str] = typer.Option([], help="Text that ends an answer, which ends before it; may be repeated."),
     batch_size: int = typer.Option(64, help="Prompts that are decoded together."),
+    speculate: int = typer.Option(
+        0, help="Tokens that a prompt drafts from its own text and checks in one step; pays where text repeats."
+    ),
     device: str | None = typer.Option(None, help="cpu, cuda, cuda:1 ... Default: a GPU where there is one."),
     dtype: str | None = typer.Option(None, help="Of activations: float32, bfloat16 ... Default: the decode module's."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object for each prompt."),
@@ -69,6 +72,7 @@ def generate(
         "seed": seed,
         "stop": tuple(stop),
         "batch_size": batch_size,
+        "speculate": speculate,
         "detokenize": True,
     }
     from qsun.engine.config import GenerateConfig

@@ -51,6 +51,9 @@ def serve(
     kv_memory: str = typer.Option("auto", help="Memory for KV, such as 2GiB. Default: a quarter of what is free."),
     prefix_cache: str = typer.Option("256MiB", help="Memory for KV of prompt prefixes; 0: none."),
     prefill_tokens: int = typer.Option(512, min=1, help="Prompt tokens read between two decode steps."),
+    speculate: int = typer.Option(
+        0, min=0, help="Tokens that a row drafts from its own text and checks in one step; pays where text repeats."
+    ),
     max_waiting: int = typer.Option(256, min=1, help="Requests in the queue; more are answered 429."),
     max_tokens: int = typer.Option(0, min=0, help="Longest answer. Default: what the model has positions for."),
     default_tokens: int = typer.Option(
@@ -94,6 +97,7 @@ def serve(
         prefill_tokens=prefill_tokens,
         max_waiting=max_waiting,
         max_adapters=max_adapters,
+        speculate=speculate,
         partitioned=partitioned,
     )
     screen.show_warnings()

@@ -156,7 +156,7 @@ def step_seconds(models: Mapping[str, Any], batch: int, context: int, points: Po
     for turn in range(-_WARM_UP, points.steps):
         for name, decoding in batches.items():
             begun = _now(device)
-            decoding.step()
+            list(decoding.turns())
             if turn >= 0:
                 taken[name].append(_now(device) - begun)
         if turn + 1 >= _LEAST and time.perf_counter() - started > points.seconds:
@@ -214,7 +214,7 @@ def _free_with_copies(models: Mapping[str, Any], batch: int, device: torch.devic
     """Return the free memory after a first step of this batch, which makes dequantized copies on a CPU."""
     if device.type == "cpu":
         for model in models.values():
-            filled_batch(model, batch, 0, 1).step()
+            list(filled_batch(model, batch, 0, 1).turns())
     return available_bytes(device)
 
 

@@ -7,9 +7,10 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from qsun.config import Settings
 from qsun.errors import QsunError
-from qsun.runtime.sampling import row_seed
+from qsun.runtime.tokens.sampling import row_seed
 
 MOST_LOGPROBS = 20
+MOST_DRAFTED = 32
 _Positive = Annotated[int, Field(ge=1)]
 _Natural = Annotated[int, Field(ge=0)]
 _Strings = Annotated[
@@ -91,6 +92,7 @@ class EngineConfig(Settings):
         max_adapters: LoRA adapters in memory; the least recently used goes first, and comes back when it is needed.
         partitioned: decode each model's requests in a batch of their own, in turns: conventional serving, to compare.
         static: fixed shapes of a decode step, as CUDA graphs need; None: on a GPU.
+        speculate: most tokens that a row drafts in a step (drafts.py); 0: none. Steps then have no fixed shapes.
     """
 
     max_batch: _Positive = 64
@@ -102,6 +104,7 @@ class EngineConfig(Settings):
     partitioned: bool = False
     static: bool | None = None
     pass_tokens: _Positive = 2048
+    speculate: Annotated[int, Field(ge=0, le=MOST_DRAFTED)] = 0
 
 
 class GenerateConfig(Settings):
@@ -114,6 +117,7 @@ class GenerateConfig(Settings):
         batch_size: prompts that are decoded together.
         prefill_chunk: tokens that a prefill module reads at a time.
         static: decode from a cache of fixed size, as a CUDA graph needs; None: on a GPU.
+        speculate: most tokens that a row drafts in a step; see EngineConfig.
     """
 
     sampling: Sampling = Sampling()
@@ -122,6 +126,7 @@ class GenerateConfig(Settings):
     batch_size: _Positive = 64
     prefill_chunk: _Positive = 2048
     static: bool | None = None
+    speculate: Annotated[int, Field(ge=0, le=MOST_DRAFTED)] = 0
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> "GenerateConfig":

@@ -1,6 +1,6 @@
-"""The rows that decode together: each feeds its last token and is given its next."""
+"""The rows that decode together: each feeds its last token and is given its next, or its next few where drafts hold."""
 
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from typing import Any
 
 from qsun.engine.decode_step import DecodeStep
@@ -9,19 +9,26 @@ from qsun.engine.row import Row
 from qsun.engine.slot_cache import SlotCache
 from qsun.engine.token_choice import ChosenToken, choose
 
+_STEP_TOKENS = 64  # a step with drafts computes no more, as it would then cost more than one without
+
 
 class DecodeBatch:
     """Rows, in the order of the cache that holds their keys and values.
 
     Args:
         model: the decode module's causal LM. budget_tokens: of KV, rows x columns.
-        static: see DecodeStep.
+        static: see DecodeStep. speculate: most tokens that a row drafts in a step.
+
+    Attributes:
+        drafted, accepted: tokens so far, and those of them that rows chose too.
     """
 
-    def __init__(self, model: Any, budget_tokens: int, static: bool | None = None):
-        self.cache = SlotCache(model.config, model.model.embed_tokens.weight, budget_tokens)
+    def __init__(self, model: Any, budget_tokens: int, static: bool | None = None, speculate: int = 0):
+        self.cache = SlotCache(model.config, model.model.embed_tokens.weight, budget_tokens, speculate)
         self.rows: list[Row] = []
         self._step = DecodeStep(model, self.cache, static)
+        self._speculate = speculate
+        self.drafted, self.accepted = 0, 0
 
     def add(self, row: Row, layers: LayerKV) -> None:
         self.cache.place(layers, row.request.prefix_tokens, row.request.kv_tokens)
@@ -35,7 +42,38 @@ class DecodeBatch:
         if last is not row:
             self.rows[place] = last
 
-    def step(self, eos: Set[int] = frozenset()) -> list[tuple[Row, ChosenToken]]:
-        """Choose one token for each row. eos: the model's end tokens."""
-        choices = choose(self._step([row.token for row in self.rows]), self.rows, eos)
-        return list(zip(self.rows, choices, strict=True))
+    def turns(self, eos: Set[int] = frozenset()) -> Iterator[list[tuple[Row, ChosenToken]]]:
+        """Choose one token for each row, then a further one for each whose draft held; eos: the model's end tokens.
+
+        A row chooses after a drafted token only if that is what it chose itself: by its own settings and random
+        numbers, in order, so that it gets the tokens that it gets without drafts. Rows stay until all have chosen;
+        one that is given a `finish` meanwhile chooses no more.
+        """
+        drafts = self._drafts()
+        logits = self._step([[row.token, *draft] for row, draft in zip(self.rows, drafts, strict=True)])
+        places = list(range(len(self.rows)))
+        for turn in range(logits.shape[1]):
+            if turn:
+                places = [p for p in places if self._holds(self.rows[p], drafts[p], turn)]
+                if not places:
+                    break
+                self.cache.advance(places)
+            rows = [self.rows[place] for place in places]
+            yield list(zip(rows, choose(logits[places, turn], rows, eos), strict=True))
+        for row, draft in zip(self.rows, drafts, strict=True):
+            if draft and row.drafts is not None:
+                self.drafted += len(draft)
+                self.accepted += row.drafts.judge(draft)
+
+    @staticmethod
+    def _holds(row: Row, draft: list[int], turn: int) -> bool:
+        return not row.finish and turn <= len(draft) and row.token == draft[turn - 1]
+
+    def _drafts(self) -> list[list[int]]:
+        """A draft for each row, cut where fewer than half of the rows have more: the others are padded to it."""
+        room = min(self._speculate, _STEP_TOKENS // len(self.rows) - 1)
+        if room < 1:
+            return [[] for _ in self.rows]
+        drafts = [row.draft(room) for row in self.rows]
+        longest = sorted(map(len, drafts))[len(drafts) // 2]
+        return [draft[:longest] for draft in drafts]

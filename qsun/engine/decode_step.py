@@ -1,8 +1,9 @@
-"""A decode step: one token for each row of a slot cache, whichever prefill modules wrote them.
+"""A decode step: one token, or a few drafted ones, for each row of a slot cache, whichever prefill modules wrote them.
 
 On a GPU a step is a CUDA graph, one for each size of batch and of context, both rounded up so that there are few.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -34,47 +35,58 @@ class DecodeStep:
         self._pool: Any = None  # of the memory that they share
 
     @torch.no_grad()
-    def __call__(self, tokens: list[int]) -> Tensor:
-        """Feed one token to each row.
+    def __call__(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Feed tokens to each row: its last one, then those drafted. The cache counts the last one only.
 
         Returns:
-            (rows, vocabulary) logits of the tokens that follow. They hold until the next call.
+            (rows, T, vocabulary) logits of the tokens that follow, T the most that a row feeds; of a row that feeds
+            fewer, only as many count. They hold until the next call.
         """
-        cache = self.cache
-        view = self._view()
+        cache, width = self.cache, max(map(len, tokens))
+        view = self._view(width)
         with on_device(self.device):
-            fed = torch.tensor(tokens, dtype=torch.int64, device=self.device)[:, None]
+            padded = [[*row, *[0] * (width - len(row))] for row in tokens]
+            fed = torch.tensor(padded, dtype=torch.int64, device=self.device)
+            columns = None
             if self.static:
                 cache.tokens[: len(tokens)] = fed
                 fed = cache.tokens[: view[0]]
-            logits = self._replay(fed, view) if self.static and fed.is_cuda else self._forward(fed, view)
+            elif width > 1:  # what pads a row stays at its last column, within the model's positions
+                last = torch.tensor([[len(row) - 1] for row in tokens], device=self.device)
+                columns = cache.lengths[: view[0], None] + torch.arange(width, device=self.device).minimum(last)
+            logits = self._replay(fed, view) if self.static and fed.is_cuda else self._forward(fed, view, columns)
             cache.advance()
         return logits[: len(tokens)]
 
-    def _view(self) -> tuple[int, int]:
+    def _view(self, width: int) -> tuple[int, int]:
         """Rows and columns that the step computes with."""
-        rows, columns = self.cache.rows, max(self.cache.filled) + 1
+        rows, columns = self.cache.rows, max(self.cache.filled) + width
         if not self.static:
             return rows, columns
         most_rows, most_columns = self.cache.capacity
         return min(_power_of_two(rows), most_rows), min(-(-columns // _GRAPH_COLUMNS) * _GRAPH_COLUMNS, most_columns)
 
-    def _forward(self, tokens: Tensor, view: tuple[int, int]) -> Tensor:
-        """Nothing here depends on the values of a tensor. Rows beyond those in use write to rows that are not read."""
-        self.cache.start(view)
-        columns = self.cache.lengths[: view[0], None]
+    def _forward(self, tokens: Tensor, view: tuple[int, int], columns: Tensor | None = None) -> Tensor:
+        """Nothing here depends on the values of a tensor. Rows beyond those in use write to rows that are not read.
+
+        columns: of the tokens, where they are not the first free ones.
+        """
+        self.cache.start(view, tokens.shape[1])
+        if columns is None:
+            columns = self.cache.lengths[: view[0], None]
         return self.model(
             input_ids=tokens,
             attention_mask=self._masks(columns),
             position_ids=columns,
             **{CACHE_ARGUMENT: self.cache},
             use_cache=True,
-        ).logits[:, -1]
+        ).logits
 
     def _masks(self, columns: Tensor) -> Any:
         """None where every row sees every column and that makes attention faster."""
         length = self.cache.view[1]
-        if not self.static and len(set(self.cache.filled)) == 1 and goes_unmasked(self.model, length):
+        alone = columns.shape[1] == 1 and len(set(self.cache.filled)) == 1
+        if not self.static and alone and goes_unmasked(self.model, length):
             return unmasked(self.model)
         return seam_masks(self.model, None, columns, length)
 

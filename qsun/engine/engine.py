@@ -26,7 +26,8 @@ from qsun.memory import available_bytes
 from qsun.runtime.decode_module import DecodeModule
 from qsun.runtime.kv_cache import kv_bytes_per_token
 from qsun.runtime.prefill_module import PrefillModule
-from qsun.runtime.row_text import RowText
+from qsun.runtime.tokens.drafts import Drafts
+from qsun.runtime.tokens.row_text import RowText
 
 _SHARED = ""
 _LOADING_SECONDS = 0.05  # that an engine with nothing else to do waits for an adapter in one step
@@ -54,6 +55,8 @@ class Engine:
         self.budget_tokens = (self.config.kv_bytes or available_bytes(self.device) // 4) // per_token
         if self.budget_tokens < 1:
             raise QsunError(f"kv_bytes {self.config.kv_bytes} holds no request; a token takes {per_token} bytes")
+        if self.config.speculate and (self.config.static or self.device.type == "cuda"):
+            raise QsunError("speculate needs steps without fixed shapes, which a GPU does not have yet; use 0")
         self.modules: dict[str, LoadedModule] = {}
         self.known = PrefixCache(self.config.prefix_bytes)
         self._queue = FairQueue()
@@ -109,7 +112,7 @@ class Engine:
         check_prompt(request, model.config, name)
         if request.sampling.stop and self.tokenizer is None:
             raise QsunError("the model has no tokenizer; leave stop strings out")
-        budget = self._batch(request.model).cache.budget_tokens
+        budget = self._batch(request.model).cache.budget_tokens - self.config.speculate
         if request.kv_tokens > budget:
             raise QsunError(
                 f"the prompt's {len(request.tokens)} tokens and max_tokens {request.sampling.max_new_tokens} need KV "
@@ -118,7 +121,8 @@ class Engine:
 
     def room(self, prompt_tokens: int) -> int:
         """Return the most new tokens that a prompt of this length can have; 0 or less where it does not fit."""
-        return most_new_tokens(self.decode.model.config, self.budget_tokens, prompt_tokens)
+        most = self.budget_tokens - self.config.speculate
+        return most_new_tokens(self.decode.model.config, most, prompt_tokens)
 
     def submit(self, *requests: Request) -> None:
         """Queue requests, all or none.
@@ -180,12 +184,14 @@ class Engine:
     @property
     def state(self) -> EngineState:
         """A snapshot. Other threads may ask for it: it reads copies of what a step may change meanwhile."""
-        rows = [row for batch in list(self._batches.values()) for row in list(batch.rows)]
+        batches = list(self._batches.values())
+        rows = [row for batch in batches for row in list(batch.rows)]
         models = model_states(list(self.modules.values()), self._queue.waiting, list(self._prefilling.tasks), rows)
         done = list(self._finished_at)
         span = time.monotonic() - (done[0] if len(done) == self._finished_at.maxlen else self._started)
         rate = len(done) / max(span, 1e-3)
-        return engine_state(models, self.budget_tokens, self.known, self._adapters, rate)
+        drafts = sum(batch.drafted for batch in batches), sum(batch.accepted for batch in batches)
+        return engine_state(models, self.budget_tokens, self.known, self._adapters, drafts, rate)
 
     @property
     def idle(self) -> bool:
@@ -252,7 +258,7 @@ class Engine:
         name = model if self.config.partitioned else _SHARED
         if name not in self._batches:
             share = self.budget_tokens // (len(self.modules) if self.config.partitioned else 1)
-            self._batches[name] = DecodeBatch(self.decode.model, share, self.config.static)
+            self._batches[name] = DecodeBatch(self.decode.model, share, self.config.static, self.config.speculate)
         return self._batches[name]
 
     def _prefill(self) -> list[Update]:
@@ -268,33 +274,37 @@ class Engine:
                 continue
             if sampling.detokenize and self.tokenizer is not None:
                 text = RowText(self.tokenizer, sampling.stop, sampling.skip_special_tokens)
-            self._batch(request.model).add(Row(request, text, task.cached, tuple(task.scores)), task.layers)
+            drafts = Drafts(request.tokens, self.config.speculate) if self.config.speculate else None
+            row = Row(request, text, task.cached, tuple(task.scores), drafts=drafts)
+            self._batch(request.model).add(row, task.layers)
         self.watch.prefilled(self._prefilling.read, time.monotonic() - started)
         return updates
 
     def _decode(self) -> list[Update]:
         updates = []
         for batch in self._batches.values():
-            if batch.rows:
-                started = time.monotonic()
-                chosen = batch.step(self.eos)
+            if not batch.rows:
+                continue
+            started, rows = time.monotonic(), len(batch.rows)
+            for chosen in batch.turns(self.eos):
                 now = time.monotonic()
-                self.watch.step(len(chosen), now - started)
-                updates += [self._update(batch, row, choice, now) for row, choice in chosen]
+                updates += [self._update(row, choice, now) for row, choice in chosen]
+            self.watch.step(rows, now - started)
+            for row in [row for row in batch.rows if row.finish]:
+                batch.remove(row, broken=row.finish == "error")
         return updates
 
-    def _update(self, batch: DecodeBatch, row: Row, choice: ChosenToken, now: float) -> Update:
+    def _update(self, row: Row, choice: ChosenToken, now: float) -> Update:
         request = row.request
         if choice.error:
-            batch.remove(row, broken=True)
+            row.finish = "error"
             self._ended(request, "error", row.count - 1)
             return Update(request.id, finish="error", error=choice.error)
         self._queue.charge(request.model, 1)
         self.watch.token(request, row.count, now - request.arrived)
-        text, finish = row.show(self.eos)
-        if finish:
-            batch.remove(row)
-            self._ended(request, finish, row.count)
+        text, row.finish = row.show(self.eos)
+        if row.finish:
+            self._ended(request, row.finish, row.count)
         logprobs = () if choice.logprob is None else (choice.logprob,)
         cached, scores = (row.cached, row.prompt_logprobs) if row.count == 1 else (0, ())
-        return Update(request.id, (choice.token,), text, finish, "", logprobs, cached, scores)
+        return Update(request.id, (choice.token,), text, row.finish, "", logprobs, cached, scores)

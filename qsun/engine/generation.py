@@ -108,7 +108,7 @@ def _engine(decode: DecodeModule, requests: Sequence[Request], config: GenerateC
     """An engine that reads all prompts of a batch before it decodes, with as much KV as they need or there is room."""
     model: Any = decode.model
     weight = model.model.embed_tokens.weight
-    longest = max((request.kv_tokens for request in requests), default=1)
+    longest = max((request.kv_tokens for request in requests), default=1) + config.speculate
     wanted = longest * min(config.batch_size, len(requests))
     per_token = kv_bytes_per_token(model.config, weight.dtype)
     tokens = min(wanted, max(longest, available_bytes(weight.device) // 2 // per_token))
@@ -119,6 +119,7 @@ def _engine(decode: DecodeModule, requests: Sequence[Request], config: GenerateC
         prefill_tokens=1 << 62,
         max_waiting=max(1, len(requests)),
         static=config.static,
+        speculate=config.speculate,
         pass_tokens=config.prefill_chunk,
     )
     engine = Engine(decode, limits)

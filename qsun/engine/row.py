@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from qsun.engine.requests import Request, TokenLogprob
-from qsun.runtime.row_text import RowText
-from qsun.runtime.sampling import LogitShaping
+from qsun.runtime.tokens.drafts import Drafts
+from qsun.runtime.tokens.row_text import RowText
+from qsun.runtime.tokens.sampling import LogitShaping
 
 
 @dataclass(eq=False)
@@ -19,6 +20,7 @@ class Row:
         text: None where none is wanted. cached: prompt tokens that came from the prefix cache.
         token: to be fed next. count: tokens chosen so far. random: of this request alone; None where it is greedy.
         shaping: None until the first token is chosen, and where nothing changes the logits.
+        drafts: None where it feeds one token a step. finish: why it ended; "" while it runs.
     """
 
     request: Request
@@ -29,11 +31,18 @@ class Row:
     count: int = 0
     random: torch.Generator | None = None
     shaping: LogitShaping | None = None
+    drafts: Drafts | None = None
+    finish: str = ""
 
     def __post_init__(self) -> None:
         self.token = self.request.tokens[-1]
         if self.request.sampling.temperature > 0:
             self.random = torch.Generator().manual_seed(self.request.sampling.seed)
+
+    def draft(self, most: int) -> list[int]:
+        """Return tokens that may follow the next one to be fed; it never ends in one that could not be chosen."""
+        left = self.request.sampling.max_new_tokens - self.count - 1
+        return [] if self.drafts is None else self.drafts.propose(min(most, left))
 
     def shape(self, logits: Tensor, eos: Set[int]) -> str:
         """Change (vocabulary,) float32 logits in place. Returns what went wrong, or ""."""
@@ -59,6 +68,8 @@ class Row:
     def advance(self, token: int) -> str:
         """Take a chosen token, to be fed next. Returns what went wrong, or ""."""
         self.token, self.count = token, self.count + 1
+        if self.drafts is not None:
+            self.drafts.add(token)
         try:
             if self.shaping is not None:
                 self.shaping.advance(token)

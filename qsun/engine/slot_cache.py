@@ -21,6 +21,7 @@ class SlotCache:
 
     Args:
         config: of the decode model. like: a tensor of its dtype and device. budget_tokens: most rows x columns.
+        spare: columns beyond those that a row needs, for drafted tokens that turn out wrong.
 
     Attributes:
         rows: in use. lengths: (capacity,) int64, columns filled in each row, on the device.
@@ -29,11 +30,11 @@ class SlotCache:
         allocations: how often the buffers were made anew; a captured graph holds the addresses of one of them.
     """
 
-    def __init__(self, config: Any, like: Tensor, budget_tokens: int):
+    def __init__(self, config: Any, like: Tensor, budget_tokens: int, spare: int = 0):
         self._layers, self._heads, self._width = kv_shape(config)
-        self._like, self.budget_tokens = like, budget_tokens
+        self._like, self.budget_tokens, self._spare = like, budget_tokens, spare
         self.rows = 0
-        self.view = (0, 0)
+        self.view, self._width_of_step = (0, 0), 1
         self._places: Tensor | None = (
             None  # of this step's tokens in flat buffers; the first layer to ask computes them
         )
@@ -50,11 +51,11 @@ class SlotCache:
 
     def fits(self, needs: Sequence[int]) -> bool:
         """Return whether more rows, with this many columns each, stay within the budget."""
-        return (self.rows + len(needs)) * max([*needs, *self.needs]) <= self.budget_tokens
+        return (self.rows + len(needs)) * (max([*needs, *self.needs]) + self._spare) <= self.budget_tokens
 
     def reserve(self, needs: Sequence[int]) -> None:
         """Make room at once for more rows, with this many columns each. The caller has asked `fits`."""
-        rows, columns = self.rows + len(needs), max([*needs, *self.needs], default=0)
+        rows, columns = self.rows + len(needs), max([*needs, *self.needs], default=0) + self._spare
         have_rows, have_columns = self.capacity
         if rows <= have_rows and columns <= have_columns:
             return
@@ -103,14 +104,19 @@ class SlotCache:
         self.needs.pop()
         self.filled.pop()
 
-    def start(self, view: tuple[int, int]) -> None:
-        """Begin a step, or the capture of one."""
-        self.view, self._places = view, None
+    def start(self, view: tuple[int, int], width: int = 1) -> None:
+        """Begin a step of `width` tokens a row, or the capture of one."""
+        self.view, self._width_of_step, self._places = view, width, None
 
-    def advance(self) -> None:
-        """Count the token that every layer has written for every row."""
-        self.filled = [length + 1 for length in self.filled]
-        self.lengths[: self.rows] += 1
+    def advance(self, rows: Sequence[int] | None = None) -> None:
+        """Count one more of the tokens that every layer has written for these rows; None: for all in use."""
+        if rows is None:
+            self.filled = [length + 1 for length in self.filled]
+            self.lengths[: self.rows] += 1
+            return
+        for row in rows:
+            self.filled[row] += 1
+        self.lengths[rows] += 1
 
     def _allocate(self, rows: int, columns: int) -> None:
         shape = (rows, self._heads, columns, self._width)
@@ -133,10 +139,11 @@ class SlotCache:
         self._starts = numbers.view(rows, self._heads) * columns  # of each head's columns in a flat buffer
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Write one token a row, (rows, heads, 1, head_dim), and return what to attend to; attention layers call it."""
+        """Write T tokens a row, (rows, heads, T, head_dim), and return what to attend to; attention layers call it."""
         rows, columns = self.view
         if self._places is None:
-            self._places = (self._starts[:rows] + self.lengths[:rows, None]).flatten()
+            first = self._starts[:rows] + self.lengths[:rows, None]
+            self._places = (first[..., None] + torch.arange(keys.shape[2], device=first.device)).flatten()
         buffers = self.buffers[layer]
         for buffer, new in zip(buffers, (keys, values), strict=True):
             buffer.view(-1, self._width).index_copy_(0, self._places, new.reshape(-1, self._width))
@@ -144,7 +151,7 @@ class SlotCache:
 
     def get_seq_length(self, *_: Any) -> int:
         """Return the columns before this step's; transformers calls it."""
-        return self.view[1] - 1
+        return self.view[1] - self._width_of_step
 
     get_query_offset = get_seq_length
 

@@ -29,7 +29,7 @@ class EngineState:
         models: by name. kv_budget_tokens: most rows x columns.
         prefix_bytes, prefix_hits, prefix_lookups: of the prefix cache, the last two in prompt tokens.
         adapters, adapter_bytes: LoRA adapters in memory; adapter_loads, adapter_evictions: so far.
-        finished_per_second: requests, recently.
+        finished_per_second: requests, recently. drafted, accepted: tokens of speculation, and those that were right.
     """
 
     models: dict[str, ModelState] = field(default_factory=dict)
@@ -42,6 +42,8 @@ class EngineState:
     adapter_loads: int = 0
     adapter_evictions: int = 0
     finished_per_second: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def waiting(self) -> int:
@@ -65,9 +67,14 @@ def model_states(
 
 
 def engine_state(
-    models: dict[str, ModelState], budget_tokens: int, known: PrefixCache, adapters: AdapterPool, rate: float
+    models: dict[str, ModelState],
+    budget_tokens: int,
+    known: PrefixCache,
+    adapters: AdapterPool,
+    drafts: tuple[int, int],
+    rate: float,
 ) -> EngineState:
-    """Put a snapshot together. rate: finished requests per second."""
+    """Put a snapshot together. drafts: tokens drafted and accepted. rate: finished requests per second."""
     return EngineState(
         models=models,
         kv_budget_tokens=budget_tokens,
@@ -79,6 +86,8 @@ def engine_state(
         adapter_loads=adapters.loads,
         adapter_evictions=adapters.evictions,
         finished_per_second=rate,
+        drafted=drafts[0],
+        accepted=drafts[1],
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qsun.engine.requests import TokenLogprob
 from qsun.engine.row import Row
-from qsun.runtime.sampling import draw
+from qsun.runtime.tokens.sampling import draw
 
 
 class ChosenToken(NamedTuple):

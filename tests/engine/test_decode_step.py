@@ -62,13 +62,13 @@ def test_every_step_is_the_same_ops_on_the_same_shapes(family, tiny_model):
     model = qsun.load_decode(tiny_model(family), "cpu", torch.float32).model
     static, growing = step_of(model, True), step_of(model, False)
     runs = []
-    for tokens in ([7, 8], [9, 10], [11, 12]):
+    for tokens in ([[7], [8]], [[9], [10]], [[11], [12]]):
         calls, logits = recorded(static, tokens)
         runs.append(calls)
         torch.testing.assert_close(logits, growing(tokens), rtol=1e-5, atol=1e-5)
     assert runs[0] == runs[1] == runs[2]
     scalar = ("lift_fresh", [()])  # a capture takes it as a constant; transformers 5.0 has one in Gemma 2
-    own_tokens = ("lift_fresh", [(2,)])
+    own_tokens = ("lift_fresh", [(2, 1)])
     assert [call for call in runs[0] if call[0] in READS and call != scalar] == [own_tokens]
 
 
@@ -79,7 +79,7 @@ def test_rows_of_one_length_need_no_mask(family, tiny_model, monkeypatch):
     static, growing = step_of(model, True, (5, 5)), step_of(model, False, (5, 5))
     asked = []
     monkeypatch.setattr("qsun.engine.decode_step.seam_masks", lambda *a: asked.append(a[-1]) or seam_masks(*a))
-    for tokens in ([7, 8], [9, 10], [11, 12], [13, 14]):
+    for tokens in ([[7], [8]], [[9], [10]], [[11], [12]], [[13], [14]]):
         logits = growing(tokens)
         torch.testing.assert_close(logits, static(tokens), rtol=1e-5, atol=1e-5)
     windowed = family in ("mistral", "gemma3_text")
@@ -92,9 +92,9 @@ def test_masks_go_once_all_rows_have_one_length(tiny_model, monkeypatch):
     step = step_of(qsun.load_decode(tiny_model("llama"), "cpu", torch.float32).model, False)
     asked = []
     monkeypatch.setattr("qsun.engine.decode_step.seam_masks", lambda *a: asked.append(a[-1]) or seam_masks(*a))
-    step([7, 8])
+    step([[7], [8]])
     step.cache.release(0)
-    step([9])
+    step([[9]])
     assert asked == [6]
 
 
@@ -102,7 +102,7 @@ def test_rows_that_are_not_in_use_change_nothing(tiny_model):
     """A static step of 3 rows computes with 4; the fourth writes where no row reads."""
     step = step_of(qsun.load_decode(tiny_model("llama"), "cpu", torch.float32).model, True, (5, 2, 7))
     plain = step_of(step.model, False, (5, 2, 7))
-    for tokens in ([7, 8, 9], [10, 11, 12]):
+    for tokens in ([[7], [8], [9]], [[10], [11], [12]]):
         torch.testing.assert_close(step(tokens), plain(tokens), rtol=1e-5, atol=1e-5)
     assert step.cache.view == (4, 64)
 
@@ -118,7 +118,7 @@ def test_a_quantized_decode_module(tiny_model, tmp_path):
     qsun.quantize(tiny_model("llama"), tmp_path / "q", qsun.QuantConfig(method="rtn", group_size=32))
     decode = qsun.load_decode(tmp_path / "q", "cpu", torch.float32, keep_dense=False)  # no copy made on the way
     step = step_of(decode.model, True)
-    first, second = recorded(step, [7, 8])[0], recorded(step, [9, 10])[0]
+    first, second = recorded(step, [[7], [8]])[0], recorded(step, [[9], [10]])[0]
     assert first == second
     assert [name for name, _ in first if name in READS] == ["lift_fresh"]
 
@@ -136,7 +136,7 @@ def test_a_mask_where_attention_is_faster_with_one(amx, dtype, tiny_model, monke
     logits = []
     for chosen in (True, False):
         monkeypatch.setattr("qsun.engine.decode_step.goes_unmasked", lambda *_, chosen=chosen: chosen)
-        logits.append(step_of(model, False, (5, 5))([7, 8]).float())
+        logits.append(step_of(model, False, (5, 5))([[7], [8]]).float())
     torch.testing.assert_close(*logits, rtol=2e-2, atol=2e-2)
 
 

@@ -18,6 +18,7 @@ PACKAGES = [
     "qsun.demo",
     "qsun.model",
     "qsun.data",
+    "qsun.runtime.tokens",
     "qsun.runtime",
     "qsun.quantization.methods",
     "qsun.quantization",

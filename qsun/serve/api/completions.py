@@ -16,7 +16,7 @@ from qsun.engine.engine import Engine
 from qsun.engine.requests import Full, Refused, Request, Update
 from qsun.engine.thread import SHUTTING_DOWN, EngineThread
 from qsun.errors import QsunError
-from qsun.runtime.sampling import row_seed
+from qsun.runtime.tokens.sampling import row_seed
 from qsun.serve.api.answers.answer import Answer, Choice, Style
 from qsun.serve.api.answers.chat import ChatAnswer
 from qsun.serve.api.answers.completion import CompletionAnswer

@@ -99,5 +99,7 @@ class _StateCollector(Collector):
             (GaugeMetricFamily, "adapter_bytes", "Bytes of the adapters in memory.", state.adapter_bytes),
             (CounterMetricFamily, "adapter_loads", "Adapters read from disk.", state.adapter_loads),
             (CounterMetricFamily, "adapter_evictions", "Adapters evicted to make room.", state.adapter_evictions),
+            (CounterMetricFamily, "spec_decode_draft_tokens", "Tokens drafted.", state.drafted),
+            (CounterMetricFamily, "spec_decode_accepted_tokens", "Drafted tokens that were right.", state.accepted),
         ):
             yield kind(f"qsun_{name}", text, value=value)

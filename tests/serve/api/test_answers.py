@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from qsun.engine.requests import TokenLogprob, Update
-from qsun.runtime.row_text import RowText
+from qsun.runtime.tokens.row_text import RowText
 from qsun.serve.api.answers.answer import Style
 from qsun.serve.api.answers.chat import ChatAnswer
 from qsun.serve.api.answers.completion import CompletionAnswer

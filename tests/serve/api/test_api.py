@@ -11,7 +11,7 @@ import pytest
 import uvicorn
 
 import qsun
-from qsun.runtime.sampling import row_seed
+from qsun.runtime.tokens.sampling import row_seed
 from qsun.serve.api.app import Serving, build_app
 from qsun.serve.api.completions import ServeLimits
 from qsun.serve.api.metrics import Metrics

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from qsun.runtime.sampling import LogitShaping
+from qsun.runtime.tokens.sampling import LogitShaping
 
 PLAIN = {
     "repetition_penalty": 1.0,

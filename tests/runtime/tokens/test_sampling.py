@@ -10,7 +10,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from qsun.runtime.sampling import draw, row_seed
+from qsun.runtime.tokens.sampling import draw, row_seed
 
 
 @pytest.mark.parametrize(
