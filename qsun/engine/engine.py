@@ -18,7 +18,7 @@ from qsun.engine.fair_queue import FairQueue
 from qsun.engine.prefilling import LoadedModule, Prefilling, PrefillTask
 from qsun.engine.prefix_cache import PrefixCache
 from qsun.engine.requests import Full, Refused, Request, Update, check_prompt, most_new_tokens
-from qsun.engine.row import Row
+from qsun.engine.row import Row, decoding_row
 from qsun.engine.state import EngineState, EngineWatch, engine_state, model_states
 from qsun.engine.token_choice import ChosenToken
 from qsun.errors import QsunError
@@ -26,8 +26,6 @@ from qsun.memory import available_bytes
 from qsun.runtime.decode_module import DecodeModule
 from qsun.runtime.kv_cache import kv_bytes_per_token
 from qsun.runtime.prefill_module import PrefillModule
-from qsun.runtime.tokens.drafts import Drafts
-from qsun.runtime.tokens.row_text import RowText
 
 _SHARED = ""
 _LOADING_SECONDS = 0.05  # that an engine with nothing else to do waits for an adapter in one step
@@ -47,7 +45,7 @@ class Engine:
     def __init__(self, decode: DecodeModule, config: EngineConfig | None = None, watch: EngineWatch | None = None):
         self.decode, self.config, self.watch = decode, config or EngineConfig(), watch or EngineWatch()
         model: Any = decode.model
-        self.eos: set[int] = decode.eos_tokens
+        self.tokenizer, self.eos = decode.tokenizer, decode.eos_tokens
         self.positions: int = model.config.max_position_embeddings
         self.dtype: torch.dtype = model.model.embed_tokens.weight.dtype
         self.device: torch.device = model.model.embed_tokens.weight.device
@@ -67,10 +65,6 @@ class Engine:
         self._deadline = float("inf")  # no request's is earlier
         self._finished_at: deque[float] = deque(maxlen=64)
         self._started = time.monotonic()
-
-    @property
-    def tokenizer(self) -> Any | None:
-        return self.decode.tokenizer
 
     # --- prefill modules ----------------------------------------------------------------------------------------------
 
@@ -121,8 +115,7 @@ class Engine:
 
     def room(self, prompt_tokens: int) -> int:
         """Return the most new tokens that a prompt of this length can have; 0 or less where it does not fit."""
-        most = self.budget_tokens - self.config.speculate
-        return most_new_tokens(self.decode.model.config, most, prompt_tokens)
+        return most_new_tokens(self.decode.model.config, self.budget_tokens - self.config.speculate, prompt_tokens)
 
     def submit(self, *requests: Request) -> None:
         """Queue requests, all or none.
@@ -190,8 +183,7 @@ class Engine:
         done = list(self._finished_at)
         span = time.monotonic() - (done[0] if len(done) == self._finished_at.maxlen else self._started)
         rate = len(done) / max(span, 1e-3)
-        drafts = sum(batch.drafted for batch in batches), sum(batch.accepted for batch in batches)
-        return engine_state(models, self.budget_tokens, self.known, self._adapters, drafts, rate)
+        return engine_state(models, self.budget_tokens, self.known, self._adapters, batches, rate)
 
     @property
     def idle(self) -> bool:
@@ -266,16 +258,13 @@ class Engine:
             return []
         started, updates = time.monotonic(), []
         for task in self._prefilling.turn():
-            request, sampling, text = task.request, task.request.sampling, None
-            if not sampling.max_new_tokens:  # its prompt was to be scored, no more
+            request = task.request
+            if not request.sampling.max_new_tokens:  # its prompt was to be scored, no more
                 self._ended(request, "length", 0)
                 scores = tuple(task.scores)
                 updates += [Update(request.id, finish="length", cached_tokens=task.cached, prompt_logprobs=scores)]
                 continue
-            if sampling.detokenize and self.tokenizer is not None:
-                text = RowText(self.tokenizer, sampling.stop, sampling.skip_special_tokens)
-            drafts = Drafts(request.tokens, self.config.speculate) if self.config.speculate else None
-            row = Row(request, text, task.cached, tuple(task.scores), drafts=drafts)
+            row = decoding_row(request, task.cached, tuple(task.scores), self.tokenizer, self.config.speculate)
             self._batch(request.model).add(row, task.layers)
         self.watch.prefilled(self._prefilling.read, time.monotonic() - started)
         return updates

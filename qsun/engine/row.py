@@ -2,6 +2,7 @@
 
 from collections.abc import Set
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,3 +90,14 @@ class Row:
         finish = "eos" if ends else "stop" if stops or stopped else "length" if last else ""
         text = "" if self.text is None else self.text.rest(stopped) if finish else self.text.fresh()
         return text, finish
+
+
+def decoding_row(
+    request: Request, cached: int, scores: tuple[TokenLogprob, ...], tokenizer: Any | None, speculate: int
+) -> Row:
+    """Return the row of a request whose prompt has been read. cached: see Row. speculate: most tokens of a draft."""
+    sampling, text = request.sampling, None
+    if sampling.detokenize and tokenizer is not None:
+        text = RowText(tokenizer, sampling.stop, sampling.skip_special_tokens)
+    drafts = Drafts(request.tokens, speculate) if speculate else None
+    return Row(request, text, cached, scores, drafts=drafts)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from qsun.adapters.pool import AdapterPool
+from qsun.engine.decode_batch import DecodeBatch
 from qsun.engine.prefilling import LoadedModule, PrefillTask
 from qsun.engine.prefix_cache import PrefixCache
 from qsun.engine.requests import Request
@@ -71,10 +72,10 @@ def engine_state(
     budget_tokens: int,
     known: PrefixCache,
     adapters: AdapterPool,
-    drafts: tuple[int, int],
+    batches: Sequence[DecodeBatch],
     rate: float,
 ) -> EngineState:
-    """Put a snapshot together. drafts: tokens drafted and accepted. rate: finished requests per second."""
+    """Put a snapshot together. rate: finished requests per second."""
     return EngineState(
         models=models,
         kv_budget_tokens=budget_tokens,
@@ -86,8 +87,8 @@ def engine_state(
         adapter_loads=adapters.loads,
         adapter_evictions=adapters.evictions,
         finished_per_second=rate,
-        drafted=drafts[0],
-        accepted=drafts[1],
+        drafted=sum(batch.drafted for batch in batches),
+        accepted=sum(batch.accepted for batch in batches),
     )
 
 
