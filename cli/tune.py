@@ -24,6 +24,8 @@ Examples:
 
   qsun tune ./Llama-3.1-8B-int2 -o tuned/math-int2 --data math.jsonl --init tuned/math --steps 100
 
+  qsun tune ./Llama-3.1-8B-int4 -o tuned/math-distilled --data prompts.jsonl --lora-rank 16 --teacher full/math
+
   qsun tune demo -o full/math --data math.jsonl --baseline full
 
   accelerate launch --num_processes 8 -m qsun.cli.main tune ./Llama-3.1-8B -o out/ --data chat.jsonl
@@ -32,7 +34,7 @@ Examples:
 
 The output directory appears complete or not at all; --resume continues an interrupted run.
 """
-_INPUTS = {"data": list, "eval_data": list, "base": str, "init": str, "device": str}
+_INPUTS = {"data": list, "eval_data": list, "base": str, "init": str, "teacher": str, "device": str}
 
 
 def tune(
@@ -44,6 +46,15 @@ def tune(
     base: str | None = typer.Option(None, help="Full-precision base. Default: what the decode module names."),
     init: str | None = typer.Option(
         None, help="Prefill module to start from, to re-tune it against this decode module."
+    ),
+    teacher: str | None = typer.Option(
+        None, help="Learn the next-token distributions of a prefill module (with its decode module) or a whole model."
+    ),
+    teacher_weight: float | None = typer.Option(
+        None, help="Share of the teacher's KL in the loss; the rest is cross-entropy. Default: 1."
+    ),
+    teacher_tokens: int | None = typer.Option(
+        None, help="Longest answer of the teacher to a prompt without a response. Default: 256."
     ),
     eval_data: list[str] | None = typer.Option(None, help="Validation data. Default: part of --data is held out."),
     valid_examples: int | None = typer.Option(None, help="Examples per validation, 0 for all. Default: 256."),
@@ -120,6 +131,8 @@ tune.__doc__ = _EXAMPLES
 
 def _plan_lines(plan: dict[str, Any]) -> list[str]:
     left_out = f" ({plan['too_long']} too long and skipped)" if plan["too_long"] else ""
+    if plan["unanswered"]:
+        left_out += f" ({plan['unanswered']} prompts are answered by the teacher first)"
     memory = f"{plan['memory_bytes'] / 2**20:,.0f} MiB without activations, estimated"
     if plan["shared_bytes"]:
         each = (plan["memory_bytes"] - plan["shared_bytes"] // plan["processes"]) / 2**20

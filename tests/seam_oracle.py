@@ -4,9 +4,24 @@ Positions before the last prompt token are computed with the prefill module's we
 module's; attention is plain causal over all of them. Llama only, written out, in the precision of the weights.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from qsun.runtime.logits import head_logits
+from qsun.runtime.seam import SeamBatch, monolithic_hidden, seam_hidden
+
+
+def seam_logits(prefill: Any, decode: Any, batch: SeamBatch) -> Tensor:
+    """(B, R, vocabulary) logits of the decode model over `rest`, attending to what the prefill model wrote."""
+    return head_logits(decode, seam_hidden(prefill, decode, batch))
+
+
+def monolithic_logits(model: Any, batch: SeamBatch) -> Tensor:
+    """The same from one model in one forward pass without a cache."""
+    return head_logits(model, monolithic_hidden(model, batch))
 
 
 def seam_reference(prefill: dict, decode: dict, config, tokens: list[int], prompt_tokens: int) -> Tensor:

@@ -15,7 +15,7 @@ from qsun.model.locate import encode
 
 @dataclass(frozen=True)
 class TokenExample:
-    """Token ids; the response ends with the model's EOS token if it has one."""
+    """Token ids; the response ends with the model's EOS token if it has one, and is empty if a teacher is to answer."""
 
     prompt: tuple[int, ...]
     response: tuple[int, ...]
@@ -25,6 +25,22 @@ def pair_example(tokenizer: Any, row: Mapping[str, Any], where: str) -> TokenExa
     """Tokenize a row of prompt and response. Raises RowLeftOut if one of them has no tokens."""
     prompt = encode(tokenizer, text_of(row, "prompt", where))
     return _example(tokenizer, prompt, rendered_tokens(tokenizer, text_of(row, "response", where)), where)
+
+
+def prompt_example(tokenizer: Any, row: Mapping[str, Any], where: str) -> TokenExample:
+    """Tokenize a prompt, or a chat whose last message waits for an answer; the response is empty."""
+    if "messages" in row:
+        try:
+            text = chat_text(tokenizer, row["messages"], tools=tools_of(row, where))
+        except QsunError as error:
+            raise QsunError(f"{where}: {error}") from None
+        check_text(text, where)
+        prompt = rendered_tokens(tokenizer, text)
+    else:
+        prompt = encode(tokenizer, text_of(row, "prompt", where))
+    if not prompt:
+        raise RowLeftOut(f"{where}: the prompt has no tokens")
+    return TokenExample(tuple(prompt), ())
 
 
 def assistant_turns(row: Mapping[str, Any], where: str) -> list[int]:

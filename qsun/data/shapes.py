@@ -30,8 +30,10 @@ class RowLeftOut(QsunError):
     """A row that cannot be used, and that is no reason to stop."""
 
 
-def recognize(row: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], str]:
+def recognize(row: Mapping[str, Any], where: str, needs_response: bool = True) -> tuple[Mapping[str, Any], str]:
     """Bring a row to `messages`, `prompt` and `response`, or `text`. Returns it with a note if it had other keys.
+
+    needs_response: False: a row may have a prompt only; its `response` is then None.
 
     Raises:
         RowLeftOut: its value is null. QsunError: its keys are not known.
@@ -43,10 +45,14 @@ def recognize(row: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], st
                 return row, ""
             return _as_chat(row, key, where), f"{key!r} is read as chat messages"
     for prompt, response in _PAIRS:
-        if prompt in row and response in row:
+        if prompt in row and (response in row if needs_response else row.get(response) is not None):
             _check_present(row, prompt, where)
             _check_present(row, response, where)
             return _as_pair(row, prompt, response, where)
+    alone = next((prompt for prompt, _ in _PAIRS if row.get(prompt) is not None), None)
+    if alone is not None and not needs_response:
+        whole, _ = _as_pair({**row, "response": None}, alone, "response", where)
+        return whole, "" if alone == "prompt" else f"{alone!r} is read as a prompt without a response"
     if "text" in row:
         _check_present(row, "text", where)
         return row, ""

@@ -16,7 +16,11 @@ FILES = ".jsonl, .json, .parquet or .csv file (.gz as well)"
 
 
 def converted_rows(
-    name: str, what: str, convert: Callable[[Mapping[str, Any], str], Iterable[T]], most: int | None = None
+    name: str,
+    what: str,
+    convert: Callable[[Mapping[str, Any], str], Iterable[T]],
+    most: int | None = None,
+    needs_response: bool = True,
 ) -> list[T]:
     """Read a source and convert its rows, which `recognize` has brought to one of a few shapes.
 
@@ -25,6 +29,7 @@ def converted_rows(
     Args:
         convert: from a row, and the words that name it in an error, to results; may raise RowLeftOut.
         most: stop after this many results, since a data set can be endless.
+        needs_response: see `recognize`.
     Raises:
         QsunError: an unreadable source, a row of an unknown shape, or no row that can be used.
     """
@@ -33,7 +38,7 @@ def converted_rows(
     notes: set[str] = set()
     for where, row in source_rows(name, what):
         try:
-            plain, note = recognize(row, where)
+            plain, note = recognize(row, where, needs_response)
             results += convert(plain, where)
         except RowLeftOut as reason:
             reasons.append(reason)

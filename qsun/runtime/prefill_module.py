@@ -72,14 +72,14 @@ def load_prefill(
         if not manifest:
             log.warning("%s", PLAIN_ADAPTER.format(path))
         weights = decode.directory if decode is not None and on_decode_weights(path) else adapter_base(path)
-        return PrefillModule(_with_adapter(weights, path, device, dtype), path, manifest)
+        return PrefillModule(load_with_adapter(weights, path, device, dtype), path, manifest)
     if (path / "config.json").exists() and read_json(path / "config.json").get("quantization_config"):
         raise QsunError(f"{path} is quantized; a prefill module is full precision: give its base or a tuned module")
     loaded = load_decode(path, device, dtype)
     return PrefillModule(loaded.model, path, loaded.manifest)
 
 
-def _with_adapter(
+def load_with_adapter(
     directory: Path, adapter: Path, device: str | torch.device | None, dtype: torch.dtype | str | None
 ) -> nn.Module:
     """Load the weights that an adapter was tuned on, full precision or quantized, and merge it into them."""

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.integrations import sdpa_attention
 
@@ -138,19 +137,13 @@ def prefill_batch(model: Any, batch: SeamBatch) -> Any:
     return cache
 
 
-def seam_logits(prefill: Any, decode: Any, batch: SeamBatch) -> Tensor:
-    """(B, R, vocabulary) logits of the decode model over `rest`, attending to what the prefill model wrote."""
-    return decode_logits(decode, batch, prefill_batch(prefill, batch))
-
-
-def decode_logits(decode: Any, batch: SeamBatch, cache: Any) -> Tensor:
-    """`seam_logits` for prefixes that were read before; cache: of B rows and P columns, `rest` is added to it."""
-    with row_lengths(decode, batch.prefix.shape[1] - batch.starts):
-        return decode(**_decode_inputs(decode, batch, cache)).logits
+def seam_hidden(prefill: Any, decode: Any, batch: SeamBatch) -> Tensor:
+    """(B, R, hidden) states of the decode model over `rest`, attending to what the prefill model wrote."""
+    return decode_hidden(decode, batch, prefill_batch(prefill, batch))
 
 
 def decode_hidden(decode: Any, batch: SeamBatch, cache: Any) -> Tensor:
-    """Return the hidden states (B, R, hidden) whose logits `decode_logits` returns."""
+    """`seam_hidden` for prefixes that were read before; cache: of B rows and P columns, `rest` is added to it."""
     with row_lengths(decode, batch.prefix.shape[1] - batch.starts):
         return decode.model(**_decode_inputs(decode, batch, cache)).last_hidden_state
 
@@ -167,24 +160,18 @@ def _decode_inputs(decode: Any, batch: SeamBatch, cache: Any) -> dict[str, Any]:
     }
 
 
-def monolithic_logits(model: Any, batch: SeamBatch) -> Tensor:
+def monolithic_hidden(model: Any, batch: SeamBatch) -> Tensor:
     """The same from one model in one forward pass without a cache, as fine-tuning is usually done."""
     P, R = batch.prefix.shape[1], batch.rest.shape[1]
     columns = torch.arange(P + R, device=batch.rest.device)
     with row_lengths(model, P - batch.starts + (batch.labels != IGNORED).sum(-1)):
-        return model(
+        states = model.model(
             input_ids=torch.cat([batch.prefix, batch.rest], 1),
             attention_mask=seam_masks(model, batch.starts, columns, P + R),
             position_ids=_positions(batch.starts, columns),
             use_cache=False,
-            logits_to_keep=R,
-        ).logits
-
-
-def response_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the cross-entropy over response tokens, in float32 at least."""
-    precise = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(precise, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        ).last_hidden_state
+    return states[:, P:]
 
 
 def prefilled_rows(model: Any, rows: list[list[int]], chunk: int) -> Iterator[list[tuple[Tensor, Tensor]]]:

@@ -38,6 +38,8 @@ class TuneConfig(Settings):
         lora_alpha: the adapter is scaled by lora_alpha / lora_rank; 0: by 2, with lora_rslora by 8 / sqrt(lora_rank).
         lora_rslora: divide lora_alpha by the root of the rank instead (arXiv 2312.03732).
         lora_targets: linear layers that get an adapter, such as q_proj; empty: all of the blocks.
+        teacher_weight: share of KL(teacher || module) in the loss, if there is a teacher; the rest is cross-entropy.
+        teacher_tokens: longest answer of the teacher to a prompt without a response.
         eval_every: steps between validations; 0: ten in a run.
         valid_fraction: of the training data, held out if no validation data is given.
         valid_examples: of the validation data, drawn once and used in every validation; 0: all.
@@ -62,6 +64,8 @@ class TuneConfig(Settings):
     lora_alpha: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     lora_rslora: bool = False
     lora_targets: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
+    teacher_weight: _Fraction = 1.0
+    teacher_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 256
     eval_every: _Natural = 0
     valid_fraction: Annotated[float, Field(ge=0, le=0.9)] = 0.05
     valid_examples: _Natural = 256

@@ -8,29 +8,36 @@ from typing import Any
 
 import torch
 
-from qsun.data.examples import TokenExample, assistant_turns, pair_example, turn_example
+from qsun.data.examples import TokenExample, assistant_turns, pair_example, prompt_example, turn_example
 from qsun.data.sources import converted_rows
 from qsun.errors import QsunError
 from qsun.runtime.seam import IGNORED, SeamBatch
 
 
 def read_examples(
-    sources: Sequence[str], tokenizer: Any, max_len: int, what: str = "training"
+    sources: Sequence[str], tokenizer: Any, max_len: int, what: str = "training", needs_response: bool = True
 ) -> tuple[list[TokenExample], int]:
     """Read examples, of a chat one for every assistant turn; and count those that are longer than max_len.
 
     Args:
         sources: what `source_rows` reads.
         what: the role of the data in the command, for errors.
+        needs_response: False: prompts without a response are examples too, with an empty one.
     Raises:
         QsunError: a source that cannot be used, or nothing left; names file and line.
     """
 
     def convert(row: Mapping[str, Any], where: str) -> Iterator[TokenExample]:
+        waiting = not needs_response and _waits(row)
+        if waiting:
+            yield prompt_example(tokenizer, row, where)
         if "messages" not in row:
             if "response" not in row:
                 raise QsunError(f"{where}: needs 'messages', or 'prompt' and 'response'; it has {', '.join(row)}")
-            yield pair_example(tokenizer, row, where)
+            if not waiting:
+                yield pair_example(tokenizer, row, where)
+            return
+        if waiting and not any(message.get("role") == "assistant" for message in row["messages"][1:]):
             return
         for turn in assistant_turns(row, where):
             example = turn_example(tokenizer, row, turn, where)
@@ -41,12 +48,21 @@ def read_examples(
                 )
             yield example
 
-    found = [example for source in sources for example in converted_rows(source, what, convert)]
-    examples = [e for e in found if len(e.prompt) + len(e.response) <= max_len]
+    found = [e for source in sources for e in converted_rows(source, what, convert, needs_response=needs_response)]
+    examples = [e for e in found if len(e.prompt) + max(1, len(e.response)) <= max_len]
     if not examples:
         left_out = f": all {len(found)} are longer than max_len {max_len}" if found else ""
         raise QsunError(f"{what} data {', '.join(sources)} has no examples{left_out}")
     return examples, len(found) - len(examples)
+
+
+def _waits(row: Mapping[str, Any]) -> bool:
+    """Whether a prompt, or the last message of a chat, has no response."""
+    if "messages" not in row:
+        return row.get("response") is None
+    messages = row["messages"]
+    plain = isinstance(messages, list) and bool(messages) and all(isinstance(message, dict) for message in messages)
+    return plain and messages[-1].get("role") != "assistant"
 
 
 def fingerprint(examples: Sequence[TokenExample]) -> str:

@@ -23,7 +23,7 @@ from qsun.model.skeleton import EMBEDDING, empty_model, read_model_config, weigh
 from qsun.runtime.rotary import rope_boundary
 from qsun.tuning.config import TuneConfig
 from qsun.tuning.examples import crosses, draw, fingerprint, hold_out, read_examples
-from qsun.tuning.start import Start, check_base, find_start
+from qsun.tuning.start import Start, TeacherPlan, check_base, find_start, find_teacher
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ class TuneJob:
     """A checked request.
 
     Attributes:
-        decode, base: directories. start: the first weights.
+        decode, base: directories. start: the first weights. teacher: whose distributions are learned.
         names: decode, base and data as the user named them.
         fingerprints: of base, decode and start.
         too_long: number of examples that max_len left out.
@@ -44,6 +44,7 @@ class TuneJob:
     decode: Path
     base: Path
     start: Start
+    teacher: TeacherPlan | None
     names: dict[str, str]
     fingerprints: dict[str, str]
     train: list[TokenExample]
@@ -102,6 +103,7 @@ class TuneJob:
             "training_examples": len(self.train),
             "validation_examples": len(self.valid),
             "too_long": self.too_long,
+            "unanswered": sum(not example.response for example in (*self.train, *self.valid)),
             "steps": self.steps,
             "examples_per_step": self.config.batch_size,
             "tokens_per_epoch": sum(len(e.prompt) + len(e.response) - 1 for e in self.train),
@@ -149,7 +151,7 @@ class TuneJob:
         return shared // processes + gathered, shared
 
 
-def prepare_tuning(
+def prepare_tuning(  # noqa: PLR0913, PLR0917
     decode: str | Path,
     out: str | Path,
     data: str | Path | Sequence[str | Path],
@@ -157,6 +159,7 @@ def prepare_tuning(
     base: str | Path | None = None,
     eval_data: str | Path | Sequence[str | Path] | None = None,
     init: str | Path | None = None,
+    teacher: str | Path | None = None,
     device: str | torch.device | None = None,
     resume: bool = False,
 ) -> TuneJob:
@@ -166,6 +169,9 @@ def prepare_tuning(
     decode_dir = find_model(str(decode))
     base_dir, base_name = find_base(decode, base)
     start = find_start(init, decode_dir, base_dir, config)
+    teaching = None if teacher is None else find_teacher(str(teacher), decode_dir)
+    if teaching is not None and config.shard:
+        raise QsunError("a teacher is not sharded yet: leave out --shard, or the teacher")
     for directory in (decode_dir, base_dir, start.directory):
         check_outside(out, directory)
     fingerprints = {name: files_fingerprint(path) for name, path in (("base", base_dir), ("decode", decode_dir))}
@@ -174,7 +180,7 @@ def prepare_tuning(
     tokenizer = load_tokenizer(decode_dir)
     if tokenizer is None:
         raise QsunError(f"{decode_dir} has no tokenizer, and training data is text")
-    read = partial(_read, tokenizer=tokenizer, config=config, shape=read_model_config(base_dir))
+    read = partial(_read, tokenizer, config, read_model_config(base_dir), teaching is None)
     train, too_long = read(data, "training")
     if eval_data is None:
         train, valid = hold_out(train, config.valid_fraction, config.seed)
@@ -183,15 +189,25 @@ def prepare_tuning(
     valid = draw(valid, config.valid_examples, config.seed)
     where = default_device(device)
     names = {"decode": str(decode), "base": base_name, "data": ", ".join(_names(data))}
+    if teaching is not None:
+        names["teacher"] = teaching.name
+        fingerprints["teacher"] = "+".join(teaching.fingerprints)
     dtype = compute_dtype(config.dtype, where, Checkpoint(base_dir).dtype(EMBEDDING))
-    return TuneJob(out, config, decode_dir, base_dir, start, names, fingerprints, train, valid, too_long, dtype, where)
+    return TuneJob(
+        out, config, decode_dir, base_dir, start, teaching, names, fingerprints, train, valid, too_long, dtype, where
+    )
 
 
 def _read(
-    sources: str | Path | Sequence[str | Path], what: str, tokenizer: Any, config: TuneConfig, shape: Any
+    tokenizer: Any,
+    config: TuneConfig,
+    shape: Any,
+    needs_response: bool,
+    sources: str | Path | Sequence[str | Path],
+    what: str,
 ) -> tuple[list[TokenExample], int]:
     limit = min(config.max_len, shape.max_position_embeddings)
-    found, too_long = read_examples(_names(sources), tokenizer, limit, what)
+    found, too_long = read_examples(_names(sources), tokenizer, limit, what, needs_response)
     examples = [e for e in found if not crosses(e, rope_boundary(shape))]
     if len(examples) < len(found):
         log.warning(

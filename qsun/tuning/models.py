@@ -14,12 +14,14 @@ from qsun.model.lora import Adapter, place_adapter
 from qsun.runtime.decode_module import load_decode
 from qsun.runtime.prefill_module import load_prefill
 from qsun.runtime.quant_linear import QuantLinear
-from qsun.runtime.seam import SeamBatch, monolithic_logits, seam_logits
+from qsun.runtime.seam import SeamBatch, monolithic_hidden, seam_hidden
 from qsun.tuning.checkpointing import recomputed
 from qsun.tuning.examples import collate
 from qsun.tuning.job import TuneJob
+from qsun.tuning.losses import response_loss
 from qsun.tuning.optimizer import Optimizer, used_parameters
 from qsun.tuning.processes import Processes
+from qsun.tuning.teacher import load_teacher
 
 
 class TuneModels(Protocol):
@@ -39,8 +41,8 @@ class TuneModels(Protocol):
         """Put the examples side by side; None if there is nothing to compute."""
         ...
 
-    def logits(self, batch: SeamBatch) -> Tensor:
-        """Return logits over `rest`: of the decode module after the prefill module, or of a fine-tune alone."""
+    def loss(self, batch: SeamBatch) -> Tensor:
+        """Return the loss summed over response tokens: of the pair, or of a fine-tune alone."""
         ...
 
     def read_back(self, directory: Path) -> None:
@@ -63,17 +65,22 @@ class WholeModels:
             self.decode = load_decode(job.decode, processes.device, job.dtype).model
         self.adapter = make_trainable(self.model, job)
         self.model.eval()  # no dropout: the module writes KV as it does when it serves
+        self.teacher = None if job.teacher is None else load_teacher(job.teacher, processes.device, job.dtype)
         self.optimizer: Optimizer = Optimizer(self.model, job.config.weight_decay, processes)
 
     def batch(self, examples: Sequence[TokenExample]) -> SeamBatch | None:
         return collate(examples).to(self.processes.device) if examples else None
 
-    def logits(self, batch: SeamBatch) -> Tensor:
+    def loss(self, batch: SeamBatch) -> Tensor:
         recompute = self.job.config.grad_checkpoint and torch.is_grad_enabled()
         with recomputed(*{self.model, self.decode}) if recompute else nullcontext():
             if self.job.config.fine_tune:
-                return monolithic_logits(self.model, batch)
-            return seam_logits(self.model, self.decode, batch)
+                hidden = monolithic_hidden(self.model, batch)
+            else:
+                hidden = seam_hidden(self.model, self.decode, batch)
+        reader = self.model if self.job.config.fine_tune else self.decode
+        taught = None if self.teacher is None else self.teacher.states(batch)
+        return response_loss(reader, hidden, batch.labels, taught, self.job.config.teacher_weight)
 
     def read_back(self, directory: Path) -> None:
         del self.optimizer, self.model

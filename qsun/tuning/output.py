@@ -83,6 +83,7 @@ def _manifest(job: TuneJob, fingerprint: str, directory: Path) -> dict[str, Any]
         "decode": None if fine_tune else job.names["decode"],
         "decode_fingerprint": None if fine_tune else job.fingerprints["decode"],
         "data": job.names["data"],
+        **({"teacher": job.names["teacher"]} if job.teacher is not None else {}),
         "config": job.config.to_dict(),
         "versions": versions(),
         "sha256": {path.name: file_sha256(path) for path in files},
@@ -120,8 +121,9 @@ def plot_losses(report: dict[str, Any], path: Path) -> None:
     best = report["best_step"]
     axes.axvline(best, color="black", linestyle="--", linewidth=1, label=f"kept: step {best}")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("cross-entropy of a response token, nats")
-    axes.set_yscale("log")
+    axes.set_ylabel("loss of a response token, nats")
+    losses = [loss for _, loss in (*report["train_loss"], *report["valid_loss"])]
+    axes.set_yscale("log" if min(losses) > 0 else "linear")  # of a module that starts as its teacher, it is 0
     axes.set_title(f"{report['kind']} on {report['base']}: validation {report['best_valid_loss']:.4f}")
     axes.grid(alpha=0.25, which="both")
     axes.legend(fontsize=8)

@@ -30,10 +30,11 @@ from qsun.runtime.decode_module import place_weights
 from qsun.runtime.kv_cache import CACHE_ARGUMENT
 from qsun.runtime.quant_linear import QuantLinear
 from qsun.runtime.rotary import use_row_rotary
-from qsun.runtime.seam import IGNORED, SeamBatch, monolithic_logits, seam_logits
+from qsun.runtime.seam import IGNORED, SeamBatch, monolithic_hidden, seam_hidden
 from qsun.tuning.checkpointing import kv_of, with_kv
 from qsun.tuning.examples import collate
 from qsun.tuning.job import TuneJob
+from qsun.tuning.losses import response_loss
 from qsun.tuning.models import make_trainable
 from qsun.tuning.optimizer import Optimizer
 from qsun.tuning.processes import Processes
@@ -59,9 +60,7 @@ class ShardedModels:
 
     def _joined(self, model: Any) -> nn.Module:
         decode = None if self.fine_tune else self._load(Checkpoint(self.job.decode), (), None, head=True)[0]
-        seam = _Seam(model, decode)
-        fully_shard(seam, mesh=self.mesh)
-        return seam
+        return self._shard(_Seam(model, decode), trained=self.fine_tune)
 
     def _load(
         self, checkpoint: Checkpoint, tuned: Collection[str], adapter: Adapter | None, head: bool
@@ -95,10 +94,8 @@ class ShardedModels:
         dtypes |= _prepare(model.lm_head, "lm_head.", tuned)
         if not (head and model.config.tie_word_embeddings):
             shard(model.model.embed_tokens)
-        if head:
-            shard(model)
-        else:
-            shard(model.model.norm)  # seam.py calls the model without its head
+        if not head:
+            shard(model.model.norm)  # with a head it is gathered as a part of the whole, `_Seam`
         model.to(self.processes.device).eval()
         use_row_rotary(model)
         return model, dtypes
@@ -119,7 +116,7 @@ class ShardedModels:
             batch.labels.fill_(IGNORED)
         return batch.to(self.processes.device)
 
-    def logits(self, batch: SeamBatch) -> Tensor:
+    def loss(self, batch: SeamBatch) -> Tensor:
         return self._seam(batch)
 
     def read_back(self, directory: Path) -> None:
@@ -134,7 +131,7 @@ class ShardedModels:
 
 
 class _Seam(nn.Module):
-    """Both models in one module, so that FSDP sees where a pass begins and ends."""
+    """Both models and the loss in one module, so that FSDP sees where a pass begins and ends."""
 
     def __init__(self, model: Any, decode: Any | None):
         super().__init__()
@@ -142,8 +139,8 @@ class _Seam(nn.Module):
 
     def forward(self, batch: SeamBatch) -> Tensor:
         if self.decode is None:
-            return monolithic_logits(self.model, batch)
-        return seam_logits(self.model, self.decode, batch)
+            return response_loss(self.model, monolithic_hidden(self.model, batch), batch.labels)
+        return response_loss(self.decode, seam_hidden(self.model, self.decode, batch), batch.labels)
 
 
 class _BlockWithKV(nn.Module):

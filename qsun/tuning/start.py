@@ -1,13 +1,21 @@
-"""Where tuning starts: from the base or from a module given as `init`, and on which weights an adapter is tuned."""
+"""Where tuning starts, on which weights an adapter is tuned, and who teaches; all of it as directories."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from qsun.errors import QsunError
 from qsun.model.checkpoint import Checkpoint, check_full_precision, files_fingerprint, read_json
-from qsun.model.locate import find_model
-from qsun.model.lora import ADAPTER_CONFIG, target_names
-from qsun.model.pairing import base_fingerprint, check_pair, differences, named_base, on_decode_weights, read_manifest
+from qsun.model.locate import find_model, load_tokenizer
+from qsun.model.lora import ADAPTER_CONFIG, adapter_base, target_names
+from qsun.model.pairing import (
+    base_fingerprint,
+    check_pair,
+    differences,
+    named_base,
+    on_decode_weights,
+    read_manifest,
+    weights_fingerprint,
+)
 from qsun.model.quantization_config import stored_format
 from qsun.model.skeleton import read_model_config
 from qsun.tuning.config import TuneConfig
@@ -73,3 +81,59 @@ def check_base(decode_name: str, decode: Path, base_name: str, base: Path) -> No
     different = differences(base, decode)
     if different:
         raise QsunError(f"base {base_name} does not fit decode module {decode_name}: {different[0]}")
+
+
+@dataclass(frozen=True)
+class TeacherPlan:
+    """A teacher on disk.
+
+    Attributes:
+        name: as the user gave it. directory: of a whole model, an adapter to merge, or a prefill module.
+        decode: of the decode module that reads the prefill module's KV; None for a whole model.
+        fingerprints: of its weights.
+    """
+
+    name: str
+    directory: Path
+    decode: Path | None
+    fingerprints: tuple[str, ...]
+
+
+def find_teacher(name: str, decode: Path) -> TeacherPlan:
+    """Find a teacher for a decode module: a prefill module with the decode module it was tuned against, else one model.
+
+    Raises:
+        QsunError: it is missing, its decode module is not here or was changed, or its vocabulary is another.
+    """
+    directory = find_model(name)
+    made = read_manifest(directory)
+    reader = None
+    if made.get("kind") == "prefill_module":
+        try:
+            reader = find_model(str(made.get("decode")))
+        except QsunError:
+            raise QsunError(
+                f"teacher {name} is a prefill module of {made.get('decode')}, which is not here; put it there, or "
+                "give a whole model"
+            ) from None
+        check_pair(directory, reader)
+    shaped = adapter_base(directory) if (directory / ADAPTER_CONFIG).exists() else directory
+    _check_vocabulary(name, shaped, directory, decode)
+    files = (weights_fingerprint(directory), *([files_fingerprint(reader)] if reader else []))
+    return TeacherPlan(name, directory, reader, files)
+
+
+def _check_vocabulary(name: str, shaped: Path, directory: Path, decode: Path) -> None:
+    sizes = [read_model_config(path).vocab_size for path in (shaped, decode)]
+    if sizes[0] != sizes[1]:
+        raise QsunError(f"teacher {name} has {sizes[0]} tokens, the decode module {sizes[1]}; use one of its base")
+    theirs, ours = load_tokenizer(directory) or load_tokenizer(shaped), load_tokenizer(decode)
+    if theirs is None or ours is None:
+        return
+    mine, other = (tokenizer.get_vocab() for tokenizer in (ours, theirs))
+    odd = next((token for token in mine if mine[token] != other.get(token)), None)
+    if odd is not None:
+        raise QsunError(
+            f"teacher {name} has another vocabulary: token {odd!r} is {other.get(odd)} there and {mine[odd]} in the "
+            "decode module; use a teacher of its base"
+        )

@@ -19,7 +19,6 @@ from qsun.model.checkpoint import Checkpoint
 from qsun.model.manifest import write_json
 from qsun.model.output_dir import Workdir
 from qsun.progress import Progress
-from qsun.runtime.seam import response_loss
 from qsun.tuning.config import TuneConfig
 from qsun.tuning.examples import epoch_order
 from qsun.tuning.job import TuneJob, prepare_tuning
@@ -28,6 +27,7 @@ from qsun.tuning.optimizer import learning_rate
 from qsun.tuning.output import plot_losses, write_module
 from qsun.tuning.processes import Processes
 from qsun.tuning.split_tensors import SplitTensors
+from qsun.tuning.teacher import answer_prompts
 
 
 def tune(  # noqa: PLR0913, PLR0917
@@ -38,6 +38,7 @@ def tune(  # noqa: PLR0913, PLR0917
     base: str | Path | None = None,
     eval_data: str | Path | Sequence[str | Path] | None = None,
     init: str | Path | None = None,
+    teacher: str | Path | None = None,
     device: str | torch.device | None = None,
     resume: bool = False,
     progress: Progress = lambda *_: None,
@@ -52,6 +53,7 @@ def tune(  # noqa: PLR0913, PLR0917
         base: full-precision base; default: the one that the decode module names, or the decode module itself.
         eval_data: validation data; default: a part of `data` is held out.
         init: a prefill module to start from instead of the base.
+        teacher: a prefill module (with its decode module), a whole model or an ordinary adapter, to learn from.
         resume: continue an interrupted run with the same settings.
         progress: called with a label, the steps done and their total number.
     Returns:
@@ -60,7 +62,7 @@ def tune(  # noqa: PLR0913, PLR0917
         QsunError: invalid input, or a base that is not the decode module's.
     """
     return run_tuning(
-        prepare_tuning(decode, out, data, config, base, eval_data, init, device, resume), resume, progress
+        prepare_tuning(decode, out, data, config, base, eval_data, init, teacher, device, resume), resume, progress
     )
 
 
@@ -69,6 +71,7 @@ def run_tuning(job: TuneJob, resume: bool = False, progress: Progress = lambda *
     started, processes = time.perf_counter(), Processes.launched(job.device)
     job.check_memory(processes.count, processes.device)
     with _workdir(job, resume, processes) as work:
+        job = answer_prompts(job, work, processes, progress)
         tuner = Tuner(job, work, processes)
         tuner.run(progress if processes.first else lambda *_: None)
         seconds = round(time.perf_counter() - started, 3)
@@ -187,7 +190,7 @@ class Tuner:
     def _loss(self, examples: Sequence[TokenExample]) -> Tensor | None:
         """Return the loss summed over response tokens; None if there is nothing to compute."""
         batch = self.models.batch(examples)
-        return None if batch is None else response_loss(self.models.logits(batch), batch.labels)
+        return None if batch is None else self.models.loss(batch)
 
     @torch.no_grad()
     def mean_loss(self, examples: Sequence[TokenExample], tell: Callable[[int], None] = lambda _: None) -> float:
@@ -281,6 +284,7 @@ class Tuner:
             "kind": "full fine-tune" if job.config.fine_tune else "prefill module",
             "base": job.names["base"],
             "decode": job.names["decode"],
+            "teacher": job.names.get("teacher"),
             "config": job.config.to_dict(),
             "plan": job.plan(self.processes.count),
             "processes": self.processes.count,

@@ -136,7 +136,8 @@ def test_logprobs_are_those_of_the_models_own_distribution(make_engine, prefills
     engine.submit(Request("b", "math", (7, 8), Sampling(3, logprobs=0)))
     updates = run_until_idle(engine)
     tokens = tokens_of(updates["a"])
-    from qsun.runtime.seam import SeamBatch, seam_logits
+    from qsun.runtime.seam import SeamBatch
+    from tests.seam_oracle import seam_logits
 
     rest = torch.tensor([[10, *tokens[:-1]]])
     batch = SeamBatch(torch.tensor([[7, 8, 9]]), rest, rest, torch.zeros(1, dtype=torch.int64))

@@ -10,8 +10,9 @@ import qsun
 from qsun.engine.config import EngineConfig, Sampling
 from qsun.engine.engine import Engine
 from qsun.engine.requests import Request
-from qsun.runtime.seam import IGNORED, SeamBatch, monolithic_logits, seam_logits
+from qsun.runtime.seam import IGNORED, SeamBatch
 from tests.engine_rig import run_until_idle, tokens_of
+from tests.seam_oracle import monolithic_logits, seam_logits
 from tests.tiny_models import reference
 
 BOUNDARY, NEW = 48, 10

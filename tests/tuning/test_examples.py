@@ -8,8 +8,9 @@ import torch
 import qsun
 from qsun.data.examples import TokenExample
 from qsun.errors import QsunError
-from qsun.runtime.seam import IGNORED, seam_logits
+from qsun.runtime.seam import IGNORED
 from qsun.tuning.examples import collate, crosses, draw, epoch_order, fingerprint, hold_out, read_examples
+from tests.seam_oracle import seam_logits
 from tests.tiny_models import write_jsonl
 
 

@@ -12,9 +12,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import qsun
 from qsun.data.examples import TokenExample
 from qsun.model.lora import AdapterSettings, fresh_adapter, place_adapter
-from qsun.runtime.seam import monolithic_logits, response_loss, seam_logits
+from qsun.runtime.seam import monolithic_hidden, seam_hidden
 from qsun.tuning.checkpointing import recomputed
 from qsun.tuning.examples import collate
+from qsun.tuning.losses import response_loss
 from qsun.tuning.optimizer import Optimizer, learning_rate, used_parameters
 from qsun.tuning.processes import Processes
 from tests.seam_oracle import seam_reference
@@ -58,7 +59,7 @@ def tuned(model):
 
 
 def seam_loss(prefill, decode, batch):
-    return response_loss(seam_logits(prefill, decode, batch), batch.labels)
+    return response_loss(decode, seam_hidden(prefill, decode, batch), batch.labels)
 
 
 def test_finite_differences(tiny_model, exact_norm):
@@ -152,7 +153,7 @@ def test_one_model_on_both_sides_is_conventional_fine_tuning(tiny_model, exact_n
     for model in (prefill, decode, whole):
         model.requires_grad_(True)
     seam = seam_loss(prefill, decode, batch)
-    full = response_loss(monolithic_logits(whole, batch), batch.labels)
+    full = response_loss(whole, monolithic_hidden(whole, batch), batch.labels)
     torch.testing.assert_close(seam, full, rtol=1e-12, atol=0)
     seam.backward()
     full.backward()

@@ -16,9 +16,9 @@ from qsun.tuning.tuner import Tuner
 CONFIG = qsun.TuneConfig(steps=6, batch_size=4, lr=3e-3, eval_every=2)
 
 
-def first_gradients(base, out, data, config=CONFIG):
+def first_gradients(base, out, data, config=CONFIG, teacher=None):
     """This process's share of the gradients of the first step, summed over all processes."""
-    job = prepare_tuning(base, out, data, config, device="cpu")
+    job = prepare_tuning(base, out, data, config, teacher=teacher, device="cpu")
     processes = Processes.launched(job.device)
     with Workdir(Path(f"{out}-{processes.rank}"), job.settings(), resume=False) as work:
         tuner = Tuner(job, work, processes)
@@ -47,13 +47,13 @@ def stop_after(step):
     return progress
 
 
-def run(base, out, data, gradients=None, stop=-1, **settings):
+def run(base, out, data, gradients=None, stop=-1, teacher=None, **settings):
     """Tune, Ctrl-C after the step `stop`; before it save this process's gradients and the bytes of weights it holds."""
     config = qsun.TuneConfig.from_dict(CONFIG.to_dict() | settings)
     if gradients is not None:
         save_measurements(base, data, gradients, config)
     resume = Path(f"{out}.partial").exists()
-    qsun.tune(base, out, data, config, device="cpu", progress=stop_after(stop), resume=resume)
+    qsun.tune(base, out, data, config, teacher=teacher, device="cpu", progress=stop_after(stop), resume=resume)
 
 
 def save_measurements(base, data, gradients, config):

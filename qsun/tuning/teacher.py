@@ -1,0 +1,98 @@
+"""A loaded teacher: its next-token distributions, and its own answers to prompts without a response."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsun.engine.generation import generate_stream
+from qsun.errors import QsunError
+from qsun.model.lora import ADAPTER_CONFIG, adapter_base
+from qsun.model.output_dir import Workdir
+from qsun.model.skeleton import read_model_config
+from qsun.progress import Progress
+from qsun.runtime.decode_module import DecodeModule, load_decode
+from qsun.runtime.prefill_module import PrefillModule, load_prefill, load_with_adapter
+from qsun.runtime.rotary import rope_boundary
+from qsun.runtime.seam import SeamBatch, monolithic_hidden, seam_hidden
+from qsun.tuning.job import TuneJob
+from qsun.tuning.processes import Processes
+from qsun.tuning.start import TeacherPlan
+
+_PART = "answers"  # of the working directory
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A SUN pair, or one whole model, which is then both of its modules."""
+
+    prefill: PrefillModule
+    decode: DecodeModule
+
+    @torch.no_grad()
+    def states(self, batch: SeamBatch) -> tuple[Any, Tensor]:
+        """Return the model whose head predicts, and its hidden states (B, R, hidden size) at the response tokens."""
+        decode: Any = self.decode.model
+        if self.prefill.model is decode:
+            return decode, monolithic_hidden(decode, batch)
+        return decode, seam_hidden(self.prefill.model, decode, batch)
+
+
+def load_teacher(plan: TeacherPlan, device: torch.device, dtype: torch.dtype) -> Teacher:
+    """Load a teacher to compute in this dtype."""
+    if plan.decode is not None:
+        decode = load_decode(plan.decode, device, dtype)
+        return Teacher(load_prefill(plan.directory, decode, dtype), decode)
+    if (plan.directory / ADAPTER_CONFIG).exists():
+        merged = load_with_adapter(adapter_base(plan.directory), plan.directory, device, dtype)
+        whole = DecodeModule(merged, plan.directory)
+    else:
+        whole = load_decode(plan.directory, device, dtype)
+    return Teacher(PrefillModule(whole.model, plan.directory), whole)
+
+
+def answer_prompts(job: TuneJob, work: Workdir, processes: Processes, progress: Progress) -> TuneJob:
+    """Return the job with the teacher's greedy answers where examples have no response; a resumed run keeps them.
+
+    Raises:
+        QsunError: the teacher answers a prompt with nothing but Inf or NaN.
+    """
+    examples = [*job.train, *job.valid]
+    missing = [example.prompt for example in examples if not example.response]
+    if not missing or job.teacher is None:
+        return job
+    if processes.first and not work.finished(_PART):
+        teacher = load_teacher(job.teacher, processes.device, job.dtype)
+        work.note(_PART, {"answers": _answers(teacher, missing, job, progress)})
+    processes.wait()
+    given = iter(work.record(_PART)["answers"])
+    filled = [e if e.response else replace(e, response=tuple(next(given))) for e in examples]
+    return replace(job, train=filled[: len(job.train)], valid=filled[len(job.train) :])
+
+
+def _answers(teacher: Teacher, prompts: Sequence[Sequence[int]], job: TuneJob, progress: Progress) -> list[list[int]]:
+    """Answer all prompts, those together that have room for answers of one length."""
+    shape = read_model_config(job.base)
+    limit, boundary = min(job.config.max_len, shape.max_position_embeddings), rope_boundary(shape)
+    rooms: dict[int, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        last = min(limit, boundary) if boundary is not None and len(prompt) < boundary else limit
+        rooms.setdefault(min(job.config.teacher_tokens, last - len(prompt)), []).append(number)
+    answers: list[list[int]] = [[] for _ in prompts]
+    done = 0
+    for most, numbers in rooms.items():
+        given = generate_stream(
+            teacher.prefill, teacher.decode, [prompts[n] for n in numbers], max_new_tokens=most, detokenize=False,
+            batch_size=job.config.batch_size,
+        )  # fmt: skip
+        for piece in given:
+            answers[numbers[piece.prompt]] += piece.tokens
+            done += bool(piece.finish)
+            if piece.finish:
+                progress("the teacher answers", done, len(prompts))
+    empty = next((number for number, answer in enumerate(answers) if not answer), None)
+    if empty is not None:
+        raise QsunError(f"teacher {job.names['teacher']} gives no answer to prompt {empty} of {len(prompts)}; drop it")
+    return answers
