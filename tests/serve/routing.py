@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import httpx
 
 from qsun.serve.cluster.file import parse_cluster
-from qsun.serve.cluster.modules import ServedNames
+from qsun.serve.cluster.names import ServedNames
 from qsun.serve.router.app import Router
 from tests.serve.fake_vllm import FakeWorker, expected_text, listening
 

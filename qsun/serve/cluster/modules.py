@@ -1,37 +1,18 @@
 """The modules of a cluster on disk: whether they are compatible, and the name under which a worker serves each."""
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 
 from qsun.errors import QsunError
 from qsun.model.checkpoint import Checkpoint
 from qsun.model.locate import DEMO, find_model
 from qsun.model.pairing import check_pair, uncovered
+from qsun.serve.cluster.names import ServedNames, served_name
 from qsun.serve.cluster.schema import Cluster
 
 logger = logging.getLogger(__name__)
 
-_NAME_DIGITS = 16
 _FileStamps = tuple[tuple[str, int, int], ...]
-
-
-@dataclass(frozen=True)
-class ServedNames:
-    """Model names that vLLM workers serve.
-
-    Attributes:
-        decode: of all decode workers.
-        prefill: of each model's prefill workers. Two models may share a module.
-    """
-
-    decode: str
-    prefill: dict[str, str]
-
-
-def served_name(fingerprint: str) -> str:
-    """Return a worker's `--served-model-name`: one with other weights does not know it, and answers 404."""
-    return f"qsun-{fingerprint[:_NAME_DIGITS]}"
 
 
 class ModuleChecks:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from qsun.errors import QsunError
 from qsun.serve.cluster.file import Cluster, Pool, with_workers
-from qsun.serve.cluster.modules import ModuleChecks, ServedNames
+from qsun.serve.cluster.modules import ModuleChecks
+from qsun.serve.cluster.names import ServedNames
 from qsun.serve.launch import signals as launch_signals
 from qsun.serve.launch.plan import WorkerCommand, started_urls
 from qsun.serve.launch.processes import WorkerDied, WorkerProcesses, last_lines

@@ -14,7 +14,7 @@ from typing import Any
 from qsun.errors import QsunError
 from qsun.model.checkpoint import read_json
 from qsun.model.locate import find_model
-from qsun.serve.cluster.modules import ServedNames
+from qsun.serve.cluster.names import ServedNames
 from qsun.serve.cluster.schema import Cluster, LaunchSettings, Pool
 
 LOOPBACK = "127.0.0.1"

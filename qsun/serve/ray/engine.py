@@ -11,7 +11,7 @@ from typing import Any
 from qsun.errors import QsunError
 from qsun.model.checkpoint import Checkpoint
 from qsun.model.locate import find_model
-from qsun.serve.cluster.modules import served_name
+from qsun.serve.cluster.names import served_name
 from qsun.serve.cluster.schema import LaunchSettings
 from qsun.serve.launch.plan import WorkerCommand, WorkerPlace, free_ports, worker_command
 from qsun.serve.launch.processes import WorkerProcesses, last_lines

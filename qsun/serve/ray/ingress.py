@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qsun.serve.cluster.file import parse_cluster
-from qsun.serve.cluster.modules import ServedNames
+from qsun.serve.cluster.names import ServedNames
 from qsun.serve.http.guard import Message, Receive, Send
 from qsun.serve.http.keys import read_keys
 from qsun.serve.ray.members import Members

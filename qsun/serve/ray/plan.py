@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qsun.errors import QsunError
-from qsun.serve.cluster.modules import ServedNames
+from qsun.serve.cluster.names import ServedNames
 from qsun.serve.cluster.schema import Cluster, Pool
 
 DECODE_APP, INGRESS_APP = "qsun-decode", "qsun"

@@ -5,7 +5,7 @@ from typing import Any
 
 import httpx
 
-from qsun.serve.cluster.modules import ServedNames
+from qsun.serve.cluster.names import ServedNames
 from qsun.serve.cluster.schema import Cluster
 from qsun.serve.router.exchange.health import identity_fault
 from qsun.serve.router.workers.fleet import Fleet

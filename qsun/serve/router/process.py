@@ -7,7 +7,8 @@ from pathlib import Path
 
 from qsun.errors import QsunError
 from qsun.serve.cluster.file import Cluster, read_cluster
-from qsun.serve.cluster.modules import ModuleChecks, ServedNames
+from qsun.serve.cluster.modules import ModuleChecks
+from qsun.serve.cluster.names import ServedNames
 from qsun.serve.http.keys import read_keys
 from qsun.serve.http.server import Draining, HttpProcess, listen
 from qsun.serve.router.app import Router

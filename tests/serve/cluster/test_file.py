@@ -8,7 +8,8 @@ import pytest
 
 from qsun.errors import QsunError
 from qsun.serve.cluster.file import parse_cluster, read_cluster, with_workers
-from qsun.serve.cluster.modules import ModuleChecks, served_name
+from qsun.serve.cluster.modules import ModuleChecks
+from qsun.serve.cluster.names import served_name
 from qsun.serve.http.keys import read_keys
 from tests.tiny_models import build_model
 

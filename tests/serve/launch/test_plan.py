@@ -10,7 +10,7 @@ from qsun.demo import base_directory
 from qsun.errors import QsunError
 from qsun.model.checkpoint import read_json
 from qsun.serve.cluster.file import parse_cluster
-from qsun.serve.cluster.modules import ServedNames
+from qsun.serve.cluster.names import ServedNames
 from qsun.serve.launch.launcher import fill_in
 from qsun.serve.launch.plan import free_ports, plan_workers, started_urls
 

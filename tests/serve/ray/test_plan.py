@@ -6,7 +6,7 @@ import pytest
 
 from qsun.errors import QsunError
 from qsun.serve.cluster.file import parse_cluster
-from qsun.serve.cluster.modules import ServedNames
+from qsun.serve.cluster.names import ServedNames
 from qsun.serve.ray.config import ray_service, serve_config
 from qsun.serve.ray.load import OutstandingTokens
 from qsun.serve.ray.plan import DECODE_APP, needed_cpus, plan_apps

@@ -13,7 +13,8 @@ import httpx
 import pytest
 import yaml
 
-from qsun.serve.cluster.modules import ModuleChecks, served_name
+from qsun.serve.cluster.modules import ModuleChecks
+from qsun.serve.cluster.names import served_name
 from tests.places import ROOT
 from tests.serve.fake_vllm import FakeWorker, expected_text
 from tests.serve.routing import QUICK, run, until

@@ -5,7 +5,7 @@ import socket
 
 import httpx
 
-from qsun.serve.cluster.modules import ServedNames
+from qsun.serve.cluster.names import ServedNames
 from qsun.serve.cluster.schema import Cluster, RequestLimits
 from qsun.serve.router.exchange.admission import Admission
 from qsun.serve.router.exchange.health import HealthChecks

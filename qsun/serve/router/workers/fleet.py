@@ -5,7 +5,7 @@ import contextlib
 import logging
 from collections.abc import Collection, Iterable, Iterator
 
-from qsun.serve.cluster.modules import ServedNames
+from qsun.serve.cluster.names import ServedNames
 from qsun.serve.cluster.schema import Cluster
 from qsun.serve.router.workers.policies import Demand, Policy, make_policy, partition
 from qsun.serve.router.workers.worker import Breaker, Role, Worker
