@@ -6,6 +6,7 @@ and with it the request in vLLM.
 """
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -80,7 +81,8 @@ class _Body(httpx.AsyncByteStream):
     async def aclose(self) -> None:
         if not self._complete:
             self._complete = True
-            self._call.cancel()
+            with contextlib.suppress(*FAILURES):  # a call that failed raises its failure again
+                self._call.cancel()
 
 
 def _first_line(error: BaseException) -> str:

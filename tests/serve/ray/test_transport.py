@@ -19,10 +19,14 @@ class Call:
 
     def __init__(self, items):
         self._items = iter(items)
+        self._failure = None
         self.cancelled = False
 
     def cancel(self):
+        """As Serve's: a call that could not be sent raises its failure once more."""
         self.cancelled = True
+        if self._failure is not None:
+            raise self._failure
 
     def __aiter__(self):
         return self
@@ -30,6 +34,7 @@ class Call:
     async def __anext__(self):
         for item in self._items:
             if isinstance(item, Exception):
+                self._failure = item
                 raise item
             if isinstance(item, asyncio.Event):
                 await item.wait()
