@@ -20,6 +20,7 @@ from qsun.errors import QsunError
 from qsun.serve.http.guard import GuardConfig
 
 PolicyName = Literal["least_outstanding_tokens", "power_of_two", "round_robin", "partitioned"]
+PrefillPolicyName = Literal["least_outstanding_tokens", "power_of_two", "round_robin", "prefix_affinity"]
 Count = Annotated[int, Field(ge=1, le=1 << 40)]
 Seconds = Annotated[float, Field(gt=0, le=86400, allow_inf_nan=False)]
 Names = Annotated[tuple[str, ...], Field(strict=False)]  # YAML has lists
@@ -220,10 +221,16 @@ class RaySettings(Section):
 
 
 class Cluster(Settings):
-    """The whole cluster file."""
+    """The whole cluster file.
+
+    Attributes:
+        policy: which worker gets a request. prefill_policy: which prefill worker; None: the same, and under
+            `partitioned`, which is about decode workers, the least outstanding tokens.
+    """
 
     listen: Listen = Listen()
     policy: PolicyName = "least_outstanding_tokens"
+    prefill_policy: PrefillPolicyName | None = None
     decode: Pool
     models: Annotated[dict[str, Pool], Field(min_length=1, max_length=1000)]
     limits: RequestLimits = RequestLimits()

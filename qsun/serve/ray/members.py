@@ -11,8 +11,9 @@ from ray import serve
 
 from qsun.serve.cluster.schema import Cluster
 from qsun.serve.ray import presence
+from qsun.serve.ray.calls import CALL_FAILURES, call, outcome
 from qsun.serve.ray.plan import ENGINE
-from qsun.serve.ray.transport import FAILURES, ReplicaTransport
+from qsun.serve.ray.transport import ReplicaTransport
 from qsun.serve.router.exchange.state import RouterState
 from qsun.serve.router.workers.policies import partition
 from qsun.serve.router.workers.worker import Breaker, Worker
@@ -118,7 +119,7 @@ class Members:
 async def _handle(app: str) -> Any:
     """Return the handle of an application, once there is one."""
     while True:
-        with contextlib.suppress(*FAILURES):
+        with contextlib.suppress(*CALL_FAILURES):
             return serve.get_deployment_handle(ENGINE, app_name=app)
         await asyncio.sleep(_AGAIN_SECONDS)
 
@@ -126,11 +127,8 @@ async def _handle(app: str) -> Any:
 async def _described(handle: Any, replica: str | None) -> dict[str, Any] | None:
     """Ask a replica, or whichever there is, what it serves. None if it is gone or does not answer."""
     try:
-        answer = handle.describe.remote(replica=replica)
-        if replica is None:
-            return await answer
-        async with asyncio.timeout(_ASK_SECONDS):
-            return await answer
-    except (TimeoutError, *FAILURES) as error:
+        async with asyncio.timeout(None if replica is None else _ASK_SECONDS):
+            return await outcome(call(handle.describe, replica=replica), replica)
+    except (TimeoutError, *CALL_FAILURES) as error:
         logger.warning("replica %s does not say what it serves: %s", replica, type(error).__name__)
         return None

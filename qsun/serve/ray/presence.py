@@ -14,10 +14,6 @@ _watchers: defaultdict[str, list[Announce]] = defaultdict(list)
 _present: dict[str, frozenset[str]] = {}
 
 
-class ReplicaGone(Exception):
-    """A request names a replica that is not, or no longer, there."""
-
-
 def announce(app: str, replicas: frozenset[str]) -> None:
     """Tell the watchers of an application which replicas it has, by id."""
     with _lock:

@@ -24,9 +24,10 @@ class NamedReplica(RequestRouter):
             return [candidate_replicas]
         found = [replica for replica in candidate_replicas if replica.replica_id.unique_id == wanted]
         if not found:
-            if not pending_request.future.done():
-                pending_request.future.set_exception(presence.ReplicaGone(f"replica {wanted} is gone"))
-            return [candidate_replicas]  # for the caller to see that the request is over
+            # Cancelled, and not failed with an error: Serve forgets a request that was cancelled, and would look for
+            # one that failed without end. `calls.py` tells the caller.
+            pending_request.future.cancel()
+            return [candidate_replicas]  # for Serve to see that the request is over
         return [found]
 
     def update_replicas(self, replicas: Sequence[RunningReplica]) -> None:

@@ -11,14 +11,11 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import httpx
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 
-from qsun.serve.ray.presence import ReplicaGone
+from qsun.serve.ray.calls import CALL_FAILURES, ReplicaGone, call, outcome
 
 _CONNECT_SECONDS = 10.0
 _PASSED_ON = ("x-request-id", "content-type", "accept-encoding", "traceparent")
-FAILURES = (RayError, RayServeException, ReplicaGone)
 
 
 class ReplicaTransport(httpx.AsyncBaseTransport):
@@ -34,8 +31,8 @@ class ReplicaTransport(httpx.AsyncBaseTransport):
             raise httpx.ConnectError(f"replica {replica} is gone", request=request)
         headers = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
         answer = handle.options(method_name="answer", stream=True)
-        call = answer.remote(request.method, request.url.path, headers, await request.aread(), replica=replica)
-        body = _Body(call, request, limits)
+        arguments = request.method, request.url.path, headers, await request.aread()
+        body = _Body(call(answer, *arguments, replica=replica), request, limits)
         try:
             status, head = await body.first()
         except BaseException:
@@ -47,8 +44,8 @@ class ReplicaTransport(httpx.AsyncBaseTransport):
 class _Body(httpx.AsyncByteStream):
     """The body of an answer, as it comes."""
 
-    def __init__(self, call: Any, request: httpx.Request, limits: Mapping[str, float | None]):
-        self._call, self._pieces = call, aiter(call)
+    def __init__(self, answer: Any, request: httpx.Request, limits: Mapping[str, float | None]):
+        self._answer, self._pieces = answer, aiter(answer)
         self._request, self._seconds = request, limits.get("read")
         self._complete = False
 
@@ -67,7 +64,7 @@ class _Body(httpx.AsyncByteStream):
         """Return the next item; None at the end."""
         try:
             async with asyncio.timeout(self._seconds):
-                return await anext(self._pieces)
+                return await outcome(anext(self._pieces), self._request.url.host)
         except StopAsyncIteration:
             self._complete = True
             return None
@@ -75,14 +72,14 @@ class _Body(httpx.AsyncByteStream):
             raise httpx.ReadTimeout("", request=self._request) from None
         except ReplicaGone as gone:
             raise httpx.ConnectError(str(gone), request=self._request) from None
-        except FAILURES as error:
+        except CALL_FAILURES as error:
             raise httpx.ReadError(_first_line(error), request=self._request) from error
 
     async def aclose(self) -> None:
         if not self._complete:
             self._complete = True
-            with contextlib.suppress(*FAILURES):  # a call that failed raises its failure again
-                self._call.cancel()
+            with contextlib.suppress(*CALL_FAILURES):  # a call that failed raises its failure again
+                self._answer.cancel()
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ pytest.importorskip("ray.serve", reason="needs Ray: pip install 'qsun[ray]'")
 
 from ray.exceptions import RayActorError
 
-from qsun.serve.ray.presence import ReplicaGone
+from qsun.serve.ray.calls import ReplicaGone, outcome
 from qsun.serve.ray.transport import ReplicaTransport
 from qsun.serve.router.exchange.worker_http import cause_of
 
@@ -25,7 +25,7 @@ class Call:
     def cancel(self):
         """As Serve's: a call that could not be sent raises its failure once more."""
         self.cancelled = True
-        if self._failure is not None:
+        if isinstance(self._failure, Exception):  # and not a cancellation
             raise self._failure
 
     def __aiter__(self):
@@ -33,7 +33,7 @@ class Call:
 
     async def __anext__(self):
         for item in self._items:
-            if isinstance(item, Exception):
+            if isinstance(item, BaseException):
                 self._failure = item
                 raise item
             if isinstance(item, asyncio.Event):
@@ -93,7 +93,7 @@ def test_leaving_a_stream_cancels_the_call():
 @pytest.mark.parametrize(
     ("items", "cause"),
     [
-        ([ReplicaGone("gone")], "connect"),
+        ([asyncio.CancelledError()], "connect"),
         ([RayActorError()], "broken"),
         ([HEAD, b"ab", RayActorError()], "broken"),
         ([], "broken"),
@@ -127,5 +127,44 @@ def test_a_replica_that_is_unknown():
         async with client(Handle([])) as http:
             with pytest.raises(httpx.ConnectError, match="replica r2 is gone"):
                 await http.get("http://r2/health")
+
+    asyncio.run(scenario())
+
+
+def test_a_call_that_is_cancelled_is_not_a_caller_that_is():
+    async def scenario():
+        with pytest.raises(ReplicaGone):
+            await outcome(cancelled(), "r1")
+        waiting = asyncio.ensure_future(outcome(asyncio.Event().wait(), "r1"))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    asyncio.run(scenario())
+
+
+async def cancelled():
+    raise asyncio.CancelledError
+
+
+def test_a_router_cancels_a_request_for_a_replica_that_is_gone():
+    from qsun.serve.ray.routing import NamedReplica
+
+    class Id:
+        unique_id = "r1"
+
+    class Replica:
+        replica_id = Id
+
+    class Pending:
+        def __init__(self, replica):
+            self.kwargs, self.future = {"replica": replica}, asyncio.get_running_loop().create_future()
+
+    async def scenario():
+        there, gone, anyone = Pending("r1"), Pending("r2"), Pending(None)
+        for pending in (there, gone, anyone):
+            assert await NamedReplica.choose_replicas(None, [Replica], pending) == [[Replica]]
+        assert (there.future.done(), gone.future.cancelled(), anyone.future.done()) == (False, True, False)
 
     asyncio.run(scenario())

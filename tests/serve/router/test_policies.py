@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from qsun.errors import QsunError
 from qsun.serve.router.workers.policies import Demand, PowerOfTwo, make_policy, partition
 
-NAMES = ("least_outstanding_tokens", "power_of_two", "round_robin", "partitioned")
+NAMES = ("least_outstanding_tokens", "power_of_two", "round_robin", "partitioned", "prefix_affinity")
 
 
 @dataclass
@@ -89,3 +89,30 @@ def test_least_outstanding_tokens_keeps_workers_within_one_request_of_each_other
         chosen.taken += 1
     sums = [worker.outstanding_tokens for worker in workers]
     assert max(sums) - min(sums) <= max(tokens for tokens, _ in requests)
+
+
+def worker_names(chosen):
+    return [worker.url for worker in chosen]
+
+
+def test_prefix_affinity_keeps_a_beginning_at_one_worker():
+    workers = loads(0, 0, 0, 0)
+    policy = make_policy("prefix_affinity")
+    demands = [Demand("math", 10, f"beginning {i}") for i in range(64)]
+    first = worker_names(policy.choose(workers, demand) for demand in demands)
+    assert first == worker_names(make_policy("prefix_affinity").choose(workers[::-1], demand) for demand in demands)
+    assert len(set(first)) == 4
+    left = worker_names(policy.choose(workers[:3], demand) for demand in demands)
+    assert all(now == before for now, before in zip(left, first, strict=True) if before != "http://w3")
+
+
+def test_prefix_affinity_yields_to_load():
+    workers = loads(0, 0)
+    policy = make_policy("prefix_affinity")
+    demand = Demand("math", 10, "beginning")
+    claimant = policy.choose(workers, demand)
+    claimant.outstanding_tokens = policy.slack_tokens
+    assert policy.choose(workers, demand) is claimant
+    claimant.outstanding_tokens += 1
+    assert policy.choose(workers, demand) is not claimant
+    assert policy.choose([], demand) is None

@@ -155,7 +155,7 @@ class Exchange:
 
     async def _prefill_worker(self) -> Worker:
         """Return a prefill worker that has a decode worker; wait for one to become usable."""
-        demand = Demand(self._request.model, self._request.prompt_tokens)
+        demand = Demand(self._request.model, self._request.prompt_tokens, self._request.beginning)
         until = time.monotonic() + min(self._limits.no_worker_seconds, self._left)
         while (chosen := self._fleet.choose_prefill(demand, self._tried)) is None:
             if demand.model not in self._fleet.prefill:

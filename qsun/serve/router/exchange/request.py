@@ -15,6 +15,7 @@ from qsun.serve.http.errors import HttpError
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 CHARACTERS_PER_TOKEN = 4
+_BEGINNING = 512  # tokens or characters
 _DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as in OpenAI's API and vLLM
 # never accepted from a client: they name blocks, share caches, or name other requests
 _DROPPED = frozenset({"cache_salt", "request_id", "session_id", "vllm_xargs", "data_parallel_rank", "priority"})
@@ -51,6 +52,12 @@ class RoutedRequest:
     max_tokens: int | None
     prompt_tokens: int
     continuous_usage: bool = False
+
+    @property
+    def beginning(self) -> str:
+        """How the prompt begins, for prefix affinity: its first tokens or characters, or the first message."""
+        prompt = self.body["messages"][0].get("content") if self.path == CHAT else self.body["prompt"]
+        return str(prompt[:_BEGINNING] if isinstance(prompt, (str, list)) else prompt)
 
 
 def read_request(path: str, raw: bytes, models: Collection[str], limits: RequestLimits) -> RoutedRequest:

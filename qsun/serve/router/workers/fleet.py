@@ -27,7 +27,7 @@ class Fleet:
         self.leaving: list[Worker] = []
         self.warm: set[tuple[str, str]] = set()
         self._policies: dict[str | None, Policy] = {}
-        self._policy_name = ""
+        self._policy_names = ("", "")
         self._changed = asyncio.Event()
 
     def __iter__(self) -> Iterator[Worker]:
@@ -54,8 +54,9 @@ class Fleet:
         for worker in self:
             worker.breaker.limit = cluster.health.failures
             worker.breaker.cool_down_seconds = cluster.health.cool_down_seconds
-        if cluster.policy != self._policy_name:
-            self._policies, self._policy_name = {}, cluster.policy
+        names = cluster.policy, cluster.prefill_policy or cluster.policy
+        if names != self._policy_names:
+            self._policies, self._policy_names = {}, names
         self.changed()
         return joined
 
@@ -88,7 +89,7 @@ class Fleet:
         ]
 
     def _policy(self, pool: str | None) -> Policy:
-        return self._policies.setdefault(pool, make_policy(self._policy_name))
+        return self._policies.setdefault(pool, make_policy(self._policy_names[pool is not None]))
 
     def partners(self, worker: Worker) -> list[Worker]:
         """Return the workers of the other role that it may be paired with."""

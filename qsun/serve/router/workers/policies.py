@@ -3,6 +3,7 @@
 Each pool has its own instance: one for the decode workers, one for the prefill workers of each model.
 """
 
+import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,10 +32,11 @@ W = TypeVar("W", bound=Candidate)
 
 @dataclass(frozen=True)
 class Demand:
-    """A request as a policy sees it: its model and its prompt tokens."""
+    """A request as a policy sees it: its model, its prompt tokens, and how its prompt begins ("" where unknown)."""
 
     model: str
     tokens: int
+    beginning: str = ""
 
 
 class Policy(Protocol):
@@ -76,6 +78,30 @@ class RoundRobin:
         return chosen
 
 
+class PrefixAffinity:
+    """The worker whose prefix cache has probably seen how the prompt begins: always the same one for a beginning.
+
+    Rendezvous hashing, so that every router prefers the same worker, and a worker that joins or leaves moves only the
+    beginnings that it gets or had. A worker with `slack_tokens` more outstanding than another loses its claim.
+    """
+
+    def __init__(self, slack_tokens: int = 8192):
+        self.slack_tokens = slack_tokens
+        self._otherwise = LeastOutstandingTokens()
+
+    def choose(self, workers: Sequence[W], request: Demand) -> W | None:
+        least = self._otherwise.choose(workers, request)
+        if least is None or not request.beginning:
+            return least
+        claimant = max(workers, key=lambda worker: _weight(worker.url, request.beginning))
+        behind = claimant.outstanding_tokens - least.outstanding_tokens
+        return claimant if behind <= self.slack_tokens else least
+
+
+def _weight(worker: str, beginning: str) -> bytes:
+    return hashlib.blake2b(beginning.encode("utf-8", "replace"), key=worker.encode()[:64], digest_size=8).digest()
+
+
 class Partitioned:
     """Conventional disaggregation, for comparison: a decode worker serves its own models only."""
 
@@ -92,6 +118,7 @@ _POLICIES: dict[str, type[Policy]] = {
     "power_of_two": PowerOfTwo,
     "round_robin": RoundRobin,
     "partitioned": Partitioned,
+    "prefix_affinity": PrefixAffinity,
 }
 
 
