@@ -64,10 +64,13 @@ def plan_workers(cluster: Cluster, names: ServedNames, visible_gpus: str | None 
     Args:
         visible_gpus: CUDA_VISIBLE_DEVICES of the launcher, as a scheduler may set it; None: unset.
     Raises:
-        QsunError: no pool has a number, or there are too few ports or visible GPUs.
+        QsunError: no pool has a number, one has a scale, or there are too few ports or visible GPUs.
     """
     pools = [(model, pool, names.prefill[model]) for model, pool in cluster.models.items()]
     wanted: list[tuple[str | None, Pool, str]] = [(None, cluster.decode, names.decode), *pools]
+    for model, pool, _ in wanted:
+        if pool.scale is not None:
+            raise QsunError(f"{'decode' if model is None else f'models.{model}'}.scale needs Ray; add --ray or drop it")
     launched = [(*entry, entry[1].workers) for entry in wanted if isinstance(entry[1].workers, int)]
     if not launched:
         raise QsunError("no pool of the cluster has a number of workers to start; use `qsun route` for running workers")

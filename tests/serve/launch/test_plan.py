@@ -156,3 +156,10 @@ def test_a_file_that_asks_for_more_workers_later_is_refused():
     more = first.model_copy(update={"decode": first.decode.model_copy(update={"workers": 3})})
     with pytest.raises(QsunError, match=r"^decode: qsun up starts workers only at its own start"):
         fill_in(more, first, commands)
+
+
+def test_only_ray_scales():
+    values = cluster().to_dict()
+    values["decode"]["scale"] = {"workers": 3, "tokens": 100}
+    with pytest.raises(QsunError, match=r"decode.scale needs Ray; add --ray or drop it"):
+        plan_workers(parse_cluster(values), NAMES)
