@@ -15,6 +15,7 @@ from qsun.serve.http.wire import DONE_EVENT, encode_event
 from qsun.serve.router.exchange.exchange import Exchange, WorkerAnswer
 from qsun.serve.router.exchange.request import RoutedRequest, read_request
 from qsun.serve.router.exchange.state import RouterState
+from qsun.serve.router.exchange.tracing import request_span
 from qsun.serve.router.exchange.worker_http import WorkerFailed
 
 logger = logging.getLogger(__name__)
@@ -58,8 +59,10 @@ class GenerationEndpoint:
                 raise HttpError(503, "the router is shutting down; try another one", headers={"Retry-After": "1"})
             request = read_request(scope["path"], body, state.cluster.models, limits)
             model = request.model
-            async with state.admission.slot(model, limits.deadline_seconds):
-                outcome = await self._exchange(request, limits, scope["state"]["request_id"], arrived, send)
+            request_id = scope["state"]["request_id"]
+            with request_span(scope["headers"], model=model, request_id=request_id):
+                async with state.admission.slot(model, limits.deadline_seconds):
+                    outcome = await self._exchange(request, limits, request_id, arrived, send)
         except HttpError as error:
             outcome = str(error.status)
             raise

@@ -22,6 +22,7 @@ from qsun.serve.http.errors import HttpError
 from qsun.serve.http.wire import DONE, BrokenStream, data_events, parse_event, usage_count
 from qsun.serve.router.exchange.request import RoutedRequest
 from qsun.serve.router.exchange.state import RouterState
+from qsun.serve.router.exchange.tracing import mark, worker_span
 from qsun.serve.router.exchange.transfer import decode_body
 from qsun.serve.router.exchange.worker_answers import checked_tokens, for_client
 from qsun.serve.router.exchange.worker_http import (
@@ -130,7 +131,7 @@ class Exchange:
         self._asked, self.tokens = None, 0
         source = await self._prefill_worker()
         self._asked, self._asked_at = source, time.monotonic()
-        with source.handling(request.prompt_tokens):
+        with source.handling(request.prompt_tokens), worker_span("prefill", worker=source.url, attempt=attempt_id):
             seconds = min(self._limits.prefill_seconds, self._left)
             filled = await prefill(self._state.client, source, request, attempt_id, seconds)
         self._health.report_success(source, filled.engine_id)
@@ -144,6 +145,7 @@ class Exchange:
         load = stack.enter_context(target.handling(prompt_tokens + max_tokens))
         read_seconds = min(self._limits.stall_seconds, self._left) if request.stream else self._left
         timeout = httpx.Timeout(read_seconds, connect=min(10.0, self._left))
+        stack.enter_context(worker_span("decode", worker=target.url, attempt=attempt_id, prompt_tokens=prompt_tokens))
         try:
             opening = opened(self._state.client, target, request.path, body, attempt_id, timeout)
             response = await stack.enter_async_context(opening)
@@ -185,6 +187,7 @@ class Exchange:
             if event is None:
                 raise WorkerFailed(transfer.target, "broken", "its stream ended before a token came")
             opening.append(event)
+        mark("first token")
         self._health.report_success(transfer.target)
         return WorkerAnswer(events=self._relay(transfer, opening, events))
 

@@ -10,6 +10,7 @@ import httpx
 
 from qsun.serve.http.wire import BrokenStream, usage_count
 from qsun.serve.router.exchange.request import RoutedRequest
+from qsun.serve.router.exchange.tracing import with_trace
 from qsun.serve.router.exchange.transfer import NoTransfer, prefill_body, transfer_of
 from qsun.serve.router.workers.worker import Worker
 
@@ -90,7 +91,7 @@ async def opened(
 
     Leaving the block closes the connection of an unfinished answer, which makes vLLM end the request.
     """
-    headers = {"X-Request-Id": request_id, "Accept-Encoding": "identity"}
+    headers = with_trace({"X-Request-Id": request_id, "Accept-Encoding": "identity"})
     try:
         async with client.stream("POST", worker.url + path, json=body, headers=headers, timeout=timeout) as response:
             if response.status_code != 200:
