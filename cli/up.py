@@ -166,6 +166,7 @@ def _serve_here(cluster: Any, planned: Any, as_json: bool) -> None:
         launch_signals.interrupt_start()
         try:
             with local_ray(planned):
+                launch_signals.interrupt_start()  # again: Ray has set a handler of SIGTERM that exits at once
                 url = deploy(cluster, planned)
                 screen.note(f"starting {len(planned)} applications on Ray; logs of vLLM in {cluster.ray.logs}")
                 wait_until_running(planned, url, launch.start_seconds, screen.note)

@@ -15,33 +15,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import numpy as np
 import openai
 import pytest
 
-import qsun
 from tests.oracles.compare import record
 from tests.oracles.conftest import ENVIRONMENTS, PROBE_SETTINGS
 from tests.places import ROOT
-from tests.vllm.cluster_files import MODELS, VOCAB, make_modules, write_cluster
+from tests.vllm.asking import (
+    DEADLINE_SECONDS,
+    EXACT,
+    LENGTHS,
+    NEW_TOKENS,
+    Request,
+    ask,
+    ask_all,
+    client_of,
+    prompt,
+    reference,
+)
+from tests.vllm.cluster_files import MODELS, make_modules, write_cluster
 from tests.vllm.listening import is_loopback, listening_addresses
 
 pytestmark = pytest.mark.oracle
-
-LENGTHS = (1, 2, 17, 127, 128, 129, 200, 257)  # vLLM's blocks for a CPU hold 128 tokens
-NEW_TOKENS = 16
-EXACT = {"return_token_ids": True, "ignore_eos": True}
-DEADLINE_SECONDS = 600
-
-
-@dataclass(frozen=True)
-class Request:
-    """One request to a model; stream: taken as it comes."""
-
-    model: str
-    prompt: tuple[int, ...]
-    stream: bool
-    max_tokens: int = NEW_TOKENS
 
 
 @dataclass
@@ -54,48 +49,7 @@ class Cluster:
     said: Path
 
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=DEADLINE_SECONDS, max_retries=0)
-
-
-def prompt(length: int, seed: int) -> tuple[int, ...]:
-    return (1, *np.random.default_rng(seed).integers(3, VOCAB, length - 1).tolist())
-
-
-def ask(cluster: Cluster, request: Request) -> list[int]:
-    """Tokens that the OpenAI client gets. Raises openai.APIError, with `.tokens` so far where a stream broke off."""
-    with cluster.client() as client:
-        answer = client.completions.create(
-            model=request.model,
-            prompt=list(request.prompt),
-            max_tokens=request.max_tokens,
-            temperature=0,
-            stream=request.stream,
-            extra_body=EXACT,
-        )
-        if not request.stream:
-            return answer.choices[0].token_ids
-        tokens: list[int] = []
-        try:
-            for chunk in answer:
-                for choice in chunk.choices:
-                    tokens += choice.token_ids or []
-        except openai.APIError as error:
-            error.tokens = tokens
-            raise
-        return tokens
-
-
-def ask_all(cluster: Cluster, requests: list[Request]) -> list[list[int] | openai.APIError]:
-    """All at once; an error in place of the tokens of a request that failed."""
-
-    def one(request: Request) -> list[int] | openai.APIError:
-        try:
-            return ask(cluster, request)
-        except openai.APIError as error:
-            return error
-
-    with ThreadPoolExecutor(len(requests)) as pool:
-        return list(pool.map(one, requests))
+        return client_of(self.url)
 
 
 @pytest.fixture(scope="module")
@@ -106,17 +60,7 @@ def modules(tmp_path_factory):
 @pytest.fixture(scope="module")
 def expected(modules):
     """expected(requests): tokens of `qsun.generate`."""
-    decode = qsun.load_decode(modules["decode"], device="cpu", dtype="float32")
-    prefills = {name: qsun.load_prefill(modules[name], decode=decode, dtype="float32") for name in MODELS}
-
-    def answers(requests: list[Request]) -> list[list[int]]:
-        rows = [list(request.prompt) for request in requests]
-        readers = [prefills[request.model] for request in requests]
-        longest = max(request.max_tokens for request in requests)
-        tokens = qsun.generate(readers, decode, rows, max_new_tokens=longest, eos=())
-        return [row[: request.max_tokens] for row, request in zip(tokens, requests, strict=True)]
-
-    return answers
+    return reference(modules)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +123,7 @@ def test_64_concurrent_requests_over_both_models(cluster, expected):
     ]
     assert len(requests) == 64
     started = time.monotonic()
-    answers = ask_all(cluster, requests)
+    answers = ask_all(cluster.url, requests)
     record("vllm cluster", requests=len(requests), seconds=round(time.monotonic() - started))
     wrong = [request for request, a, b in zip(requests, answers, expected(requests), strict=True) if a != b]
     assert wrong == []
@@ -190,7 +134,7 @@ def test_the_same_prompt_to_both_models_never_leaks(cluster, expected):
     requests = [Request(model, prompt(300, seed=77), stream=False) for model in (*MODELS, *MODELS[::-1]) * 2]
     wanted = expected(requests)
     assert wanted[0] != wanted[1]
-    assert [ask(cluster, request) for request in requests] == wanted
+    assert [ask(cluster.url, request) for request in requests] == wanted
 
 
 def test_a_chat_is_rendered_and_answered(cluster, expected):
@@ -207,7 +151,7 @@ def test_a_chat_is_rendered_and_answered(cluster, expected):
 
 def test_an_unknown_model_is_404(cluster):
     with pytest.raises(openai.NotFoundError):
-        ask(cluster, Request("nobody", prompt(5, 0), stream=False))
+        ask(cluster.url, Request("nobody", prompt(5, 0), stream=False))
 
 
 def test_a_decode_worker_killed_under_load(cluster, expected):
@@ -217,7 +161,7 @@ def test_a_decode_worker_killed_under_load(cluster, expected):
     ]
     victim = cluster.workers["decode-0"]["pid"]
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(ask_all, cluster, requests)
+        asked = pool.submit(ask_all, cluster.url, requests)
         wait_for(lambda: decoding(cluster, "decode-0"))
         os.killpg(victim, signal.SIGKILL)
         answers = asked.result(DEADLINE_SECONDS)
@@ -234,7 +178,7 @@ def test_a_decode_worker_killed_under_load(cluster, expected):
     wait_for(lambda: "worker decode-0" in cluster.said.read_text())
     assert "was killed by signal 9" in cluster.said.read_text()
     after = [Request(model, prompt(129, 500), stream) for model in MODELS for stream in (False, True)]
-    assert ask_all(cluster, after) == expected(after)
+    assert ask_all(cluster.url, after) == expected(after)
 
 
 def decoding(cluster: Cluster, name: str) -> bool:

@@ -77,7 +77,10 @@ async def one(client, number, tokens):
     wanted = expected(model, prompt, tokens)
     if not complete and wanted.startswith(text):
         return "cut off"
-    return "right" if text == wanted else "wrong"
+    if text != wanted:
+        print(f"WRONG: {model} {prompt!r}: {text[:60]!r} and not {wanted[:60]!r}", file=sys.stderr, flush=True)
+        return "wrong"
+    return "right"
 
 
 def streamed(body):

@@ -100,9 +100,9 @@ def test_an_engine_that_dies_under_load_comes_back(up, root, role):
     assert asyncio.run(many(up.url, range(200, 216))) == {"right": 16}
 
 
-def test_ctrl_c_takes_all_down(up, root):
+def test_sigterm_takes_all_down(up, root):
     assert len(engines(root)) == PAIRS
-    up.send_signal(signal.SIGINT)
+    up.send_signal(signal.SIGTERM)
     assert up.wait(timeout=DEADLINE_SECONDS) == 0
     until(lambda: engines(root) == [], seconds=20)
     until(lambda: processes("ray::ServeReplica", "qsun") == [], seconds=20)

@@ -18,15 +18,14 @@ def option(name):
 
 
 class Network:
-    """KV cache by (engine id, request id): what a process holds is gone with it, and can be taken once."""
+    """KV cache by (engine id, request id), which can be taken once."""
 
     def __init__(self, directory):
         self._directory = directory
 
     def __setitem__(self, key, value):
         module, prompt = value
-        text = json.dumps([os.getpid(), module, prompt, isinstance(prompt, tuple)])
-        self._file(key).write_text(text)
+        self._file(key).write_text(json.dumps([module, prompt, isinstance(prompt, tuple)]))
 
     def pop(self, key, default):
         taken = self._directory / uuid.uuid4().hex
@@ -34,14 +33,26 @@ class Network:
             self._file(key).rename(taken)
         except FileNotFoundError:
             return default
-        pid, module, prompt, is_tokens = json.loads(taken.read_text())
+        module, prompt, is_tokens = json.loads(taken.read_text())
         taken.unlink()
-        if not Path(f"/proc/{pid}").exists():
-            return default
         return module, tuple(prompt) if is_tokens else prompt
 
     def _file(self, key):
         return self._directory / "-".join(key).replace("/", "_")
+
+
+class EndedEngines:
+    """Engine ids whose process has ended. vLLM fails a request whose KV cache it cannot load."""
+
+    def __init__(self, directory):
+        self._directory = directory
+
+    def join(self, engine):
+        (self._directory / f"engine-{engine}").write_text(str(os.getpid()))
+
+    def __contains__(self, engine):
+        pid = (self._directory / f"engine-{engine}").read_text()
+        return not Path(f"/proc/{pid}").exists()
 
 
 class Worker(FakeWorker):
@@ -54,8 +65,10 @@ class Worker(FakeWorker):
 
 async def main():
     role = "decode" if json.loads(option("--kv-transfer-config"))["kv_role"] == "kv_consumer" else "prefill"
-    network = Network(Path(os.environ["FAKE_NETWORK"]))
-    worker = Worker(role, Path(option("--model")).name, option("--served-model-name"), network)
+    directory = Path(os.environ["FAKE_NETWORK"])
+    worker = Worker(role, Path(option("--model")).name, option("--served-model-name"), Network(directory))
+    worker.unreachable = EndedEngines(directory)
+    worker.unreachable.join(worker.engine_id)
     worker._port = int(option("--port"))
     worker.token_seconds = float(os.environ.get("FAKE_SECONDS", "0"))
     await worker.start()
