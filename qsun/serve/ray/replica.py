@@ -19,8 +19,7 @@ from ray import serve
 
 from qsun.serve.cluster.schema import LaunchSettings
 from qsun.serve.ray.engine import EngineProcess, engine_command
-from qsun.serve.ray.load import OutstandingTokens
-from qsun.serve.ray.scaling import METRIC
+from qsun.serve.ray.scaling import METRIC, OutstandingTokens
 
 logger = logging.getLogger(__name__)
 

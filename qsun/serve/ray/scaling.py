@@ -1,7 +1,12 @@
 """How many replicas a pool is to have, from the tokens that its replicas have yet to compute."""
 
+import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from qsun.serve.router.exchange.request import prompt_tokens
 
 METRIC = "outstanding_tokens"
 
@@ -19,3 +24,42 @@ class ByOutstandingTokens:
     def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
         outstanding = sum((context.aggregated_metrics or {}).get(METRIC, {}).values())
         return math.ceil(outstanding / self.tokens), {}
+
+
+class OutstandingTokens:
+    """Counts the tokens of requests that run: prompts, and with decode what each may still generate.
+
+    Attributes:
+        tokens: outstanding now.
+    """
+
+    def __init__(self, decode: bool):
+        self._decode = decode
+        self.tokens = 0
+
+    @contextmanager
+    def counted(self, path: str, body: bytes) -> Iterator["RequestLoad"]:
+        """Count a request within the block. body: empty for one that computes nothing."""
+        load = RequestLoad(self, self._needed(path, body) if body else 0)
+        self.tokens += load.left
+        try:
+            yield load
+        finally:
+            self.tokens -= load.left
+
+    def _needed(self, path: str, body: bytes) -> int:
+        values: dict[str, Any] = json.loads(body)
+        return prompt_tokens(path, values) + (int(values["max_tokens"]) if self._decode else 0)
+
+
+class RequestLoad:
+    """The tokens that one request still needs."""
+
+    def __init__(self, replica: OutstandingTokens, tokens: int):
+        self._replica, self.left = replica, tokens
+
+    def arrived(self, piece: bytes) -> None:
+        """Subtract the tokens of a piece of an answer: one for each event of a stream."""
+        tokens = min(self.left, piece.count(b"data: "))
+        self.left -= tokens
+        self._replica.tokens -= tokens

@@ -8,9 +8,8 @@ from qsun.errors import QsunError
 from qsun.serve.cluster.file import parse_cluster
 from qsun.serve.cluster.names import ServedNames
 from qsun.serve.ray.config import ray_service, serve_config
-from qsun.serve.ray.load import OutstandingTokens
 from qsun.serve.ray.plan import DECODE_APP, needed_cpus, plan_apps
-from qsun.serve.ray.scaling import METRIC, ByOutstandingTokens
+from qsun.serve.ray.scaling import METRIC, ByOutstandingTokens, OutstandingTokens
 
 NAMES = ServedNames("qsun-d", {"math": "qsun-m", "a/b": "qsun-ab"})
 
