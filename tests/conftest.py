@@ -77,7 +77,7 @@ def token_file(tmp_path_factory) -> Path:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command line gave."""
+    """The result of a command line."""
 
     code: int
     out: str

@@ -33,7 +33,7 @@ def decode(base_directory):
 
 @pytest.fixture(scope="session")
 def prefills(decode, base_directory):
-    """Three modules by name, the base's weights shaken each in its own way."""
+    """Three modules by name: the base with different noise on its weights."""
     base = qsun.load_prefill(base_directory, decode=decode, dtype="float32")
     made = {}
     for seed, name in enumerate(NAMES):

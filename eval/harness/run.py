@@ -91,7 +91,7 @@ def _device(decode: DecodeModule) -> str:
 
 def _task_manager(task: str, settings: HarnessSettings) -> Any:
     """Return lm-eval's index of tasks: of our own where the task is one of them, as all of lm-eval's take 8 seconds."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it explains much at every task
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it logs a lot for every task
     ours = _indexed("", settings.task_data, include_defaults=False)
     if not settings.task_dir and task in ours.all_tasks:
         return ours

@@ -1,4 +1,4 @@
-"""Shapes of rows: the ways in which public data sets write prompts and responses, brought to three of them.
+"""Shapes of rows: the ways in which public data sets write prompts and responses, converted to three of them.
 
 Afterwards a row has `messages` in OpenAI's form (and `tools`), or `prompt` and `response`, or `text`.
 """
@@ -27,11 +27,11 @@ _ROLES = {
 
 
 class RowLeftOut(QsunError):
-    """A row that cannot be used, and that is no reason to stop."""
+    """A row that cannot be used; it is skipped and counted."""
 
 
 def recognize(row: Mapping[str, Any], where: str, needs_response: bool = True) -> tuple[Mapping[str, Any], str]:
-    """Bring a row to `messages`, `prompt` and `response`, or `text`. Returns it with a note if it had other keys.
+    """Convert a row to `messages`, `prompt` and `response`, or `text`. Returns it with a note if it had other keys.
 
     needs_response: False: a row may have a prompt only; its `response` is then None.
 

@@ -1,7 +1,7 @@
-"""The embedded default model, `demo`: a really pretrained Llama small enough to ship in the wheel.
+"""The embedded default model, `demo`: a pretrained Llama small enough to ship in the wheel.
 
-Every command can then be tried, tested and documented without a network or an accelerator. Importing this
-module costs nothing: it only knows where the packaged files lie. How they came to be is in `pretrain.py`.
+With it every command can be tried, tested and documented without a network or an accelerator. Importing this module
+costs nothing: it only locates the packaged files, which `pretrain.py` made.
 """
 
 from pathlib import Path

@@ -1,21 +1,21 @@
 """The pretraining mixture of the demo base: seeded generators of short documents, in pure Python.
 
-A model of 0.8 M parameters cannot learn the web, but it can learn a few skills well. The mixture holds the
-ingredients of the tasks that the base is later fine-tuned to (word problems, code, tool calls) without the
-tasks themselves: arithmetic, string operations, key lookup, JSON rendering and some English. Fine-tuning then
-has something real to build on, and quantization something real to damage.
+A model of 0.8 M parameters cannot learn the web, but it can learn a few skills well. The mixture has the skills that
+the tasks of later fine-tuning need (word problems, code, tool calls), but not the tasks themselves: arithmetic, string
+operations, key lookup, JSON rendering and some English. Fine-tuning then has real skills to build on, and quantization
+real skills to damage.
 
-A document is a prompt and a response. `render` writes it as one string with its special tokens, and a text is
-such strings one after the other, with nothing between them:
+A document is a prompt and a response. `render` writes it as one string with its special tokens; a text is such strings,
+one after the other, with nothing between them:
 
     <s>calc 12+8>20</s><s>rev cat>tac</s><s>get b a=x b=7:05>7:05</s>
     <s>json play song=abc>{"name":"play","args":{"song":"abc"}}</s>
 
-A prompt ends with ">"; natural text has an empty prompt. One synthetic document in four has filler words
-around its instruction, so that the model learns to look for the instruction rather than to count characters.
+A prompt ends with ">"; natural text has an empty prompt. One synthetic document in four has filler words around its
+instruction, so that the model learns to look for the instruction instead of counting characters.
 
-An eighth of all sums and of all words is held out: chosen by a checksum of their text, never by a seed, so every
-task built on `arithmetic_pair` and `random_word` shares one split with the base and cannot leak.
+An eighth of all sums and words is held out, chosen by a checksum of their text and never by a seed: every task built on
+`arithmetic_pair` and `random_word` has the same split as the base, and nothing can leak.
 """
 
 import json
@@ -51,7 +51,7 @@ STRING_OPERATIONS: dict[str, Callable[[str], str]] = {
 
 
 def is_held_out(key: str) -> bool:
-    """Say whether a sum ("12+8") or a word ("cat") is kept from every training document."""
+    """Return whether a sum ("12+8") or a word ("cat") is kept out of every training document."""
     return zlib.crc32(key.encode()) % HELD_OUT_ONE_IN == 0
 
 
@@ -80,27 +80,27 @@ def render_call(name: str, arguments: Mapping[str, str]) -> str:
 
 
 def arithmetic(rng: Random, *, held_out: bool = False) -> tuple[str, str]:
-    """A sum or a difference: ("calc 12+8", "20")."""
+    """Draw a sum or a difference: ("calc 12+8", "20")."""
     a, b, operator = arithmetic_pair(rng, held_out=held_out)
     return f"calc {a}{operator}{b}", str(a + b if operator == "+" else a - b)
 
 
 def string_operation(rng: Random, *, held_out: bool = False) -> tuple[str, str]:
-    """One of STRING_OPERATIONS on a word: ("rev cat", "tac")."""
+    """Draw one of STRING_OPERATIONS on a word: ("rev cat", "tac")."""
     operation = rng.choice(list(STRING_OPERATIONS))
     word = random_word(rng, held_out=held_out)
     return f"{operation} {word}", STRING_OPERATIONS[operation](word)
 
 
 def key_lookup(rng: Random, *, held_out: bool = False) -> tuple[str, str]:
-    """The value of one of three keys: ("get b a=x b=7:05 c=to", "7:05")."""
+    """Draw a lookup of one of three keys: ("get b a=x b=7:05 c=to", "7:05")."""
     pairs = {key: _value(rng, held_out) for key in rng.sample(LETTERS, 3)}
     wanted = rng.choice(list(pairs))
     return f"get {wanted} {_assignments(pairs)}", pairs[wanted]
 
 
 def json_rendering(rng: Random, *, held_out: bool = False) -> tuple[str, str]:
-    """A call with one or two arguments: ("json play song=abc", '{"name":"play","args":{"song":"abc"}}')."""
+    """Draw a call with one or two arguments: ("json play song=abc", '{"name":"play","args":{"song":"abc"}}')."""
     name = random_word(rng, held_out=held_out, longest=6)
     arguments: dict[str, str] = {}
     wanted = rng.randint(1, 2)
@@ -110,8 +110,8 @@ def json_rendering(rng: Random, *, held_out: bool = False) -> tuple[str, str]:
     return f"json {name} {_assignments(arguments)}", render_call(name, arguments)
 
 
-# Shares of the synthetic documents, measured at 2,400 steps: moving a tenth from arithmetic to lookup took held-out
-# sums from 0.998 to 0.732, and lookup only from 0.134 to 0.220.
+# Shares of the synthetic documents. Measured at 2,400 steps: moving a tenth from arithmetic to lookup lowered held-out
+# sums from 0.998 to 0.732 and raised lookup only from 0.134 to 0.220.
 FAMILIES: dict[str, tuple[Callable[..., tuple[str, str]], float]] = {
     "arithmetic": (arithmetic, 0.45),
     "string": (string_operation, 0.32),
@@ -129,7 +129,7 @@ def family_document(rng: Random, family: str, *, held_out: bool = False) -> tupl
 
 
 def natural_passage(rng: Random) -> str:
-    """Cut about PASSAGE_CHARACTERS of English out of the Python documentation, at line starts and word ends."""
+    """Cut about PASSAGE_CHARACTERS of English from the Python documentation, from a line's start to a word's end."""
     text, starts = _documentation()
     start = rng.choice(starts)
     passage = text[start : start + PASSAGE_CHARACTERS]
@@ -183,7 +183,7 @@ def _fillers(rng: Random) -> list[str]:
 
 @cache
 def _documentation() -> tuple[str, list[int]]:
-    """Return the language reference that every interpreter carries, and where its prose lines start."""
+    """Return the language reference, which every interpreter includes, and where its lines of prose start."""
     text = "\n".join(topics[name] for name in sorted(topics)).encode("ascii", "replace").decode()
     last = len(text) - PASSAGE_CHARACTERS
     starts = [i + 1 for i in range(last) if text[i] == "\n" and text[i + 1] not in "\n*=-~"]

@@ -1,11 +1,10 @@
-"""Pretrain the demo base from nothing on a CPU: `python -m qsun.demo.pretrain -o DIR`.
+"""Pretrain the demo base from scratch on a CPU: `python -m qsun.demo.pretrain -o DIR`.
 
-The packaged directory is this script's output at its defaults, so anybody can rebuild it in minutes, and nothing
-in the package has an origin that cannot be checked. One run is deterministic for a seed, a machine and a version
-of torch; another CPU may round differently.
+The packaged directory is this script's output with its defaults, so anyone can rebuild it in minutes and check where it
+comes from. A run is deterministic for a seed, a machine and a version of torch; another CPU may round differently.
 
-Two choices make minutes enough. Hidden matrices are trained with Muon (`muon.py`). And the loss is nearly all on
-responses: prompts are random strings whose entropy no model can lower.
+Two choices make minutes enough: hidden matrices are trained with Muon (`muon.py`), and nearly all of the loss is on
+responses, because prompts are random strings whose entropy no model can lower.
 """
 
 import argparse
@@ -37,19 +36,19 @@ from qsun.demo.tokenizer import (
 MAX_POSITIONS = 512
 PROMPT_WEIGHT = 0.03
 NATURAL_WEIGHT = 0.3
-# Longer responses share this much weight, or JSON would drown the two characters of a sum.
+# Longer responses share this much weight, or JSON would outweigh the two characters of a sum.
 FULL_WEIGHT_CHARACTERS = 8
 REPORT_EVERY = 100
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Everything that decides the weights, beside the version of torch and the machine."""
+    """Everything that determines the weights, apart from the version of torch and the machine."""
 
     steps: int = 2400
     seed: int = 0
     batch_tokens: int = 1536
-    # Short windows train fastest; one step in eight sees every position that the configuration promises.
+    # Short windows train fastest; one step in eight covers every position that the configuration allows.
     window_lengths: tuple[int, ...] = (*[128] * 7, MAX_POSITIONS)
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
@@ -57,7 +56,7 @@ class PretrainConfig:
     decay_share: float = 0.4
 
     def __post_init__(self) -> None:
-        """Refuse settings that would fail in the middle of a run."""
+        """Reject settings that would fail in the middle of a run."""
         if self.steps < 1:
             raise ValueError(f"steps {self.steps} is below 1; give at least one step")
         if max(self.window_lengths) > min(MAX_POSITIONS, self.batch_tokens):
@@ -142,14 +141,14 @@ def write_base(model: LlamaForCausalLM, directory: Path) -> None:
     """Write a plain Hugging Face directory in bfloat16."""
     model.bfloat16().save_pretrained(directory)
     save_tokenizer(build_tokenizer(max_length=MAX_POSITIONS), directory)
-    # safetensors writes for the owner alone; an installed package is read by everybody.
+    # safetensors makes files readable by their owner only; an installed package is read by everyone.
     (directory / "model.safetensors").chmod(0o644)
 
 
 def build(config: PretrainConfig, output: Path, report: Callable[[int, float], None]) -> None:
     """Train, and write output/base and output/calibration.txt: the two things that are packaged."""
     write_base(pretrain(config, report), output / "base")
-    # Another seed than training's, lest calibration be the documents of its first steps.
+    # Not training's seed, or calibration would repeat the documents of its first steps.
     text = calibration_text(config.seed + 1)
     (output / "calibration.txt").write_text(text, encoding="ascii", newline="\n")
 
@@ -170,7 +169,7 @@ def measure(model: LlamaForCausalLM, *, seed: int = 1, count: int = 500) -> dict
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Build the directory that the command line names, and print what the written weights know."""
+    """Build the directory that the command line names, and print how the saved weights score."""
     parser = argparse.ArgumentParser(prog="python -m qsun.demo.pretrain", description="Pretrain the demo base.")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--steps", type=int, default=PretrainConfig.steps)

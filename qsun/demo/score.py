@@ -1,4 +1,4 @@
-"""What the demo base knows: greedy exact match and teacher-forced loss on documents of the corpus."""
+"""Scores of the demo base on documents of the corpus: greedy exact match and teacher-forced loss."""
 
 from collections.abc import Sequence
 
@@ -44,7 +44,7 @@ def response_loss(model: LlamaForCausalLM, documents: Sequence[tuple[str, str]])
         rows.append(opening + answer)
         labels.append([IGNORED] * len(opening) + answer)
     width = max(map(len, rows))
-    # Padding on the right needs no mask in a causal model: nothing scored can see it.
+    # Padding on the right needs no mask in a causal model: no scored position attends to it.
     ids = torch.tensor([row + [PAD_ID] * (width - len(row)) for row in rows])
     targets = torch.tensor([row + [IGNORED] * (width - len(row)) for row in labels])
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]

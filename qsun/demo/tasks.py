@@ -4,20 +4,20 @@
     code   s = 'cat'\\nprint(s[::-1])>                           tac
     tool   play abc of defg>                                    {"name":"play","args":{"title":"abc","artist":"defg"}}
 
-The base has the skills (it adds, reverses and renders JSON when told so in its own words) but not the tasks: it does
-not know what these prompts ask for. That is what fine-tuning usually finds. Word problems are answered with their sum
-written out, in the base's own words, because the base adds only numbers that stand side by side. Exact match on 200
-validation problems, batches of 32: answers that were the number alone stood at 0.09 after 400 steps of full
-fine-tuning, sums written out at 0.99 after 300.
+The base has the skills (it adds, reverses and renders JSON when asked in its own notation) but not the tasks: it does
+not know what these prompts ask for, which is the usual situation of fine-tuning. Word problems are answered with their
+sum written out, in the base's own notation, because the base adds only numbers that stand side by side. Exact match on
+200 validation problems, batches of 32: with the number alone as the answer it was 0.09 after 400 steps of full
+fine-tuning, with the sum written out 0.99 after 300.
 
-Two more tasks are not served but show where a frozen decoder breaks: it must write what it never wrote.
+Two more tasks are not served but show where a frozen decoder breaks: it would have to write what it never wrote.
 
     equation   Ann has 12 eggs and gets 8 more. How many eggs?>     12+8=20
     shift      write each letter's next: cat>                       dbu
 
-An example is in the split of its sum, or of each of its words: training data never holds them, and validation and
-test never share one. The corpus keeps the same sums and words from the base (`corpus.is_held_out`), so that a right
-answer in the test set was computed and not remembered.
+An example belongs to the split of its sum, or of each of its words: training data never has those of validation and
+test, and these two share none. The corpus keeps the same sums and words from the base (`corpus.is_held_out`), so a
+right answer in the test set was computed, not remembered.
 """
 
 import json
@@ -71,21 +71,21 @@ _LANGUAGES = ("french", "latin", "dutch", "greek")
 
 @dataclass(frozen=True)
 class TaskExample:
-    """A prompt, which ends as the base's own do, and the one right response."""
+    """A prompt, which ends like the base's own prompts, and its only right response."""
 
     prompt: str
     response: str
 
 
 def split_of(key: str) -> str:
-    """The split that a sum ("12+8") or a word ("cat") belongs to."""
+    """Return the split that a sum ("12+8") or a word ("cat") belongs to."""
     if not is_held_out(key):
         return "train"
     return SPLITS[1 + zlib.crc32(key.encode()) // HELD_OUT_ONE_IN % 2]
 
 
 def math_example(rng: Random, split: str) -> TaskExample:
-    """A word problem with one sum or difference, which the response writes out."""
+    """Draw a word problem with one sum or difference, which the response writes out."""
     while True:
         a, b, operator = arithmetic_pair(rng, held_out=split != "train")
         if split_of(f"{a}{operator}{b}") == split:
@@ -97,19 +97,19 @@ def math_example(rng: Random, split: str) -> TaskExample:
 
 
 def equation_example(rng: Random, split: str) -> TaskExample:
-    """The same problem, answered in a notation that the base never saw: "12+8=20"."""
+    """Draw the same problem, answered in a notation that the base never saw: "12+8=20"."""
     example = math_example(rng, split)
     return TaskExample(example.prompt, example.response.removeprefix("calc ").replace(">", "="))
 
 
 def shift_example(rng: Random, split: str) -> TaskExample:
-    """A word with each letter replaced by the next of the alphabet, which the base cannot do."""
+    """Draw a word whose letters are each replaced by the next one, which the base cannot do."""
     word = _word(rng, split)
     return TaskExample(f"write each letter's next: {word}>", "".join(chr((ord(c) - 96) % 26 + 97) for c in word))
 
 
 def code_example(rng: Random, split: str) -> TaskExample:
-    """A program of one or two lines, and what it prints."""
+    """Draw a program of one or two lines, and what it prints."""
     operation, word = rng.choice(list(_EXPRESSIONS)), _word(rng, split)
     if rng.random() < 0.5:
         program = f"s = {word!r}\nprint({_EXPRESSIONS[operation].format(s='s')})"
@@ -119,7 +119,7 @@ def code_example(rng: Random, split: str) -> TaskExample:
 
 
 def tool_example(rng: Random, split: str) -> TaskExample:
-    """A wish, and the call that grants it. Every tool takes a word, so that every example has a split."""
+    """Draw a request and the tool call that fulfils it. Every tool takes a word, so that every example has a split."""
     tool = rng.choice(list(_TOOLS))
     text = rng.choice(_TOOLS[tool])
     names = [part.partition("}")[0] for part in _TOOLS[tool][0].split("{")[1:]]
@@ -139,7 +139,7 @@ HARD_TASKS = ("equation", "shift")
 
 
 def examples(task: str, split: str, count: int, seed: int = 0) -> list[TaskExample]:
-    """Draw `count` examples with different prompts; the same arguments give the same list.
+    """Draw `count` examples with distinct prompts; the same arguments give the same list.
 
     Args:
         task: one of TASKS or HARD_TASKS.
@@ -164,7 +164,7 @@ def examples(task: str, split: str, count: int, seed: int = 0) -> list[TaskExamp
 
 
 def check(task: str, example: TaskExample, answer: str) -> bool:
-    """Exact match of what is asked for: the number after the last ">" or "=", the text, or the call however spelled."""
+    """Return whether an answer is right: its number after the last ">" or "=", its text, or its call as JSON."""
     if task in ("math", "equation"):
         return _number(answer) == _number(example.response)
     if task == "tool":
@@ -176,7 +176,7 @@ def check(task: str, example: TaskExample, answer: str) -> bool:
 
 
 def write_jsonl(path: Path, rows: Iterable[TaskExample]) -> None:
-    """One {"prompt", "response"} a line, as `qsun tune --data` and `qsun quantize --calib` read it."""
+    """Write one {"prompt", "response"} per line, as `qsun tune --data` and `qsun quantize --calib` read them."""
     lines = [json.dumps({"prompt": row.prompt, "response": row.response}) + "\n" for row in rows]
     path.write_text("".join(lines), encoding="utf-8")
 

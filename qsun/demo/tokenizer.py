@@ -1,7 +1,7 @@
 """The character tokenizer of the demo base, as a real Hugging Face fast tokenizer.
 
 One id per ASCII character keeps the embedding at 128 rows, a hundredth of the parameters, where a word-piece
-vocabulary would be most of so small a model. The id of a character is its ASCII code, so ids can be read in a
+vocabulary would be most of such a small model. The id of a character is its ASCII code, so ids are readable in a
 debugger; codes 0, 1 and 2, which no text needs, are <pad>, <s> and </s>.
 """
 

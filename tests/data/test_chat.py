@@ -25,7 +25,7 @@ CHAT = [USER, {"role": "assistant", "content": "call f"}]
 
 @pytest.fixture
 def tokenizer(demo_tokenizer):
-    """One whose template writes no BOS, while the tokenizer adds BOS and EOS to text."""
+    """A tokenizer that adds BOS and EOS to text, with a chat template that writes no BOS."""
     other = copy.deepcopy(demo_tokenizer)
     other.chat_template = TEMPLATE
     other.backend_tokenizer.post_processor = processors.TemplateProcessing(

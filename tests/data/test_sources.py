@@ -1,4 +1,4 @@
-"""Where rows come from, the shapes in which public data sets write them, and rows that are left out."""
+"""Sources of rows, the shapes in which public data sets write them, and rows that are skipped."""
 
 import gzip
 import json

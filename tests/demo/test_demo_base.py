@@ -118,7 +118,7 @@ def test_corpus_is_deterministic_for_a_seed():
 
 
 def test_the_split_never_moves():
-    """Fine-tuned tasks rely on these very values: changing the checksum would leak their test sets."""
+    """Fine-tuned tasks depend on exactly these values: another checksum would leak their test sets."""
     assert [n for n in range(1, 50) if corpus.is_held_out(f"12+{n}")] == HELD_OUT_WITH_TWELVE
     sums = [corpus.is_held_out(f"{a}+{b}") for a in range(1, 50) for b in range(1, 50)]
     assert sum(sums) / len(sums) == pytest.approx(1 / corpus.HELD_OUT_ONE_IN, abs=0.02)

@@ -1,4 +1,4 @@
-"""The embedded tasks: splits that share nothing, right responses, and scorers that see a wrong one."""
+"""The embedded tasks: splits that share nothing, right responses, and scorers that recognize a wrong one."""
 
 import ast
 import json

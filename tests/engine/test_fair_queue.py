@@ -1,4 +1,4 @@
-"""The model that was served least is next; idle time earns no credit."""
+"""The model that has been served least is next; idle models accumulate no credit."""
 
 from qsun.engine.fair_queue import FairQueue
 from qsun.engine.requests import Request
@@ -51,7 +51,7 @@ def test_idle_time_earns_no_credit():
 
 
 def test_nobody_makes_up_for_what_was_served_while_the_others_were_away():
-    """a was served 10,000 tokens alone, and then nobody was there; b, new, does not go first until it had as many."""
+    """a alone was served 10,000 tokens before the queue was idle; b, new, does not go first until it has as many."""
     queue = FairQueue()
     queue.add(request("a"), set())
     served(queue, 1, {"a": 10_000})

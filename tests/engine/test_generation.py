@@ -71,7 +71,7 @@ def mixed(modules, count=32):
 
 
 def test_rows_that_are_done_make_room(modules):
-    """Rows end at different steps; the others go on as if nothing had happened, sampled ones too."""
+    """Rows end at different steps; the others continue unaffected, sampled ones too."""
     prefills, decode, prompts = mixed(modules, 16)
     settings = {"max_new_tokens": 30, "temperature": 1.2, "seed": list(range(16))}
     free = qsun.generate(prefills, decode, prompts, eos=(), **settings)

@@ -64,7 +64,7 @@ def prompts_of(lengths):
 
 
 def alone(directory, prompt):
-    """transformers, each token from the whole sequence anew."""
+    """transformers' answer, each token computed from the whole sequence."""
     model, tokens = reference(directory), list(prompt)
     with torch.no_grad():
         for _ in range(NEW):

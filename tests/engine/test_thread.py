@@ -1,4 +1,4 @@
-"""Whoever waits for the engine hears of its end."""
+"""Everyone who waits for the engine is told when it ends."""
 
 import asyncio
 

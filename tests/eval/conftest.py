@@ -14,7 +14,7 @@ import pytest
 
 @dataclass
 class FakeServer:
-    """Behaviour, and what was seen.
+    """How the server behaves, and what it has seen.
 
     Attributes:
         first_s, each_s: before the first token and between tokens. stalled: answers wait until it is set.
@@ -131,7 +131,7 @@ class FakeServer:
 
 @contextmanager
 def _serving(**behaviour):
-    """A FakeServer on a thread of its own."""
+    """Run a FakeServer in its own thread."""
     server, ready = FakeServer(**behaviour), threading.Event()
     thread = threading.Thread(target=lambda: asyncio.run(server._serve(ready)))
     thread.start()

@@ -1,4 +1,4 @@
-"""Compiling a Triton kernel for a GPU that is not there, and reading its machine code.
+"""Compile a Triton kernel for a GPU that this machine lacks, and read its machine code.
 
 Needs no GPU and no torch: Triton's wheel carries ptxas and cuobjdump.
 """

@@ -1,4 +1,4 @@
-"""Every family: the walk sees what transformers computes, and what comes out computes nearly the same."""
+"""Every family: the block walk sees what transformers computes, and the quantized model computes nearly the same."""
 
 import copy
 import json

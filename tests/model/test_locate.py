@@ -1,4 +1,4 @@
-"""Finding models and reading their tokenizers; what is missing is said in one line."""
+"""Finding models and reading their tokenizers; what is missing is a one-line error."""
 
 import json
 import shutil

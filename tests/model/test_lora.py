@@ -1,4 +1,4 @@
-"""LoRA prefill modules against peft: ours load there, theirs load here, with the same logits."""
+"""LoRA prefill modules against peft: each loads the other's adapters, with the same logits."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A pair that fits passes, and every way of not fitting is named with both values."""
+"""A compatible pair passes, and every difference of an incompatible one is named with both values."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""quantization_config and which engines take what."""
+"""quantization_config, and which engines load what."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The bases and calibration data that the oracle tests quantize: small, random, and the same every time."""
+"""The bases and calibration data that the oracle tests quantize: small, random and reproducible."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""torch.cuda of a pretended machine: devices, streams, events and graphs that record operators and run them again."""
+"""torch.cuda of a simulated machine: devices, streams, events and graphs that record operators and replay them."""
 
 import contextlib
 import time

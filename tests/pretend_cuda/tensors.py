@@ -58,7 +58,7 @@ STATE = State()
 
 
 class PretendTensor(torch.Tensor):
-    """inner: the data, on the CPU. To C++ the tensor is on the CPU, so that no CUDA build is needed."""
+    """inner: the data, on the CPU. For C++ the tensor is on the CPU, so that no CUDA build is needed."""
 
     @staticmethod
     def __new__(cls, inner, device):

@@ -1,4 +1,4 @@
-"""What a user can get wrong: one line on stderr that names it, exit code 2, and nothing left behind."""
+"""Users' mistakes: one line on stderr that names the mistake, exit code 2, and no files left behind."""
 
 import errno
 import json
@@ -32,7 +32,7 @@ def base(tiny_model, tmp_path) -> Path:
 
 @pytest.fixture
 def refused(cli, tmp_path):
-    """Run `qsun quantize MODEL -o OUT ...` and hold it to the contract; returns the line."""
+    """Run `qsun quantize MODEL -o OUT ...`, check that it fails as above, and return the line."""
 
     def run(model, *options, says: str, leaves: tuple[str, ...] = ()) -> str:
         answer = cli("quantize", model, "-o", tmp_path / "out", *options)
@@ -415,7 +415,7 @@ def test_too_little_space_is_seen_before_work_starts(refused, base, monkeypatch)
 
 
 def test_what_is_written_needs_no_more_space(base, tmp_path, monkeypatch):
-    """An interrupted run goes on on a disk that has room for the rest of it."""
+    """An interrupted run continues on a disk that has room for the rest of its output."""
     module = tmp_path / "out.partial" / "module"
     module.mkdir(parents=True)
     config = qsun.QuantConfig(method="rtn", group_size=32)

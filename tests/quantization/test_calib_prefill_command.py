@@ -33,7 +33,7 @@ def data(tmp_path) -> Path:
 
 @pytest.fixture
 def refused(cli, talking_model, data, tmp_path):
-    """Run the command with one calibration source; it must end in one line on stderr, and leave nothing."""
+    """Run the command with one calibration source; it must print one line on stderr and leave no files."""
 
     def run(*options: Any, says: str, source: Path | str = data) -> str:
         answer = cli("quantize", talking_model, "-o", tmp_path / "out", *SETTINGS, "--calib", source, *options)
@@ -53,7 +53,7 @@ def quantized(cli, base: Path, out: Path, *options: Any) -> Any:
 
 
 def written_adapter(base: Path, directory: Path) -> Path:
-    """A LoRA adapter that changes a good deal, as `qsun tune` leaves it."""
+    """A LoRA adapter with large changes, in the form that `qsun tune` writes."""
     directory.mkdir()
     model = qsun.load_decode(base, "cpu").model
     adapter = fresh_adapter(model, AdapterSettings(4, 8), seed=1)

@@ -1,4 +1,4 @@
-"""Inputs of many shapes: a module has the weights that transformers would compute with, and says what it leaves out."""
+"""Inputs of many shapes: a module has the weights that transformers would use, and reports what it leaves out."""
 
 import json
 import shutil

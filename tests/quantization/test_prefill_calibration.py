@@ -1,4 +1,4 @@
-"""Decode-phase calibration: what each layer is calibrated on is what it will see behind each task's prefill module."""
+"""Decode-phase calibration: each layer is calibrated on what it will see behind each task's prefill module."""
 
 import gc
 import json

@@ -1,4 +1,4 @@
-"""A killed run goes on where it was and ends in the very same bytes; with other settings it refuses to."""
+"""A killed run continues where it stopped and writes the same bytes; with other settings it is refused."""
 
 import subprocess
 import sys

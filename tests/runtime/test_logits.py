@@ -1,4 +1,4 @@
-"""Logits in pieces are the model's own, in every architecture, and a large vocabulary does not take memory at once."""
+"""Logits in pieces are the model's own, in every architecture, and a large vocabulary needs little memory."""
 
 import pytest
 import torch

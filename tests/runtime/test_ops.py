@@ -1,4 +1,4 @@
-"""The custom operators: what torch.compile and autograd are told about them is true."""
+"""The custom operators: what they declare to torch.compile and autograd is correct."""
 
 import pytest
 import torch

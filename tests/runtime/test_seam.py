@@ -32,7 +32,7 @@ def seam_samples() -> tuple[Sample, ...]:
 
 
 def perturbed(model: Any) -> Any:
-    """A model as far from the full-precision one as two or three bits would put it."""
+    """A model as far from the full-precision one as a 2- or 3-bit module is."""
     torch.manual_seed(5)
     other = copy.deepcopy(model)
     for layer in other.model.layers:

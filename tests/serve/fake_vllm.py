@@ -1,4 +1,4 @@
-"""vLLM workers without a model: the transfer protocol held to the letter, and as unforgiving as the real one.
+"""vLLM workers without a model: the exact transfer protocol, as unforgiving as the real one.
 
 A prefill worker puts a prompt's KV cache into `network` and names it once. A decode worker takes it out of there, and
 then its text is a function of the module that wrote the cache and of the prompt. As with vLLM, nothing is an error:
@@ -104,7 +104,7 @@ class FakeWorker:
         self._port = self._server.port
 
     async def kill(self):
-        """As SIGKILL: every connection breaks, what was in memory is gone."""
+        """Act as after SIGKILL: every connection breaks, and memory is lost."""
         for connection in list(self._server.server_state.connections):
             connection.transport.abort()
         for server in self._server.servers:

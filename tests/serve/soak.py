@@ -1,6 +1,6 @@
 """Mixed load on `qsun serve` for as long as asked: python tests/serve/soak.py MINUTES [REPORT.json]
 
-Clients that wait, that stream, that leave early, that read slowly, that send rubbish, and modules that come and go. At
+Clients that wait, stream, disconnect early, read slowly or send garbage, and modules that come and go. At
 the end memory must be flat, no request lost or stuck, and every counter must add up. Exit code 1 where not.
 """
 

@@ -43,7 +43,8 @@ def gathered(files):
 
 
 def distance(a, b):
-    return (a.float() - b.float()).abs().mean().item()
+    """Return the mean distance of each row, (N,) of a matrix."""
+    return (a.float() - b.float()).abs().flatten(1).mean(1) if a.ndim > 1 else (a.float() - b.float()).abs().mean()
 
 
 CASES = {
@@ -95,10 +96,13 @@ def test_two_processes_give_the_gradients_the_curve_and_the_weights_of_one(case,
     base = {} if config.lora_rank else load_file(base_directory() / file)
     assert tuned.keys() == alone.keys()
     for name, tensor in alone.items():
-        # AdamW's first steps follow the sign of a gradient, even of one that is only rounding; and what is stored is
-        # rounded to bfloat16: on average, weights differ by less than a hundredth of what tuning changed
-        changed = distance(tensor, base[name]) if name in base else 2e-3
-        assert distance(tuned[name], tensor) <= 0.01 * changed, name
+        # AdamW's first steps follow the sign of a gradient, even of one that is only rounding, and what is stored is
+        # rounded to bfloat16. On average, weights differ by less than a hundredth of what tuning changed (measured: up
+        # to 0.0023), and no row of a matrix is off by a quarter (0.044), as one would be that was not updated once.
+        changed = distance(tensor, base[name]) if name in base else torch.tensor(2e-3)
+        apart = distance(tuned[name], tensor)
+        assert apart.mean() <= 0.01 * changed.mean(), name
+        assert (apart <= 0.25 * changed.clamp(min=changed.mean())).all(), name
         assert name not in base or torch.equal(tensor, base[name]) == torch.equal(tuned[name], base[name]), name
 
 

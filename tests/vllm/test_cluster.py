@@ -130,7 +130,7 @@ def test_64_concurrent_requests_over_both_models(cluster, expected):
 
 
 def test_the_same_prompt_to_both_models_never_leaks(cluster, expected):
-    """Longer than two blocks, and again and again: whoever comes second would hit a cache that forgot the model."""
+    """Longer than two blocks, sent repeatedly: the second model would hit a cache that ignores the model."""
     requests = [Request(model, prompt(300, seed=77), stream=False) for model in (*MODELS, *MODELS[::-1]) * 2]
     wanted = expected(requests)
     assert wanted[0] != wanted[1]

@@ -1,4 +1,4 @@
-"""The HTTP side of the in-process engine: OpenAI's API, health, readiness, metrics, and administration if asked for."""
+"""The HTTP side of the in-process engine: OpenAI's API, health, readiness, metrics, and optional administration."""
 
 import asyncio
 import time
@@ -29,7 +29,7 @@ class Serving:
         library: opens the adapters that are added while it runs, and has opened those that the engine serves already.
 
     Attributes:
-        draining: takes no new requests, as the process is to end.
+        draining: new requests are refused, because the process is about to end.
     """
 
     def __init__(self, engine: Engine, metrics: Metrics, limits: ServeLimits, library: AdapterLibrary | None = None):
@@ -41,7 +41,7 @@ class Serving:
         metrics.watch_state(lambda: self.thread.state)
 
     def drain(self) -> None:
-        """Take no more requests."""
+        """Refuse new requests from now on."""
         self.draining = True
 
     def check_open(self) -> None:
@@ -86,14 +86,14 @@ def _add_status_routes(app: FastAPI, serving: Serving) -> None:
     @app.head("/health", include_in_schema=False)
     @app.get("/health", responses={503: DESCRIBED[500]})
     async def health() -> JSONResponse:
-        """Whether the engine lives."""
+        """Whether the engine is alive."""
         failure = serving.thread.failure
         return JSONResponse({"status": failure or "ok"}, 503 if failure else 200)
 
     @app.head("/ready", include_in_schema=False)
     @app.get("/ready", responses={503: DESCRIBED[503]})
     async def ready() -> JSONResponse:
-        """Whether requests are taken."""
+        """Whether requests are accepted."""
         reason = serving.unready
         return JSONResponse({"status": reason or "ready"}, 503 if reason else 200)
 
@@ -122,7 +122,7 @@ def _add_model_routes(app: FastAPI, serving: Serving) -> None:
 
     @app.get("/v1/models/{name:path}", responses=errors)
     async def model(name: str) -> dict[str, Any]:
-        """One model; its name may hold slashes."""
+        """One model; its name may contain slashes."""
         if name not in serving.models:
             known = ", ".join(serving.models) or "(none)"
             raise HttpError(404, f"model {name!r} is not served; models are {known}", "model", code="model_not_found")

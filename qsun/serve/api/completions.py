@@ -51,7 +51,7 @@ class ServeLimits(Settings):
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer on its way: empty yet, with the updates that fill it."""
+    """An answer in progress: still empty, with the updates that fill it."""
 
     answer: Answer
     updates: AsyncGenerator[Update, None]
@@ -87,7 +87,7 @@ class Reply:
 
 
 class Completions:
-    """Queues what bodies ask for."""
+    """Turns bodies into requests of the engine."""
 
     def __init__(self, engine: Engine, thread: EngineThread, limits: ServeLimits):
         self.engine, self.thread, self.limits = engine, thread, limits
@@ -237,6 +237,6 @@ class Completions:
         return "" if tokenizer is None else tokenizer.decode(tokens)
 
     def _retry_seconds(self) -> float:
-        """Return about when the queue will have moved on by a tenth."""
+        """Return roughly how long a tenth of the queue takes."""
         state = self.thread.state
         return min(60.0, 0.1 * state.waiting / max(state.finished_per_second, 1e-3))

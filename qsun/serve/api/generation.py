@@ -1,4 +1,4 @@
-"""The routes that generate text, whole or as a stream, until the client leaves."""
+"""The routes that generate text, whole or as a stream; a client that disconnects ends its request."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
@@ -50,9 +50,9 @@ def add_generation_routes(app: FastAPI, completions: Completions, check_open: Ca
 async def kept_alive(
     stream: AsyncGenerator[bytes, None], seconds: float = KEEP_ALIVE_SECONDS
 ) -> AsyncGenerator[bytes, None]:
-    """Pass a stream on, with a comment whenever it is silent, so that proxies do not take it for dead.
+    """Pass a stream on, with a comment whenever it is silent, so that proxies do not consider it dead.
 
-    It is closed at once when the client leaves, and not when the garbage collector finds it.
+    It is closed as soon as the client disconnects, not when it is garbage-collected.
     """
     piece = asyncio.ensure_future(anext(stream))
     try:
@@ -74,7 +74,7 @@ async def kept_alive(
 
 
 async def _unless_gone(http: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
-    """Return the work's result; if the client leaves first, cancel the work."""
+    """Return the work's result; if the client disconnects first, cancel the work."""
 
     async def gone() -> None:
         while (await http.receive())["type"] != "http.disconnect":

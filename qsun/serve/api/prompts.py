@@ -13,7 +13,7 @@ from qsun.serve.http.errors import HttpError
 
 _LONG_CHARACTERS = 1 << 14
 _CHARACTERS_OF_A_TOKEN = 8  # more than of any usual text; a longer one is judged by its beginning first
-_CUT_TOKENS = 64  # how many tokens fewer the beginning may be within the whole text, where it was cut
+_CUT_TOKENS = 64  # by how many tokens the beginning may be shorter inside the whole text, because of the cut
 
 
 def context_exceeded(positions: int, prompt: str, asked: int = 0, param: str | None = None) -> HttpError:

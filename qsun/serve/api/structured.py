@@ -12,7 +12,11 @@ from torch import Tensor
 from qsun.errors import QsunError
 from qsun.serve.api.answers.token_text import Spelling
 
-_LAYOUT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # free spaces need not end
+_LAYOUT = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}  # optional spaces need not end
 
 
 class Grammars:

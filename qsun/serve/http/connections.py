@@ -1,9 +1,10 @@
-"""HTTP connections that end, also those of clients that send half a request or take nothing of their answer.
+"""HTTP connections that always end, even if a client sends half a request or does not read its answer.
 
-uvicorn documents a limit on connections and on the time between requests, but none on the time that a request's head
-takes, and it waits without limit for a client that takes nothing. It documents as well that `http` may be any
-asyncio.Protocol. Ours stands between the socket and uvicorn's own protocol, and uses asyncio's and ASGI's interfaces
-only. (hypercorn and granian bound no stalled reader either, and granian runs applications in processes of its own.)
+uvicorn documents limits on the number of connections and on the time between requests, but none on the time that a
+request's head takes, and it waits forever for a client that does not read. It also documents that `http` may be any
+asyncio.Protocol. Ours stands between the socket and uvicorn's own protocol, and uses only asyncio's and ASGI's
+interfaces. (hypercorn and granian do not bound slow readers either, and granian runs applications in processes of its
+own.)
 """
 
 import asyncio
@@ -26,8 +27,8 @@ class Connection(asyncio.Protocol):
     """One connection. A request's body is bounded by the guard, and the time between requests by uvicorn.
 
     Attributes:
-        header_seconds: from a connection's or a request's first byte until its head must be whole.
-        send_seconds: after which a client that takes nothing is dropped.
+        header_seconds: from a connection's or a request's first byte until its head must be complete.
+        send_seconds: after which a client that reads nothing is dropped.
     """
 
     header_seconds = HEADER_SECONDS
@@ -86,9 +87,9 @@ class Connection(asyncio.Protocol):
             self._loop.call_later(_PROBE_SECONDS, self._probe)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request whose head is whole to the application."""
+        """Pass a request whose head is complete to the application."""
         self._answering += 1
-        self._silent = scope["http_version"] != "1.0"  # which knows no interim responses
+        self._silent = scope["http_version"] != "1.0"  # which has no interim responses
         self._stop_deadline()
         stalled = False
 
@@ -107,7 +108,7 @@ class Connection(asyncio.Protocol):
         except Exception:
             if not stalled:
                 raise
-            self._transport.abort()  # closing would wait until the client has taken what is buffered
+            self._transport.abort()  # closing would wait until the client has read what is buffered
         finally:
             self._answering -= 1
             self._silent = False
@@ -117,4 +118,4 @@ class Connection(asyncio.Protocol):
         if self._half_closed and not self._answering:
             self._transport.close()
         if self._transport.is_closing():
-            self._start_deadline()  # for the client to take what is buffered
+            self._start_deadline()  # for the client to read what is buffered

@@ -1,4 +1,4 @@
-"""Pages of other origins that may call the API from a browser. None may unless asked for: loopback is open to all."""
+"""Browser pages of other origins that may call the API. None may by default: any page can reach a loopback address."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -20,7 +20,7 @@ from qsun.serve.http.errors import HttpError, busy
 _OPEN = ("/health", "/ready", "/metrics", "/version", "/openapi.json")  # for probes and scrapers: without a key
 _SOUND_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _FEWEST_KEY_CHARACTERS = 8
-_OPEN_BODY_BYTES = 1 << 12  # requests to open paths have no use for a body
+_OPEN_BODY_BYTES = 1 << 12  # requests to open paths need no body
 
 
 def _checked_key(key: str) -> str:
@@ -52,7 +52,7 @@ class Guard:
     """ASGI middleware. The request's id is in scope["state"]["request_id"] and in the answer's X-Request-Id.
 
     Attributes:
-        running: requests being answered, but for health and metrics.
+        running: requests being answered, except for health and metrics.
     """
 
     def __init__(self, app: ASGIApp, config: GuardConfig):
@@ -121,10 +121,10 @@ class ClientGone(Exception):
 
 
 class ClientStalled(Exception):
-    """The client takes no bytes of its answer; the connection is dropped."""
+    """The client does not read its answer; the connection is dropped."""
 
 
-_CLOSE = {"Connection": "close"}  # the unread rest of a body must not be taken for another request
+_CLOSE = {"Connection": "close"}  # the unread rest of a body must not be read as another request
 
 
 async def _read(receive: Receive, limit: int, too_long: HttpError) -> bytes:
@@ -141,7 +141,7 @@ async def _read(receive: Receive, limit: int, too_long: HttpError) -> bytes:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that gives the body that was read, and then what comes: a disconnect."""
+    """Return a `receive` that yields the body that was read, and then what follows: a disconnect."""
     pending = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def next_message() -> Message:

@@ -7,7 +7,7 @@ from qsun.errors import QsunError
 
 
 def read_keys(path: Path | None) -> tuple[str, ...]:
-    """Read API keys, one a line; blank lines and lines that begin with # do not count. None is no file, and no keys.
+    """Read API keys, one per line, without blank lines and lines that begin with #. None, no file: no keys.
 
     Raises:
         QsunError: the file cannot be read, or holds no key.
@@ -25,7 +25,7 @@ def read_keys(path: Path | None) -> tuple[str, ...]:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether only this machine reaches an address."""
+    """Return whether only this machine can reach an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

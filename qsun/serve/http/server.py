@@ -20,12 +20,12 @@ logger = logging.getLogger(__name__)
 _BACKLOG = 2048
 _KEEP_ALIVE_SECONDS = 30
 _DRAIN_POLL_SECONDS = 0.05
-_LAST_BYTES_SECONDS = 5  # for requests that were cut off to say so
-_NOTICE_SECONDS = 0.5  # in which health probes can see that /ready answers 503, also where nothing runs
+_LAST_BYTES_SECONDS = 5  # for requests that were cut off to send their error
+_NOTICE_SECONDS = 0.5  # so that health probes see /ready answer 503, even if nothing runs
 
 
 def listen(host: str, port: int, fix: str = "choose another --port") -> socket.socket:
-    """Return a listening socket; port 0 takes a free one. Raises QsunError with the fix where it cannot be had."""
+    """Return a listening socket; port 0 takes a free one. Raises QsunError with the fix if it is not available."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio turns Nagle's algorithm off for sockets that say that they are TCP, and accepted ones inherit it
     bound = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -49,12 +49,12 @@ def url_of(bound: socket.socket) -> str:
 
 @dataclass(frozen=True)
 class Draining:
-    """What the end of the process means to its application.
+    """What the application does when the process is to end.
 
     Attributes:
-        refuse: take no new requests from now on, and say so at /ready.
+        refuse: accept no new requests from now on, and say so at /ready.
         running: number of requests that run or wait.
-        seconds: that running requests have, asked for when the drain begins.
+        seconds: time for running requests to finish; called when the drain begins.
         cut_off: end what still runs, with an error to its client; must not block.
     """
 
@@ -65,11 +65,11 @@ class Draining:
 
 
 class HttpProcess:
-    """Serves an ASGI application until it is told to stop.
+    """Serves an ASGI application until it is stopped.
 
     Args:
         bound: from `listen`; closed at the end.
-        on_hangup: run upon SIGHUP; without it SIGHUP keeps its meaning.
+        on_hangup: called on SIGHUP; without it, SIGHUP keeps its default action.
     """
 
     def __init__(

@@ -144,7 +144,7 @@ def test_the_prefill_module_reads_the_context_and_nothing_else(perturbed):
 
 
 def test_a_long_documents_number_is_the_decode_modules_own(perturbed):
-    """The last of its windows reaches back over text that is scored already."""
+    """Its last window begins with text that has already been scored."""
     settings = {"batch_size": 3, "max_length": 33}
     base, reference = both(**settings)
     lm = QsunLM(decode="demo", prefill=str(perturbed), **CPU, **settings)

@@ -1,4 +1,4 @@
-"""GSM8K's prompts through lm-eval's `hf` model and ours, on a really pretrained model of 4 M parameters."""
+"""GSM8K's prompts through lm-eval's `hf` model and ours, on a pretrained model of 4 M parameters."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What `qsun eval` tells lm-eval reaches the tasks, and what lm-eval refuses comes back as one line."""
+"""Settings of `qsun eval` reach lm-eval's tasks, and what lm-eval refuses becomes a one-line error."""
 
 import json
 

@@ -35,7 +35,7 @@ def opened(target, planned, most=100):
 
 
 class Clock:
-    """Time that passes only where a test says so."""
+    """A clock that only a test advances."""
 
     def __init__(self):
         self.now = 5.0
@@ -81,7 +81,7 @@ def test_delays_of_a_real_server_are_not_underestimated(serving):
 
 
 def test_arrivals_do_not_wait_for_a_stalled_server(serving):
-    """Nothing is answered until all are sent: a loop that waited for an answer would never get that far."""
+    """Nothing is answered until all requests are sent: a loop that waited for an answer would never get that far."""
     planned = [due(0.05 * i) for i in range(30)]
     with serving(stall=True) as server:
 

@@ -23,7 +23,7 @@ pytest.importorskip("lm_eval")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """data, a 3-bit decode module and a prefill module that was hardly tuned."""
+    """Data, a 3-bit decode module, and a prefill module after a few steps of tuning."""
     path = tmp_path_factory.mktemp("evaluate")
     write_jsonl(path / "train.jsonl", examples("code", "train", 600))
     write_jsonl(path / "valid.jsonl", examples("code", "valid", 12))
@@ -152,7 +152,7 @@ def test_a_base_that_the_module_does_not_name(cli, folder, orphan, tmp_path):
 
 
 def _shift(directory):
-    """Other weights at the same path, under a qsun.json that a fine-tune elsewhere did not write."""
+    """Change the weights at a path without its qsun.json, as another program's fine-tune would."""
     file = next(directory.glob("*.safetensors"))
     tensors = load_file(file)
     name = next(name for name in tensors if name.endswith("norm.weight"))

@@ -52,7 +52,7 @@ def test_means_over_rounds_are_found_again_at_the_measured_points():
 
 
 def test_a_probe_times_what_the_engine_does(talking_model, monkeypatch):
-    """By a clock that counts rows: every point is there, within the limits of positions, rows and turn, at its rows."""
+    """With a clock that counts rows, every point within the limits of positions, rows and turn is timed at its rows."""
 
     def rows_as_seconds(call):
         call()

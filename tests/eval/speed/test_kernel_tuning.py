@@ -1,4 +1,4 @@
-"""Tuning of launches with a timer made up here: what is searched, what is written, what is read back."""
+"""Tuning of launches with an invented timer: what is searched, written and read back."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`qsun bench tuning`: both sides really step, and their times are those reported."""
+"""`qsun bench tuning`: both sides take steps, and the reported times are theirs."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The study with hardly any tuning: every module is made once, every number is in its place."""
+"""A study with a few steps of tuning: every module is made once, and every number is in its place."""
 
 import json
 import random
@@ -112,7 +112,7 @@ def test_a_whole_study_and_its_second_run(cli, tmp_path):
 
 @pytest.mark.slow
 def test_own_base_and_data_end_to_end(cli, talking_model, tmp_path, monkeypatch):
-    """A tiny bfloat16 model, a task in files, a scorer of one's own; a part that is lost is made again, alone."""
+    """A tiny bfloat16 model, a task in files, a custom scorer; only a part that is lost is made again."""
     for split in ("train", "valid", "test"):
         write_jsonl(tmp_path / f"{split}.jsonl", examples("code", split, 40 if split == "train" else 6))
     (tmp_path / "my_scorer.py").write_text("def anything(answer, response):\n    return bool(response)\n")

@@ -1,4 +1,4 @@
-"""`qsun demo`, with hardly any tuning: every part runs, every number is in its place."""
+"""`qsun demo` with a few steps of tuning: every part runs, and every number is in its place."""
 
 import json
 

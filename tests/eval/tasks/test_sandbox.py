@@ -1,4 +1,4 @@
-"""Programs of a language model: right ones pass, wrong and harmful ones fail, and nothing outside them changes."""
+"""Programs of a language model: right ones pass, wrong and harmful ones fail, and nothing outside changes."""
 
 import os
 import socket
@@ -94,7 +94,7 @@ def test_a_fork_bomb_that_reaches_around_ends_with_the_program():
 
 
 def running(name):
-    """Processes of this name that are no zombies."""
+    """Processes of this name, except zombies."""
     found = []
     for status in Path("/proc").glob("[0-9]*/status"):
         with suppress(OSError):  # it ended meanwhile

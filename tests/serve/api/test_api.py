@@ -276,7 +276,7 @@ def test_an_answer_that_takes_too_long_is_given_up(make_engine):
 
 
 def test_a_chat_without_a_number_leaves_room_for_others(make_engine):
-    """KV is kept free for the whole answer; all positions for each would let one in at a time."""
+    """KV is reserved for the whole answer; with all positions for each, only one request would run at a time."""
     chat = {"model": "math", "messages": [{"role": "user", "content": "hi"}], "ignore_eos": True}
     for default in (7, 0):
         metrics = Metrics()

@@ -1,4 +1,4 @@
-"""Bodies of requests: what asks for nothing, what is refused by name, and what is only logged."""
+"""Bodies of requests: what is ignored, what is refused by name, and what is only logged."""
 
 import logging
 

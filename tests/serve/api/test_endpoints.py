@@ -1,4 +1,4 @@
-"""Endpoints beside completions and chats, and what all streams do."""
+"""The endpoints besides completions and chats, and what all streams have in common."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""schemathesis against the server's own description: nothing makes a 500, and all answers are described."""
+"""schemathesis against the server's own description: no request causes a 500, and all answers match the description."""
 
 import hypothesis
 import pytest

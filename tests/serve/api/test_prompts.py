@@ -1,4 +1,4 @@
-"""Prompts: long texts are refused by their beginning, and do not keep short ones waiting."""
+"""Prompts: a text that is too long is refused after its beginning, and does not delay short ones."""
 
 import asyncio
 import threading
@@ -10,7 +10,7 @@ from qsun.serve.http.errors import HttpError
 
 
 class Characters:
-    """A token for each character; counts what it read, and stops at a gate where there is one."""
+    """A token for each character; counts what it has read, and waits at a gate if there is one."""
 
     bos_token, chat_template = None, "{{ messages[0].content }}"
 

@@ -1,4 +1,4 @@
-"""`qsun serve` as a process: it starts, says where, answers, drains at SIGTERM, and refuses what cannot work."""
+"""`qsun serve` as a process: it starts, prints its URL, answers, drains on SIGTERM, and refuses what cannot work."""
 
 import json
 import signal

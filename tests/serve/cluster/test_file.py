@@ -1,4 +1,4 @@
-"""cluster.yaml: what it may say, and the one line that says what is wrong."""
+"""cluster.yaml: what it may contain, and the one-line error for what it may not."""
 
 import copy
 import re

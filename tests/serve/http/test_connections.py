@@ -1,4 +1,4 @@
-"""Connections that end: half a request, nothing at all, an answer that nobody takes; and the last words of a drain."""
+"""Connections that always end: half a request, no request, an answer that nobody reads; and the end of a drain."""
 
 import asyncio
 import socket
@@ -124,7 +124,7 @@ def test_a_smuggled_request_is_not_answered():
 
 
 async def slow(scope, receive, send):
-    """Answers after 1.5 seconds, unless the client leaves."""
+    """Answers after 1.5 seconds, unless the client disconnects."""
     if scope["type"] == "lifespan":
         await endless(scope, receive, send)
         return

@@ -1,4 +1,4 @@
-"""Browsers: which pages may call the API, also where it asks for a key."""
+"""Browsers: which pages may call the API, with and without API keys."""
 
 import httpx
 import pytest

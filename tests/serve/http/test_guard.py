@@ -1,4 +1,4 @@
-"""The guard before every handler, asked as a server asks it: ASGI messages in, ASGI messages out."""
+"""The guard before every handler, called as a server calls it: ASGI messages in, ASGI messages out."""
 
 import asyncio
 import json
@@ -167,7 +167,7 @@ def test_an_error_of_a_handler_becomes_an_answer_and_frees_the_place():
 
 
 def test_requests_whose_bodies_are_still_coming_count():
-    """Otherwise any number passes while nobody has sent all of its body."""
+    """Otherwise any number of requests could pass while their bodies are incomplete."""
     most = 0
 
     async def counting(scope, receive, send):

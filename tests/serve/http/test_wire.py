@@ -1,4 +1,4 @@
-"""Server-sent events: whole, in order, however the bytes are cut."""
+"""Server-sent events arrive complete and in order, however the bytes are cut."""
 
 import asyncio
 import itertools

@@ -1,4 +1,4 @@
-"""Commands of workers: the flags that keep models apart are there, no shell is involved, ports and GPUs are shared."""
+"""Commands of workers: the flags that keep models apart are set, no shell is involved, ports and GPUs are assigned."""
 
 import importlib
 import json

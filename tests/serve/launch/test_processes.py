@@ -1,4 +1,4 @@
-"""Worker processes, with real processes in vLLM's place: started, waited for, watched, and none left behind."""
+"""Worker processes, with real processes in place of vLLM: started, awaited, watched, and none left behind."""
 
 import os
 import signal
@@ -151,7 +151,7 @@ with WorkerProcesses([command("one", "stubborn")], Path(sys.argv[1]), os.environ
 
 @pytest.mark.slow
 def test_workers_end_when_the_launcher_is_killed(tmp_path):
-    """SIGKILL leaves the launcher no chance; the watchdog ends worker and grandchild, though both ignore SIGTERM."""
+    """The launcher cannot handle SIGKILL; the watchdog ends worker and grandchild, though both ignore SIGTERM."""
     run = [sys.executable, "-c", LAUNCHER, str(tmp_path)]
     launcher = subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with launcher:

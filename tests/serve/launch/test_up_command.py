@@ -1,4 +1,4 @@
-"""`qsun up`, as a process of its own, with a stand-in for vLLM: from cold to warm, a death, and down again."""
+"""`qsun up` as its own process, with a stand-in for vLLM: start, warm-up, the death of a worker, shutdown."""
 
 import json
 import os
@@ -138,7 +138,7 @@ def started(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_impatience_while_the_workers_end(cluster_file, up, tmp_path, first):
-    """Workers take 3 s to leave. Whatever comes meanwhile, the command says that they have when it is true."""
+    """Workers take 3 s to exit. Whatever signals come meanwhile, the command reports their end only when it is true."""
     process = up(cluster_file(environment={"FAKE_VLLM": "deaf lingers"}))
     workers = started(tmp_path)
     for number in (first, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

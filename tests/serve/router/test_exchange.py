@@ -1,4 +1,4 @@
-"""Every hazard of disaggregated serving: an answer is right, or it is an error that says so. It is never wrong text."""
+"""Every hazard of disaggregated serving: an answer is right or an explicit error, and never wrong text."""
 
 import asyncio
 import json
@@ -105,7 +105,7 @@ def test_a_stream_that_breaks_later_ends_with_an_error_and_without_done(fault):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_decode_worker_killed_under_load_of_64(stream):
-    """Each request is right, or an error; none is wrong, none is cut without a word."""
+    """Each answer is right or an error; none is wrong, and none is cut off silently."""
 
     async def scenario():
         def slow(worker):
@@ -167,7 +167,7 @@ def test_a_worker_restarted_with_other_weights_gets_no_requests_and_gives_no_tex
 @pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_a_worker_that_is_full_is_not_a_faulty_one(role, status):
-    """It says so itself, and gets requests as soon as it has room again."""
+    """It says that it is full, and gets requests as soon as it has room again."""
 
     async def scenario():
         async with rig(models=("math",), decode=1, health={"cool_down_seconds": 60.0}) as r:
@@ -183,7 +183,7 @@ def test_a_worker_that_is_full_is_not_a_faulty_one(role, status):
 
 
 def test_connections_survive_a_burst_of_clients_that_leave():
-    """Whatever they left behind, each connection to a worker is free again."""
+    """Afterwards every connection to a worker is free again."""
 
     async def scenario():
         limits = {"concurrent_requests": 8, "queued_requests": 200}

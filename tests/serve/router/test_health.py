@@ -1,4 +1,4 @@
-"""Which workers and pairs are used: identity, first handshakes, the circuit breaker, what comes and goes."""
+"""Which workers and pairs are used: identity, first handshakes, the circuit breaker, workers that join and leave."""
 
 import asyncio
 

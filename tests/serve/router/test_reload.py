@@ -1,4 +1,4 @@
-"""What a reload changes, and what one with a fault leaves as it was."""
+"""What a reload changes, and that a faulty file changes nothing."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""What of a client's body reaches a worker, and what never does."""
+"""Which parts of a client's body reach a worker, and which never do."""
 
 import json
 
@@ -48,7 +48,7 @@ def test_prompt_logprobs_are_sent_to_no_worker_whatever_a_request_holds(path):
 
 @pytest.mark.parametrize("value", ["1e999", "-1e999", '"\\ud800"', '{"a": ["\\udfff"]}'])
 def test_json_that_no_worker_can_be_sent_is_a_users_mistake(value):
-    """It parses, to an infinity or to half of a character, and cannot be written again."""
+    """It parses, to an infinity or half of a character, but cannot be serialized again."""
 
     async def scenario():
         async with rig(models=("math",)) as r:
@@ -114,7 +114,7 @@ CONSTRAINTS = {
 
 @pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "weather"}}])
 def test_tools_reach_both_workers_and_constraints_only_the_decode_worker(choice):
-    """The prompt has the tools in it, so that the KV cache is right; the prefill worker's token is free."""
+    """The prompt contains the tools, so both workers need them; the prefill worker's token is unconstrained."""
 
     async def scenario():
         async with rig(models=("math",), decode=1) as r:

@@ -1,4 +1,4 @@
-"""Streams: what counts as a beginning. The deadline: of streams, of what waits, and what it says of a worker."""
+"""Streams: what counts as a beginning. Deadlines: of streams, of waiting requests, and what they imply for a worker."""
 
 import asyncio
 import time
@@ -34,7 +34,7 @@ def said(events):
 
 
 def test_a_chat_whose_kv_cache_did_not_come_starts_again_although_its_role_was_sent():
-    """The role is no proof of anything: such a worker's circuit opens."""
+    """The role proves nothing: such a worker's circuit opens."""
 
     async def scenario():
         async with rig(models=("math",), decode=2, health={"failures": 1, "cool_down_seconds": 60.0}) as r:
@@ -68,7 +68,7 @@ def test_a_pair_whose_stream_broke_off_shakes_hands_again():
 
 
 def test_a_fast_stream_lets_other_requests_have_turns():
-    """All of its events are there at once; others need the event loop many times for one answer."""
+    """All of its events arrive at once, while others need the event loop many times for one answer."""
 
     async def scenario():
         async with rig(models=("math",), decode=1) as r:
@@ -133,7 +133,7 @@ def test_a_request_waits_for_a_place_no_longer_than_its_deadline():
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_a_worker_that_hangs_gets_no_more_requests_and_its_circuit_opens(role):
-    """One request finds out. The others go elsewhere at once, and a tiny request settles that it hangs."""
+    """One request finds out. The others go elsewhere at once, and a tiny request confirms that the worker hangs."""
 
     async def scenario():
         health = {"cool_down_seconds": 60.0, "warm_up_seconds": 0.5}

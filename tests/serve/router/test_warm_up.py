@@ -1,4 +1,4 @@
-"""Handshakes of pairs while workers die, hang and leave, and whose fault a failed one is."""
+"""Handshakes of pairs while workers die, hang and leave, and which worker is blamed for a failed one."""
 
 import asyncio
 

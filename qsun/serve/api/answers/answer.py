@@ -40,7 +40,7 @@ class Choice:
     _written: int = 0
 
     def take(self, update: Update) -> tuple[str, list[Call]]:
-        """Add what came. Returns the new content and calls for the client to see."""
+        """Apply an update. Returns the new content and calls that the client sees."""
         self.offsets += [self._written] * len(update.tokens)
         self._written += len(update.text)
         self.tokens += update.tokens
@@ -63,7 +63,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Style:
-    """How a client wants its answer.
+    """How a client wants its answer formatted.
 
     Attributes:
         include_usage, continuous_usage: token counts at the end of a stream, and in all of its chunks.
@@ -110,7 +110,7 @@ class Answer(ABC):
 
     @abstractmethod
     def events(self, choice: Choice, update: Update) -> Iterator[bytes]:
-        """Take an update, and yield what the client gets to see of it."""
+        """Apply an update, and yield what the client sees of it."""
 
     @abstractmethod
     def closing(self) -> Iterator[bytes]:

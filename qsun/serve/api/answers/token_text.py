@@ -22,7 +22,7 @@ def _byte_alphabet() -> dict[str, int]:
 class Spelling:
     """Spells the tokens of a tokenizer; None spells nothing.
 
-    A character can be several tokens. Their texts are then no characters, and only their bytes join up to it.
+    Several tokens can spell one character. Their texts are then not characters; only their bytes, joined, give it.
     """
 
     def __init__(self, tokenizer: Any | None):

@@ -1,6 +1,6 @@
 """One request through the cluster: prefill, decode, and retries on other workers until the client gets its first byte.
 
-After that there is no retry: the client has seen text that another attempt need not repeat. A stream that breaks later
+After that there is no retry: the client has seen text that another attempt might not repeat. A stream that breaks later
 ends with an error event and without [DONE].
 """
 
@@ -202,7 +202,7 @@ class Exchange:
         begun = deque(opening)
         for number in itertools.count(1):
             if number % _EVENTS_A_TURN == 0:
-                await asyncio.sleep(0)  # a stream whose events are all there must not hold up other requests
+                await asyncio.sleep(0)  # a stream whose events have all arrived must not hold up other requests
             event = begun.popleft() if begun else await self._following(transfer, events)
             if event is None:
                 return
@@ -252,8 +252,8 @@ class Exchange:
 
 
 def _finishes(event: dict[str, Any]) -> bool:
-    """Return whether an event ends a choice. A chat's first event shows nothing: vLLM sends the role before it knows
-    whether the KV cache came."""
+    """Return whether an event ends a choice. A chat's first event proves nothing: vLLM sends the role before it
+    knows whether the KV cache arrived."""
     return any(choice.get("finish_reason") for choice in event["choices"])
 
 

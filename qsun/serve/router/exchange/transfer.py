@@ -63,7 +63,7 @@ class NoTransfer(Exception):
 
 
 def prefill_body(request: RoutedRequest, served_name: str) -> dict[str, Any]:
-    """Return the body for the prefill worker: the whole prompt, one token, and the wish for transfer parameters."""
+    """Return the body for the prefill worker: the whole prompt, one token, and a request for transfer parameters."""
     body = {key: value for key, value in request.body.items() if key not in _ANSWER_ONLY and key != _NEVER}
     body |= {"model": served_name, "stream": False, "max_tokens": 1, "kv_transfer_params": dict(_WANTED)}
     if request.path == CHAT:

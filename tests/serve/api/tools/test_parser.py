@@ -1,4 +1,4 @@
-"""Calls of tools in every format, whole and however the text is cut."""
+"""Tool calls in every format, whole and cut at any place."""
 
 import json
 
