@@ -2,7 +2,7 @@
 
 import typer
 
-from qsun.cli.bench import engine, kernels, passes, serve, speed, tasks
+from qsun.cli.bench import engine, kernels, passes, serve, speculation, speed, tasks
 
 app = typer.Typer(no_args_is_help=True, help="Measure passes, kernels, tuning and serving.")
 app.command("passes", no_args_is_help=True)(passes.passes)
@@ -13,3 +13,4 @@ app.command("speed", no_args_is_help=True)(speed.speed)
 app.command("tasks", no_args_is_help=True)(tasks.tasks)
 app.command("tuning", no_args_is_help=True)(tasks.tuning)
 app.command("engine")(engine.engine)
+app.command("speculation", no_args_is_help=True)(speculation.speculation)

@@ -1,0 +1,64 @@
+"""`qsun bench speculation`: what drafted tokens save on your own prompts."""
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from qsun.cli.bench.speed import whole_numbers
+from qsun.cli.terminal import results, screen
+from qsun.cli.terminal.device import check_device
+from qsun.errors import QsunError
+
+
+def speculation(
+    decode: str = typer.Argument(..., help="Decode module: directory, hub id, or 'demo'."),
+    data: list[str] = typer.Option(..., help="Prompts, as qsun tune reads them; may be repeated."),
+    prefill: str = typer.Option("", help="Prefill module that reads the prompts. Default: the decode module's base."),
+    limit: int = typer.Option(64, min=1, help="Prompts to answer."),
+    batch: str = typer.Option("1,8", help="Batch sizes, comma-separated."),
+    drafts: str = typer.Option("4,8", help="Longest drafts to try, comma-separated; 0 is tried in any case."),
+    max_tokens: int = typer.Option(64, min=1, help="Longest answer, in tokens."),
+    dtype: str | None = typer.Option(None, help="Of activations. Default: the decode module's."),
+    threads: int = typer.Option(0, min=0, help="CPU threads. Default: as torch chooses."),
+    out: Path | None = typer.Option(None, "--out", "-o", help="Folder for speculation.json."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
+) -> None:
+    """Answer prompts with and without drafted tokens, in turns: tokens a step, drafts that held, and the speed-up.
+
+    Examples:
+
+      qsun bench speculation out/int4 --prefill out/calls --data calls-test.jsonl
+
+      qsun bench speculation demo --data prompts.jsonl --batch 1,4,16 --drafts 2,4,8,16
+    """
+    check_device("cpu")
+    import torch
+
+    from qsun.eval.output.machine import machine
+    from qsun.eval.speed.speculation import compare_speculation, report_text
+    from qsun.model.pairing import find_base
+    from qsun.runtime.decode_module import load_decode
+    from qsun.runtime.prefill_module import load_prefill
+    from qsun.tuning.examples import read_examples
+
+    batches, lengths = whole_numbers("batch", batch), whole_numbers("drafts", drafts)
+    if threads:
+        torch.set_num_threads(threads)
+    module = load_decode(decode, "cpu", dtype)
+    model: Any = module.model
+    weight = model.model.embed_tokens.weight
+    reader = load_prefill(prefill or find_base(decode)[1], module, weight.dtype)
+    if module.tokenizer is None:
+        raise QsunError(f"{decode} has no tokenizer; speculation is measured on text")
+    most = model.config.max_position_embeddings - max_tokens
+    found, _ = read_examples(data, module.tokenizer, most, "prompts")
+    with screen.progress(quiet=as_json) as progress:
+        rows = [
+            row
+            for size in batches
+            for row in compare_speculation(module, reader, found[:limit], size, lengths, max_tokens, progress)
+        ]
+    result = {"decode": decode, "prefill": prefill, "rows": rows} | machine(weight.device)
+    results.save(out, "speculation", result)
+    results.show(result, as_json, report_text)
