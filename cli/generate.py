@@ -97,7 +97,7 @@ def _modules(given: list[str]) -> dict[str, str]:
         if not name or not directory:
             raise QsunError(f"--prefill {one!r} is neither DIR nor NAME=DIR")
         if name in modules:
-            raise QsunError(f"--prefill names {name!r} twice; give each module a name of its own")
+            raise QsunError(f"--prefill names {name!r} twice; give each module its own name")
         modules[name] = directory
     return modules or {"": ""}
 

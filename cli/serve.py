@@ -26,10 +26,10 @@ Examples:
   curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"model": "math", "prompt": "calc 12+8>"}'
 
 Each prefill module is a model of the API. --adapters serves every LoRA adapter in a folder under the name of its own
-folder: all share one set of prefill weights, and one costs its own megabytes, while prompts for it are read. Without
---prefill, and beside --adapters, the base itself is a model, "base". SIGTERM and Ctrl-C let running requests finish, a
-second one ends them. /metrics is for Prometheus, /health and /ready for probes. Without
---api-keys it listens on this machine only.
+folder: all share one set of prefill weights, and each takes only its own megabytes, while its prompts are read. Without
+--prefill, and with --adapters, the base itself is a model, "base". SIGTERM and Ctrl-C let running requests finish; a
+second one ends them. /metrics is for Prometheus, /health and /ready are for probes. Without --api-keys the server
+listens on this machine only.
 """
 
 
@@ -38,8 +38,8 @@ def serve(
     prefill: list[str] = typer.Option(
         [], help="NAME=DIR of a prefill module; may be repeated. An adapter is merged into weights of its own."
     ),
-    adapters: Path | None = typer.Option(None, help="Folder of LoRA adapters, each in a folder that is its name."),
-    max_adapters: int = typer.Option(32, min=1, help="Adapters in memory; the least recently used goes first."),
+    adapters: Path | None = typer.Option(None, help="Folder of LoRA adapters; the name of each subfolder is a model."),
+    max_adapters: int = typer.Option(32, min=1, help="Adapters in memory; the least recently used is evicted first."),
     host: str = typer.Option("127.0.0.1", help="Address to listen on."),
     port: int = typer.Option(8000, min=0, max=65535, help="Port; 0 takes a free one."),
     api_keys: Path | None = typer.Option(None, help="File with an API key on each line; # begins a comment."),

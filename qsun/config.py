@@ -90,7 +90,7 @@ def read_config_file(path: Path, kind: str = "config file") -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise QsunError(f"{kind} {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise QsunError(f"{kind} {path} holds no mapping of settings, such as 'bits: 4'")
+        raise QsunError(f"{kind} {path} is not a mapping of settings, such as 'bits: 4'")
     return {str(key).replace("-", "_"): value for key, value in values.items()}
 
 
@@ -214,7 +214,7 @@ class QuantConfig(Settings):
     @classmethod
     def _parsed(cls, overrides: Any) -> tuple[Override, ...]:
         if not isinstance(overrides, (list, tuple)) or not all(isinstance(o, (str, Override)) for o in overrides):
-            raise QsunError(f"overrides {overrides!r} is not a list of texts such as 'down_proj=bits:8'")
+            raise QsunError(f"overrides {overrides!r} is not a list of strings such as 'down_proj=bits:8'")
         return tuple(Override.parse(o) if isinstance(o, str) else o for o in overrides)
 
     @model_validator(mode="after")

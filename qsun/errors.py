@@ -25,7 +25,7 @@ _MESSAGES = {
     **dict.fromkeys(("int_type", "int_from_float", "int_parsing"), "is not a whole number"),
     **dict.fromkeys(("float_type", "float_parsing"), "is not a number"),
     **dict.fromkeys(("bool_type", "bool_parsing"), "is neither true nor false"),
-    "string_type": "is not a text",
+    "string_type": "is not a string",
 }
 
 

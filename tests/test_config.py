@@ -30,7 +30,7 @@ from qsun.errors import QsunError
         ({"damp_percent": float("nan")}, "damp_percent nan is out of range"),
         ({"damp_percent": "much"}, "damp_percent 'much' is not a number"),
         ({"dtype": "int8"}, "dtype 'int8' is not supported; use auto, float32, bfloat16 or float16"),
-        ({"overrides": "down_proj=bits:8"}, "is not a list of texts such as 'down_proj=bits:8'"),
+        ({"overrides": "down_proj=bits:8"}, "is not a list of strings such as 'down_proj=bits:8'"),
         ({"desc_act": True, "method": "awq"}, "desc_act has no meaning for method awq; use gptq,"),
         ({"bit": 4}, "unknown setting 'bit'; did you mean bits? known are: bits, damp_percent,"),
         ({"colour": 4}, "unknown setting 'colour'; known are: bits, damp_percent,"),
@@ -123,7 +123,7 @@ def test_config_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("- 1\n", "holds no mapping"),
+        ("- 1\n", "is not a mapping"),
         ("a: [\n", "not YAML"),
         ("bits: 3\nbits: 4\n", "key 'bits' is there twice"),
         ("a: !!python/name:os.system\n", "not YAML"),
@@ -157,7 +157,7 @@ class Outer(Settings):
     ("values", "says"),
     [
         ({}, "needed is missing; add it"),
-        ({"needed": 1}, "needed 1 is not a text"),
+        ({"needed": 1}, "needed 1 is not a string"),
         ({"needed": "x", "inner": {"count": 0}}, "inner.count 0 is out of range; use 1 or more"),
         (
             {"needed": "x", "inner": {"counts": 2}},

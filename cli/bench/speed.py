@@ -43,7 +43,7 @@ def speed(
     if bool(shape) == bool(decode):
         raise QsunError("give either --shape NAME or --decode DIR" + (", not both" if shape else ""))
     if base and not decode:
-        raise QsunError("--base goes with --decode; --shape makes its own base")
+        raise QsunError("--base needs --decode; --shape makes its own base")
     import torch
 
     from qsun.eval.output.machine import machine

@@ -41,6 +41,6 @@ def _texts(name: str, value: Any, kind: type) -> Any:
     """Return a text, or a list of texts, of which one may stand alone. Raises QsunError for anything else."""
     texts = value if isinstance(value, list) and kind is list else [value]
     if not all(isinstance(text, str) for text in texts):
-        raise QsunError(f"{name}: {value!r} is not a text{' or a list of texts' if kind is list else ''}")
+        raise QsunError(f"{name}: {value!r} is not a string{' or a list of strings' if kind is list else ''}")
     texts = [str(Path(text).expanduser()) if text.startswith("~/") else text for text in texts]
     return texts if kind is list else texts[0]

@@ -75,7 +75,7 @@ def zipf_shares(models: Sequence[str], skew: float) -> dict[str, float]:
     if not models:
         raise QsunError("no models are given; name at least one")
     if len(set(models)) < len(models):
-        raise QsunError(f"models {','.join(models)} name one twice; name each once")
+        raise QsunError(f"models {','.join(models)} contain a duplicate; name each once")
     if not 0 <= skew <= 20:
         raise QsunError(f"skew {skew:g} is out of range; use 0 (uniform) to 20")
     weights = [rank**-skew for rank in range(1, len(models) + 1)]

@@ -58,7 +58,7 @@ class Study:
             raise QsunError(f"methods {', '.join(self.methods)} use no calibration; add one, such as refined")
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
-            raise QsunError(f"tasks {', '.join(names)} name one twice; give each its own name")
+            raise QsunError(f"tasks {', '.join(names)} contain a duplicate; give each its own name")
         if not any(not task.hard for task in self.tasks):
             raise QsunError("a study needs a task; give --task NAME=TRAIN,VALID,TEST")
 

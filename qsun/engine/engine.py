@@ -52,7 +52,7 @@ class Engine:
         per_token = kv_bytes_per_token(model.config, self.dtype)
         self.budget_tokens = (self.config.kv_bytes or available_bytes(self.device) // 4) // per_token
         if self.budget_tokens < 1:
-            raise QsunError(f"kv_bytes {self.config.kv_bytes} holds no request; a token takes {per_token} bytes")
+            raise QsunError(f"kv_bytes {self.config.kv_bytes} is too small; one token takes {per_token} bytes")
         if self.config.speculate and (self.config.static or self.device.type == "cuda"):
             raise QsunError("speculate needs steps without fixed shapes, which a GPU does not have yet; use 0")
         self.modules: dict[str, LoadedModule] = {}
@@ -71,7 +71,7 @@ class Engine:
     def add_module(self, name: str, module: PrefillModule) -> None:
         """Serve a prefill module under a name; its pair with the decode module was checked when it was loaded."""
         if name in self.modules:
-            raise QsunError(f"model {name!r} is served already; remove it first, or choose another name")
+            raise QsunError(f"model {name!r} is already served; remove it first, or choose another name")
         self._loads += 1
         self.modules[name] = LoadedModule(name, module, self._loads)
 
@@ -127,7 +127,7 @@ class Engine:
             self.check(request)
         most, waiting = self.config.max_waiting, len(self._queue)
         if len(requests) > most:
-            raise QsunError(f"{len(requests)} answers are asked for at once, and the queue holds {most}; ask for fewer")
+            raise QsunError(f"{len(requests)} answers are requested at once, and the queue holds {most}; ask for fewer")
         if waiting + len(requests) > most:
             self.watch.refused(requests)
             raise Full(f"{waiting} requests are waiting, and the limit is {most}; try again later")

@@ -53,7 +53,7 @@ def load_tokenizer(directory: Path) -> Any | None:
     lacking = [name for name in ("sentencepiece", "google.protobuf") if not _installed(name)]
     if "tokenizer.json" not in present and lacking:
         packages = " ".join(lacking).replace("google.", "")
-        raise QsunError(f"{directory}: tokenizer.model needs packages that are not here; pip install {packages}")
+        raise QsunError(f"{directory}: tokenizer.model needs packages that are not installed; pip install {packages}")
     installed = ", ".join(f"{name} {version(name)}" for name in ("transformers", "tokenizers"))
     raise QsunError(
         f"{directory}: the tokenizer cannot be loaded: {reason}; it is damaged, or made for later versions than "

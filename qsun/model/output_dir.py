@@ -238,11 +238,11 @@ def _take_lock(path: Path, mode: str, kind: int) -> IO[bytes]:
 
 
 def check_free(out: Path, resume: bool, lock: bool = True) -> None:
-    """Raise QsunError if OUT exists or cannot be made, another run writes, or an interrupted one is not to go on."""
+    """Raise QsunError if OUT exists or cannot be created, if another run writes it, or an interrupted one is there."""
     above = next(parent for parent in out.absolute().parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         fault = "is not writable" if above.is_dir() else "is a file"
-        raise QsunError(f"output directory {out} cannot be made: {above} {fault}; choose another place")
+        raise QsunError(f"output directory {out} cannot be created: {above} {fault}; choose another place")
     if out.is_symlink() or os.path.ismount(out):  # the module appears by a rename, which cannot replace these
         raise QsunError(f"output directory {out} is a link or a mount point; give one inside it, such as {out}/module")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

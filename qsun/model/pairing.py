@@ -121,7 +121,7 @@ def find_base(decode: str | Path, base: str | Path | None = None) -> tuple[Path,
     try:
         return find_model(name), name
     except QsunError:
-        raise QsunError(f"{decode} was quantized from {name}, which is not here; give the base with --base") from None
+        raise QsunError(f"{decode} was quantized from {name}, which was not found; give the base with --base") from None
 
 
 def base_fingerprint(made: Mapping[str, Any]) -> str | None:
@@ -283,7 +283,7 @@ def named_base(adapter: Path) -> Path:
         return find_model(name)
     except QsunError:
         raise QsunError(
-            f"{adapter} is an adapter of {name}, which is not here; put it there, or name it in {ADAPTER}"
+            f"{adapter} is an adapter of {name}, which was not found; put it there, or name it in {ADAPTER}"
         ) from None
 
 

@@ -76,7 +76,7 @@ def read_back(job: Job, directory: Path, digests: dict[str, str], probe: tuple[T
         features = linear_of(job.skeleton.model, name).in_features
         weights, _ = read_quantized_layer(checkpoint, name, job.config.format, features)
         if digest(weights) != digests[name]:
-            raise QsunError(f"reading back {directory}: {name} differs from what was computed; is the disk sound?")
+            raise QsunError(f"reading back {directory}: {name} differs from what was computed; is the disk faulty?")
         del weights
         release_freed()
     if probe is None:

@@ -113,7 +113,7 @@ def find_teacher(name: str, decode: Path) -> TeacherPlan:
             reader = find_model(str(made.get("decode")))
         except QsunError:
             raise QsunError(
-                f"teacher {name} is a prefill module of {made.get('decode')}, which is not here; put it there, or "
+                f"teacher {name} is a prefill module of {made.get('decode')}, which was not found; put it there, or "
                 "give a whole model"
             ) from None
         check_pair(directory, reader)

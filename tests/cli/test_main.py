@@ -38,7 +38,7 @@ def test_calibration_in_the_configuration_file(cli, tmp_path):
     answer = cli(*command)
     assert (answer.code, answer.out) == (2, "")
     assert "calib in config file" in answer.err
-    assert "[1, 2] is not a text or a list of texts" in answer.err
+    assert "[1, 2] is not a string or a list of strings" in answer.err
 
 
 def test_training_data_in_the_configuration_file(cli, tmp_path):
@@ -122,7 +122,9 @@ def test_an_output_below_a_file_is_refused_at_once(cli, tmp_path, command):
     more = {"quantize": ["demo", "--method", "rtn"], "tune": ["demo", "--data", file], "demo-data": []}[command]
     answer = cli(command, *more, "-o", file / "out")
     assert (answer.code, answer.out) == (2, "")
-    assert answer.err == f"error: output directory {file}/out cannot be made: {file} is a file; choose another place\n"
+    assert (
+        answer.err == f"error: output directory {file}/out cannot be created: {file} is a file; choose another place\n"
+    )
 
 
 @pytest.mark.slow

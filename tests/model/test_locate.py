@@ -31,7 +31,9 @@ def test_sentencepiece_without_its_packages(lacking, tmp_path, monkeypatch):
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x00")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     monkeypatch.setattr(locate, "_installed", lambda name: name not in lacking)
-    with pytest.raises(QsunError, match=r"tokenizer\.model needs packages that are not here; pip install ") as caught:
+    with pytest.raises(
+        QsunError, match=r"tokenizer\.model needs packages that are not installed; pip install "
+    ) as caught:
         load_tokenizer(tmp_path)
     assert str(caught.value).endswith(" ".join(lacking).replace("google.", ""))
 

@@ -99,7 +99,7 @@ def copied(out, target):
         ({"r": 2}, "not of rank 2"),
         ({"lora_alpha": "x"}, "are not a rank and a scale"),
         ({"base_model_name_or_path": None}, "names no base_model_name_or_path"),
-        ({"base_model_name_or_path": "/nowhere/base"}, "is an adapter of /nowhere/base, which is not here"),
+        ({"base_model_name_or_path": "/nowhere/base"}, "is an adapter of /nowhere/base, which was not found"),
         ({"base_model_name_or_path": "demo"}, "is not the base that the adapter .* was tuned on"),
     ],
 )

@@ -204,5 +204,5 @@ def test_a_pair_whose_decode_module_is_gone(teachers, decode, few, tmp_path):
     shutil.copytree(teachers["pair"], moved)
     made = json.loads((moved / "qsun.json").read_text())
     (moved / "qsun.json").write_text(json.dumps(made | {"decode": "/nowhere/int4"}))
-    with pytest.raises(qsun.QsunError, match="is a prefill module of /nowhere/int4, which is not here"):
+    with pytest.raises(qsun.QsunError, match="is a prefill module of /nowhere/int4, which was not found"):
         prepare_tuning(decode, tmp_path / "out", few, teacher=moved)

@@ -134,7 +134,7 @@ def test_a_decode_module_may_be_moved(adapter, decoders, tmp_path):
     values = json.loads((there / "adapter_config.json").read_text())
     (there / "adapter_config.json").write_text(json.dumps(values | {"base_model_name_or_path": "/nowhere/decode"}))
     assert qsun.load_prefill(there, qsun.load_decode(moved, "cpu"))
-    with pytest.raises(qsun.QsunError, match="is an adapter of /nowhere/decode, which is not here"):
+    with pytest.raises(qsun.QsunError, match="is an adapter of /nowhere/decode, which was not found"):
         qsun.load_prefill(there, device="cpu")
     (there / "adapter_config.json").write_text(json.dumps(values | {"base_model_name_or_path": str(decoders[4])}))
     with pytest.raises(qsun.QsunError, match="is not the decode module that the adapter"):

@@ -158,7 +158,7 @@ def test_a_quantized_base(refused, quantized, talking_model):
 def test_a_base_that_is_gone(refused, quantized):
     made = json.loads((quantized / "qsun.json").read_text())
     (quantized / "qsun.json").write_text(json.dumps(made | {"base": "/nowhere/base"}))
-    refused(quantized, says="was quantized from /nowhere/base, which is not here; give the base with --base")
+    refused(quantized, says="was quantized from /nowhere/base, which was not found; give the base with --base")
     (quantized / "qsun.json").unlink()
     refused(quantized, says="is quantized and does not say from which base")
 

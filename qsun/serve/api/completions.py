@@ -167,7 +167,11 @@ class Completions:
         forced = body.forced_tools
         schema = call_schema([tool.function.model_dump() for tool in forced]) if forced else body.schema_of_answer
         if schema is not None and (body.min_tokens or body.ignore_eos):
-            raise HttpError(400, "min_tokens and ignore_eos exclude a structured answer; leave them out", "min_tokens")
+            raise HttpError(
+                400,
+                "min_tokens and ignore_eos cannot be combined with a structured answer; leave them out",
+                "min_tokens",
+            )
         return schema
 
     def _settings(self, body: CompletionBody | ChatBody, prompt_tokens: int) -> dict[str, Any]:

@@ -103,7 +103,7 @@ class Guard:
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive, limit: int) -> bytes:
         if b"content-length" in headers and b"transfer-encoding" in headers:  # request smuggling: RFC 9112, 6.1
-            raise HttpError(400, "Content-Length and Transfer-Encoding exclude each other; send one", headers=_CLOSE)
+            raise HttpError(400, "Content-Length and Transfer-Encoding cannot be combined; send one", headers=_CLOSE)
         too_long = HttpError(413, f"the body is longer than {limit} bytes, which is the limit", headers=_CLOSE)
         declared = headers.get(b"content-length", b"0")
         if not declared.isdigit() or int(declared) > limit:

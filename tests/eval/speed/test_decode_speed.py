@@ -216,7 +216,7 @@ def test_command_on_modules(cli, on_disk):
         (("--shape", "tiny", "--steps", "0"), "steps has 0"),
         (("--shape", "tiny", "--seconds", "0"), "seconds 0 is out of range"),
         (("--shape", "tiny", "--decode", "x"), "not both"),
-        (("--shape", "tiny", "--base", "x"), "--base goes with --decode"),
+        (("--shape", "tiny", "--base", "x"), "--base needs --decode"),
         (("--batches", "1"), "give either --shape NAME or --decode DIR"),
         (("--decode", "demo"), "is not quantized; give the int4 decode module"),
         (("--decode", "nowhere"), "nowhere is not a directory"),

@@ -68,7 +68,7 @@ def test_a_report_of_own_tasks_names_them_and_what_the_intervals_count(tmp_path)
         (("--task", "calls"), "is not of the form NAME=TRAIN,VALID,TEST"),
         (("--task", "calls=a,b"), "is not of the form NAME=TRAIN,VALID,TEST"),
         (("--task", "../calls=a,b,c"), "'../calls' is not a folder name"),
-        (("--task", "a=x.jsonl,x.jsonl,x.jsonl", "--task", "a=x.jsonl,x.jsonl,x.jsonl"), "name one twice"),
+        (("--task", "a=x.jsonl,x.jsonl,x.jsonl", "--task", "a=x.jsonl,x.jsonl,x.jsonl"), "contain a duplicate"),
         (("--task", "a=x.jsonl,x.jsonl,x.jsonl,bleu"), "scorer 'bleu' is not known; use exact, json, expression or"),
         (("--task", "a=x.jsonl,x.jsonl,x.jsonl,no_such.module:f"), "cannot be imported"),
         (("--task", "a=x.jsonl,x.jsonl,x.jsonl"), "test file x.jsonl does not exist"),

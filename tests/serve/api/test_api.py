@@ -158,7 +158,7 @@ def test_openais_own_client(server):
         assert len(completion.choices) == 4
         with pytest.raises(openai.NotFoundError, match="models are math, code, tool"):
             client.completions.create(model="poetry", prompt="x")
-        with pytest.raises(openai.BadRequestError, match="has no place for tools"):
+        with pytest.raises(openai.BadRequestError, match="does not support tools"):
             client.chat.completions.create(
                 model="code", messages=messages, tools=[{"type": "function", "function": {"name": "f"}}]
             )
@@ -185,7 +185,7 @@ def test_openais_own_client(server):
         ({"temperature": True}, "temperature: Input should be a valid number"),
         ({"echo": 1}, "echo: Input should be a valid boolean"),
         ({"stop": ""}, "stop"),
-        ({"stream_options": {"include_usage": True}}, "stream_options goes with stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options needs stream"),
         ({"logprobs": 21}, "logprobs"),
         ({"seed": 1 << 70}, "seed"),
     ],
@@ -232,7 +232,7 @@ def test_a_full_queue_answers_429_and_takes_all_or_none(make_engine):
                                                            "stream": True, "ignore_eos": True}):  # fmt: skip
             until(lambda: engine.state.models["math"].decoding == 1)
             never = ask(client, prompt=[[5]] * 4, max_tokens=1)  # not even where nobody waits
-            assert "4 answers are asked for at once, and the queue holds 3" in error_of(never, 400)
+            assert "4 answers are requested at once, and the queue holds 3" in error_of(never, 400)
             behind = threading.Thread(target=ask, args=(client,), kwargs={"prompt": [5], "max_tokens": 1})
             behind.start()
             until(lambda: engine.state.waiting == 1)

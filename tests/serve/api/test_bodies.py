@@ -122,7 +122,7 @@ def test_a_final_message_is_continued():
     arguments = chat(continue_final_message=True, add_generation_prompt=False).template_arguments()
     assert (arguments["continue_final_message"], arguments["add_generation_prompt"]) == (True, False)
     message, _ = told(ChatBody, messages=[ASK], continue_final_message=True, add_generation_prompt=True)
-    assert "exclude each other" in message
+    assert "cannot be combined" in message
 
 
 def test_a_response_is_a_chat():

@@ -80,7 +80,7 @@ def test_a_second_signal_does_not_wait(number):
         (["--prefill", "a=nowhere"], "nowhere is not a directory"),
         (["--host", "0.0.0.0"], "no API key is set"),  # noqa: S104
         (["--kv-memory", "much"], "--kv-memory 'much' is not a size"),
-        (["--kv-memory", "1KB"], "kv_bytes 1000 holds no request"),
+        (["--kv-memory", "1KB"], "kv_bytes 1000 is too small"),
         (["--api-keys", "/nonexistent"], "cannot be read"),
         (["--timeout", "0"], "seconds 0.0 is out of range"),
         (["--dtype", "float31"], "dtype 'float31' is not known"),

@@ -98,7 +98,7 @@ def test_a_body_with_two_lengths_ends_the_connection():
     headers = [("Content-Length", "2"), ("Transfer-Encoding", "chunked")]
     status, answer, body = ask(Guard(echo, GuardConfig()), headers=headers)
     assert (status, answer[b"connection"]) == (400, b"close")
-    assert "exclude each other" in json.loads(body)["error"]["message"]
+    assert "cannot be combined" in json.loads(body)["error"]["message"]
 
 
 def test_a_body_that_does_not_come_is_not_waited_for():

@@ -79,9 +79,9 @@ class Conversation(Body):
             called |= {call.id for call in message.tool_calls}
             if message.role == "tool" and message.tool_call_id is not None and message.tool_call_id not in called:
                 where = f"messages.{place}.tool_call_id"
-                raise wrong(where, f"{where} {message.tool_call_id!r} answers no call of a message before it")
+                raise wrong(where, f"{where} {message.tool_call_id!r} does not answer a call of an earlier message")
         if self.continue_final_message and self.add_generation_prompt:
-            raise wrong("continue_final_message", "continue_final_message and add_generation_prompt exclude each other")
+            raise wrong("continue_final_message", "continue_final_message and add_generation_prompt cannot be combined")
         return self
 
     def template_arguments(self) -> dict[str, Any]:
@@ -124,14 +124,14 @@ class ChatBody(SamplingBody, Conversation):
     @model_validator(mode="after")
     def _is_possible(self) -> "ChatBody":
         if self.top_logprobs is not None and not self.logprobs:
-            raise wrong("top_logprobs", "top_logprobs goes with logprobs: true")
+            raise wrong("top_logprobs", "top_logprobs needs logprobs: true")
         names = [tool.function.name for tool in self.tools]
         if isinstance(self.tool_choice, NamedChoice) and self.tool_choice.function.name not in names:
-            raise wrong("tool_choice", f"tool_choice {self.tool_choice.function.name!r} is not one of tools")
+            raise wrong("tool_choice", f"tool_choice {self.tool_choice.function.name!r} is not in tools")
         if self.tool_choice == "required" and not names:
             raise wrong("tool_choice", "tool_choice required needs tools")
         if self.schema_of_answer is not None and self.forced_tools:
-            raise wrong("response_format", "response_format and a forced tool_choice exclude each other")
+            raise wrong("response_format", "response_format and a forced tool_choice cannot be combined")
         return self
 
     @property

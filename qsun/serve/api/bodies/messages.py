@@ -41,7 +41,7 @@ class CalledFunction(Body):
         except (ValueError, RecursionError):
             sound = False
         if not sound:
-            raise ValueError("it does not hold a JSON object")
+            raise ValueError("it is not a JSON object")
         return arguments
 
 

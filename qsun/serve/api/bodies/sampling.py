@@ -20,7 +20,7 @@ class StreamOptions(Body):
     @model_validator(mode="after")
     def _usage_is_asked_for(self) -> "StreamOptions":
         if self.continuous_usage_stats and not self.include_usage:
-            raise wrong("stream_options", "continuous_usage_stats goes with include_usage: true")
+            raise wrong("stream_options", "continuous_usage_stats needs include_usage: true")
         return self
 
 
@@ -68,7 +68,7 @@ class SamplingBody(Body):
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> "SamplingBody":
         if self.stream_options is not None and not self.stream:
-            raise wrong("stream_options", "stream_options goes with stream: true")
+            raise wrong("stream_options", "stream_options needs stream: true")
         return self
 
     @property

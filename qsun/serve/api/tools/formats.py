@@ -111,5 +111,5 @@ def format_of(chat_template: str | None) -> ToolFormat:
     """Return the format that a chat template teaches its model. Raises QsunError for one without tools."""
     template = chat_template or ""
     if "tools" not in template:
-        raise QsunError("the model's chat template has no place for tools; leave tools out, or use another model")
+        raise QsunError("the model's chat template does not support tools; leave tools out, or use another model")
     return next((one for one in FORMATS.values() if any(mark in template for mark in one.marks)), HERMES)

@@ -161,7 +161,7 @@ class Exchange:
         until = time.monotonic() + min(self._limits.no_worker_seconds, self._left)
         while (chosen := self._fleet.choose_prefill(demand, self._tried)) is None:
             if demand.model not in self._fleet.prefill:
-                raise HttpError(404, f"model {demand.model!r} is not served any more", param="model")
+                raise HttpError(404, f"model {demand.model!r} is no longer served", param="model")
             if time.monotonic() >= until:
                 message = f"no pair of workers is ready for model {self._request.model}; try again later"
                 raise HttpError(503, message, headers={"Retry-After": "5"})

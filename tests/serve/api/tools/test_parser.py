@@ -68,5 +68,5 @@ def test_the_format_is_the_templates():
     assert format_of("{{ tools }} Environment: ipython") is LLAMA3
     assert format_of("{{ tools }}") is HERMES
     for template in (None, "", "{{ messages }}"):
-        with pytest.raises(QsunError, match="no place for tools"):
+        with pytest.raises(QsunError, match="does not support tools"):
             format_of(template)
