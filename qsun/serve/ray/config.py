@@ -1,15 +1,19 @@
-"""The planned applications as files: a config for `serve deploy`, and a RayService for KubeRay."""
+"""The planned applications as a config for `serve deploy` or a running cluster, and as a RayService for KubeRay."""
 
 import os.path
 from collections.abc import Sequence
 from typing import Any
 
+import httpx
 import yaml
 
+from qsun.errors import QsunError
 from qsun.serve.cluster.schema import Cluster
 from qsun.serve.ray.plan import PlannedApp
 
 IMAGE = "YOUR-REGISTRY/qsun-vllm:latest"
+_PATH = "/api/serve/applications/"
+_SECONDS = 60.0
 _CLAIM, _MODULES = "qsun-modules", "modules"
 
 
@@ -23,6 +27,24 @@ def serve_config(cluster: Cluster, planned: Sequence[PlannedApp]) -> dict[str, A
             for app in planned
         ],
     }
+
+
+def put_config(address: str, config: dict[str, Any]) -> None:
+    """Have a running cluster deploy a config, as `serve deploy` does. What has not changed is left alone.
+
+    Args:
+        address: of the dashboard, http://host:port.
+    Raises:
+        QsunError: it cannot be reached, or refuses the config.
+    """
+    if not address.startswith(("http://", "https://")):
+        raise QsunError(f"--address {address} is not a dashboard's; give http://HEAD:8265")
+    try:
+        answer = httpx.put(address.rstrip("/") + _PATH, json=config, timeout=_SECONDS, trust_env=False)
+    except httpx.HTTPError as error:
+        raise QsunError(f"{address} does not answer: {error or type(error).__name__}") from None
+    if answer.status_code != 200:
+        raise QsunError(f"{address} answers {answer.status_code}: {' '.join(answer.text.split())[:500]}")
 
 
 def ray_service(cluster: Cluster, planned: Sequence[PlannedApp], ray_version: str) -> dict[str, Any]:

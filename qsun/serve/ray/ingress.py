@@ -7,10 +7,12 @@ the same code (qsun/serve/router).
 from collections.abc import Mapping
 from typing import Any
 
+from starlette.types import Message, Receive, Scope, Send
+
 from qsun.serve.cluster.file import parse_cluster
 from qsun.serve.cluster.names import ServedNames
-from qsun.serve.http.guard import Message, Receive, Send
 from qsun.serve.http.keys import read_keys
+from qsun.serve.ray.logs import log_to_serve
 from qsun.serve.ray.members import Members
 from qsun.serve.ray.transport import ReplicaTransport
 from qsun.serve.router.app import Router
@@ -24,6 +26,7 @@ class Ingress:
     """
 
     def __init__(self, cluster: Mapping[str, Any], decode: str, prefill: Mapping[str, str]):
+        log_to_serve()
         self._cluster = parse_cluster(cluster)
         self._apps: dict[str | None, str] = {None: decode} | dict(prefill)
 
@@ -50,7 +53,7 @@ class WithoutRequestId:
     def __init__(self, app: Router):
         self.app = app
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_without(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = [header for header in message["headers"] if header[0] != b"x-request-id"]

@@ -19,6 +19,7 @@ from ray import serve
 
 from qsun.serve.cluster.schema import LaunchSettings
 from qsun.serve.ray.engine import EngineProcess, engine_command
+from qsun.serve.ray.logs import log_to_serve
 from qsun.serve.ray.scaling import METRIC, OutstandingTokens
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class EngineReplica:
     """A Serve deployment. engine: JSON values, as `plan_apps` makes them."""
 
     def __init__(self, engine: Mapping[str, Any]):
+        log_to_serve()
         self._engine = engine
         self._id = serve.get_replica_context().replica_id.unique_id
         command = engine_command(engine, self._id, ray.util.get_node_ip_address())
