@@ -1,4 +1,7 @@
-"""`qsun up --ray` as a process of its own, on a Ray of this machine, with pretend vLLMs. Tests run in order."""
+"""`qsun up --ray` as a process of its own, on a Ray of this machine, with pretend vLLMs.
+
+One test of many steps: a Ray takes long to start, and tests of a module may run in several processes.
+"""
 
 import asyncio
 import json
@@ -18,23 +21,21 @@ pytest.importorskip("ray.serve", reason="needs Ray: pip install 'qsun[ray]'")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
-    pytest.mark.xdist_group("ray"),
 ]
 
 PAIRS = 4
 DEADLINE_SECONDS = 300
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("ray")
-    make_modules(directory)
-    return directory
+@pytest.fixture
+def root(tmp_path):
+    make_modules(tmp_path)
+    return tmp_path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def up(root):
-    """The running command; `url` and `root`."""
+    """The running command; `url` says where."""
     file = root / "cluster.yaml"
     file.write_text(yaml.safe_dump(cluster_values(root, token_seconds=0.02)))
     command = [sys.executable, "-m", "qsun.cli.main", "up", str(file), "--ray", "--json"]
@@ -61,23 +62,33 @@ def up(root):
         process.stdout.close()
 
 
-def test_each_model_answers_with_its_own_module(up):
+def test_from_cold_to_warm_two_deaths_and_down_again(up, root):
+    each_model_answers_with_its_own_module(up)
+    a_request_keeps_its_id(up)
+    errors_are_openais(up)
+    a_client_that_leaves_ends_its_request_in_vllm(up, root)
+    for role in ("decode", "prefill"):
+        an_engine_that_dies_under_load_comes_back(up, root, role)
+    sigterm_takes_all_down(up, root)
+
+
+def each_model_answers_with_its_own_module(up):
     assert asyncio.run(many(up.url, range(32))) == {"right": 32}
 
 
-def test_a_request_keeps_its_id(up):
+def a_request_keeps_its_id(up):
     body = {"model": "math", "prompt": "a b", "max_tokens": 2}
     answer = httpx.post(f"{up.url}/v1/completions", json=body, headers={"X-Request-Id": "mine"}, trust_env=False)
     assert answer.headers.get_list("x-request-id") == ["mine"]
 
 
-def test_errors_are_openais(up):
+def errors_are_openais(up):
     answer = httpx.post(f"{up.url}/v1/completions", json={"model": "none", "prompt": "a"}, trust_env=False)
     assert answer.status_code == 404
     assert answer.json()["error"]["type"] == "not_found_error"
 
 
-def test_a_client_that_leaves_ends_its_request_in_vllm(up, root):
+def a_client_that_leaves_ends_its_request_in_vllm(up, root):
     body = {"model": "math", "prompt": "a b", "max_tokens": 4000, "stream": True}
     with httpx.stream("POST", f"{up.url}/v1/completions", json=body, trust_env=False) as answer:
         assert next(answer.iter_lines()).startswith("data: ")
@@ -85,8 +96,7 @@ def test_a_client_that_leaves_ends_its_request_in_vllm(up, root):
     until(lambda: any("a request was cancelled" in log.read_text() for log in logs.glob("decode-*.log")))
 
 
-@pytest.mark.parametrize("role", ["decode", "prefill"])
-def test_an_engine_that_dies_under_load_comes_back(up, root, role):
+def an_engine_that_dies_under_load_comes_back(up, root, role):
     async def killed_under_load():
         load = asyncio.ensure_future(many(up.url, range(100, 164), tokens=30))
         await asyncio.sleep(1.0)
@@ -100,7 +110,7 @@ def test_an_engine_that_dies_under_load_comes_back(up, root, role):
     assert asyncio.run(many(up.url, range(200, 216))) == {"right": 16}
 
 
-def test_sigterm_takes_all_down(up, root):
+def sigterm_takes_all_down(up, root):
     assert len(engines(root)) == PAIRS
     up.send_signal(signal.SIGTERM)
     assert up.wait(timeout=DEADLINE_SECONDS) == 0
