@@ -71,7 +71,14 @@ def _print(file: Path, as_json: bool) -> None:
     *_, commands = _planned(file)
     if as_json:
         workers = [
-            {"name": c.name, "model": c.model, "url": c.url, "argv": c.argv, "environment": c.environment}
+            {
+                "name": c.name,
+                "model": c.model,
+                "adapters": c.adapters,
+                "url": c.url,
+                "argv": c.argv,
+                "environment": c.environment,
+            }
             for c in commands
         ]
         typer.echo(json.dumps({"workers": workers}))

@@ -63,7 +63,7 @@ class FakeWorker:
     """One worker; its attributes are the faults that a test wants.
 
     Attributes:
-        module: the weights. served_name: under which it serves them.
+        module: the weights. served_name: under which it serves them. adapters: on these weights, by their names.
         statuses: of the next answers, instead of 200.
         without_params: how many of the next prefills answer without transfer parameters; bad_params: with these.
         first_seconds, token_seconds, check_seconds: how slow it is; the last one at /health and /v1/models each.
@@ -79,6 +79,7 @@ class FakeWorker:
 
     def __init__(self, role, module, served_name, network):
         self.role, self.module, self.served_name, self.network = role, module, served_name, network
+        self.adapters = {}
         self.statuses, self.without_params, self.bad_params = [], 0, None
         self.first_seconds = self.token_seconds = self.check_seconds = 0.0
         self.gate = None
@@ -130,8 +131,9 @@ class FakeWorker:
         if scope["path"] == "/health":
             await answer(send, {}, 200 if self.healthy else 503)
         elif scope["path"] == "/v1/models":
-            card = {"id": self.served_name, "object": "model", "max_model_len": self.max_model_len}
-            await answer(send, {"object": "list", "data": [card]})
+            card = {"object": "model", "max_model_len": self.max_model_len}
+            cards = [card | {"id": name} for name in (self.served_name, *self.adapters)]
+            await answer(send, {"object": "list", "data": cards})
         else:
             body = await read_body(receive)
             work = asyncio.ensure_future(self._generate(scope, json.loads(body), send))
@@ -148,7 +150,7 @@ class FakeWorker:
         if self.statuses and (status := self.statuses.pop(0)) != 200:
             await answer(send, {"error": {"message": f"told to answer {status}"}}, status)
             return
-        if body["model"] != self.served_name:
+        if body["model"] not in (self.served_name, *self.adapters):
             await answer(send, {"error": {"message": f"The model `{body['model']}` does not exist."}}, 404)
             return
         null = [name for name in NOT_NULL if name in body and body[name] is None]
@@ -169,7 +171,7 @@ class FakeWorker:
         wanted = body["kv_transfer_params"]
         assert wanted["do_remote_decode"] is True and wanted["do_remote_prefill"] is False
         request_id = f"{dict(scope['headers'])[b'x-request-id'].decode()}-{uuid.uuid4().hex}"
-        self.network[self.engine_id, request_id] = (self.module, prompt)
+        self.network[self.engine_id, request_id] = (self.adapters.get(body["model"], self.module), prompt)
         params = {
             "do_remote_prefill": True,
             "do_remote_decode": False,

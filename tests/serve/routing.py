@@ -47,6 +47,8 @@ class Rig:
     decode: list[FakeWorker]
     network: dict
     settings: dict = field(default_factory=dict)
+    shared: list[FakeWorker] = field(default_factory=list)
+    adapters: list[str] = field(default_factory=list)
 
     @property
     def state(self):
@@ -54,17 +56,21 @@ class Rig:
 
     @property
     def workers(self):
-        return [worker for pool in (*self.prefill.values(), self.decode) for worker in pool]
+        return [worker for pool in (*self.prefill.values(), self.shared, self.decode) for worker in pool]
 
     def cluster(self, **changes):
         """The cluster file's values for the workers that there are now."""
         pools = {model: {"module": model, "workers": [w.url for w in pool]} for model, pool in self.prefill.items()}
-        decode = {"module": "decode", "workers": [worker.url for worker in self.decode]}
-        return parse_cluster({"decode": decode, "models": pools} | self.settings | changes)
+        pools |= {model: {"adapter": model} for model in self.adapters}
+        values = {"decode": {"module": "decode", "workers": [worker.url for worker in self.decode]}, "models": pools}
+        if self.adapters:
+            values["prefill"] = {"module": "base", "workers": [worker.url for worker in self.shared]}
+        return parse_cluster(values | self.settings | changes)
 
     @property
     def names(self):
-        return ServedNames(name_of("decode"), {model: name_of(model) for model in self.prefill})
+        names = {model: name_of(model) for model in (*self.prefill, *self.adapters)}
+        return ServedNames(name_of("decode"), names, name_of("base") if self.adapters else "")
 
     def apply(self, **changes):
         """As a reload does with a file for the workers that there are now."""
@@ -123,15 +129,19 @@ async def until(condition, seconds=DEADLINE_SECONDS):
 
 
 @asynccontextmanager
-async def rig(models=("math", "code"), prefill=1, decode=2, ready=True, prepare=None, **settings):
-    """Start workers, prepare them, and a router in front of them."""
+async def rig(models=("math", "code"), prefill=1, decode=2, ready=True, prepare=None, adapters=(), **settings):
+    """Start workers, prepare them, and a router in front of them. adapters: models of shared prefill workers."""
     network = {}
     pools = {
         model: [FakeWorker("prefill", f"weights of {model}", name_of(model), network) for _ in range(prefill)]
         for model in models
     }
     decoders = [FakeWorker("decode", "decode", name_of("decode"), network) for _ in range(decode)]
-    made = Rig(None, "", None, pools, decoders, network, settings | {"health": QUICK | settings.get("health", {})})
+    shared = [FakeWorker("prefill", "weights of base", name_of("base"), network) for _ in adapters and range(prefill)]
+    for worker in shared:
+        worker.adapters = {name_of(model): f"weights of {model}" for model in adapters}
+    settings["health"] = QUICK | settings.get("health", {})
+    made = Rig(None, "", None, pools, decoders, network, settings, shared, list(adapters))
     for worker in made.workers:
         if prepare is not None:
             prepare(worker)

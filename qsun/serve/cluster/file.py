@@ -3,14 +3,16 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from qsun.config import read_config_file
 from qsun.errors import QsunError
-from qsun.serve.cluster.schema import Cluster, Pool
+from qsun.serve.cluster.schema import Cluster, Model, Pool
 from qsun.serve.http.keys import is_loopback
 
 __all__ = ["Cluster", "Pool", "parse_cluster", "read_cluster", "with_workers"]
 
+P = TypeVar("P", bound=Pool)
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}")  # it is a metrics label and part of a URL
 
 
@@ -29,6 +31,7 @@ def parse_cluster(values: Mapping[str, object], name: str = "cluster") -> Cluste
     try:
         cluster = Cluster.from_dict(values)
         _check_names(cluster)
+        _check_adapters(cluster)
         _check_assignment(cluster)
         _check_listen(cluster)
     except QsunError as error:
@@ -37,12 +40,16 @@ def parse_cluster(values: Mapping[str, object], name: str = "cluster") -> Cluste
 
 
 def with_workers(
-    cluster: Cluster, decode: Sequence[str] | None = None, models: Mapping[str, Sequence[str]] | None = None
+    cluster: Cluster,
+    decode: Sequence[str] | None = None,
+    models: Mapping[str, Sequence[str]] | None = None,
+    prefill: Sequence[str] | None = None,
 ) -> Cluster:
     """Return the cluster with the URLs of workers that `qsun up` started in place of their numbers."""
     values = cluster.to_dict()
-    if decode is not None:
-        values["decode"]["workers"] = list(decode)
+    for pool, started in (("decode", decode), ("prefill", prefill)):
+        if started is not None:
+            values[pool]["workers"] = list(started)
     for name, urls in (models or {}).items():
         values["models"][name]["workers"] = list(urls)
     return parse_cluster(values)
@@ -53,17 +60,28 @@ def _check_names(cluster: Cluster) -> None:
         if not _MODEL_NAME.fullmatch(model):
             raise QsunError(f"model name {model!r} is invalid; use up to 100 of A-Z a-z 0-9 . _ : / -")
     seen: dict[str, str] = {}
-    pools = [("decode", cluster.decode), *((f"models.{model}", pool) for model, pool in cluster.models.items())]
-    for where, pool in pools:
+    for where, pool in cluster.pools.items():
         for url in pool.urls:
             if url in seen:
                 raise QsunError(f"worker {url} is in {seen[url]} and in {where}; a worker serves one module")
             seen[url] = where
 
 
+def _check_adapters(cluster: Cluster) -> None:
+    if cluster.adapters and cluster.prefill is None:
+        raise QsunError(
+            f"models.{next(iter(cluster.adapters))} is an adapter, and no workers serve adapters; give the weights "
+            "that it was tuned on as prefill: {module: ..., workers: ...}"
+        )
+    if cluster.prefill is not None and not cluster.adapters:
+        raise QsunError(
+            "prefill has workers for adapters, and no model is one; give models.NAME.adapter, or leave it out"
+        )
+
+
 def _check_assignment(cluster: Cluster) -> None:
     partitioned = cluster.policy == "partitioned"
-    for where, pool in (("decode", cluster.decode), *cluster.models.items()):
+    for where, pool in cluster.pools.items():
         for worker in () if isinstance(pool.workers, int) else pool.workers:
             if worker.models is not None and not (where == "decode" and partitioned):
                 raise QsunError(f"{worker.url} has `models`, which are for decode workers under `partitioned` only")
@@ -102,11 +120,15 @@ def _check_listen(cluster: Cluster) -> None:
 
 
 def _with_absolute_paths(cluster: Cluster, directory: Path) -> Cluster:
-    def placed(pool: Pool) -> Pool:
+    def placed(pool: P) -> P:
+        if isinstance(pool, Model) and pool.adapter:
+            return pool.model_copy(update={"adapter": str(directory / pool.adapter)})
         inside = directory / pool.module
         return pool.model_copy(update={"module": str(inside) if inside.is_dir() or pool.module != "demo" else "demo"})
 
     keys = cluster.listen.api_keys
     listen = cluster.listen.model_copy(update={"api_keys": None if keys is None else directory / keys})
     models = {model: placed(pool) for model, pool in cluster.models.items()}
-    return cluster.model_copy(update={"listen": listen, "decode": placed(cluster.decode), "models": models})
+    prefill = None if cluster.prefill is None else placed(cluster.prefill)
+    pools = {"decode": placed(cluster.decode), "prefill": prefill, "models": models}
+    return cluster.model_copy(update={"listen": listen, **pools})

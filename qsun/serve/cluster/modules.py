@@ -4,11 +4,12 @@ import logging
 from pathlib import Path
 
 from qsun.errors import QsunError
-from qsun.model.checkpoint import Checkpoint
+from qsun.model.checkpoint import Checkpoint, files_fingerprint
 from qsun.model.locate import DEMO, find_model
-from qsun.model.pairing import check_pair, uncovered
+from qsun.model.lora import adapter_file
+from qsun.model.pairing import ADAPTER, base_fingerprint, check_pair, named_base, read_manifest, uncovered
 from qsun.serve.cluster.names import ServedNames, served_name
-from qsun.serve.cluster.schema import Cluster
+from qsun.serve.cluster.schema import Cluster, Pool
 
 logger = logging.getLogger(__name__)
 
@@ -26,27 +27,45 @@ class ModuleChecks:
         """Check every pair and return the name of every module.
 
         Raises:
-            QsunError: a directory that is not a module, a LoRA adapter, or an incompatible pair.
+            QsunError: a directory that is not a module, an incompatible pair, or an adapter of other weights.
         """
-        decode = _directory("decode", cluster.decode.module)
-        prefill = {model: _directory(f"models.{model}", pool.module) for model, pool in cluster.models.items()}
-        for directory in dict.fromkeys(prefill.values()):
-            self._check(directory, decode)
-        return ServedNames(
-            served_name(self.fingerprint(decode)),
-            {model: served_name(self.fingerprint(directory)) for model, directory in prefill.items()},
-        )
+        decode = _directory("decode.module", cluster.decode.module)
+        prefill = {}
+        for model, pool in cluster.models.items():
+            key, given = ("adapter", pool.adapter) if pool.adapter else ("module", pool.module)
+            prefill[model] = _directory(f"models.{model}.{key}", given)
+            self._check(prefill[model], decode, bool(pool.adapter))
+        names = {model: served_name(self.fingerprint(directory)) for model, directory in prefill.items()}
+        shared = "" if cluster.prefill is None else self._shared(cluster.prefill, decode)
+        for model in cluster.adapters:
+            weights = served_name(adapted_weights(prefill[model]))
+            if weights != shared:
+                raise QsunError(
+                    f"models.{model}.adapter {prefill[model]} was tuned on the weights {weights}, and prefill.module is "
+                    f"{shared}; give the weights that it was tuned on there"
+                )
+        return ServedNames(served_name(self.fingerprint(decode)), names, shared)
+
+    def _shared(self, pool: Pool, decode: Path) -> str:
+        """Return the name of the weights under the adapters: a full-precision base, or the decode module itself."""
+        directory = _directory("prefill.module", pool.module)
+        if self.fingerprint(directory) != self.fingerprint(decode):
+            self._check(directory, decode, adapter=False)
+        return served_name(self.fingerprint(directory))
 
     def fingerprint(self, directory: Path) -> str:
         stamps = _stamps(directory)
         known = self._fingerprints.get(directory)
         if known is None or known[0] != stamps:
-            known = self._fingerprints[directory] = (stamps, Checkpoint(directory).fingerprint())
+            tensors = Checkpoint(directory) if (directory / "config.json").exists() else adapter_file(directory)
+            known = self._fingerprints[directory] = (stamps, tensors.fingerprint())
         return known[1]
 
-    def _check(self, prefill: Path, decode: Path) -> None:
-        if not (prefill / "config.json").exists() and (prefill / "adapter_config.json").exists():
-            raise QsunError(f"{prefill} is a LoRA adapter, which a worker cannot serve by itself; merge it first")
+    def _check(self, prefill: Path, decode: Path, adapter: bool) -> None:
+        if adapter and not (prefill / ADAPTER).exists():
+            raise QsunError(f"{prefill} has no {ADAPTER}; give a full module as `module`, with workers of its own")
+        if not adapter and not (prefill / "config.json").exists() and (prefill / ADAPTER).exists():
+            raise QsunError(f"{prefill} is a LoRA adapter, which a worker cannot serve by itself; give it as `adapter`")
         key = (prefill, _stamps(prefill), decode, _stamps(decode))
         if key in self._pairs:
             return
@@ -57,9 +76,16 @@ class ModuleChecks:
             logger.warning("%s", warning)
 
 
+def adapted_weights(adapter: Path) -> str:
+    """Return the fingerprint of the weights that an adapter was tuned on."""
+    made = read_manifest(adapter)
+    own = made.get("prefill_weights_fingerprint") or base_fingerprint(made)
+    return own if isinstance(own, str) else files_fingerprint(named_base(adapter))
+
+
 def _directory(where: str, module: str) -> Path:
     if module != DEMO and not Path(module).is_dir():
-        raise QsunError(f"{where}.module {module} is not a directory; give one relative to the cluster file, or 'demo'")
+        raise QsunError(f"{where} {module} is not a directory; give one relative to the cluster file, or 'demo'")
     return find_model(module).resolve()
 
 

@@ -11,11 +11,13 @@ class ServedNames:
 
     Attributes:
         decode: of all decode workers.
-        prefill: of each model's prefill workers. Two models may share a module.
+        prefill: of each model at its prefill workers. Two models may share a module.
+        shared: of the weights under adapters; "" without adapters.
     """
 
     decode: str
     prefill: dict[str, str]
+    shared: str = ""
 
 
 def served_name(fingerprint: str) -> str:

@@ -5,15 +5,21 @@
     models:
       math: {module: out/math, workers: [http://127.0.0.1:8101]}
 
+LoRA adapters share one pool of prefill workers, which have the weights that they were tuned on:
+
+    prefill: {module: base, workers: [http://127.0.0.1:8111]}
+    models:
+      math: {adapter: out/math}
+
 A number instead of a list of workers is for `qsun up`, which starts that many here, or as replicas on a Ray cluster.
 """
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from qsun.config import Dtype, Section, Settings
 from qsun.errors import QsunError
@@ -90,6 +96,31 @@ class Pool(Section):
     def urls(self) -> tuple[str, ...]:
         """URLs of the running workers; empty for a number."""
         return () if isinstance(self.workers, int) else tuple(worker.url for worker in self.workers)
+
+
+class Model(Pool):
+    """A model of the router's API: a full prefill module with workers of its own, or a LoRA adapter.
+
+    Attributes:
+        adapter: its directory, absolute after `read_cluster`; the workers of the cluster's `prefill` serve it.
+    """
+
+    module: str = ""
+    workers: Workers = ()
+    adapter: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_kind(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not values.get("adapter"):
+            missing = [key for key in ("module", "workers") if isinstance(values, dict) and key not in values]
+            if missing:
+                raise ValueError(f"{missing[0]} is missing; give module and workers, or adapter")
+            return values
+        own = [key for key in ("module", "workers", "scale") if values.get(key)]
+        if own:
+            raise ValueError(f"adapter and {own[0]} exclude each other: the workers of `prefill` serve adapters")
+        return {"adapter": values["adapter"]}
 
 
 class Listen(Section):
@@ -171,6 +202,7 @@ class LaunchSettings(Section):
             None: 0, 1, 2 ..., or the entries of CUDA_VISIBLE_DEVICES if it is set.
         first_port: each worker uses two ports from here on; None: free ones.
         start_seconds: until all workers must answer.
+        max_loras: different adapters in a batch of a prefill worker.
         prefill_arguments, decode_arguments: further vLLM options.
         environment: variables of every worker, which override those that qsun sets.
     """
@@ -189,6 +221,7 @@ class LaunchSettings(Section):
     gpus: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False)] | None = None
     first_port: Annotated[int, Field(ge=1024, le=65535)] | None = None
     start_seconds: Seconds = 900.0
+    max_loras: Count = 8
     prefill_arguments: Names = ()
     decode_arguments: Names = ()
     environment: dict[Annotated[str, BeforeValidator(_variable)], str] = Field(default_factory=dict)
@@ -226,21 +259,34 @@ class Cluster(Settings):
     Attributes:
         policy: which worker gets a request. prefill_policy: which prefill worker; None: the same, and under
             `partitioned`, which is about decode workers, the least outstanding tokens.
+        prefill: the weights that adapters were tuned on, and the workers that serve all adapters; None without them.
     """
 
     listen: Listen = Listen()
     policy: PolicyName = "least_outstanding_tokens"
     prefill_policy: PrefillPolicyName | None = None
     decode: Pool
-    models: Annotated[dict[str, Pool], Field(min_length=1, max_length=1000)]
+    prefill: Pool | None = None
+    models: Annotated[dict[str, Model], Field(min_length=1, max_length=1000)]
     limits: RequestLimits = RequestLimits()
     health: Health = Health()
     launch: LaunchSettings = LaunchSettings()
     ray: RaySettings = RaySettings()
 
+    @property
+    def adapters(self) -> dict[str, Model]:
+        """The models that are adapters."""
+        return {name: model for name, model in self.models.items() if model.adapter}
+
+    @property
+    def pools(self) -> dict[str, Pool]:
+        """All modules that have workers, by their place in the file."""
+        full = {f"models.{name}": model for name, model in self.models.items() if not model.adapter}
+        return {"decode": self.decode, **({"prefill": self.prefill} if self.prefill else {}), **full}
+
     def need_running_workers(self) -> None:
         """Raise QsunError if a pool has a number in place of URLs."""
-        for name, pool in (("decode", self.decode), *((f"models.{name}", pool) for name, pool in self.models.items())):
+        for name, pool in self.pools.items():
             if isinstance(pool.workers, int):
                 raise QsunError(
                     f"{name}.workers is the number {pool.workers}; list the URLs of running workers, or let `qsun up` "

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qsun.errors import QsunError
-from qsun.serve.cluster.file import Cluster, Pool, with_workers
+from qsun.serve.cluster.file import Cluster, with_workers
 from qsun.serve.cluster.modules import ModuleChecks
 from qsun.serve.cluster.names import ServedNames
 from qsun.serve.launch import signals as launch_signals
@@ -107,7 +107,7 @@ class LocalCluster:
     async def _warm(self, process: RouterProcess) -> None:
         fleet = process.router.state.fleet
         started = reported = time.monotonic()
-        while len(fleet.warm) < sum(len(pool) for pool in fleet.prefill.values()) * len(fleet.decode):
+        while len(fleet.warm) < len({worker for pool in fleet.prefill.values() for worker in pool}) * len(fleet.decode):
             for worker in self.workers.newly_dead():
                 raise WorkerDied(worker)
             now = time.monotonic()
@@ -146,11 +146,20 @@ def fill_in(cluster: Cluster, first: Cluster, commands: list[WorkerCommand]) -> 
     Raises:
         QsunError: the file asks for other workers of this machine than were started.
     """
-    decode, models = started_urls(commands)
-    pools: dict[str, tuple[Pool, Pool | None]] = {"decode": (cluster.decode, first.decode)}
-    pools |= {f"models.{name}": (pool, first.models.get(name)) for name, pool in cluster.models.items()}
-    for where, (pool, before) in pools.items():
-        if isinstance(pool.workers, int) and pool != before:
+    decode, shared, models = started_urls(commands)
+    for where, pool in cluster.pools.items():
+        if isinstance(pool.workers, int) and pool != first.pools.get(where):
             raise QsunError(f"{where}: qsun up starts workers only at its own start; list running ones, or restart it")
-    numbers = {name: models[name] for name, pool in cluster.models.items() if isinstance(pool.workers, int)}
-    return with_workers(cluster, decode if isinstance(cluster.decode.workers, int) else None, numbers)
+    changed = [model for model, entry in cluster.adapters.items() if first.adapters.get(model) != entry]
+    if changed and cluster.prefill is not None and isinstance(cluster.prefill.workers, int):
+        raise QsunError(
+            f"models.{changed[0]}: qsun up gives adapters to workers only at its own start; list running workers in "
+            "prefill.workers, or restart it"
+        )
+    counted = {where for where, pool in cluster.pools.items() if isinstance(pool.workers, int)}
+    return with_workers(
+        cluster,
+        decode if "decode" in counted else None,
+        {name: urls for name, urls in models.items() if f"models.{name}" in counted},
+        shared if "prefill" in counted else None,
+    )

@@ -5,21 +5,26 @@ import re
 import shlex
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import takewhile
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from qsun.errors import QsunError
 from qsun.model.checkpoint import read_json
 from qsun.model.locate import find_model
+from qsun.model.pairing import ADAPTER
 from qsun.serve.cluster.names import ServedNames
-from qsun.serve.cluster.schema import Cluster, LaunchSettings, Pool
+from qsun.serve.cluster.schema import Cluster, LaunchSettings
 
 LOOPBACK = "127.0.0.1"
 API_SERVER = "vllm.entrypoints.openai.api_server"
 KV_GUARD = "qsun.vllm.kv_guard.RequireKvCache"
+PREFILL_LORA = "QSUN_PREFILL_LORA"  # the switch of qsun/vllm/prefill_lora.py
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank takes
 _LARGEST_PORT = 65535
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _LOOPBACK_DEVICE = "lo"  # its name on Linux, the only system on which vLLM runs workers
@@ -31,9 +36,9 @@ class WorkerCommand:
 
     Attributes:
         name: decode-0, prefill-0-math ...; unique, and valid as a file name.
-        model: whose prefill module it serves; None: the decode module.
+        model: whose prefill module it serves; None: the decode module, or adapters.
         argv: the whole command. environment: variables to add to the launcher's own.
-        url: its address. served_name: the only model name that it knows.
+        url: its address. served_name: of its module; it knows no other model names than this and those of `adapters`.
     """
 
     name: str
@@ -42,6 +47,7 @@ class WorkerCommand:
     environment: dict[str, str]
     url: str
     served_name: str
+    adapters: tuple[str, ...] = ()
 
     def shell(self) -> str:
         """Return the command, quoted for a shell."""
@@ -66,31 +72,50 @@ def plan_workers(cluster: Cluster, names: ServedNames, visible_gpus: str | None 
     Raises:
         QsunError: no pool has a number, one has a scale, or there are too few ports or visible GPUs.
     """
-    pools = [(model, pool, names.prefill[model]) for model, pool in cluster.models.items()]
-    wanted: list[tuple[str | None, Pool, str]] = [(None, cluster.decode, names.decode), *pools]
-    for model, pool, _ in wanted:
+    served = {"decode": names.decode, "prefill": names.shared}
+    served |= {f"models.{model}": name for model, name in names.prefill.items()}
+    for where, pool in cluster.pools.items():
         if pool.scale is not None:
-            raise QsunError(f"{'decode' if model is None else f'models.{model}'}.scale needs Ray; add --ray or drop it")
-    launched = [(*entry, entry[1].workers) for entry in wanted if isinstance(entry[1].workers, int)]
+            raise QsunError(f"{where}.scale needs Ray; add --ray or drop it")
+    launched = [(where, pool, pool.workers) for where, pool in cluster.pools.items() if isinstance(pool.workers, int)]
     if not launched:
         raise QsunError("no pool of the cluster has a number of workers to start; use `qsun route` for running workers")
     places = _places(cluster.launch, sum(count for *_, count in launched), visible_gpus)
     commands = []
     prefills = 0
-    for model, pool, served, count in launched:
+    for where, pool, count in launched:
+        model = where.removeprefix("models.") if where.startswith("models.") else None
+        adapters = _adapters(cluster, names) if where == "prefill" else {}
         for index in range(count):
-            name = f"decode-{index}" if model is None else f"prefill-{prefills}-{_file_name(model)}"
-            prefills += model is not None
-            commands.append(worker_command(name, model, pool.module, served, cluster.launch, next(places)))
+            name = f"decode-{index}" if where == "decode" else f"prefill-{prefills}-{_file_name(model or 'adapters')}"
+            prefills += where != "decode"
+            settings = (cluster.launch, next(places), adapters)
+            commands.append(worker_command(name, model, pool.module, served[where], *settings))
     return commands
 
 
+def _adapters(cluster: Cluster, names: ServedNames) -> dict[str, str]:
+    """Return the directories of adapters by the names under which workers serve them."""
+    return {names.prefill[model]: entry.adapter for model, entry in cluster.adapters.items()}
+
+
 def worker_command(
-    name: str, model: str | None, module: str, served: str, launch: LaunchSettings, place: WorkerPlace
+    name: str,
+    model: str | None,
+    module: str,
+    served: str,
+    launch: LaunchSettings,
+    place: WorkerPlace,
+    adapters: Mapping[str, str] = MappingProxyType({}),
 ) -> WorkerCommand:
-    """Return the command of one worker. model: None for a decode worker."""
+    """Return the command of one worker.
+
+    Args:
+        model: None for a decode worker, and for a prefill worker of adapters.
+        adapters: their directories by served name.
+    """
     directory = find_model(module).resolve()
-    decode = model is None
+    decode = model is None and not adapters
     argv = [
         *(launch.python or sys.executable, "-m", API_SERVER),
         *("--model", str(directory)),
@@ -101,17 +126,33 @@ def worker_command(
         *("--kv-transfer-config", json.dumps(kv_transfer_config(decode, launch.device))),
         *_sizes(launch),
         *(["--enforce-eager"] if launch.runs_eager else []),
+        *(_lora_options(adapters, launch.max_loras) if adapters else []),
     ]
     if decode:
         # The prefix cache is keyed by tokens alone: one model would read KV blocks that another model's prefill wrote.
         argv.append("--no-enable-prefix-caching")
         if launch.kernels == "qsun":  # their environment has qsun
             argv += ["--middleware", KV_GUARD]
-            if read_json(directory / "config.json").get("quantization_config"):
-                argv += ["--quantization", "qsun"]
+    if launch.kernels == "qsun" and read_json(directory / "config.json").get("quantization_config"):
+        argv += ["--quantization", "qsun"]
     argv += launch.decode_arguments if decode else launch.prefill_arguments
     url = f"http://{LOOPBACK}:{place.port}"
-    return WorkerCommand(name, model, tuple(argv), _environment(launch, place), url, served)
+    switch = {PREFILL_LORA: "1"} if adapters and launch.kernels == "qsun" else {}
+    environment = switch | _environment(launch, place)
+    return WorkerCommand(name, model, tuple(argv), environment, url, served, tuple(adapters))
+
+
+def _lora_options(adapters: Mapping[str, str], most: int) -> Iterator[str]:
+    """Yield vLLM's options for adapters that it loads at its start and holds in the memory of its host."""
+    ranks = [read_json(Path(directory) / ADAPTER)["r"] for directory in adapters.values()]
+    largest = next((rank for rank in _LORA_RANKS if rank >= max(ranks)), None)
+    if largest is None:
+        raise QsunError(
+            f"an adapter has rank {max(ranks)}, and vLLM serves at most {_LORA_RANKS[-1]}; tune a smaller one"
+        )
+    yield from ("--enable-lora", "--max-lora-rank", str(largest))
+    yield from ("--max-loras", str(min(most, len(adapters))), "--max-cpu-loras", str(len(adapters)))
+    yield from ("--lora-modules", *(f"{name}={directory}" for name, directory in adapters.items()))
 
 
 def kv_transfer_config(decode: bool, device: str) -> dict[str, Any]:
@@ -204,11 +245,12 @@ def _file_name(model: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", model)
 
 
-def started_urls(commands: Sequence[WorkerCommand]) -> tuple[list[str], dict[str, list[str]]]:
-    """Return the URLs of decode workers, and of prefill workers by model."""
-    decode = [command.url for command in commands if command.model is None]
+def started_urls(commands: Sequence[WorkerCommand]) -> tuple[list[str], list[str], dict[str, list[str]]]:
+    """Return the URLs of decode workers, of prefill workers of adapters, and of the others by model."""
+    shared = [command.url for command in commands if command.adapters]
+    decode = [command.url for command in commands if command.model is None and not command.adapters]
     models: dict[str, list[str]] = {}
     for command in commands:
         if command.model is not None:
             models.setdefault(command.model, []).append(command.url)
-    return decode, models
+    return decode, shared, models

@@ -188,7 +188,7 @@ def _serves(client: httpx.Client, command: WorkerCommand) -> bool:
         models = client.get(f"{command.url}/v1/models").json()["data"]
     except (httpx.HTTPError, ValueError, KeyError, TypeError):
         return False
-    return any(model.get("id") == command.served_name for model in models)
+    return {command.served_name, *command.adapters} <= {model.get("id") for model in models}
 
 
 def _ending(code: int) -> str:

@@ -51,6 +51,11 @@ def plan_apps(cluster: Cluster, names: ServedNames) -> list[PlannedApp]:
 
 
 def _check(cluster: Cluster) -> None:
+    if cluster.adapters:
+        raise QsunError(
+            f"models.{next(iter(cluster.adapters))} is an adapter, and workers on Ray serve full modules only; give a "
+            "module, or use qsun up without --ray"
+        )
     for where, pool in (
         ("decode", cluster.decode),
         *((f"models.{name}", pool) for name, pool in cluster.models.items()),

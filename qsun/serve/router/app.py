@@ -121,6 +121,8 @@ class Router:
             "url": worker.url,
             "role": worker.role,
             "model": worker.model,
+            "adapters": sorted(worker.adapters),
+            "lacking": sorted(worker.lacking),
             "state": worker.state,
             "circuit": worker.breaker.state,
             "suspected": worker.suspected,

@@ -30,10 +30,13 @@ async def _checked(client: httpx.AsyncClient, worker: Worker, seconds: float) ->
         fault = f"does not answer within {seconds:g} seconds"
     except httpx.HTTPError as error:
         fault = f"does not answer: {error or type(error).__name__}"
+    if fault is None and worker.lacking:
+        fault = f"it does not serve the adapters of {', '.join(sorted(worker.lacking))}; start it with them"
     return {
         "url": worker.url,
         "role": worker.role,
         "model": worker.model,
         "served_name": worker.served_name,
+        "adapters": dict(worker.adapters),
         "fault": fault,
     }

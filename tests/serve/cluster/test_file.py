@@ -6,11 +6,14 @@ import shutil
 
 import pytest
 
+import qsun
 from qsun.errors import QsunError
+from qsun.model.checkpoint import Checkpoint
 from qsun.serve.cluster.file import parse_cluster, read_cluster, with_workers
 from qsun.serve.cluster.modules import ModuleChecks
 from qsun.serve.cluster.names import served_name
 from qsun.serve.http.keys import read_keys
+from tests.adapter_rig import write_adapter
 from tests.tiny_models import build_model
 
 EVERYWHERE = "0.0.0.0"  # noqa: S104 - it is what must be refused
@@ -139,3 +142,74 @@ def test_pairs_are_checked_and_names_are_fingerprints(talking_model, tmp_path, m
     values["models"]["m"]["module"] = str(tmp_path / "none")
     with pytest.raises(QsunError, match=r"models.m.module .*none is not a directory; give one relative to"):
         checks.names(parse_cluster(values))
+
+
+SHARED = {
+    "decode": {"module": "int4", "workers": 1},
+    "prefill": {"module": "base", "workers": ["http://127.0.0.1:8111"]},
+    "models": {"math": {"adapter": "out/math"}, "code": {"module": "c", "workers": ["http://127.0.0.1:8101"]}},
+}
+
+
+def test_adapters_have_the_workers_of_prefill():
+    cluster = parse_cluster(SHARED)
+    assert list(cluster.adapters) == ["math"]
+    assert list(cluster.pools) == ["decode", "prefill", "models.code"]
+    assert parse_cluster(cluster.to_dict()) == cluster
+    started = with_workers(cluster, ["http://127.0.0.1:1"], prefill=["http://127.0.0.1:2"])
+    started.need_running_workers()
+    assert (started.prefill.urls, started.adapters) == (("http://127.0.0.1:2",), cluster.adapters)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prefill": None}, "models.math is an adapter, and no workers serve adapters; give the weights"),
+        ({"models": {"code": SHARED["models"]["code"]}}, "prefill has workers for adapters, and no model is one"),
+        ({"models": {"math": {"adapter": "a", "workers": 1}}}, "adapter and workers exclude each other"),
+        ({"models": {"math": {"adapter": "a", "module": "m"}}}, "adapter and module exclude each other"),
+        ({"models": {"math": {"adapter": ""}}}, "module is missing; give module and workers, or adapter"),
+        ({"models": {"math": {"adaptor": "a"}}}, "module is missing"),
+        ({"prefill": {"module": "base", "workers": ["http://127.0.0.1:8101"]}}, "is in prefill and in models.code"),
+    ],
+)
+def test_what_an_adapter_cannot_be(change, message):
+    with pytest.raises(QsunError, match=re.escape(message)):
+        parse_cluster(SHARED | change)
+
+
+def test_adapters_are_served_under_names_of_their_own(base_directory, tmp_path):
+    for name, seed in (("math", 0), ("code", 1)):
+        write_adapter(tmp_path / name, base_directory, seed)
+    shutil.copytree(base_directory, tmp_path / "base")
+    file = tmp_path / "cluster.yaml"
+    text = "decode: {module: base, workers: 1}\nprefill: {module: base, workers: 1}\nmodels:\n"
+    file.write_text(text + "  math: {adapter: math}\n  code: {adapter: code}\n")
+    names = ModuleChecks().names(read_cluster(file))
+    assert len({*names.prefill.values(), names.shared}) == 3
+    assert names.shared == names.decode == served_name(Checkpoint(base_directory).fingerprint())
+    file.write_text(text + "  math: {adapter: base}\n")
+    with pytest.raises(QsunError, match=r"base has no adapter_config.json; give a full module as `module`"):
+        ModuleChecks().names(read_cluster(file))
+    file.write_text(text + "  math: {adapter: math}\n  code: {module: code, workers: 1}\n")
+    with pytest.raises(QsunError, match=r"code is a LoRA adapter, .* give it as `adapter`"):
+        ModuleChecks().names(read_cluster(file))
+    file.write_text(text + "  math: {adapter: nowhere}\n")
+    with pytest.raises(QsunError, match=r"models.math.adapter .*nowhere is not a directory"):
+        ModuleChecks().names(read_cluster(file))
+
+
+def test_adapters_of_other_weights_than_the_pools_are_refused(base_directory, tmp_path):
+    decode = tmp_path / "int4"
+    qsun.quantize(base_directory, decode, qsun.QuantConfig(method="rtn", group_size=32), device="cpu")
+    write_adapter(tmp_path / "on-base", base_directory, 0)
+    write_adapter(tmp_path / "on-int4", base_directory, 0, decode=decode)
+
+    def names(weights, adapter):
+        values = {"decode": {"module": str(decode), "workers": 1}, "prefill": {"module": str(weights), "workers": 1}}
+        return ModuleChecks().names(parse_cluster(values | {"models": {"math": {"adapter": str(tmp_path / adapter)}}}))
+
+    assert names(base_directory, "on-base").shared != names(decode, "on-int4").shared
+    for weights, adapter in ((decode, "on-base"), (base_directory, "on-int4")):
+        with pytest.raises(QsunError, match=r"was tuned on the weights qsun-\w{16}, and prefill.module is qsun-"):
+            names(weights, adapter)

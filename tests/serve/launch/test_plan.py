@@ -132,6 +132,71 @@ def test_options_and_environment_of_the_file_come_last():
     assert "1; rm -rf /" in shlex.split(decode.shell())
 
 
+def write_adapter_config(directory, rank):
+    directory.mkdir()
+    (directory / "adapter_config.json").write_text(json.dumps({"r": rank}))
+    return str(directory)
+
+
+@pytest.fixture
+def shared(tmp_path):
+    """shared(**launch): two prefill workers for two adapters, beside a full module."""
+    models = {
+        "math": {"adapter": write_adapter_config(tmp_path / "math", 4)},
+        "tool": {"adapter": write_adapter_config(tmp_path / "tool", 24)},
+        "a/b": {"module": "demo", "workers": 1},
+    }
+    pools = {"decode": {"module": "demo", "workers": 1}, "prefill": {"module": "demo", "workers": 2}, "models": models}
+
+    def make(**launch):
+        return parse_cluster(pools | {"launch": {"first_port": 9000, "device": "cpu", **launch}})
+
+    return make
+
+
+SHARED_NAMES = ServedNames("qsun-decode", NAMES.prefill | {"tool": "qsun-tool"}, "qsun-base")
+
+
+def test_prefill_workers_of_adapters_have_all_of_them_and_decode_workers_none(shared, tmp_path):
+    decode, first, second, full = plan_workers(shared(), SHARED_NAMES)
+    assert [first.name, second.name, full.name] == ["prefill-0-adapters", "prefill-1-adapters", "prefill-2-a_b"]
+    for worker in (first, second):
+        assert value(worker, "--served-model-name") == "qsun-base"
+        assert json.loads(value(worker, "--kv-transfer-config"))["kv_role"] == "kv_producer"
+        assert value(worker, "--max-lora-rank") == "32"
+        assert (value(worker, "--max-loras"), value(worker, "--max-cpu-loras")) == ("2", "2")
+        at = worker.argv.index("--lora-modules")
+        assert worker.argv[at + 1 : at + 3] == (f"qsun-math={tmp_path / 'math'}", f"qsun-tool={tmp_path / 'tool'}")
+        assert worker.environment["QSUN_PREFILL_LORA"] == "1"
+        assert (worker.model, worker.adapters) == (None, ("qsun-math", "qsun-tool"))
+    for worker in (decode, full):
+        assert "--enable-lora" not in worker.argv
+        assert "QSUN_PREFILL_LORA" not in worker.environment
+    theirs = plan_workers(shared(kernels="vllm", max_loras=1), SHARED_NAMES)[1]
+    assert "QSUN_PREFILL_LORA" not in theirs.environment  # their environment has no plugin that reads it
+    assert value(theirs, "--max-loras") == "1"
+
+
+def test_workers_of_adapters_take_the_place_of_their_number(shared, tmp_path):
+    first = shared()
+    commands = plan_workers(first, SHARED_NAMES)
+    filled = fill_in(first, first, commands)
+    assert filled.prefill.urls == ("http://127.0.0.1:9002", "http://127.0.0.1:9004")
+    assert filled.models["a/b"].urls == ("http://127.0.0.1:9006",)
+    assert filled.models["math"].adapter == str(tmp_path / "math")
+    filled.need_running_workers()
+    other = first.models["math"].model_copy(update={"adapter": "elsewhere"})
+    changed = first.model_copy(update={"models": {**first.models, "math": other}})
+    with pytest.raises(QsunError, match=r"^models.math: qsun up gives adapters to workers only at its own start"):
+        fill_in(changed, first, commands)
+
+
+def test_a_rank_that_vllm_does_not_serve(shared, tmp_path):
+    (tmp_path / "math" / "adapter_config.json").write_text('{"r": 513}')
+    with pytest.raises(QsunError, match=r"^an adapter has rank 513, and vLLM serves at most 512"):
+        plan_workers(shared(), SHARED_NAMES)
+
+
 def test_free_ports_are_distinct():
     assert len(set(free_ports(32))) == 32
 
@@ -144,7 +209,8 @@ def test_too_few_ports_are_left():
 def test_urls_of_started_workers_take_the_place_of_numbers():
     first = cluster()
     commands = plan_workers(first, NAMES)
-    decode, models = started_urls(commands)
+    decode, shared, models = started_urls(commands)
+    assert shared == []
     filled = fill_in(first, first, commands)
     assert list(filled.decode.urls) == decode
     assert list(filled.models["a/b"].urls) == models["a/b"]

@@ -13,6 +13,7 @@ import httpx
 import pytest
 import yaml
 
+from tests.adapter_rig import write_adapter
 from tests.places import ROOT
 
 FAKE = Path(__file__).with_name("fake_engine")
@@ -95,6 +96,30 @@ def test_up_serves_tells_of_a_death_and_takes_all_down(cluster_file, up, end):
     process.send_signal(end)
     assert process.wait(timeout=DEADLINE_SECONDS) == 0
     assert all(group_is_gone(worker["pid"]) for worker in workers.values())
+
+
+@pytest.mark.slow
+def test_adapters_have_prefill_workers_in_common(base_directory, up, tmp_path):
+    for number, name in enumerate(("math", "code")):
+        write_adapter(tmp_path / name, base_directory, number)
+    values = {
+        "listen": {"port": 0},
+        "decode": {"module": str(base_directory), "workers": 1},
+        "prefill": {"module": str(base_directory), "workers": 1},
+        "models": {"math": {"adapter": "math"}, "code": {"adapter": "code"}},
+        "health": {"interval_seconds": 0.2},
+        "launch": {"device": "cpu", "kernels": "vllm", "start_seconds": 60.0},
+    }
+    file = tmp_path / "cluster.yaml"
+    file.write_text(yaml.safe_dump(values))
+    process = up(file)
+    ready = json.loads(process.stdout.readline())
+    assert [worker["name"] for worker in ready["workers"]] == ["decode-0", "prefill-0-adapters"]
+    for name in ("math", "code"):
+        body = {"model": name, "prompt": [1, 5, 6, 7], "max_tokens": 1}
+        assert httpx.post(f"{ready['url']}/v1/completions", json=body, trust_env=False).json()["model"] == name
+    process.terminate()
+    assert process.wait(timeout=DEADLINE_SECONDS) == 0
 
 
 @pytest.mark.slow

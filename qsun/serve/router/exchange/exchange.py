@@ -141,7 +141,7 @@ class Exchange:
             raise WorkerFailed(source, "no_decode_worker", "no decode worker is left that is warm with it")
         self._asked, self._asked_at = target, time.monotonic()
         max_tokens = request.max_tokens or self._most_tokens(target, prompt_tokens)
-        body = decode_body(request, target.served_name, source.served_name, filled.params, max_tokens)
+        body = decode_body(request, target.served_name, source.name_of(request.model), filled.params, max_tokens)
         load = stack.enter_context(target.handling(prompt_tokens + max_tokens))
         read_seconds = min(self._limits.stall_seconds, self._left) if request.stream else self._left
         timeout = httpx.Timeout(read_seconds, connect=min(10.0, self._left))

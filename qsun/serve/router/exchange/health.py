@@ -142,6 +142,7 @@ class HealthChecks:
                     await wake.wait()
 
     async def _check(self, worker: Worker) -> None:
+        lacking = worker.lacking
         try:
             async with asyncio.timeout(self.config.timeout_seconds):
                 wrong = await identity_fault(self._client, worker)
@@ -160,6 +161,15 @@ class HealthChecks:
         if wrong:
             self._set(worker, "refused", wrong)
             return
+        if worker.lacking != lacking:
+            missing = ", ".join(sorted(worker.lacking)) or "none"
+            logger.log(
+                logging.WARNING if worker.lacking else logging.INFO,
+                "prefill worker %s lacks the adapters of: %s",
+                worker.url,
+                missing,
+            )
+            self._fleet.changed()
         self._set(worker, "ready", "")
         self._warm_up_pairs(worker)
 
@@ -283,6 +293,7 @@ async def identity_fault(client: httpx.AsyncClient, worker: Worker) -> str | Non
         return (
             f"it serves {', '.join(cards)[:200] or 'nothing'} and not {worker.served_name}; start it with that module"
         )
+    worker.lacking = frozenset(model for model, name in worker.adapters.items() if name not in cards)
     length = card.get("max_model_len")
     worker.max_model_len = length if isinstance(length, int) else None
     return None

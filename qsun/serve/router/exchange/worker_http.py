@@ -66,7 +66,7 @@ async def prefill(
     Raises:
         WorkerFailed, RequestRefused
     """
-    body = prefill_body(request, worker.served_name)
+    body = prefill_body(request, worker.name_of(request.model))
     async with opened(client, worker, request.path, body, request_id, httpx.Timeout(seconds)) as response:
         answer = await read_json(worker, response)
     try:

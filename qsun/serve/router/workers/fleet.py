@@ -31,9 +31,8 @@ class Fleet:
         self._changed = asyncio.Event()
 
     def __iter__(self) -> Iterator[Worker]:
-        """Iterate over every worker of the file."""
-        for workers in self.prefill.values():
-            yield from workers
+        """Iterate over every worker of the file, once over one that serves many adapters."""
+        yield from dict.fromkeys(worker for workers in self.prefill.values() for worker in workers)
         yield from self.decode
 
     def update(self, cluster: Cluster, names: ServedNames) -> list[Worker]:
@@ -49,7 +48,11 @@ class Fleet:
         for identity, worker in known.items():
             if identity not in wanted:
                 self._remove(worker)
-        self.prefill = {model: [w for w in placed.values() if w.model == model] for model in cluster.models}
+        for identity, worker in placed.items():
+            worker.serve_adapters(wanted[identity].adapters)
+        self.prefill = {
+            model: [w for w in placed.values() if w.role == "prefill" and w.prefills(model)] for model in cluster.models
+        }
         self.decode = [worker for worker in placed.values() if worker.role == "decode"]
         for worker in self:
             worker.breaker.limit = cluster.health.failures
@@ -69,7 +72,11 @@ class Fleet:
     def choose_prefill(self, demand: Demand, tried: Collection[Worker]) -> Worker | None:
         """Return a prefill worker of the model that has a warm decode worker; one not tried before if there is one."""
         pool = self.prefill.get(demand.model, ())  # none if a reload has removed the model
-        usable = [worker for worker in pool if worker.usable and self._warm_decode(worker, demand)]
+        usable = [
+            worker
+            for worker in pool
+            if worker.usable and demand.model not in worker.lacking and self._warm_decode(worker, demand)
+        ]
         untried = [w for w in usable if w not in tried and any(d not in tried for d in self._warm_decode(w, demand))]
         return self._policy(demand.model).choose(_unsuspected(untried or usable), demand)
 
@@ -94,9 +101,9 @@ class Fleet:
     def partners(self, worker: Worker) -> list[Worker]:
         """Return the workers of the other role that it may be paired with."""
         if worker.role == "prefill":
-            return [d for d in self.decode if d.models is None or worker.model in d.models]
+            return [d for d in self.decode if d.models is None or any(map(worker.prefills, d.models))]
         models = self.prefill if worker.models is None else worker.models
-        return [prefill for model in models for prefill in self.prefill.get(model, [])]
+        return list(dict.fromkeys(prefill for model in models for prefill in self.prefill.get(model, [])))
 
     def forget_pairs(self, worker: Worker) -> None:
         """Mark all pairs of a worker as cold, because its process may be a new one."""
@@ -109,7 +116,10 @@ class Fleet:
 
     def _has_a_pair(self, model: str) -> bool:
         demand = Demand(model, 0)
-        return any(worker.usable and self._warm_decode(worker, demand) for worker in self.prefill[model])
+        return any(
+            worker.usable and model not in worker.lacking and self._warm_decode(worker, demand)
+            for worker in self.prefill[model]
+        )
 
     def changed(self) -> None:
         """Wake the requests that wait for a worker."""
@@ -135,6 +145,10 @@ def _workers(cluster: Cluster, names: ServedNames) -> Iterator[Worker]:
     for model, pool in cluster.models.items():
         for url in pool.urls:
             yield Worker(url, "prefill", names.prefill[model], breaker(), model=model)
+    if cluster.prefill is not None:
+        adapters = {model: names.prefill[model] for model in cluster.adapters}
+        for url in cluster.prefill.urls:
+            yield Worker(url, "prefill", names.shared, breaker(), adapters=adapters)
     own = _partition(cluster)
     for url in cluster.decode.urls:
         yield Worker(url, "decode", names.decode, breaker(), models=own.get(url))

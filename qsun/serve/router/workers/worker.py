@@ -1,7 +1,7 @@
 """What the router knows of one worker: its identity, whether it answers, and its load."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
@@ -46,7 +46,8 @@ class Worker:
 
     Attributes:
         served_name: the model name that it must serve, which identifies the module of its pool.
-        model: of a prefill worker; None for a decode worker.
+        model: of a prefill worker; None for a decode worker, and for one that serves adapters.
+        adapters: of a prefill worker, its model names by the router's; lacking: models whose adapter it does not list.
         models: that a decode worker serves; None for all.
         state: ready: its identity is checked. refused: it serves another module. down: it does not answer.
         reason: for its state, for people.
@@ -66,9 +67,12 @@ class Worker:
         breaker: Breaker,
         model: str | None = None,
         models: frozenset[str] | None = None,
+        adapters: Mapping[str, str] | None = None,
     ):
         self.url, self.role, self.served_name, self.breaker = url, role, served_name, breaker
         self.model, self.models = model, models
+        self.adapters: Mapping[str, str] = adapters or {}
+        self.lacking: frozenset[str] = frozenset()
         self.state: State = "unchecked"
         self.reason = "not yet checked"
         self.suspected = self.leaving = False
@@ -76,6 +80,20 @@ class Worker:
         self.max_model_len: int | None = None
         self.epoch = 0
         self.engine_ids: set[str] = set()
+
+    def name_of(self, model: str) -> str:
+        """Return the name under which a prefill worker serves a model of the router."""
+        return self.adapters.get(model, self.served_name)
+
+    def serve_adapters(self, adapters: Mapping[str, str]) -> None:
+        """Take the adapters of another file; those that it had not before are lacking until a check has found them."""
+        new = {model for model, name in adapters.items() if self.adapters.get(model) != name}
+        self.lacking = frozenset((self.lacking | new) & adapters.keys())
+        self.adapters = adapters
+
+    def prefills(self, model: str) -> bool:
+        """Whether a prefill worker is of a model's pool."""
+        return model == self.model or model in self.adapters
 
     @property
     def usable(self) -> bool:

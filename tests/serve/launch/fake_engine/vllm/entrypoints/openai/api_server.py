@@ -3,6 +3,7 @@
 FAKE_VLLM has words: die (ends at once, with a message), deaf (never listens), lingers (leaves 3 s after SIGTERM).
 """
 
+import itertools
 import json
 import os
 import signal
@@ -15,9 +16,16 @@ def option(name):
     return sys.argv[sys.argv.index(name) + 1]
 
 
+def adapters():
+    """Return what follows --lora-modules, NAME=DIRECTORY each."""
+    given = sys.argv[sys.argv.index("--lora-modules") + 1 :] if "--lora-modules" in sys.argv else []
+    return list(itertools.takewhile(lambda entry: not entry.startswith("--"), given))
+
+
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        self.reply({"object": "list", "data": [{"id": option("--served-model-name"), "object": "model"}]})
+        names = [option("--served-model-name"), *(entry.partition("=")[0] for entry in adapters())]
+        self.reply({"object": "list", "data": [{"id": name, "object": "model"} for name in names]})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
