@@ -2,7 +2,7 @@
 
 import typer
 
-from qsun.cli.bench import engine, kernels, passes, serve, speculation, speed, tasks
+from qsun.cli.bench import adapters, engine, kernels, passes, serve, speculation, speed, tasks
 
 app = typer.Typer(no_args_is_help=True, help="Measure passes, kernels, tuning and serving.")
 app.command("passes", no_args_is_help=True)(passes.passes)
@@ -14,3 +14,4 @@ app.command("tasks", no_args_is_help=True)(tasks.tasks)
 app.command("tuning", no_args_is_help=True)(tasks.tuning)
 app.command("engine")(engine.engine)
 app.command("speculation", no_args_is_help=True)(speculation.speculation)
+app.command("adapters")(adapters.adapters)
