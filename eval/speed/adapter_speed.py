@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from qsun.model.checkpoint import files_fingerprint
 from qsun.model.lora import AdapterSettings, adapter_file, fresh_adapter, write_adapter
 from qsun.model.manifest import MANIFEST, write_json
 from qsun.model.pairing import find_base
-from qsun.model.skeleton import empty_model
+from qsun.model.skeleton import HEAD, empty_model
 from qsun.progress import Note
 from qsun.runtime.decode_module import DecodeModule
 from qsun.runtime.seam import prefilled_rows
@@ -65,7 +66,9 @@ def bench_adapters(decode: DecodeModule, run: AdapterRun, note: Note = lambda _:
     taken = _prefill_turns(shared, adapters, run) | {"load": statistics.median(loads)}
     note(f"prefill of the batch: {taken['prefill'] / taken['prefill_of_one_module']:.3f} of one module's time")
     taken |= _decode_turns(decode, shared, adapters, run)
-    full = sum(parameter.numel() for parameter in shared.skeleton.parameters()) * shared.dtype.itemsize
+    tied = (HEAD,) if shared.skeleton.config.tie_word_embeddings else ()
+    parameters = dict(shared.skeleton.named_parameters())
+    full = sum(p.numel() for name, p in parameters.items() if name not in tied) * shared.dtype.itemsize
     return {
         "adapters": run.count,
         "rank": run.rank,
@@ -129,14 +132,12 @@ def _decode_turns(
             for number, layers in enumerate(prefilled_rows(shared.model, [p[:-1] for p in prompts], _CHUNK_TOKENS)):
                 batch.add(Row(Request(str(number), name, tuple(prompts[number]), settings)), layers)
 
-    def step(batch: DecodeBatch) -> Callable[[], None]:
-        def run_step() -> None:
-            for row, choice in batch.step():
-                row.advance(choice.token)
+    return _in_turns({name: partial(_step, batch) for name, batch in batches.items()}, run.steps, shared.device)
 
-        return run_step
 
-    return _in_turns({name: step(batch) for name, batch in batches.items()}, run.steps, shared.device)
+def _step(batch: DecodeBatch) -> None:
+    for _ in batch.turns():
+        pass
 
 
 def _in_turns(calls: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:

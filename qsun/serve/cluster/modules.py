@@ -41,8 +41,8 @@ class ModuleChecks:
             weights = served_name(adapted_weights(prefill[model]))
             if weights != shared:
                 raise QsunError(
-                    f"models.{model}.adapter {prefill[model]} was tuned on the weights {weights}, and prefill.module is "
-                    f"{shared}; give the weights that it was tuned on there"
+                    f"models.{model}.adapter {prefill[model]} was tuned on the weights {weights}, and prefill.module "
+                    f"is {shared}; give the weights that it was tuned on there"
                 )
         return ServedNames(served_name(self.fingerprint(decode)), names, shared)
 
