@@ -26,8 +26,13 @@ def human_bytes(count: float) -> str:
 
 
 @contextmanager
-def clear_out_of_memory(needed_bytes: int | None = None) -> Iterator[None]:
-    """Turn every library's way to say that memory ran out into a QsunError; needed_bytes: as estimated before."""
+def clear_out_of_memory(
+    needed_bytes: int | None = None, instead: str = "fewer --samples, or a shorter --seq-len"
+) -> Iterator[None]:
+    """Turn every library's way to say that memory ran out into a QsunError.
+
+    needed_bytes: as estimated before. instead: what needs less.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch raises a RuntimeError, on a GPU its OutOfMemoryError
@@ -37,7 +42,7 @@ def clear_out_of_memory(needed_bytes: int | None = None) -> Iterator[None]:
         needed = "" if needed_bytes is None else f", about {human_bytes(needed_bytes)} are needed in all"
         raise QsunError(
             f"memory ran out{f' asking for {asked[1]} more' if asked else ''}{needed}; use a machine with more, or "
-            "fewer --samples, or a shorter --seq-len"
+            f"{instead}"
         ) from None
 
 

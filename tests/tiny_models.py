@@ -47,6 +47,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "phi3": {},
+    "llama4_text": {
+        "head_dim": 32,
+        "intermediate_size_mlp": 128,
+        "moe_layers": [],
+        "no_rope_layers": [1, 0],
+        "attention_chunk_size": 128,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    },
     "smollm3": {"no_rope_layers": [1, 0], "tie_word_embeddings": True},
     "olmo2": {},
 }

@@ -80,6 +80,16 @@ _LLAMA = _split("input_layernorm", "post_attention_layernorm")
 _QWEN = replace(_LLAMA, masks_by_type=True)
 _GEMMA = _split("input_layernorm", "pre_feedforward_layernorm", norm_offset=1.0, output_added=False, masks_by_type=True)
 _OLMO2 = _split(None, None, output_added=False)
+_LLAMA4 = Architecture(
+    (
+        Stage(_ATTENTION_INPUTS, "input_layernorm"),
+        _OUTPUT,
+        Stage(("feed_forward.gate_proj", "feed_forward.up_proj"), "post_attention_layernorm"),
+        Stage(("feed_forward.down_proj",), "feed_forward.up_proj", ends_half=True),
+    ),
+    masks_by_type=True,
+    mlp="feed_forward",
+)
 _PHI3 = Architecture(
     (
         Stage(("self_attn.qkv_proj",), "input_layernorm"),
@@ -97,6 +107,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "smollm3": _QWEN,
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
+    "llama4_text": _LLAMA4,
     "olmo2": _OLMO2,
     "phi3": _PHI3,
 }

@@ -22,9 +22,10 @@ def find_model(name: str) -> Path:
         return path
     if name == DEMO:
         return base_directory()
-    if _HUB_ID.fullmatch(name) and not path.exists():
+    if _HUB_ID.fullmatch(name) and not path.exists() and name.partition("/")[0] not in (".", ".."):
         return _download(name)
-    raise QsunError(f"{name} is not a directory; give a Hugging Face model directory, a model id, or 'demo'")
+    wrong = "is not a directory" if path.exists() else "is not a directory: it does not exist"
+    raise QsunError(f"{name} {wrong}; give a Hugging Face model directory, a model id, or 'demo'")
 
 
 def _download(name: str) -> Path:

@@ -32,7 +32,8 @@ def stored_format(values: Mapping[str, Any]) -> str:
     if method == "compressed-tensors" and values.get("format") == "pack-quantized":
         return "compressed-tensors"
     kind = values.get("checkpoint_format") or values.get("format") or values.get("version")
-    raise QsunError(f"quantization {method!r} ({kind}) is not supported; use gptq, awq or compressed-tensors")
+    shown = f"{method!r} ({kind})" if kind else repr(method)
+    raise QsunError(f"quantization {shown} is not supported; use gptq, awq or compressed-tensors")
 
 
 def check_fused(specs: Mapping[str, LayerSpec]) -> None:

@@ -152,9 +152,26 @@ def read_model_config(directory: Path) -> Any:
     if not isinstance(values.get("model_type"), str):
         raise QsunError(f"{directory / 'config.json'} names no model_type")
     architecture_of(values["model_type"])
-    config = _parsed(values, directory)
+    config = _within_a_chunk(_parsed(values, directory), directory)
     if config.tie_word_embeddings and _has_another_head(directory):
         config.tie_word_embeddings = False
+    return config
+
+
+def _within_a_chunk(config: Any, directory: Path) -> Any:
+    """Limit Llama 4 to positions whose attention is plain: those of one chunk, all with the same temperature.
+
+    Raises QsunError if it has layers of experts.
+    """
+    if getattr(config, "moe_layers", None):
+        raise QsunError(f"{directory} has mixtures of experts (moe_layers), which are not supported yet")
+    limits = [config.max_position_embeddings]
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        limits.append(config.attention_chunk_size)
+    if getattr(config, "attn_temperature_tuning", False):
+        limits.append(config.floor_scale - 1)  # below, it is 1; it goes by columns, which padding shifts
+        config.attn_temperature_tuning = False
+    config.max_position_embeddings = min(limits)
     return config
 
 

@@ -1,5 +1,6 @@
 """Decode modules: a directory on disk becomes a transformers model whose linear layers are QuantLinear."""
 
+import logging
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import GenerationConfig
 from qsun.device import default_device
 from qsun.errors import QsunError
 from qsun.memory import available_bytes
+from qsun.model.architectures import BLOCKS
 from qsun.model.checkpoint import Checkpoint, read_json
 from qsun.model.locate import find_model, load_tokenizer
 from qsun.model.manifest import MANIFEST
@@ -22,6 +24,8 @@ from qsun.runtime.fused_block import fuse_blocks
 from qsun.runtime.fused_projections import merge_projections
 from qsun.runtime.quant_linear import QuantLinear
 from qsun.runtime.rotary import use_row_rotary
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -153,9 +157,12 @@ def _place_rest(
     if tied:
         cast[HEAD] = cast[EMBEDDING]
     expected = {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
-    unknown = sorted(set(cast) - expected - set(model.state_dict()))
-    if tied and unknown == [HEAD]:
-        unknown = []
+    unknown = sorted(set(cast) - expected - set(model.state_dict()) - ({HEAD} if tied else set()))
+    unused = [name for name in unknown if not name.startswith(BLOCKS)]
+    if unused:
+        log.warning("%d tensors that the model does not use, such as %s, are left out", len(unused), unused[0])
+        unknown = [name for name in unknown if name.startswith(BLOCKS)]
+        cast = {name: tensor for name, tensor in cast.items() if name not in unused}
     missing = sorted(expected - set(cast) - ({HEAD} if tied else set()))
     if unknown or missing:
         raise QsunError(

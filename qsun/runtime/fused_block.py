@@ -114,5 +114,5 @@ def _fusible(block: Any) -> bool:
     from qsun.kernels.decode_cuda import HEAD_DIMS
 
     attention = block.self_attn
-    merged = isinstance(getattr(attention, "q_proj", None), MergedPart) and isinstance(block.mlp, GatedMLP)
-    return merged and attention.head_dim in HEAD_DIMS
+    q, mlp = getattr(attention, "q_proj", None), getattr(block, "mlp", None)
+    return isinstance(q, MergedPart) and isinstance(mlp, GatedMLP) and attention.head_dim in HEAD_DIMS

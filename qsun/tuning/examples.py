@@ -13,6 +13,8 @@ from qsun.data.sources import converted_rows
 from qsun.errors import QsunError
 from qsun.runtime.seam import IGNORED, SeamBatch
 
+_BATCHES_SORTED_TOGETHER = 32
+
 
 def read_examples(
     sources: Sequence[str], tokenizer: Any, max_len: int, what: str = "training", needs_response: bool = True
@@ -104,11 +106,59 @@ def draw(examples: list[TokenExample], count: int, seed: int) -> list[TokenExamp
     return [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), count))]
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    """Return the order of the examples in an epoch. It depends on seed and epoch only, so a run can be resumed."""
-    order = list(range(count))
-    random.Random(f"{seed} {epoch}").shuffle(order)
-    return order
+class Batches:
+    """The examples of each step. They depend on seed and epoch only, so a run can be resumed.
+
+    Examples of like length come together, so that little of a batch is padding: those of some batches, drawn at random,
+    are sorted by length and cut into batches, whose order is random again.
+
+    Args:
+        grouped: False: every batch is drawn at random.
+    """
+
+    def __init__(self, examples: Sequence[TokenExample], size: int, seed: int, grouped: bool = True):
+        self.examples, self.size, self.seed, self.grouped = examples, size, seed, grouped
+        self._epoch: tuple[int, list[list[int]]] = (-1, [])
+
+    def of_step(self, step: int) -> list[TokenExample]:
+        epoch, place = divmod(step, -(-len(self.examples) // self.size))
+        if self._epoch[0] != epoch:
+            self._epoch = epoch, self._batches(epoch)
+        return [self.examples[i] for i in self._epoch[1][place]]
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        draws = random.Random(f"{self.seed} {epoch}")
+        order = list(range(len(self.examples)))
+        draws.shuffle(order)
+        if self.grouped:
+            drawn = self.size * _BATCHES_SORTED_TOGETHER
+            groups = [order[first : first + drawn] for first in range(0, len(order), drawn)]
+            order = [i for group in groups for i in sorted(group, key=self._length)]
+        batches = [order[first : first + self.size] for first in range(0, len(order), self.size)]
+        if self.grouped:
+            draws.shuffle(batches)
+        return batches
+
+    def _length(self, number: int) -> int:
+        example = self.examples[number]
+        return len(example.prompt) + len(example.response)
+
+
+def token_count(examples: Sequence[TokenExample]) -> int:
+    """Return the tokens that are read of these examples: all but each one's last."""
+    return sum(len(e.prompt) + len(e.response) - 1 for e in examples)
+
+
+def pieces(examples: Sequence[TokenExample], share: int, shares: int, count: int) -> Iterator[Sequence[TokenExample]]:
+    """Cut one of so many equal shares of a batch into pieces of like lengths.
+
+    Every share has as many pieces, some of them empty; together they hold each example once.
+    """
+    mine = sorted(examples[share::shares], key=lambda e: len(e.prompt))
+    largest = -(-len(examples) // shares)
+    size = -(-largest // count)
+    for first in range(0, largest, size):
+        yield mine[first : first + size]
 
 
 def collate(examples: Sequence[TokenExample], least_prefix: int = 0) -> SeamBatch:

@@ -13,7 +13,7 @@ import torch
 from qsun.data.examples import TokenExample, check_vocabulary
 from qsun.device import compute_dtype, default_device
 from qsun.errors import QsunError
-from qsun.memory import available_bytes
+from qsun.memory import available_bytes, clear_out_of_memory
 from qsun.model.checkpoint import Checkpoint, files_fingerprint, read_json
 from qsun.model.locate import find_model, load_tokenizer
 from qsun.model.lora import Adapter, AdapterSettings, adapter_file, fresh_adapter, stored_adapter, target_names
@@ -22,10 +22,11 @@ from qsun.model.pairing import find_base, weights_fingerprint
 from qsun.model.skeleton import EMBEDDING, empty_model, read_model_config, weight_shape
 from qsun.runtime.rotary import rope_boundary
 from qsun.tuning.config import TuneConfig
-from qsun.tuning.examples import crosses, draw, fingerprint, hold_out, read_examples
-from qsun.tuning.start import Start, TeacherPlan, check_base, find_start, find_teacher
+from qsun.tuning.examples import crosses, draw, fingerprint, hold_out, read_examples, token_count
+from qsun.tuning.start import Start, TeacherPlan, check_base, check_decode, find_start, find_teacher
 
 log = logging.getLogger(__name__)
+LESS_MEMORY = "more --grad-accum, --grad-checkpoint, a shorter --max-len, or --lora-rank"
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class TuneJob:
             "unanswered": sum(not example.response for example in (*self.train, *self.valid)),
             "steps": self.steps,
             "examples_per_step": self.config.batch_size,
-            "tokens_per_epoch": sum(len(e.prompt) + len(e.response) - 1 for e in self.train),
+            "tokens_per_epoch": token_count(self.train),
             "peak_lr": self.peak_lr,
             "weights": weights,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -151,6 +152,7 @@ class TuneJob:
         return shared // processes + gathered, shared
 
 
+@clear_out_of_memory(instead=LESS_MEMORY)
 def prepare_tuning(  # noqa: PLR0913, PLR0917
     decode: str | Path,
     out: str | Path,
@@ -167,6 +169,7 @@ def prepare_tuning(  # noqa: PLR0913, PLR0917
     config, out = config or TuneConfig(), Path(out)
     check_free(out, resume)
     decode_dir = find_model(str(decode))
+    check_decode(decode_dir)
     base_dir, base_name = find_base(decode, base)
     start = find_start(init, decode_dir, base_dir, config)
     teaching = None if teacher is None else find_teacher(str(teacher), decode_dir)

@@ -28,6 +28,7 @@ from qsun.model.lora import Adapter, place_adapter, stored_adapter
 from qsun.model.skeleton import empty_model, read_model_config
 from qsun.runtime.decode_module import place_weights
 from qsun.runtime.kv_cache import CACHE_ARGUMENT
+from qsun.runtime.prefill_pass import completes
 from qsun.runtime.quant_linear import QuantLinear
 from qsun.runtime.rotary import use_row_rotary
 from qsun.runtime.seam import IGNORED, SeamBatch, monolithic_hidden, seam_hidden
@@ -150,8 +151,10 @@ class _BlockWithKV(nn.Module):
         super().__init__()
         self.block, self.recompute = block, recompute
 
-    def forward(self, hidden: Tensor, keys: Tensor | None, values: Tensor | None, args: Any, arguments: Any) -> Any:
-        run: Any = partial(with_kv, self.block, args=args, arguments=arguments)
+    def forward(
+        self, hidden: Tensor, keys: Tensor | None, values: Tensor | None, args: Any, arguments: Any, kv_only: bool
+    ) -> Any:
+        run: Any = partial(with_kv, self.block, args=args, arguments=arguments, kv_only=kv_only)
         if self.recompute and torch.is_grad_enabled():
             run = partial(checkpoint, run, use_reentrant=False)
         output, keys, values = run(hidden, keys, values)
@@ -168,7 +171,8 @@ class _ShardedBlock(nn.Module):
 
     def forward(self, hidden: Tensor, *args: Any, **arguments: Any) -> Any:
         cache = arguments.pop(CACHE_ARGUMENT, None)
-        output, keys, values = self.inner(hidden, *kv_of(cache, self.index), args, arguments)
+        kv_only = completes(cache, self.index)
+        output, keys, values = self.inner(hidden, *kv_of(cache, self.index), args, arguments, kv_only)
         if cache is not None:
             cache.update(keys, values, self.index)
         return output

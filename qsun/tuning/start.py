@@ -63,15 +63,26 @@ def _init(init: str, decode: Path, base: Path, config: TuneConfig) -> Path:
             raise QsunError(f"init {init} is an adapter of another base than {base}: their fingerprints differ")
         if config.fine_tune:
             raise QsunError(f"baseline full tunes all weights, but {init} is an adapter; leave one of them out")
+    else:
+        check_full_precision(Checkpoint(start))
     return start
 
 
-def check_base(decode_name: str, decode: Path, base_name: str, base: Path) -> None:
-    """Raise QsunError for a base that is quantized or not the decode module's, or a format that cannot be read."""
-    check_full_precision(Checkpoint(base))
+def check_decode(decode: Path) -> None:
+    """Raise QsunError for a decode module whose weights cannot be read, such as FP8, and say what it is."""
     stored = read_json(decode / "config.json").get("quantization_config")
-    if stored:
+    if not stored:
+        check_full_precision(Checkpoint(decode))
+        return
+    try:
         stored_format(stored)
+    except QsunError as error:
+        raise QsunError(f"decode module {decode}: {error}, or its full-precision base") from None
+
+
+def check_base(decode_name: str, decode: Path, base_name: str, base: Path) -> None:
+    """Raise QsunError for a base that is quantized or not the decode module's."""
+    check_full_precision(Checkpoint(base))
     wanted, found = base_fingerprint(read_manifest(decode)), files_fingerprint(base)
     if wanted and wanted != found:
         raise QsunError(

@@ -5,7 +5,7 @@ prompt -> prefill module (trained) -> KV -> decode module (frozen, may be int4) 
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from qsun.data.examples import TokenExample
 from qsun.errors import QsunError
-from qsun.memory import peak_rss_bytes
+from qsun.memory import clear_out_of_memory, peak_rss_bytes
 from qsun.model.checkpoint import Checkpoint
 from qsun.model.manifest import write_json
 from qsun.model.output_dir import Workdir
 from qsun.progress import Progress
 from qsun.tuning.config import TuneConfig
-from qsun.tuning.examples import epoch_order
-from qsun.tuning.job import TuneJob, prepare_tuning
+from qsun.tuning.examples import Batches, pieces, token_count
+from qsun.tuning.job import LESS_MEMORY, TuneJob, prepare_tuning
 from qsun.tuning.models import TuneModels, WholeModels
 from qsun.tuning.optimizer import learning_rate
 from qsun.tuning.output import plot_losses, write_module
@@ -66,6 +66,7 @@ def tune(  # noqa: PLR0913, PLR0917
     )
 
 
+@clear_out_of_memory(instead=LESS_MEMORY)
 def run_tuning(job: TuneJob, resume: bool = False, progress: Progress = lambda *_: None) -> dict[str, Any]:
     """Run a prepared job; see `tune`."""
     started, processes = time.perf_counter(), Processes.launched(job.device)
@@ -122,6 +123,7 @@ class Tuner:
         self.config = job.config
         self.models: TuneModels = _models(job, processes)
         self.optimizer = self.models.optimizer
+        self.batches = Batches(job.train, self.config.batch_size, self.config.seed, self.config.group_by_length)
         self.step, self.seconds, self.tokens_per_second = 0, 0.0, 0.0
         self.train_loss: list[tuple[int, float]] = []
         self.valid_loss: list[tuple[int, float]] = []
@@ -144,7 +146,7 @@ class Tuner:
     def train_step(self) -> None:
         """Take one optimizer step, on the next examples."""
         started = time.perf_counter()
-        batch = self._batch(self.step)
+        batch = self.batches.of_step(self.step)
         loss = self.gradients(batch)
         self._check_finite(loss, "training")
         rate = learning_rate(self.step, self.job.steps, self.job.peak_lr, self.config.warmup, self.config.min_lr)
@@ -152,14 +154,8 @@ class Tuner:
         self.step += 1
         seconds = time.perf_counter() - started
         self.seconds += seconds
-        self.tokens_per_second = sum(len(e.prompt) + len(e.response) - 1 for e in batch) / seconds
+        self.tokens_per_second = token_count(batch) / seconds
         self.train_loss.append((self.step, loss))
-
-    def _batch(self, step: int) -> list[TokenExample]:
-        train, size = self.job.train, self.config.batch_size
-        epoch, place = divmod(step, -(-len(train) // size))
-        order = epoch_order(len(train), self.config.seed, epoch)
-        return [train[i] for i in order[place * size : (place + 1) * size]]
 
     def gradients(self, examples: Sequence[TokenExample]) -> float:
         """Compute gradients of the mean loss over all response tokens, and return that loss.
@@ -168,7 +164,7 @@ class Tuner:
         """
         tokens = sum(len(example.response) for example in examples)
         total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
-        for piece in self._pieces(examples):
+        for piece in pieces(examples, self.processes.rank, self.processes.count, self.config.grad_accum):
             loss = self._loss(piece)
             if loss is not None:
                 loss = loss / tokens
@@ -179,28 +175,25 @@ class Tuner:
         self.processes.sum_([total])
         return float(total)
 
-    def _pieces(self, examples: Sequence[TokenExample]) -> Iterator[Sequence[TokenExample]]:
-        """Split this process's share into pieces of similar lengths, as many in every process, some of them empty."""
-        share = sorted(examples[self.processes.rank :: self.processes.count], key=lambda e: len(e.prompt))
-        largest = -(-len(examples) // self.processes.count)
-        size = -(-largest // self.config.grad_accum)
-        for first in range(0, largest, size):
-            yield share[first : first + size]
-
     def _loss(self, examples: Sequence[TokenExample]) -> Tensor | None:
         """Return the loss summed over response tokens; None if there is nothing to compute."""
         batch = self.models.batch(examples)
         return None if batch is None else self.models.loss(batch)
 
     @torch.no_grad()
-    def mean_loss(self, examples: Sequence[TokenExample], tell: Callable[[int], None] = lambda _: None) -> float:
-        """Return the mean loss of a response token, over all processes; tell: called with the examples begun so far."""
+    def mean_loss(self, examples: Sequence[TokenExample], tell: Callable[[int, int], None] = lambda *_: None) -> float:
+        """Return the mean loss of a response token, over all processes.
+
+        tell: called with the examples begun so far, and the tokens of those done in this process.
+        """
         total = torch.zeros(2, dtype=torch.float64, device=self.processes.device)
+        read = 0
         size = max(1, self.config.batch_size // self.config.grad_accum)
         mine = sorted(examples, key=lambda e: len(e.prompt))[self.processes.rank :: self.processes.count]
         for first in range(0, -(-len(examples) // self.processes.count), size):  # as many in every process
-            tell(first * self.processes.count)
+            tell(first * self.processes.count, read)
             piece = mine[first : first + size]
+            read += token_count(piece)
             loss = self._loss(piece)
             if loss is not None:
                 tokens = sum(len(example.response) for example in piece)
@@ -216,8 +209,11 @@ class Tuner:
             )
 
     def _validate(self, progress: Progress) -> None:
-        def tell(done: int) -> None:
-            progress(f"validating, {done} of {len(self.job.valid)} examples", self.step, self.job.steps)
+        started = time.perf_counter()
+
+        def tell(done: int, tokens: int) -> None:
+            speed = f", {tokens / (time.perf_counter() - started):,.0f} tokens/s" if tokens else ""
+            progress(f"validating, {done} of {len(self.job.valid)} examples{speed}", self.step, self.job.steps)
 
         loss = self.mean_loss(self.job.valid, tell)
         self._check_finite(loss, "validation")

@@ -14,7 +14,7 @@ import qsun
 from qsun.data.calibration import Sample
 from qsun.model.architectures import architecture_of
 from qsun.model.checkpoint import Checkpoint
-from qsun.model.skeleton import Skeleton, linear_of
+from qsun.model.skeleton import Skeleton, linear_of, read_model_config
 from qsun.quantization.activations import Activations, make_batches
 from qsun.quantization.block import fold_scales
 from qsun.quantization.job import prepare
@@ -272,3 +272,44 @@ def test_other_architectures_are_refused_by_name(model_type, says, tiny_model, t
     with pytest.raises(qsun.QsunError, match=says) as error:
         qsun.quantize(directory, tmp_path / "out", qsun.QuantConfig(method="rtn"))
     assert repr(model_type) in str(error.value) and "\n" not in str(error.value)
+
+
+def llama4_config(directory, wrapped=False, **changes):
+    text = {
+        "model_type": "llama4_text", "vocab_size": 128, "hidden_size": 64, "intermediate_size": 128,
+        "intermediate_size_mlp": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 32, "max_position_embeddings": 1 << 20, "moe_layers": [],
+    } | changes  # fmt: skip
+    values = {"model_type": "llama4", "text_config": text, "vision_config": {}} if wrapped else text
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(values))
+    return read_model_config(directory)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_llama_4_is_limited_to_positions_of_plain_attention(wrapped, tmp_path):
+    """Beyond its first chunk, attention forgets, and the temperature of layers without RoPE rises."""
+    config = llama4_config(tmp_path / "a", wrapped)
+    assert (config.model_type, config.max_position_embeddings) == ("llama4_text", 8191)
+    assert llama4_config(tmp_path / "b", wrapped, attn_temperature_tuning=False).max_position_embeddings == 8192
+    assert llama4_config(tmp_path / "c", wrapped, attention_chunk_size=512).max_position_embeddings == 512
+    assert llama4_config(tmp_path / "d", wrapped, max_position_embeddings=300).max_position_embeddings == 300
+
+
+def test_llama_4_with_experts(tmp_path):
+    with pytest.raises(qsun.QsunError, match="has mixtures of experts"):
+        llama4_config(tmp_path / "model", moe_layers=[1, 3])
+
+
+def test_the_last_position_of_llama_4_is_exact(tmp_path, tiny_model):
+    """Oracle: transformers' own masks and temperatures, which begin to differ one position later."""
+    settings = {"attention_chunk_size": 16, "floor_scale": 14, "attn_scale": 5.0, "no_rope_layers": [1, 0]}
+    directory = tiny_model("llama4_text", **settings)
+    ours = qsun.load_decode(directory, "cpu", "float32").model
+    limit = ours.config.max_position_embeddings
+    assert limit == 13
+    tokens = torch.from_numpy(random_tokens(1, limit + 1))
+    with torch.no_grad():
+        theirs = reference(directory)
+        torch.testing.assert_close(ours(tokens[:, :limit]).logits, theirs(tokens[:, :limit]).logits, **EXACT)
+        assert (ours(tokens).logits - theirs(tokens).logits)[0, -1].abs().max() > 0.01

@@ -15,6 +15,18 @@ def test_a_directory_without_a_tokenizer(tmp_path):
     assert load_tokenizer(tmp_path) is None
 
 
+@pytest.mark.parametrize("name", ["./nope", "../nope", "nope", "/nowhere/model", "a/b/c"])
+def test_a_path_is_not_asked_of_the_hub(name, monkeypatch):
+    monkeypatch.setattr(locate, "_download", lambda name: pytest.fail(f"{name} was downloaded"))
+    with pytest.raises(QsunError, match=f"{name} is not a directory: it does not exist; give a"):
+        locate.find_model(name)
+
+
+def test_a_model_id_is(monkeypatch, tmp_path):
+    monkeypatch.setattr(locate, "_download", lambda _: tmp_path)
+    assert locate.find_model("owner/.name-1") == tmp_path
+
+
 def test_a_tokenizer_of_a_later_version(tmp_path):
     """The tokenizers library raises bare Exceptions for what it does not know."""
     shutil.copyfile(base_directory() / "tokenizer_config.json", tmp_path / "tokenizer_config.json")

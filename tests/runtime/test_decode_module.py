@@ -1,5 +1,7 @@
 """load_decode against transformers with the same weights."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -91,3 +93,19 @@ def test_quantized_head_unties(tmp_path):
         logits = decode.model(IDS).logits
         base = qsun.load_decode("demo", dtype="float32").model(IDS).logits
     assert (logits - base).abs().max() < 0.5 * base.abs().max()
+
+
+def test_tensors_that_no_module_uses(tiny_model, tmp_path, caplog):
+    """Outside of the blocks they are left out with a warning, as `qsun quantize` does; inside they are an error."""
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_model("llama"), directory)
+    tensors = load_file(directory / "model.safetensors")
+    save_file(tensors | {"mtp.proj.weight": torch.ones(2, 2)}, directory / "model.safetensors", {"format": "pt"})
+    ours, theirs = (qsun.load_decode(d, "cpu", "float32").model for d in (directory, tiny_model("llama")))
+    assert "1 tensors that the model does not use, such as mtp.proj.weight, are left out" in caplog.text
+    with torch.no_grad():
+        assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
+    odd = "model.layers.0.self_attn.gate.weight"
+    save_file(tensors | {odd: torch.ones(2, 2)}, directory / "model.safetensors", {"format": "pt"})
+    with pytest.raises(qsun.QsunError, match=rf"does not fit its config\.json: missing nothing, unknown .*{odd}"):
+        qsun.load_decode(directory, "cpu")

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import qsun
 from qsun.model.lora import place_adapter
 from qsun.model.output_dir import Workdir
-from qsun.tuning.examples import collate, epoch_order
+from qsun.tuning.examples import Batches, collate
 from qsun.tuning.job import prepare_tuning
 from qsun.tuning.processes import Processes
 from qsun.tuning.tuner import Tuner
@@ -65,7 +65,7 @@ def test_gradients_of_a_step(kind, weight, teachers, decode, talking_model, few,
     job = prepare_tuning(decode, tmp_path / "job", few, config, teacher=teachers[kind], device="cpu")
     student = qsun.load_decode(talking_model, "cpu", "float32").model
     place_adapter(student, job.first_adapter(student))
-    order = [job.train[i] for i in first_batch(job)]
+    order = Batches(job.train, config.batch_size, config.seed).of_step(0)
     batch = collate(order)
     reader = qsun.load_decode(decode, "cpu", "float32").model
     taught = qsun.load_prefill(teachers[kind], dtype="float32", device="cpu").model
@@ -78,10 +78,6 @@ def test_gradients_of_a_step(kind, weight, teachers, decode, talking_model, few,
     for name, gradient in ours.items():
         wanted = student.get_parameter(name).grad
         torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-5 * wanted.abs().max().item(), msg=name)
-
-
-def first_batch(job):
-    return epoch_order(len(job.train), job.config.seed, 0)[: job.config.batch_size]
 
 
 def test_a_module_learns_its_teacher(teachers, decode, few, tmp_path):

@@ -9,7 +9,7 @@ import qsun
 from qsun.data.examples import TokenExample
 from qsun.errors import QsunError
 from qsun.runtime.seam import IGNORED
-from qsun.tuning.examples import collate, crosses, draw, epoch_order, fingerprint, hold_out, read_examples
+from qsun.tuning.examples import Batches, collate, crosses, draw, fingerprint, hold_out, pieces, read_examples
 from tests.seam_oracle import seam_logits
 from tests.tiny_models import write_jsonl
 
@@ -148,12 +148,58 @@ def test_too_few_to_hold_out():
         hold_out([TokenExample((1,), (2,))] * 9, 0.05, seed=0)
 
 
-def test_the_order_of_an_epoch_needs_no_state():
-    first, second = epoch_order(50, 3, 0), epoch_order(50, 3, 1)
-    assert sorted(first) == sorted(second) == list(range(50))
-    assert first != second
-    assert epoch_order(50, 3, 0) == first
-    assert epoch_order(50, 4, 0) != first
+def of_lengths(count, seed=0):
+    """Examples of different lengths, all of them different."""
+    r = random.Random(seed)
+    return [TokenExample((i, *[5] * r.randrange(60)), (6,) * r.randrange(1, 20)) for i in range(count)]
+
+
+def by_prompt(examples):
+    return sorted(examples, key=lambda e: e.prompt)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize(("count", "size"), [(50, 8), (700, 4), (3, 8), (16, 16)])
+def test_an_epoch_has_every_example_once(count, size, grouped):
+    examples, steps = of_lengths(count), -(-count // size)
+    batches = Batches(examples, size, 3, grouped)
+    epochs = [[batches.of_step(epoch * steps + step) for step in range(steps)] for epoch in range(2)]
+    for epoch in epochs:
+        assert by_prompt(e for batch in epoch for e in batch) == by_prompt(examples)
+        assert sorted(map(len, epoch), reverse=True)[:-1] == [size] * (steps - 1)
+    assert epochs[0] != epochs[1] or count <= size
+
+
+def test_a_batch_needs_no_state():
+    """A resumed run begins in the middle."""
+    examples = of_lengths(50)
+    batches = Batches(examples, 8, 3)
+    expected = [batches.of_step(step) for step in range(20)]
+    assert [Batches(examples, 8, 3).of_step(step) for step in (19, 2, 11)] == [expected[s] for s in (19, 2, 11)]
+    assert [Batches(examples, 8, 4).of_step(step) for step in range(20)] != expected
+
+
+def test_examples_of_like_length_come_together():
+    examples = of_lengths(2000)
+
+    def padded(grouped):
+        batches = Batches(examples, 16, 0, grouped)
+        return sum(collate(batches.of_step(step)).prefix.numel() for step in range(2000 // 16))
+
+    real = sum(len(e.prompt) - 1 for e in examples)
+    assert padded(grouped=False) > 1.7 * real
+    assert padded(grouped=True) < 1.35 * real
+    first = [len(Batches(examples, 16, seed).of_step(0)[0].prompt) for seed in range(20)]
+    assert max(first) - min(first) > 30  # batches are not in the order of their lengths
+
+
+@pytest.mark.parametrize("count", [1, 5, 16, 17])
+@pytest.mark.parametrize(("shares", "cuts"), [(1, 1), (1, 4), (2, 1), (3, 2), (4, 9)])
+def test_shares_and_pieces_hold_each_example_once(count, shares, cuts):
+    examples = of_lengths(count)
+    found = [list(pieces(examples, share, shares, cuts)) for share in range(shares)]
+    assert by_prompt(e for share in found for piece in share for e in piece) == by_prompt(examples)
+    assert len({len(share) for share in found}) == 1
 
 
 def test_the_fingerprint_sees_order_and_the_seam():

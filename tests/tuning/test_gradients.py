@@ -146,6 +146,18 @@ def test_recomputing_keeps_fewer_activations(tiny_model):
     assert kept[1] < kept[0] / 3
 
 
+def test_recomputing_leaves_the_last_layers_unused_half_out(tiny_model):
+    prefill, decode = (qsun.load_decode(tiny_model("llama"), "cpu", torch.float32).model for _ in range(2))
+    tuned(prefill)
+    ran = []
+    for name, module in prefill.named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    with recomputed(prefill, decode):
+        seam_loss(prefill, decode, collate(examples())).backward()
+    assert "model.layers.0.mlp" in ran and ran.count("model.layers.1.self_attn.v_proj") == 2
+    assert not {"model.layers.1.self_attn.o_proj", "model.layers.1.mlp"} & set(ran)
+
+
 def test_one_model_on_both_sides_is_conventional_fine_tuning(tiny_model, exact_norm):
     """The gradients of both sides add up to those of the monolithic forward pass."""
     prefill, _ = double_pair(tiny_model)

@@ -4,6 +4,8 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import qsun
 from tests.quantization.test_bad_input import assert_one_error
@@ -181,3 +183,65 @@ def test_tokens_outside_the_vocabulary(refused, talking_model, tmp_path):
     rows = [{"prompt": f"say <tool> {n}", "response": f"{n}"} for n in range(30)]
     says = "training data has token 128 ('<tool>'), outside the model's vocabulary of 128"
     refused(model, data=write_jsonl(tmp_path / "tools.jsonl", rows), says=says)
+
+
+@pytest.fixture
+def copied(talking_model, tmp_path):
+    return shutil.copytree(talking_model, tmp_path / "copy")
+
+
+def quantized_by(directory, **stored):
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"quantization_config": stored}))
+    return directory
+
+
+OTHERS = [
+    ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+    ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "compressed-tensors"),
+]
+
+
+@pytest.mark.parametrize(("stored", "name"), [*OTHERS, ({"quant_method": "gptq", "bits": 4}, "gptq")])
+def test_a_base_that_others_quantized(stored, name, refused, copied, talking_model):
+    quantized_by(copied, **stored)
+    refused(talking_model, "--base", copied, says=f"is quantized already ({name}")
+
+
+@pytest.mark.parametrize(("stored", "name"), OTHERS)
+def test_a_decode_module_that_cannot_be_read(stored, name, refused, copied):
+    says = f"quantization {name!r}"
+    refused(quantized_by(copied, **stored), says=says)
+
+
+def stored_as(directory, dtype):
+    """The weights of the blocks in another dtype, without a quantization_config."""
+    tensors = load_file(directory / "model.safetensors")
+    inside = {name: t.to(dtype) if name.endswith("proj.weight") else t for name, t in tensors.items()}
+    save_file(inside, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")])
+def test_weights_in_a_dtype_of_few_bits(dtype, name, refused, copied, talking_model):
+    stored_as(copied, dtype)
+    for options in ((copied,), (talking_model, "--base", copied), (talking_model, "--init", copied)):
+        refused(*options, says=f"is stored as {name}, so the model is quantized already")
+
+
+def test_an_output_inside_what_is_read(cli, rows, copied):
+    answer = cli("tune", copied, "-o", copied / "tuned", "--data", rows, *FAST)
+    assert_one_error(answer.code, answer.out, answer.err, "is inside the input")
+    assert not (copied / "tuned.partial").exists()
+
+
+def test_no_memory_while_it_runs(cli, rows, talking_model, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("qsun.tuning.tuner.Tuner.train_step", fail)
+    answer = cli("tune", talking_model, "-o", tmp_path / "out", "--data", rows, *FAST)
+    assert answer.code == 2
+    error = answer.err.splitlines()[-1]
+    assert "memory ran out; use a machine with more, or more --grad-accum" in error and "--samples" not in error

@@ -22,7 +22,7 @@ def first_gradients(base, out, data, config=CONFIG, teacher=None):
     processes = Processes.launched(job.device)
     with Workdir(Path(f"{out}-{processes.rank}"), job.settings(), resume=False) as work:
         tuner = Tuner(job, work, processes)
-        tuner.gradients(tuner._batch(0))
+        tuner.gradients(tuner.batches.of_step(0))
     return {name: master.grad.clone() for name, master in tuner.optimizer.masters.items()}
 
 
