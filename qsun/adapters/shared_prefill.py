@@ -11,6 +11,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -41,7 +42,7 @@ class AdapterWeights:
             }
         )
 
-    @property
+    @cached_property
     def size_bytes(self) -> int:
         return sum(tensor.numel() * tensor.element_size() for pair in self.layers.values() for tensor in pair)
 

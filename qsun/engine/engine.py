@@ -227,7 +227,8 @@ class Engine:
         needs: dict[DecodeBatch, list[int]] = {}
         for task in self._prefilling.tasks:
             needs.setdefault(self._batch(task.request.model), []).append(task.request.kv_tokens)
-        modules, absent = list(self.modules.values()), set[str]()  # absent: models whose adapter is not in memory
+        modules = list(self.modules.values()) if len(self._queue) else []
+        absent: set[str] = set()  # models whose adapter is not in memory
         wanted = {owner.number for owner in modules if self._queue.waiting(owner.name)}
         while room > 0 and (request := self._queue.next(absent)) is not None:
             batch, owner = self._batch(request.model), self.modules[request.model]
