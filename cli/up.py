@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,17 @@ def _deploy(cluster: Any, planned: Any, address: str) -> None:
     screen.note(f"{len(planned)} applications are being deployed; `serve status -a {address}` shows how they are")
 
 
+def _require_ray_token() -> None:
+    """Have Ray's processes require a token, which only they get: they listen on every network of the machine.
+
+    Ray reads it when it is imported. Settings of the user's own stay.
+    """
+    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
 def _serve_here(cluster: Any, planned: Any, as_json: bool) -> None:
+    _require_ray_token()
     from qsun.serve.launch import signals as launch_signals
     from qsun.serve.launch.launcher import check_environment
     from qsun.serve.ray.local import deploy, local_ray, wait_for_signal, wait_until_running

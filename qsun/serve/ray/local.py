@@ -16,7 +16,6 @@ from ray.serve.schema import ApplicationStatus
 from qsun.errors import QsunError
 from qsun.serve.cluster.schema import Cluster
 from qsun.serve.http.server import listen, url_of
-from qsun.serve.launch.plan import LOOPBACK
 from qsun.serve.ray import apps as builders
 from qsun.serve.ray.plan import INGRESS_APP, PlannedApp, needed_cpus
 
@@ -39,7 +38,6 @@ def local_ray(planned: Sequence[PlannedApp]) -> Iterator[None]:
         include_dashboard=False,
         log_to_driver=False,
         configure_logging=False,
-        _node_ip_address=LOOPBACK,
     )
     try:
         yield
