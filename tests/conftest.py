@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from qsun.quantization import report
 from tests.tiny_models import SEQUENCE, build_model, random_tokens
 
 pytest_plugins = ["tests.engine_rig", "tests.pretend_cuda.plugin"]
@@ -25,10 +26,19 @@ def one_thread():
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def plot_errors():
+    """Leave errors.png out, which takes half of a tiny run's time; yields the function that draws it."""
+    with pytest.MonkeyPatch.context() as patch:
+        drawn = report.plot_errors
+        patch.setattr(report, "plot_errors", lambda *_: None)
+        yield drawn
+
+
 @pytest.fixture
-def no_picture(monkeypatch):
-    """Leave errors.png out, which takes half of a tiny run's time."""
-    monkeypatch.setattr("qsun.quantization.report.plot_errors", lambda *_: None)
+def pictures(plot_errors, monkeypatch):
+    """Draw errors.png after all."""
+    monkeypatch.setattr(report, "plot_errors", plot_errors)
 
 
 @pytest.fixture(scope="session")

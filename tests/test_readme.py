@@ -19,7 +19,7 @@ HANGS = 3600  # seconds: only against a test that never ends
 
 
 @pytest.mark.slow
-def test_commands_and_python_run(cli, tmp_path, monkeypatch):
+def test_commands_and_python_run(cli, tmp_path, monkeypatch, pictures):
     """In this process, as each start takes seconds; the server is one of its own."""
     monkeypatch.chdir(tmp_path)
     ran = [shlex.split(line, comments=True)[1:] for line in COMMANDS if line.startswith("qsun ")]

@@ -23,7 +23,7 @@ from tests.tiny_models import FAMILIES, SEQUENCE, random_tokens, reference
 CPU = torch.device("cpu")
 EXACT = {"rtol": 1e-5, "atol": 2e-5}
 every_family = pytest.mark.parametrize("family", FAMILIES)
-pytestmark = pytest.mark.usefixtures("no_grad", "no_picture")
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture

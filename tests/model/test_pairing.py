@@ -14,8 +14,6 @@ from qsun.model.checkpoint import Checkpoint
 from qsun.model.pairing import base_fingerprint, check_pair, differences, uncovered
 from tests.tiny_models import FAMILIES, build_model
 
-pytestmark = pytest.mark.usefixtures("no_picture")
-
 
 def edit(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))

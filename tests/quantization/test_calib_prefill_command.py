@@ -14,7 +14,6 @@ from qsun.model.checkpoint import Checkpoint
 from qsun.model.lora import AdapterSettings, fresh_adapter, place_adapter, write_adapter
 from tests.tiny_models import SEQUENCE, build_model, prompt_rows, write_jsonl
 
-pytestmark = pytest.mark.usefixtures("no_picture")
 SETTINGS = ("--method", "gptq", "--bits", 2, "--group-size", 32, "--samples", 8, "--seq-len", SEQUENCE)
 
 

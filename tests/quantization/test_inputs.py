@@ -22,7 +22,6 @@ from qsun.model.skeleton import HEAD, read_model_config
 from tests.quantization.test_resume import interrupt_at
 from tests.tiny_models import build_model, random_tokens
 
-pytestmark = pytest.mark.usefixtures("no_picture")
 IDS = torch.from_numpy(random_tokens(2, 20))
 NEAR = qsun.QuantConfig(method="rtn", bits=8, group_size=32)
 TEXT = {

@@ -28,7 +28,6 @@ from qsun.runtime.kv_cache import CACHE_ARGUMENT
 from tests.quantization.test_resume import interrupt_at, published
 from tests.tiny_models import FAMILIES, SEQUENCE, build_model, random_tokens, reference, write_jsonl
 
-pytestmark = pytest.mark.usefixtures("no_picture")
 #
 # Oracle: transformers. A prefill module fills a real DynamicCache with t0 .. t(n-2); the decode module reads the rest
 # from that cache, one sample at a time without padding, and hooks see what enters its layers. The decode module is the

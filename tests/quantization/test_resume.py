@@ -15,7 +15,6 @@ from qsun.model import output_dir as workdir
 from qsun.model.checkpoint import read_header
 from tests.tiny_models import SEQUENCE, prompt_rows, random_tokens, write_jsonl
 
-pytestmark = pytest.mark.usefixtures("no_picture")
 BLOCK_LAYERS = 7
 STEPS = 2 + 2 * BLOCK_LAYERS  # fingerprint, every layer of two blocks, read back
 # What quantize does, slowed down so that a kill falls into the block after the first.

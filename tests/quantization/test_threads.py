@@ -24,7 +24,7 @@ def digests(directory):
 
 
 @pytest.mark.parametrize("method", ["refined", "gptq"])
-def test_the_same_bytes(method, tiny_model, tmp_path, threads, no_picture):
+def test_the_same_bytes(method, tiny_model, tmp_path, threads):
     # LAPACK factors a matrix of 320 otherwise on two threads than on one; 600 rows are three tiles of the loops.
     model = tiny_model("llama", hidden_size=320, intermediate_size=608, num_attention_heads=5, num_key_value_heads=1)
     np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 100, (16, 96)))

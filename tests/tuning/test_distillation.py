@@ -20,7 +20,6 @@ from tests.tiny_models import write_jsonl
 from tests.tuning.test_tuner import FAST, in_two_processes, same_curve, sums
 from tests.tuning.tune_in_parallel import first_gradients
 
-pytestmark = pytest.mark.usefixtures("no_picture")
 PROMPTS = [{"prompt": row["prompt"]} for row in sums(20, seed=3)]
 
 

@@ -16,7 +16,6 @@ from tests.tiny_models import write_jsonl
 from tests.tuning.test_tuner import FAST, in_two_processes, same_curve, sums
 from tests.tuning.tune_in_parallel import held_bytes
 
-pytestmark = pytest.mark.usefixtures("no_picture")
 ON_DECODE = FAST.replace(lora_rank=3, prefill_weights="decode")
 IDS = torch.tensor([[5, 6, 7, 8, 99]])
 

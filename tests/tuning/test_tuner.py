@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import qsun
 from qsun.demo import base_directory
 from qsun.model.checkpoint import file_sha256
+from qsun.tuning.output import plot_losses
 from tests.places import ROOT
 from tests.tiny_models import write_jsonl
 from tests.tuning.tune_in_parallel import first_gradients, stop_after
@@ -48,7 +49,9 @@ def few(tmp_path_factory):
 def tuned(tmp_path_factory, data):
     """A prefill module of the demo base, after a minute's work at most."""
     out = tmp_path_factory.mktemp("tuned") / "sums"
-    report = qsun.tune("demo", out, data, qsun.TuneConfig(steps=60, batch_size=16, lr=2e-3), device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qsun.tuning.tuner.plot_losses", plot_losses)
+        report = qsun.tune("demo", out, data, qsun.TuneConfig(steps=60, batch_size=16, lr=2e-3), device="cpu")
     return out, report
 
 
