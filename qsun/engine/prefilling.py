@@ -169,7 +169,7 @@ class Prefilling:
                 continue
             group.append(task)
             longest = max(longest, task.left)
-        return sorted(group, key=lambda task: task.owner.number)  # rows of an adapter side by side
+        return sorted(group, key=lambda task: (task.adapter is not None, task.owner.number))  # see RowAdapters.runs
 
     def _read_together(self, group: Sequence[PrefillTask]) -> int:
         """Return the tokens computed."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import qsun
+from qsun.adapters import shared_prefill
 from qsun.adapters.adapter_module import AdapterLibrary
 from qsun.adapters.shared_prefill import AdaptedLinear, SharedPrefill
 from qsun.model.architectures import architecture_of
@@ -53,6 +54,19 @@ def test_rows_of_many_adapters(family, tiny_model, tmp_path):
     kinds = [[end for end in kind if end in ends] for kind in KINDS]
     paths = [write_adapter(tmp_path / str(i), directory, i, 2 + i, kind) for i, kind in enumerate(kinds)]
     check_rows(AdapterLibrary(decode), decode.model, paths)
+
+
+@pytest.mark.parametrize("each", [0, 3], ids=["one by one", "in one product"])
+@pytest.mark.parametrize("merge", [False, True], ids=["plain", "merged projections"])
+def test_adapters_of_one_shape(each, merge, quantized, base_directory, tmp_path, monkeypatch):
+    used, batched = [], shared_prefill._add_batched
+    monkeypatch.setattr(shared_prefill, "_ROWS_EACH", each)
+    monkeypatch.setattr(shared_prefill, "_add_batched", lambda *a: used.append(a) or batched(*a))
+    decode = qsun.load_decode(quantized, "cpu", "float32", merge=merge)
+    apart = qsun.load_decode(quantized, "cpu", "float32")
+    paths = [write_adapter(tmp_path / str(i), base_directory, i, 3, decode=quantized) for i in range(4)]
+    check_rows(AdapterLibrary(decode), apart.model, paths)
+    assert bool(used) is bool(each)
 
 
 @pytest.mark.parametrize("merge", [False, True], ids=["plain", "merged projections"])
