@@ -8,6 +8,7 @@ by recomputing the hidden states through the finished blocks, from the tensors t
 
 import errno
 import hashlib
+import logging
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +26,8 @@ from qsun.quantization.blockwise import BlockwiseQuantizer, ProgressCounter
 from qsun.quantization.finish import read_back, write_module_files
 from qsun.quantization.job import Job, prepare
 from qsun.quantization.report import write_report
+
+log = logging.getLogger(__name__)
 
 
 def quantize(
@@ -77,6 +80,11 @@ def run(job: Job, resume: bool = False, progress: Progress = lambda *_: None) ->
                 f"no space left on the disk of {job.out}; finished blocks are kept: free some, and use --resume"
             ) from None
         raise
+    if job.config.calibrated and not job.prefill.modules:
+        log.warning(
+            "calibrated without prefill modules, behind whose KV a decode module works; your tasks' data and modules "
+            "(--calib DATA --calib-prefill MODULE) keep more of their accuracy: docs/calibration.md"
+        )
     return report
 
 
