@@ -3,7 +3,7 @@
 _EXTRAS = {
     "eval": ("lm_eval",),
     "data": ("datasets",),
-    "serve": ("fastapi", "uvicorn", "httpx", "prometheus_client"),
+    "serve": ("fastapi", "starlette", "uvicorn", "httpx", "prometheus_client"),
     "simulate": ("simpy",),
     "gptq": ("optimum", "gptqmodel"),
     "compressed-tensors": ("compressed_tensors",),

@@ -38,6 +38,11 @@ def test_a_missing_package_is_one_line(cli, monkeypatch, tmp_path, package, modu
     assert not list(tmp_path.iterdir())
 
 
+def test_a_module_of_a_package_names_the_packages_extra():
+    missing = ModuleNotFoundError("No module named 'starlette'", name="starlette.types")
+    assert extras.missing_package(missing) == "starlette is not installed; pip install 'qsun[serve]'"
+
+
 def test_a_package_of_no_extra_is_not_explained():
     assert extras.missing_package(ModuleNotFoundError("x", name="surely_not")) is None
 
