@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
 _REPORT_SECONDS = 5.0
+_REASON_CHARACTERS = 1000
 _BUILD: dict[str, Callable[[Any], Any]] = {"engines": builders.engines, "ingress": builders.ingress}
 
 
@@ -86,10 +87,20 @@ def _waiting(planned: Sequence[PlannedApp]) -> str | None:
     for app in planned:
         status = statuses.get(app.name)
         if status is not None and status.status == ApplicationStatus.DEPLOY_FAILED:
-            raise QsunError(f"application {app.name} cannot be deployed: {' '.join(status.message.split())[-1500:]}")
+            messages = [status.message, *(deployment.message for deployment in status.deployments.values())]
+            raise QsunError(f"application {app.name} cannot be deployed: {failure_reason(messages)}")
     names = [app.name for app in planned]
     waiting = [n for n in names if n not in statuses or statuses[n].status != ApplicationStatus.RUNNING]
     return ", ".join(waiting) or None
+
+
+def failure_reason(messages: Sequence[str]) -> str:
+    """Return what Serve says of a deployment that failed, on one line: our own error if a replica raised one."""
+    for message in messages:
+        _, found, reason = message.rpartition(f"{QsunError.__name__}: ")
+        if found:
+            return " ".join(reason.split())[:_REASON_CHARACTERS]
+    return " ".join(" ".join(messages).split())[-_REASON_CHARACTERS:]
 
 
 def _cold(client: httpx.Client, url: str) -> str | None:

@@ -131,6 +131,14 @@ def test_a_replica_that_is_unknown():
     asyncio.run(scenario())
 
 
+def test_the_reason_of_a_deployment_that_failed():
+    from qsun.serve.ray.local import failure_reason
+
+    traceback = "It failed.\nTraceback:\n  File ...\nqsun.errors.QsunError: worker a ended with code 1;\nlog: b\n"
+    assert failure_reason(["Failed to update.", traceback]) == "worker a ended with code 1; log: b"
+    assert failure_reason(["Failed to update.", "no\nresources"]) == "Failed to update. no resources"
+
+
 def test_a_call_that_is_cancelled_is_not_a_caller_that_is():
     async def scenario():
         with pytest.raises(ReplicaGone):
