@@ -2,7 +2,8 @@
 
 A block is quantized stage by stage, and each stage's inputs depend on the stages before. Running the block from its
 start for every stage would compute attention four times; instead the input of attention's last linear layer is kept
-once it is known (and the MLP's, where memory allows), and the half it ends is replayed from there.
+once it is known (and the MLP's, where memory allows), and the half it ends is replayed from there; attention's output
+is kept as soon as a later stage asks for its input, because by then all of attention is quantized.
 
 Decode positions attend to KV that a prefill module wrote. `Activations.attend_to` takes K and V at the prompts'
 positions from another source: a prefill module (prefill_activations.py), or the full-precision base where no prefill
@@ -105,6 +106,7 @@ class Activations:
     def clear(self) -> None:
         """Drop what is kept of the block's activations, because its weights changed."""
         self._attention_ends: dict[int, Tensor] = {}
+        self._attention_outputs: dict[int, Tensor] = {}
         self._mlp_ends: dict[int, Tensor] = {}
         self._kv.clear()
 
@@ -135,8 +137,14 @@ class Activations:
         """Return the residual stream that the output of ATTENTION_END or MLP_END is added to."""
         if stage == ATTENTION_END:
             return self.hidden[batch]
-        project = self.block.get_submodule(self.architecture.stages[ATTENTION_END].layers[0])
-        return self.hidden[batch] + project(self.stage_input(ATTENTION_END, batch))
+        return self.hidden[batch] + self._attention_output(batch)
+
+    def _attention_output(self, batch: int) -> Tensor:
+        """Return what attention gives, (B, T, hidden); its last layer is quantized by the time of the first call."""
+        if batch not in self._attention_outputs:
+            project = self.block.get_submodule(self.architecture.stages[ATTENTION_END].layers[0])
+            self._attention_outputs[batch] = project(self.stage_input(ATTENTION_END, batch))
+        return self._attention_outputs[batch]
 
     def finish_block(self) -> None:
         """Carry the hidden states to the end of the block."""
@@ -169,10 +177,11 @@ class Activations:
         """Start halves of the block at their last input, where that is known and comes before stage `until`."""
         attention, mlp = self.architecture.attention, self.architecture.mlp
         originals = {attention: getattr(self.block, attention), mlp: getattr(self.block, mlp)}
-        for name, ends, stage in ((attention, self._attention_ends, ATTENTION_END), (mlp, self._mlp_ends, MLP_END)):
-            if number in ends and stage < until:
-                last = self.block.get_submodule(self.architecture.stages[stage].layers[0])
-                setattr(self.block, name, _Replay(last, ends[number], returns_pair=stage == ATTENTION_END))
+        if number in self._attention_ends and until > ATTENTION_END:
+            setattr(self.block, attention, _Known(self._attention_output(number), None))
+        if number in self._mlp_ends and until > MLP_END:
+            last = self.block.get_submodule(self.architecture.stages[MLP_END].layers[0])
+            setattr(self.block, mlp, _Known(last(self._mlp_ends[number])))
         try:
             yield
         finally:
@@ -184,16 +193,15 @@ class _StageReached(Exception):
     """Raised once the wanted input is known: the rest of the block need not run."""
 
 
-class _Replay(nn.Module):
-    """Half a block, from the known input of its last linear layer on."""
+class _Known(nn.Module):
+    """Half a block whose output is known already: one value, or the tuple of several."""
 
-    def __init__(self, last: nn.Module, known: Tensor, returns_pair: bool):
+    def __init__(self, *outputs: Any):
         super().__init__()
-        self.last, self.known, self.returns_pair = last, known, returns_pair
+        self.outputs = outputs
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        output = self.last(self.known)
-        return (output, None) if self.returns_pair else output
+        return self.outputs if len(self.outputs) > 1 else self.outputs[0]
 
 
 class RecordedKV:

@@ -142,7 +142,7 @@ def _working_bytes(
     streams = 2 if config.method == "refined" else 1
     at_peak = max(_pass_bytes(N, K, hidden, streams) for N, K in _stage_shapes(skeleton, shapes))
     K = max(K for _, K in shapes.values())
-    kept = streams * (2 * tokens * hidden * item + min(tokens * K * item, _KEPT_MLP_LIMIT))
+    kept = streams * (3 * tokens * hidden * item + min(tokens * K * item, _KEPT_MLP_LIMIT))
     kept += _prompt_numbers(skeleton, samples) * item
     return kept + max(2 * block + at_peak, vocabulary * hidden * item)
 
