@@ -133,18 +133,26 @@ class TuneJob:
         names = target_names(model.config, self.config.lora_targets)
         return self.config.lora_rank * sum(sum(weight_shape(model, name)) for name in names)
 
+    def _teacher_weights(self) -> int:
+        """Return the number of weights of a teacher's modules, dequantized."""
+        if self.teacher is None:
+            return 0
+        model = empty_model(read_model_config(self.teacher.shaped))
+        return sum(p.numel() for p in model.parameters()) * (1 if self.teacher.decode is None else 2)
+
     def _memory_bytes(self, model: Any, weights: int, processes: int) -> tuple[int, int]:
         """Return the bytes of one process, and those that are spread over all of them."""
         fine_tune = self.config.fine_tune
         tuned = self._adapter_weights(model) if self.tunes_adapter else weights
         item = torch.finfo(self.dtype).bits // 8
+        taught = item * self._teacher_weights()
         if not self.config.shard:
             gradient = 4 + item if item < 4 else 4
-            return (1 if fine_tune or self.one_copy else 2) * weights * item + tuned * (12 + gradient), 0
+            return (1 if fine_tune or self.one_copy else 2) * weights * item + taught + tuned * (12 + gradient), 0
         stored = Checkpoint(self.decode)
         quantized = bool(read_json(self.decode / "config.json").get("quantization_config"))
         frozen = stored.size_bytes(stored.names()) if quantized else weights * item
-        shared = (0 if fine_tune else frozen) + (weights * item if self.tunes_adapter else 0) + tuned * 16
+        shared = taught + (0 if fine_tune else frozen) + (weights * item if self.tunes_adapter else 0) + tuned * 16
         block = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
         embedding = model.model.embed_tokens.weight.numel()
         # gathered at a time: two blocks and the gradient of one, or an embedding and its gradient
@@ -173,8 +181,6 @@ def prepare_tuning(  # noqa: PLR0913, PLR0917
     base_dir, base_name = find_base(decode, base)
     start = find_start(init, decode_dir, base_dir, config)
     teaching = None if teacher is None else find_teacher(str(teacher), decode_dir)
-    if teaching is not None and config.shard:
-        raise QsunError("a teacher is not sharded yet: leave out --shard, or the teacher")
     for directory in (decode_dir, base_dir, start.directory):
         check_outside(out, directory)
     fingerprints = {name: files_fingerprint(path) for name, path in (("base", base_dir), ("decode", decode_dir))}

@@ -21,13 +21,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from qsun.data.examples import TokenExample
-from qsun.model.adapter_checkpoint import open_prefill
 from qsun.model.architectures import block_prefix
 from qsun.model.checkpoint import Checkpoint
-from qsun.model.lora import Adapter, place_adapter, stored_adapter
+from qsun.model.lora import ADAPTER_CONFIG, Adapter, adapter_base, place_adapter, stored_adapter
+from qsun.model.pairing import on_decode_weights
 from qsun.model.skeleton import empty_model, read_model_config
-from qsun.runtime.decode_module import place_weights
+from qsun.runtime.decode_module import DecodeModule, place_weights
 from qsun.runtime.kv_cache import CACHE_ARGUMENT
+from qsun.runtime.prefill_module import PrefillModule
 from qsun.runtime.prefill_pass import completes
 from qsun.runtime.quant_linear import QuantLinear
 from qsun.runtime.rotary import use_row_rotary
@@ -39,6 +40,8 @@ from qsun.tuning.losses import response_loss
 from qsun.tuning.models import make_trainable
 from qsun.tuning.optimizer import Optimizer
 from qsun.tuning.processes import Processes
+from qsun.tuning.start import TeacherPlan
+from qsun.tuning.teacher import Teacher
 
 _IDLE = TokenExample((0, 0), (0,))  # for a process that has no example left, but must run as many passes as the others
 
@@ -61,7 +64,22 @@ class ShardedModels:
 
     def _joined(self, model: Any) -> nn.Module:
         decode = None if self.fine_tune else self._load(Checkpoint(self.job.decode), (), None, head=True)[0]
-        return self._shard(_Seam(model, decode), trained=self.fine_tune)
+        teacher = None if self.job.teacher is None else self._teacher(self.job.teacher)
+        return self._shard(_Seam(model, decode, teacher, self.job.config.teacher_weight), trained=self.fine_tune)
+
+    def _teacher(self, plan: TeacherPlan) -> Teacher:
+        whole = plan.decode is None
+        prefill = self._finished(plan.directory, plan.decode, head=whole)
+        decode = prefill if plan.decode is None else self._load(Checkpoint(plan.decode), (), None, head=True)[0]
+        return Teacher(PrefillModule(prefill, plan.directory), DecodeModule(decode, plan.decode or plan.directory))
+
+    def _finished(self, directory: Path, decode: Path | None, head: bool) -> Any:
+        """Load a module, or an adapter, unmerged, on its base or on the weights of this decode module."""
+        if not (directory / ADAPTER_CONFIG).exists():
+            return self._load(Checkpoint(directory), (), None, head)[0]
+        weights = decode if decode is not None and on_decode_weights(directory) else adapter_base(directory)
+        adapter = stored_adapter(empty_model(read_model_config(weights)), directory)
+        return self._load(Checkpoint(weights), (), adapter, head)[0]
 
     def _load(
         self, checkpoint: Checkpoint, tuned: Collection[str], adapter: Adapter | None, head: bool
@@ -124,24 +142,27 @@ class ShardedModels:
         del self.optimizer, self._seam
         gc.collect()  # FSDP and its modules refer to each other
         self.processes.wait()
-        adapter, weights = None, self.job.start.weights
-        if self.job.start.on_decode:  # which may be integers, into which nothing can be merged as it is read
-            adapter = stored_adapter(empty_model(read_model_config(weights)), directory)
-        opened = Checkpoint(weights) if adapter is not None else open_prefill(directory)
-        self._seam = self._joined(self._load(opened, (), adapter, head=self.fine_tune)[0])
+        self._seam = self._joined(self._finished(directory, self.job.decode, head=self.fine_tune))
 
 
 class _Seam(nn.Module):
     """Both models and the loss in one module, so that FSDP sees where a pass begins and ends."""
 
-    def __init__(self, model: Any, decode: Any | None):
+    def __init__(self, model: Any, decode: Any | None, teacher: Teacher | None, weight: float):
         super().__init__()
-        self.model, self.decode = model, decode
+        self.model, self.decode, self.teacher, self.weight = model, decode, teacher, weight
+        models = [] if teacher is None else [teacher.prefill.model, teacher.decode.model]
+        self.of_teacher = nn.ModuleList(dict.fromkeys(models))
 
     def forward(self, batch: SeamBatch) -> Tensor:
         if self.decode is None:
-            return response_loss(self.model, monolithic_hidden(self.model, batch), batch.labels)
-        return response_loss(self.decode, seam_hidden(self.model, self.decode, batch), batch.labels)
+            hidden = monolithic_hidden(self.model, batch)
+        else:
+            hidden = seam_hidden(self.model, self.decode, batch)
+        taught = None if self.teacher is None else self.teacher.states(batch)
+        return response_loss(
+            self.model if self.decode is None else self.decode, hidden, batch.labels, taught, self.weight
+        )
 
 
 class _BlockWithKV(nn.Module):

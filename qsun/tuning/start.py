@@ -100,12 +100,14 @@ class TeacherPlan:
 
     Attributes:
         name: as the user gave it. directory: of a whole model, an adapter to merge, or a prefill module.
+        shaped: of a model of its shape: an adapter's base, or itself.
         decode: of the decode module that reads the prefill module's KV; None for a whole model.
         fingerprints: of its weights.
     """
 
     name: str
     directory: Path
+    shaped: Path
     decode: Path | None
     fingerprints: tuple[str, ...]
 
@@ -131,7 +133,7 @@ def find_teacher(name: str, decode: Path) -> TeacherPlan:
     shaped = adapter_base(directory) if (directory / ADAPTER_CONFIG).exists() else directory
     _check_vocabulary(name, shaped, directory, decode)
     files = (weights_fingerprint(directory), *([files_fingerprint(reader)] if reader else []))
-    return TeacherPlan(name, directory, reader, files)
+    return TeacherPlan(name, directory, shaped, reader, files)
 
 
 def _check_vocabulary(name: str, shaped: Path, directory: Path, decode: Path) -> None:

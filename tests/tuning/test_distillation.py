@@ -147,12 +147,23 @@ def test_a_stopped_run_keeps_the_answers(teachers, decode, prompts, tmp_path, mo
     assert all(torch.equal(tensor, files[1][name]) for name, tensor in files[0].items())
 
 
+@pytest.mark.slow
 def test_two_processes_learn_the_same(teachers, decode, prompts, tmp_path):
-    one = qsun.tune(decode, tmp_path / "one", prompts, ANSWERED, teacher=teachers["full"], device="cpu")
-    run = {"base": decode, "out": tmp_path / "two", "data": prompts, "teacher": teachers["full"]}
-    done = in_two_processes(run | {"teacher_tokens": 5, "lora_rank": 2})
+    """With all weights in each, and sharded; from a pair and from a whole model."""
+    ways = {"whole": ("full", False), "sharded": ("full", True), "pair": ("pair", True), "merged": ("adapter", True)}
+    common = {"base": decode, "data": prompts, "teacher_tokens": 5, "lora_rank": 2}
+    done = in_two_processes(
+        *(
+            common | {"out": tmp_path / way, "teacher": teachers[kind], "shard": shard}
+            for way, (kind, shard) in ways.items()
+        )
+    )
     assert done.returncode == 0, done.stderr
-    same_curve(json.loads((tmp_path / "two" / "report.json").read_text()), one)
+    for way, (kind, _) in ways.items():
+        one = qsun.tune(decode, tmp_path / f"{way}-alone", prompts, ANSWERED, teacher=teachers[kind], device="cpu")
+        report = json.loads((tmp_path / way / "report.json").read_text())
+        same_curve(report, one)
+        assert report["saved_valid_loss"] == pytest.approx(one["saved_valid_loss"], rel=1e-3)
 
 
 def test_without_a_teacher_a_response_is_needed(cli, prompts, tmp_path):
@@ -168,7 +179,6 @@ def test_without_a_teacher_a_response_is_needed(cli, prompts, tmp_path):
     ("teacher", "options", "says"),
     [
         ("/nowhere/model", (), "/nowhere/model is not a directory"),
-        ("pair", ("--shard",), "a teacher is not sharded yet"),
         ("pair", ("--teacher-weight", 1.5), "teacher_weight 1.5 is out of range"),
     ],
 )
