@@ -72,6 +72,10 @@ def test_autoscaling():
     ("changes", "message"),
     [
         ({"decode": {"module": "demo", "workers": ["http://a:1"]}}, "decode.workers lists running workers"),
+        (
+            {"prefill": {"module": "demo", "workers": 1}, "models": {"math": {"adapter": "/m/math"}}},
+            "models.math is an adapter, and workers on Ray serve full modules only",
+        ),
         ({"launch": {"first_port": 2000}}, "launch.first_port is for workers on one machine"),
         ({"launch": {"gpus": [0]}}, "launch.gpus is for workers on one machine"),
         (
