@@ -80,7 +80,7 @@ def tune(
     ),
     shard: bool | None = typer.Option(None, "--shard/--no-shard", help="Shard all weights over the processes (FSDP)."),
     group_by_length: bool | None = typer.Option(
-        None, "--group-by-length/--no-group-by-length", help="Examples of like length in a batch. Default: yes."
+        None, "--group-by-length/--no-group-by-length", help="Examples of like length in a batch. Default: no."
     ),
     max_len: int | None = typer.Option(None, help="Longest example in tokens; longer ones are skipped. Default: 2048."),
     eval_every: int | None = typer.Option(None, help="Steps between validations. Default: a tenth of the run."),

@@ -29,7 +29,7 @@ class TuneConfig(Settings):
         grad_accum: pieces in which each process computes its share of a step.
         grad_checkpoint: compute each block's activations again in the backward pass instead of keeping them.
         shard: each process holds a share of all weights instead of all of them (sharded.py).
-        group_by_length: batches of examples of like length, so that little is padding; False: batches drawn at random.
+        group_by_length: batches of examples of like length, so that little is padding; False: drawn at random.
         max_len: tokens of prompt and response; longer examples are left out, and counted in the report.
         warmup: fraction of the steps over which the rate rises; it then falls along a cosine to min_lr of its peak.
         clip: largest norm of the gradient. weight_decay: of AdamW.
@@ -55,7 +55,7 @@ class TuneConfig(Settings):
     grad_accum: Annotated[int, Field(ge=1, le=1 << 20)] = 1
     grad_checkpoint: bool = False
     shard: bool = False
-    group_by_length: bool = True
+    group_by_length: bool = False
     max_len: Annotated[int, Field(ge=2, le=1 << 20)] = 2048
     warmup: _Fraction = 0.05
     min_lr: _Fraction = 0.05

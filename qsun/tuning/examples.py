@@ -14,6 +14,8 @@ from qsun.errors import QsunError
 from qsun.runtime.seam import IGNORED, SeamBatch
 
 _BATCHES_SORTED_TOGETHER = 32
+_PASS_POSITIONS = 64  # what a pass of its own costs on a CPU, in positions
+_MOST_CUT = 256
 
 
 def read_examples(
@@ -56,6 +58,28 @@ def read_examples(
         left_out = f": all {len(found)} are longer than max_len {max_len}" if found else ""
         raise QsunError(f"{what} data {', '.join(sources)} has no examples{left_out}")
     return examples, len(found) - len(examples)
+
+
+def cut_by_length(examples: Sequence[TokenExample]) -> list[Sequence[TokenExample]]:
+    """Cut examples into passes that compute the least: padding of each pass counts, and so does each pass."""
+    ranked = sorted(examples, key=lambda e: len(e.prompt) + len(e.response))
+    if len(ranked) > _MOST_CUT:
+        return [ranked]
+    best, cuts = [0], [0]  # of the first n examples: positions computed, and where the last pass begins
+    for end in range(1, len(ranked) + 1):
+        prompt = response = 0
+        found = []
+        for start in range(end - 1, -1, -1):
+            prompt, response = max(prompt, len(ranked[start].prompt)), max(response, len(ranked[start].response))
+            found.append((best[start] + (end - start) * (prompt - 1 + response) + _PASS_POSITIONS, start))
+        cost, start = min(found)
+        best.append(cost)
+        cuts.append(start)
+    passes, end = [], len(ranked)
+    while end:
+        passes.append(ranked[cuts[end] : end])
+        end = cuts[end]
+    return passes[::-1]
 
 
 def _waits(row: Mapping[str, Any]) -> bool:
@@ -109,14 +133,12 @@ def draw(examples: list[TokenExample], count: int, seed: int) -> list[TokenExamp
 class Batches:
     """The examples of each step. They depend on seed and epoch only, so a run can be resumed.
 
-    Examples of like length come together, so that little of a batch is padding: those of some batches, drawn at random,
-    are sorted by length and cut into batches, whose order is random again.
-
     Args:
-        grouped: False: every batch is drawn at random.
+        grouped: examples of like length come together, so that little of a batch is padding: those of some batches,
+            drawn at random, are sorted by length and cut into batches, whose order is random again.
     """
 
-    def __init__(self, examples: Sequence[TokenExample], size: int, seed: int, grouped: bool = True):
+    def __init__(self, examples: Sequence[TokenExample], size: int, seed: int, grouped: bool = False):
         self.examples, self.size, self.seed, self.grouped = examples, size, seed, grouped
         self._epoch: tuple[int, list[list[int]]] = (-1, [])
 

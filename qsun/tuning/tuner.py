@@ -20,7 +20,7 @@ from qsun.model.manifest import write_json
 from qsun.model.output_dir import Workdir
 from qsun.progress import Progress
 from qsun.tuning.config import TuneConfig
-from qsun.tuning.examples import Batches, pieces, token_count
+from qsun.tuning.examples import Batches, cut_by_length, pieces, token_count
 from qsun.tuning.job import LESS_MEMORY, TuneJob, prepare_tuning
 from qsun.tuning.models import TuneModels, WholeModels
 from qsun.tuning.optimizer import learning_rate
@@ -164,7 +164,7 @@ class Tuner:
         """
         tokens = sum(len(example.response) for example in examples)
         total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
-        for piece in pieces(examples, self.processes.rank, self.processes.count, self.config.grad_accum):
+        for piece in self._passes(examples):
             loss = self._loss(piece)
             if loss is not None:
                 loss = loss / tokens
@@ -174,6 +174,13 @@ class Tuner:
             self.optimizer.take_gradients()
         self.processes.sum_([total])
         return float(total)
+
+    def _passes(self, examples: Sequence[TokenExample]) -> list[Sequence[TokenExample]]:
+        """Return this process's examples by pass, as many passes in every process."""
+        found = list(pieces(examples, self.processes.rank, self.processes.count, self.config.grad_accum))
+        if self.processes.count > 1 or self.processes.device.type != "cpu":  # on a GPU, few large passes are better
+            return found
+        return [part for piece in found for part in cut_by_length(piece)]
 
     def _loss(self, examples: Sequence[TokenExample]) -> Tensor | None:
         """Return the loss summed over response tokens; None if there is nothing to compute."""

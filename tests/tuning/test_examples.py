@@ -1,6 +1,7 @@
 """Training examples, and how they are laid out on both sides of the seam."""
 
 import random
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -9,7 +10,17 @@ import qsun
 from qsun.data.examples import TokenExample
 from qsun.errors import QsunError
 from qsun.runtime.seam import IGNORED
-from qsun.tuning.examples import Batches, collate, crosses, draw, fingerprint, hold_out, pieces, read_examples
+from qsun.tuning.examples import (
+    Batches,
+    collate,
+    crosses,
+    cut_by_length,
+    draw,
+    fingerprint,
+    hold_out,
+    pieces,
+    read_examples,
+)
 from tests.seam_oracle import seam_logits
 from tests.tiny_models import write_jsonl
 
@@ -173,9 +184,11 @@ def test_an_epoch_has_every_example_once(count, size, grouped):
 def test_a_batch_needs_no_state():
     """A resumed run begins in the middle."""
     examples = of_lengths(50)
-    batches = Batches(examples, 8, 3)
+    batches = Batches(examples, 8, 3, grouped=True)
     expected = [batches.of_step(step) for step in range(20)]
-    assert [Batches(examples, 8, 3).of_step(step) for step in (19, 2, 11)] == [expected[s] for s in (19, 2, 11)]
+    assert [Batches(examples, 8, 3, grouped=True).of_step(step) for step in (19, 2, 11)] == [
+        expected[s] for s in (19, 2, 11)
+    ]
     assert [Batches(examples, 8, 4).of_step(step) for step in range(20)] != expected
 
 
@@ -189,8 +202,31 @@ def test_examples_of_like_length_come_together():
     real = sum(len(e.prompt) - 1 for e in examples)
     assert padded(grouped=False) > 1.7 * real
     assert padded(grouped=True) < 1.35 * real
-    first = [len(Batches(examples, 16, seed).of_step(0)[0].prompt) for seed in range(20)]
+    first = [len(Batches(examples, 16, seed, grouped=True).of_step(0)[0].prompt) for seed in range(20)]
     assert max(first) - min(first) > 30  # batches are not in the order of their lengths
+
+
+def computed(passes):
+    return sum(collate(p).prefix.numel() + collate(p).rest.numel() + 64 for p in passes)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_passes_compute_the_least(seed):
+    """Oracle: every way to cut what is sorted by length."""
+    examples = of_lengths(8, seed)
+    passes = cut_by_length(examples)
+    assert by_prompt(e for p in passes for e in p) == by_prompt(examples)
+    ranked = sorted(examples, key=lambda e: len(e.prompt) + len(e.response))
+    ways = []
+    for cuts in product([0, 1], repeat=7):
+        places = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), 8]
+        ways.append(computed([ranked[a:b] for a, b in pairwise(places)]))
+    assert computed(passes) == min(ways) < ways[0]
+
+
+def test_many_examples_and_none_are_not_cut():
+    assert cut_by_length([]) == []
+    assert len(cut_by_length(of_lengths(300))) == 1
 
 
 @pytest.mark.parametrize("count", [1, 5, 16, 17])
