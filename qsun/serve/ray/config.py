@@ -9,7 +9,8 @@ import yaml
 
 from qsun.errors import QsunError
 from qsun.serve.cluster.schema import Cluster
-from qsun.serve.ray.plan import PlannedApp
+from qsun.serve.http.keys import is_loopback
+from qsun.serve.ray.plan import LOOPBACK_DEVICE, PlannedApp
 
 IMAGE = "YOUR-REGISTRY/qsun-vllm:latest"
 _PATH = "/api/serve/applications/"
@@ -51,7 +52,14 @@ def ray_service(cluster: Cluster, planned: Sequence[PlannedApp], ray_version: st
     """Return a RayService: the config, and a cluster whose pods fit one worker each.
 
     The image, which has qsun, Ray and vLLM, and the volume with the modules are placeholders.
+
+    Raises:
+        QsunError: clients could not reach the ingress, or replicas not each other, as a pod's loopback is its own.
     """
+    if cluster.ray.transfer_device == LOOPBACK_DEVICE:
+        raise QsunError("ray.transfer_device lo is one pod's own; set the pods' network device, such as eth0")
+    if is_loopback(cluster.listen.host):
+        raise QsunError(f"listen.host {cluster.listen.host} is one pod's own; set 0.0.0.0, and listen.api_keys")
     config = yaml.safe_dump(serve_config(cluster, planned), sort_keys=False)
     count = sum(_most_workers(cluster))
     worker = {

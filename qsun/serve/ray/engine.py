@@ -15,10 +15,10 @@ from qsun.serve.cluster.names import served_name
 from qsun.serve.cluster.schema import LaunchSettings
 from qsun.serve.launch.plan import WorkerCommand, WorkerPlace, free_ports, worker_command
 from qsun.serve.launch.processes import WorkerProcesses, last_lines
+from qsun.serve.ray.plan import LOOPBACK_DEVICE
 
 logger = logging.getLogger(__name__)
 
-LOOPBACK_DEVICE = "lo"
 _POLL_SECONDS = 0.2
 
 

@@ -15,6 +15,7 @@ from qsun.serve.cluster.names import ServedNames
 from qsun.serve.cluster.schema import Cluster, Pool
 
 DECODE_APP, INGRESS_APP = "qsun-decode", "qsun"
+LOOPBACK_DEVICE = "lo"
 ENGINE, INGRESS = "Engine", "Ingress"  # the deployments in them
 _BUILDERS = "qsun.serve.ray.apps"
 _START_SECONDS = 30.0  # beside the drain, for vLLM to end

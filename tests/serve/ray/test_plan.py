@@ -16,6 +16,8 @@ from qsun.serve.ray.scaling import METRIC, ByOutstandingTokens, OutstandingToken
 
 NAMES = ServedNames("qsun-d", {"math": "qsun-m", "a/b": "qsun-ab"})
 
+PODS = {"ray": {"transfer_device": "eth0"}, "listen": {"host": "0.0.0.0", "api_keys": "/keys/keys"}}  # noqa: S104
+
 
 def cluster(**changes):
     values = {
@@ -105,13 +107,20 @@ def test_serves_own_schema_takes_the_config():
 
 def test_a_ray_service_holds_the_config():
     yaml = pytest.importorskip("yaml")
-    plan = plan_apps(cluster(), NAMES)
-    service = ray_service(cluster(), plan, "2.60.0")
-    assert yaml.safe_load(service["spec"]["serveConfigV2"]) == serve_config(cluster(), plan)
+    plan = plan_apps(cluster(**PODS), NAMES)
+    service = ray_service(cluster(**PODS), plan, "2.60.0")
+    assert yaml.safe_load(service["spec"]["serveConfigV2"]) == serve_config(cluster(**PODS), plan)
     workers = service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
     assert workers["maxReplicas"] == 6
     mounts = workers["template"]["spec"]["containers"][0]["volumeMounts"]
     assert mounts == [{"name": "modules", "mountPath": "/m", "readOnly": True}]
+
+
+@pytest.mark.parametrize(("key", "message"), [("ray", "transfer_device lo"), ("listen", "listen.host 127.0.0.1")])
+def test_pods_have_a_loopback_of_their_own(key, message):
+    settings = {name: value for name, value in PODS.items() if name != key}
+    with pytest.raises(QsunError, match=f"{message} is one pod's own"):
+        ray_service(cluster(**settings), plan_apps(cluster(**settings), NAMES), "2.60.0")
 
 
 @contextmanager
