@@ -28,6 +28,8 @@ COMMANDS = {
     "bench kernels": "Default on a CPU",
     "bench tune-kernels": "Default: all.",
     "bench engine": "",
+    "bench adapters": "",
+    "bench speculation": "",
     "bench tasks": "",
     "bench tuning": "",
     "bench speed": "as qsun quantize leaves it",
