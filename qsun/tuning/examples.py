@@ -75,7 +75,8 @@ def cut_by_length(examples: Sequence[TokenExample]) -> list[Sequence[TokenExampl
         cost, start = min(found)
         best.append(cost)
         cuts.append(start)
-    passes, end = [], len(ranked)
+    passes: list[Sequence[TokenExample]] = []
+    end = len(ranked)
     while end:
         passes.append(ranked[cuts[end] : end])
         end = cuts[end]
