@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qsun.data.examples import TokenExample
-from qsun.model.lora import Adapter, place_adapter
+from qsun.model.lora import Adapter, place_adapter, read_adapter
 from qsun.runtime.decode_module import load_decode
 from qsun.runtime.prefill_module import load_prefill
 from qsun.runtime.quant_linear import QuantLinear
@@ -84,7 +84,15 @@ class WholeModels:
 
     def read_back(self, directory: Path) -> None:
         del self.optimizer, self.model
+        if self.job.one_copy:  # merged, the adapter would need a second copy of the weights, which may not fit
+            self.model = _with_the_same_layers(self.decode)
+            read_adapter(self.model, directory)
+            return
+        if self.job.config.fine_tune:
+            del self.decode  # the same module
         self.model = load_prefill(directory, dtype=self.job.dtype, device=self.processes.device).model
+        if self.job.config.fine_tune:
+            self.decode = self.model
 
 
 def _with_the_same_layers(model: Any) -> Any:

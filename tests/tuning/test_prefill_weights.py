@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -10,8 +11,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import qsun
+from qsun.model.output_dir import Workdir
 from qsun.model.pairing import differences
 from qsun.runtime.decode_module import dequantize_layers
+from qsun.tuning.job import prepare_tuning
+from qsun.tuning.output import write_module
+from qsun.tuning.processes import Processes
+from qsun.tuning.tuner import Tuner
 from tests.tiny_models import write_jsonl
 from tests.tuning.test_tuner import FAST, in_two_processes, same_curve, sums
 from tests.tuning.tune_in_parallel import held_bytes
@@ -165,6 +171,29 @@ def test_the_weights_are_held_once(decoders, few, tmp_path):
     alone = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     assert one < both / 2
     assert alone < one < 1.5 * alone
+
+
+def test_what_is_read_back_takes_the_place_of_what_was_tuned(decoders, dense, few, tmp_path, monkeypatch):
+    """Of an adapter on the decode module's weights only the adapter is loaded; of a fine-tune, after its release."""
+    released = []
+
+    def watched(directory, *arguments, **settings):
+        released.append(watched.model() is None)
+        return qsun.load_prefill(directory, *arguments, **settings)
+
+    monkeypatch.setattr("qsun.tuning.models.load_prefill", watched)
+    ways = {decoders[2]: ON_DECODE.replace(steps=2), dense: FAST.replace(steps=2, baseline="full")}
+    for number, (decode, config) in enumerate(ways.items()):
+        job = prepare_tuning(decode, tmp_path / str(number), few, config, device="cpu")
+        with Workdir(job.out, job.settings(), resume=False) as work:
+            tuner = Tuner(job, work, Processes(job.device))
+            tuner.run(lambda *_: None)
+            write_module(job, work, tuner.best_weights(), tuner.models.adapter)
+            watched.model = weakref.ref(tuner.models.model)
+            saved = tuner.loss_of_saved(work.module)
+        assert watched.model() is None
+        assert saved == pytest.approx(min(loss for _, loss in tuner.valid_loss), rel=1e-4)
+        assert len(released) == number and all(released)
 
 
 @pytest.mark.parametrize(
