@@ -93,5 +93,7 @@ class AdapterPool:
     def drop(self, number: int) -> None:
         """Let go of an adapter, wherever it is."""
         self._here.pop(number, None)
-        self._loading.pop(number, None)
+        loading = self._loading.pop(number, None)
+        if loading is not None:
+            loading.cancel()
         self.unused.discard(number)

@@ -42,6 +42,11 @@ class DecodeBatch:
         if last is not row:
             self.rows[place] = last
 
+    def remove_ended(self) -> None:
+        """Remove the rows that have a `finish`."""
+        for row in [row for row in self.rows if row.finish]:
+            self.remove(row, broken=row.finish == "error")
+
     def turns(self, eos: Set[int] = frozenset()) -> Iterator[list[tuple[Row, ChosenToken]]]:
         """Choose one token for each row, then a further one for each whose draft held; eos: the model's end tokens.
 
@@ -60,10 +65,12 @@ class DecodeBatch:
                 self.cache.advance(places)
             rows = [self.rows[place] for place in places]
             yield list(zip(rows, choose(logits[places, turn], rows, eos), strict=True))
-        for row, draft in zip(self.rows, drafts, strict=True):
+        for place, (row, draft) in enumerate(zip(self.rows, drafts, strict=True)):
             if draft and row.drafts is not None:
                 self.drafted += len(draft)
                 self.accepted += row.drafts.judge(draft)
+                if not logits[place, 1 : len(draft) + 1].isfinite().all():  # and so is the KV of what was drafted
+                    self.cache.wipe(place, self.cache.filled[place])
 
     @staticmethod
     def _holds(row: Row, draft: list[int], turn: int) -> bool:

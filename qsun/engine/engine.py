@@ -92,6 +92,7 @@ class Engine:
         for name, owner in list(self.modules.items()):
             if owner.leaving and not owner.active:
                 del self.modules[name]
+                self.watch.removed(name)
                 self._batches.pop(name, None)
                 self._queue.forget(name)
                 self.known.forget(owner.number)
@@ -235,9 +236,9 @@ class Engine:
             alike = needs.setdefault(batch, [])
             if not batch.cache.fits([*alike, request.kv_tokens]):
                 break
-            missing = self._prefilling.begin(request, owner, wanted)
-            if missing:  # no other adapter starts before one that has no place: its model has been served the least
-                absent |= {request.model} if missing == "loading" else {m.name for m in modules if m.adapts}
+            missing = self._prefilling.begin(request, owner, wanted, modules)
+            if missing:
+                absent |= missing
                 continue
             alike.append(request.kv_tokens)
             room -= 1
@@ -280,8 +281,7 @@ class Engine:
                 now = time.monotonic()
                 updates += [self._update(row, choice, now) for row, choice in chosen]
             self.watch.step(rows, now - started)
-            for row in [row for row in batch.rows if row.finish]:
-                batch.remove(row, broken=row.finish == "error")
+            batch.remove_ended()
         return updates
 
     def _update(self, row: Row, choice: ChosenToken, now: float) -> Update:

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -92,8 +92,13 @@ class Prefilling:
         self.tasks: deque[PrefillTask] = deque()
         self.read = 0
 
-    def begin(self, request: Request, owner: LoadedModule, wanted: Set[int]) -> Literal["", "loading", "full"]:
-        """Take a prompt in, or return why its adapter is not in memory (see `AdapterPool.want`).
+    def begin(
+        self, request: Request, owner: LoadedModule, wanted: Set[int], modules: Sequence[LoadedModule]
+    ) -> set[str]:
+        """Take a prompt in, or return the models whose prompts have to wait, if its adapter is not in memory.
+
+        Where it finds no place, those of other adapters wait too, as its model has been served the least; but not of
+        one that was loaded for a request that waits: it keeps its place until that request has begun.
 
         wanted: numbers of the modules for which requests wait.
         """
@@ -102,9 +107,10 @@ class Prefilling:
             pinned = {task.owner.number for task in self.tasks} | self._adapters.unused & wanted
             adapter = self._adapters.want(owner.number, owner.module.load, pinned)
         if isinstance(adapter, str):
-            return adapter
+            others = modules if adapter == "full" else ()
+            return {owner.name, *(m.name for m in others if m.adapts and m.number not in self._adapters.unused)}
         self.tasks.append(PrefillTask(request, owner, adapter))
-        return ""
+        return set()
 
     @torch.no_grad()
     def turn(self) -> Iterator[PrefillTask]:

@@ -99,5 +99,5 @@ def decoding_row(
     sampling, text = request.sampling, None
     if sampling.detokenize and tokenizer is not None:
         text = RowText(tokenizer, sampling.stop, sampling.skip_special_tokens)
-    drafts = Drafts(request.tokens, speculate) if speculate else None
+    drafts = Drafts(request.tokens, speculate) if speculate and sampling.max_new_tokens > 1 else None
     return Row(request, text, cached, scores, drafts=drafts)

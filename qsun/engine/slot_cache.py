@@ -89,9 +89,7 @@ class SlotCache:
         """
         last = self.rows - 1
         if wipe:
-            for buffers in self.buffers:
-                for buffer in buffers:
-                    buffer[row].zero_()
+            self.wipe(row)
         if row != last:
             filled = self.filled[last]
             for buffers in self.buffers:
@@ -103,6 +101,12 @@ class SlotCache:
         self.rows = last
         self.needs.pop()
         self.filled.pop()
+
+    def wipe(self, row: int, first: int = 0) -> None:
+        """Zero a row's keys and values from a column on."""
+        for buffers in self.buffers:
+            for buffer in buffers:
+                buffer[row, :, first:].zero_()
 
     def start(self, view: tuple[int, int], width: int = 1) -> None:
         """Begin a step of `width` tokens a row, or the capture of one."""

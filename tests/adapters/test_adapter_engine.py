@@ -15,6 +15,7 @@ from qsun.adapters.shared_prefill import AdapterWeights
 from qsun.engine.config import EngineConfig, Sampling
 from qsun.engine.engine import Engine
 from qsun.engine.requests import Refused, Request
+from qsun.engine.state import ModelState
 from tests.adapter_rig import merged
 from tests.engine_rig import KV_BYTES_PER_TOKEN, run_until_idle, tokens_of
 from tests.seam_oracle import greedy_reference
@@ -229,6 +230,29 @@ def test_decode_steps_go_on_while_an_adapter_is_loaded(make_engine, base_directo
         assert [update.request for update in engine.step()] == ["talks"]
     slow.set()
     assert len(tokens_of(run_until_idle(engine)["new"])) == 2
+
+
+def test_an_adapter_that_is_loaded_for_a_waiting_request_is_taken_though_another_model_is_next(
+    make_engine, base_directory, monkeypatch
+):
+    """While task0's adapter loads, task1 comes to be the least served: neither may wait for the other for ever."""
+    engine = make_engine(base_directory, max_adapters=1, prefix_bytes=0)
+    engine.submit(Request("long", "task0", (5, 6, 7), Sampling(90, ignore_eos=True)))
+    while not engine.state.models["task0"].decoding:
+        engine.step()
+    engine.submit(Request("other", "task1", (5, 6, 7), Sampling(2, ignore_eos=True)))
+    while engine.state.models["task1"] != ModelState():
+        engine.step()
+    slow, load = threading.Event(), qsun.adapters.adapter_module.AdapterModule.load
+    monkeypatch.setattr(qsun.adapters.adapter_module.AdapterModule, "load", lambda self: slow.wait(30) and load(self))
+    engine.submit(Request("more", "task0", (5, 6, 7), Sampling(2, ignore_eos=True)))
+    engine.step()
+    engine.submit(Request("again", "task1", (5, 6, 7), Sampling(2, ignore_eos=True)))
+    engine.step()
+    engine.step()
+    slow.set()
+    answers = run_until_idle(engine, 500)
+    assert [len(tokens_of(answers[name])) for name in ("more", "again")] == [2, 2]
 
 
 def test_a_request_that_is_cancelled_while_its_adapter_loads_holds_no_place(make_engine, base_directory, monkeypatch):

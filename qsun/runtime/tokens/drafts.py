@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 _LENGTHS = (4, 3, 2)  # tokens that must be there again; the longest that are decide
 _LONGEST_PAUSE = 32
+_REMEMBERED = 4096  # tokens of a prompt, its last: looking at more would hold up the rows that decode meanwhile
 
 
 class Drafts:
@@ -23,7 +24,7 @@ class Drafts:
         self._after: dict[tuple[int, ...], int] = {}  # where what followed some tokens begins
         self._most = self._length = most
         self._misses, self._pause, self._drafted_at = 0, 0, 0
-        for token in tokens:
+        for token in tokens[-_REMEMBERED:]:
             self.add(token)
 
     def add(self, token: int) -> None:
@@ -53,7 +54,8 @@ class Drafts:
         Returns how many of its tokens were right.
         """
         came = self._tokens[self._drafted_at :]
-        right = next((i for i, pair in enumerate(zip(draft, came, strict=False)) if pair[0] != pair[1]), len(draft))
+        pairs = zip(draft, came, strict=False)  # fewer came where the row ended
+        right = next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(draft), len(came)))
         if right:
             self._misses = 0
             self._length = min(self._most, 2 * self._length if right == len(draft) else right + 1)

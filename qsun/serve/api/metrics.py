@@ -66,6 +66,13 @@ class Metrics(EngineWatch):
         if first is not None and tokens > 1:
             self._tpot.labels(request.model).observe((seconds - first) / (tokens - 1))
 
+    def removed(self, model: str) -> None:
+        """Forget a model's series, so that models which come and go do not add up."""
+        for metric in (self._requests, self._refused, self._prompt, self._generated):
+            metric.remove_by_labels({"model": model})
+        for timed in (self._queued, self._ttft, self._tpot):
+            timed.remove_by_labels({"model": model})
+
     def text(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
