@@ -126,6 +126,10 @@ def _serve(file: Path, logs: Path, as_json: bool) -> None:
 
 def _up_on_ray(file: Path, logs: Path, address: str | None, show: bool, kuberay: bool, as_json: bool) -> None:
     """Deploy a cluster file to Ray Serve, or print what would be deployed."""
+    if kuberay and not show:
+        raise QsunError("--kuberay only prints a RayService; add --print, and give kubectl apply what it prints")
+    if address is not None and show:
+        raise QsunError(f"--print deploys nothing, and --address {address} is where to deploy; leave one of them out")
     if importlib.util.find_spec("ray") is None:
         raise QsunError("--ray needs Ray: pip install 'qsun[ray]'")
     from qsun.serve.cluster.file import read_cluster
@@ -163,12 +167,19 @@ def _deploy(cluster: Any, planned: Any, address: str) -> None:
 
 
 def _require_ray_token() -> None:
-    """Have Ray's processes require a token, which only they get: they listen on every network of the machine.
+    """Have Ray's processes require a token: they listen on every network of the machine.
 
-    Ray reads it when it is imported. Settings of the user's own stay.
+    Ray reads it when it is imported. Whether a token is required is RAY_AUTH_MODE's to say: one alone changes nothing.
     """
-    if not {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    mode = os.environ.get("RAY_AUTH_MODE", "")
+    if not mode:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        if not os.environ.get("RAY_AUTH_TOKEN") and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # which only Ray's own processes get
+    elif mode.lower() == "disabled":
+        screen.note(
+            "RAY_AUTH_MODE is disabled: whoever reaches a port of Ray on this machine can run code here; unset it"
+        )
 
 
 def _serve_here(cluster: Any, planned: Any, as_json: bool) -> None:
