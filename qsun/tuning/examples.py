@@ -119,9 +119,12 @@ def hold_out(examples: list[TokenExample], fraction: float, seed: int) -> tuple[
 
 
 def crosses(example: TokenExample, boundary: int | None) -> bool:
-    """Whether the response would need RoPE factors for `boundary` tokens and for more; None: they never change."""
+    """Whether the response would need RoPE factors for `boundary` tokens and for more; None: they never change.
+
+    A response that is still missing has one token at least.
+    """
     prefix = len(example.prompt) - 1
-    return boundary is not None and prefix <= boundary < prefix + len(example.response)
+    return boundary is not None and prefix <= boundary < prefix + max(1, len(example.response))
 
 
 def draw(examples: list[TokenExample], count: int, seed: int) -> list[TokenExample]:

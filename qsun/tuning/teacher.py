@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qsun.engine.generation import generate_stream
+from qsun.engine.requests import most_new_tokens
 from qsun.errors import QsunError
 from qsun.model.lora import ADAPTER_CONFIG, adapter_base
 from qsun.model.output_dir import Workdir
@@ -15,7 +16,6 @@ from qsun.model.skeleton import read_model_config
 from qsun.progress import Progress
 from qsun.runtime.decode_module import DecodeModule, load_decode
 from qsun.runtime.prefill_module import PrefillModule, load_prefill, load_with_adapter
-from qsun.runtime.rotary import rope_boundary
 from qsun.runtime.seam import SeamBatch, monolithic_hidden, seam_hidden
 from qsun.tuning.job import TuneJob
 from qsun.tuning.processes import Processes
@@ -75,11 +75,11 @@ def answer_prompts(job: TuneJob, work: Workdir, processes: Processes, progress: 
 def _answers(teacher: Teacher, prompts: Sequence[Sequence[int]], job: TuneJob, progress: Progress) -> list[list[int]]:
     """Answer all prompts, those together that have room for answers of one length."""
     shape = read_model_config(job.base)
-    limit, boundary = min(job.config.max_len, shape.max_position_embeddings), rope_boundary(shape)
+    limit = min(job.config.max_len, shape.max_position_embeddings) - 1  # an example's last token is never read
     rooms: dict[int, list[int]] = {}
     for number, prompt in enumerate(prompts):
-        last = min(limit, boundary) if boundary is not None and len(prompt) < boundary else limit
-        rooms.setdefault(min(job.config.teacher_tokens, last - len(prompt)), []).append(number)
+        room = most_new_tokens(shape, limit, len(prompt))
+        rooms.setdefault(min(job.config.teacher_tokens, room), []).append(number)
     answers: list[list[int]] = [[] for _ in prompts]
     done = 0
     for most, numbers in rooms.items():

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 import qsun
 from qsun.model.lora import place_adapter
 from qsun.model.output_dir import Workdir
-from qsun.tuning.examples import Batches, collate
+from qsun.tuning.examples import Batches, collate, crosses
 from qsun.tuning.job import prepare_tuning
 from qsun.tuning.processes import Processes
+from qsun.tuning.teacher import answer_prompts
 from qsun.tuning.tuner import Tuner
 from tests.seam_oracle import monolithic_logits, seam_logits
 from tests.tiny_models import write_jsonl
@@ -145,6 +146,37 @@ def test_a_stopped_run_keeps_the_answers(teachers, decode, prompts, tmp_path, mo
     assert report["train_loss"] == whole["train_loss"]
     files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "whole")]
     assert all(torch.equal(tensor, files[1][name]) for name, tensor in files[0].items())
+
+
+def longrope_model(tiny_model, talking_model, directory, boundary, **changes):
+    """A tiny Phi 3 that can be given text; its RoPE changes at so many tokens."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": boundary,
+        "short_factor": [1.0] * 8, "long_factor": [1.0 + 4 * i for i in range(8)],
+    }  # fmt: skip
+    made = tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=boundary, **changes)
+    shutil.copytree(made, directory)
+    for file in talking_model.glob("tokenizer*"):
+        shutil.copyfile(file, directory / file.name)
+    return directory
+
+
+def answered(job):
+    with Workdir(job.out, job.settings(), resume=False) as work:
+        return answer_prompts(job, work, Processes(job.device), lambda *_: None)
+
+
+def test_answers_end_where_rope_changes(tiny_model, talking_model, few, tmp_path):
+    model = longrope_model(tiny_model, talking_model, tmp_path / "model", boundary=32)
+    data = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "7" * n} for n in range(24, 44)])
+    config = FAST.replace(teacher_tokens=5, max_len=40)
+    job = prepare_tuning(model, tmp_path / "out", data, config, eval_data=few, teacher=model, device="cpu")
+    lengths = {len(e.prompt) for e in job.train}
+    assert set(range(28, 40)) - lengths == {33}  # 32 read tokens, and not one more has room
+    for example in answered(job).train:
+        n, room = len(example.prompt), len(example.response)
+        assert 1 <= room <= min(5, 33 - n if n < 33 else 40 - n)
+        assert not crosses(example, 32)
 
 
 @pytest.mark.slow

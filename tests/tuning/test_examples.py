@@ -245,7 +245,16 @@ def test_the_fingerprint_sees_order_and_the_seam():
 
 @pytest.mark.parametrize(
     ("prompt", "response", "crossing"),
-    [(5, 4, False), (5, 5, True), (9, 1, True), (10, 1, False), (20, 9, False)],
+    [
+        (5, 4, False),
+        (5, 5, True),
+        (8, 0, False),
+        (9, 0, True),
+        (9, 1, True),
+        (10, 0, False),
+        (10, 1, False),
+        (20, 9, False),
+    ],
 )
 def test_examples_that_cross_the_boundary_of_rope(prompt, response, crossing):
     """Of a prompt of n tokens, n - 1 are prefilled; the last response token is never an input."""
