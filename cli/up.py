@@ -160,9 +160,9 @@ def _print_on_ray(cluster: Any, planned: Any, kuberay: bool, as_json: bool) -> N
 
 
 def _deploy(cluster: Any, planned: Any, address: str) -> None:
-    from qsun.serve.ray.config import put_config, serve_config
+    from qsun.serve.ray.config import put_config, ray_token, serve_config
 
-    put_config(address, serve_config(cluster, planned))
+    put_config(address, serve_config(cluster, planned), ray_token(os.environ))
     screen.note(f"{len(planned)} applications are being deployed; `serve status -a {address}` shows how they are")
 
 

@@ -1,7 +1,9 @@
 """The planned applications as a config for `serve deploy` or a running cluster, and as a RayService for KubeRay."""
 
-import os.path
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -30,22 +32,62 @@ def serve_config(cluster: Cluster, planned: Sequence[PlannedApp]) -> dict[str, A
     }
 
 
-def put_config(address: str, config: dict[str, Any]) -> None:
+def put_config(address: str, config: dict[str, Any], token: str | None) -> None:
     """Have a running cluster deploy a config, as `serve deploy` does. What has not changed is left alone.
 
     Args:
-        address: of the dashboard, http://host:port.
+        address: of the dashboard, http://host:port. token: of the cluster, if it requires one; errors never hold it.
     Raises:
-        QsunError: it cannot be reached, or refuses the config.
+        QsunError: it cannot be reached, or refuses the token or the config.
     """
     if not address.startswith(("http://", "https://")):
         raise QsunError(f"--address {address} is not a dashboard's; give http://HEAD:8265")
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    url = address.rstrip("/") + _PATH
     try:
-        answer = httpx.put(address.rstrip("/") + _PATH, json=config, timeout=_SECONDS, trust_env=False)
+        answer = httpx.put(url, json=config, headers=headers, timeout=_SECONDS, trust_env=False)
     except httpx.HTTPError as error:
         raise QsunError(f"{address} does not answer: {error or type(error).__name__}") from None
+    if answer.status_code in (401, 403):
+        wants = "requires a token" if token is None else "refuses this token"
+        raise QsunError(
+            f"{address} answers {answer.status_code}: it {wants}; set RAY_AUTH_TOKEN to that of the cluster, or "
+            "RAY_AUTH_TOKEN_PATH to its file, and RAY_AUTH_MODE to token"
+        )
     if answer.status_code != 200:
         raise QsunError(f"{address} answers {answer.status_code}: {' '.join(answer.text.split())[:500]}")
+
+
+def ray_token(environment: Mapping[str, str]) -> str | None:
+    """Return this user's token of Ray from where Ray looks for it; None: there is none, or RAY_AUTH_MODE is disabled.
+
+    Errors never hold it.
+
+    Raises:
+        QsunError: its file cannot be read, or it cannot be sent in a header.
+    """
+    if environment.get("RAY_AUTH_MODE", "").lower() == "disabled":
+        return None
+    token, where = environment.get("RAY_AUTH_TOKEN", "").strip(), "RAY_AUTH_TOKEN"
+    if not token:
+        path = environment.get("RAY_AUTH_TOKEN_PATH")
+        file = Path(path) if path else Path.home() / ".ray" / "auth_token"
+        where = str(file)
+        if not path and not file.is_file():
+            return None
+        token = _token_in(file)
+    if not re.fullmatch(r"[!-~]+", token):  # httpx names an invalid header with its value
+        raise QsunError(f"the token in {where} is empty or has a character that a header cannot; make another one")
+    return token
+
+
+def _token_in(file: Path) -> str:
+    try:
+        return file.read_text(encoding="ascii", errors="replace").strip()
+    except OSError as error:
+        raise QsunError(
+            f"Ray's token in {file} cannot be read: {error.strerror}; correct RAY_AUTH_TOKEN_PATH"
+        ) from None
 
 
 def ray_service(cluster: Cluster, planned: Sequence[PlannedApp], ray_version: str) -> dict[str, Any]:

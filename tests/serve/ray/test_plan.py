@@ -1,16 +1,13 @@
 """What `qsun up --ray` would deploy; needs no Ray."""
 
 import json
-import threading
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
 from qsun.errors import QsunError
 from qsun.serve.cluster.file import parse_cluster
 from qsun.serve.cluster.names import ServedNames
-from qsun.serve.ray.config import put_config, ray_service, serve_config
+from qsun.serve.ray.config import ray_service, serve_config
 from qsun.serve.ray.plan import DECODE_APP, needed_cpus, plan_apps
 from qsun.serve.ray.scaling import METRIC, ByOutstandingTokens, OutstandingTokens
 
@@ -121,46 +118,6 @@ def test_pods_have_a_loopback_of_their_own(key, message):
     settings = {name: value for name, value in PODS.items() if name != key}
     with pytest.raises(QsunError, match=f"{message} is one pod's own"):
         ray_service(cluster(**settings), plan_apps(cluster(**settings), NAMES), "2.60.0")
-
-
-@contextmanager
-def dashboard(status):
-    """A server that answers as Serve's REST API does; gives its URL and what it was asked."""
-    asked = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_PUT(self):
-            asked.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(b"no such\nmodule")
-
-        def log_message(self, *_):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", asked
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def test_a_running_cluster_gets_the_config():
-    config = serve_config(cluster(), plan_apps(cluster(), NAMES))
-    with dashboard(200) as (url, asked):
-        put_config(url + "/", config)
-    assert asked == [("/api/serve/applications/", config)]
-
-
-def test_a_cluster_that_refuses_or_does_not_answer():
-    with dashboard(400) as (url, _), pytest.raises(QsunError, match="answers 400: no such module"):
-        put_config(url, {})
-    with pytest.raises(QsunError, match="does not answer"):
-        put_config(url, {})
-    with pytest.raises(QsunError, match="ray://head:10001 is not a dashboard's; give http://HEAD:8265"):
-        put_config("ray://head:10001", {})
 
 
 class Context:
