@@ -27,9 +27,10 @@ Examples:
 
 Each prefill module is a model of the API. --adapters serves every LoRA adapter in a folder under the name of its own
 folder: all share one set of prefill weights, and each takes only its own megabytes, while its prompts are read. Without
---prefill, and with --adapters, the base itself is a model, "base". SIGTERM and Ctrl-C let running requests finish; a
-second one ends them. /metrics is for Prometheus, /health and /ready are for probes. Without --api-keys the server
-listens on this machine only.
+--prefill, and with --adapters, the base itself is a model, "base"; where all adapters were tuned on the decode module's
+own weights, those read its prompts as well. SIGTERM and Ctrl-C let running requests finish; a second one ends them.
+/metrics is for Prometheus, /health and /ready are for probes. Without --api-keys the server listens on this machine
+only.
 """
 
 

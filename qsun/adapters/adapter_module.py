@@ -12,6 +12,7 @@ from qsun.model.checkpoint import files_fingerprint, read_json
 from qsun.model.locate import find_model
 from qsun.model.lora import ADAPTER_CONFIG, adapter_base, adapter_file, check_adapter, stored_adapter
 from qsun.model.pairing import ADAPTER_WEIGHTS, base_fingerprint, check_pair, find_base, read_manifest, uncovered
+from qsun.model.skeleton import empty_model
 from qsun.runtime.decode_module import DecodeModule, load_decode
 from qsun.runtime.prefill_module import PLAIN_ADAPTER, PrefillModule
 
@@ -55,6 +56,8 @@ class AdapterLibrary:
 
     def __init__(self, decode: DecodeModule):
         self.decode = decode
+        model: Any = decode.model
+        self._skeleton: Any = empty_model(model.config)  # an adapter's base has the same, or check_pair refuses it
         self._shared: dict[str, SharedPrefill] = {}
         self._lock = threading.Lock()  # weights are loaded once, also where two threads ask for them
 
@@ -75,9 +78,9 @@ class AdapterLibrary:
             log.warning("%s", warning)
         if not made:
             log.warning("%s", PLAIN_ADAPTER.format(path))
-        shared = self._weights_of(path, made)
         state = _state(path)
-        check_adapter(shared.skeleton, path)
+        check_adapter(self._skeleton, path)
+        shared = self._weights_of(path, made)  # which may load them
         return AdapterModule(shared.model, path, made, shared=shared, state=state)
 
     def plain(self) -> AdapterModule:

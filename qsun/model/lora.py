@@ -4,6 +4,7 @@ They are stored as peft stores them, adapter_config.json and adapter_model.safet
 merging need no more than what is here, so peft itself is not needed.
 """
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -191,6 +192,12 @@ def adapter_file(directory: Path) -> Checkpoint:
     if not (directory / ADAPTER_WEIGHTS).is_file():
         raise QsunError(f"{directory} has {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}; pickled adapters are not read")
     return Checkpoint(directory / ADAPTER_WEIGHTS)
+
+
+def adapter_fingerprint(directory: Path) -> str:
+    """Return the SHA-256 of all that decides what an adapter adds: its tensors and their scale."""
+    settings = _read_settings(directory)
+    return hashlib.sha256(f"{adapter_file(directory).fingerprint()} {settings.scale!r}".encode()).hexdigest()
 
 
 def _read_settings(directory: Path) -> AdapterSettings:

@@ -58,6 +58,8 @@ def add_admin_routes(app: FastAPI, engine: Engine, thread: EngineThread, library
                 raise HttpError(503, str(refused)) from None
             except QsunError as error:
                 raise HttpError(400, str(error), "directory") from None
+            except (RuntimeError, OSError) as error:  # torch's lack of memory is the first
+                raise HttpError(500, f"{body.directory} could not be loaded: {error}".partition("\n")[0]) from None
         return {"id": body.name, "object": "model"}
 
     @app.delete("/admin/models/{name:path}", responses={404: DESCRIBED[404]})

@@ -6,7 +6,7 @@ from pathlib import Path
 from qsun.errors import QsunError
 from qsun.model.checkpoint import Checkpoint, files_fingerprint
 from qsun.model.locate import DEMO, find_model
-from qsun.model.lora import adapter_file
+from qsun.model.lora import adapter_fingerprint
 from qsun.model.pairing import ADAPTER, base_fingerprint, check_pair, named_base, read_manifest, uncovered
 from qsun.serve.cluster.names import ServedNames, served_name
 from qsun.serve.cluster.schema import Cluster, Pool
@@ -30,12 +30,12 @@ class ModuleChecks:
             QsunError: a directory that is not a module, an incompatible pair, or an adapter of other weights.
         """
         decode = _directory("decode.module", cluster.decode.module)
-        prefill = {}
-        for model, pool in cluster.models.items():
+        prefill, pools = {}, cluster.models.items()
+        for model, pool in pools:
             key, given = ("adapter", pool.adapter) if pool.adapter else ("module", pool.module)
             prefill[model] = _directory(f"models.{model}.{key}", given)
             self._check(prefill[model], decode, bool(pool.adapter))
-        names = {model: served_name(self.fingerprint(directory)) for model, directory in prefill.items()}
+        names = {model: served_name(self.fingerprint(prefill[model], bool(pool.adapter))) for model, pool in pools}
         shared = "" if cluster.prefill is None else self._shared(cluster.prefill, decode)
         for model in cluster.adapters:
             weights = served_name(adapted_weights(prefill[model]))
@@ -53,12 +53,13 @@ class ModuleChecks:
             self._check(directory, decode, adapter=False)
         return served_name(self.fingerprint(directory))
 
-    def fingerprint(self, directory: Path) -> str:
+    def fingerprint(self, directory: Path, adapter: bool = False) -> str:
+        """Return the fingerprint of a module's weights, or of an adapter. Raises QsunError if it is not plain LoRA."""
         stamps = _stamps(directory)
         known = self._fingerprints.get(directory)
         if known is None or known[0] != stamps:
-            tensors = Checkpoint(directory) if (directory / "config.json").exists() else adapter_file(directory)
-            known = self._fingerprints[directory] = (stamps, tensors.fingerprint())
+            own = adapter_fingerprint(directory) if adapter else Checkpoint(directory).fingerprint()
+            known = self._fingerprints[directory] = (stamps, own)
         return known[1]
 
     def _check(self, prefill: Path, decode: Path, adapter: bool) -> None:

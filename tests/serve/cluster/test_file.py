@@ -1,6 +1,7 @@
 """cluster.yaml: what it may contain, and the one-line error for what it may not."""
 
 import copy
+import json
 import re
 import shutil
 
@@ -188,6 +189,14 @@ def test_adapters_are_served_under_names_of_their_own(base_directory, tmp_path):
     names = ModuleChecks().names(read_cluster(file))
     assert len({*names.prefill.values(), names.shared}) == 3
     assert names.shared == names.decode == served_name(Checkpoint(base_directory).fingerprint())
+    settings = tmp_path / "math" / "adapter_config.json"
+    values = json.loads(settings.read_text())
+    settings.write_text(json.dumps(values | {"lora_alpha": values["lora_alpha"] + 1}))
+    assert ModuleChecks().names(read_cluster(file)).prefill["math"] != names.prefill["math"]
+    settings.write_text(json.dumps(values | {"peft_type": "IA3"}))
+    with pytest.raises(QsunError, match="peft_type 'IA3' is not plain LoRA"):
+        ModuleChecks().names(read_cluster(file))
+    settings.write_text(json.dumps(values))
     file.write_text(text + "  math: {adapter: base}\n")
     with pytest.raises(QsunError, match=r"base has no adapter_config.json; give a full module as `module`"):
         ModuleChecks().names(read_cluster(file))
