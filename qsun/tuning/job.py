@@ -189,7 +189,8 @@ def prepare_tuning(  # noqa: PLR0913, PLR0917
     tokenizer = load_tokenizer(decode_dir)
     if tokenizer is None:
         raise QsunError(f"{decode_dir} has no tokenizer, and training data is text")
-    read = partial(_read, tokenizer, config, read_model_config(base_dir), teaching is None)
+    shapes = [read_model_config(base_dir), *([] if teaching is None else teaching.shapes)]
+    read = partial(_read, tokenizer, config, shapes, teaching is None)
     train, too_long = read(data, "training")
     if eval_data is None:
         train, valid = hold_out(train, config.valid_fraction, config.seed)
@@ -210,23 +211,26 @@ def prepare_tuning(  # noqa: PLR0913, PLR0917
 def _read(
     tokenizer: Any,
     config: TuneConfig,
-    shape: Any,
+    shapes: Sequence[Any],
     needs_response: bool,
     sources: str | Path | Sequence[str | Path],
     what: str,
 ) -> tuple[list[TokenExample], int]:
-    limit = min(config.max_len, shape.max_position_embeddings)
+    """Read the examples that fit into all of these configs, the base's first, and count those that are too long."""
+    limit = min(config.max_len, *(shape.max_position_embeddings for shape in shapes))
     found, too_long = read_examples(_names(sources), tokenizer, limit, what, needs_response)
-    examples = [e for e in found if not crosses(e, rope_boundary(shape))]
+    boundaries = sorted({b for shape in shapes if (b := rope_boundary(shape)) is not None})
+    examples = [e for e in found if not any(crosses(e, boundary) for boundary in boundaries)]
+    named = " or ".join(map(str, boundaries))
     if len(examples) < len(found):
         log.warning(
             "%s data: left out %d examples that cross the model's original context of %s tokens, "
-            "where its RoPE (longrope) changes", what, len(found) - len(examples), rope_boundary(shape),
+            "where its RoPE (longrope) changes", what, len(found) - len(examples), named,
         )  # fmt: skip
     if not examples:
-        raise QsunError(f"{what} data has no examples on one side of the {rope_boundary(shape)} tokens of longrope")
+        raise QsunError(f"{what} data has no examples on one side of the {named} tokens of longrope")
     tokens = ((*example.prompt, *example.response) for example in examples)
-    check_vocabulary(tokens, shape.vocab_size, tokenizer, f"{what} data")
+    check_vocabulary(tokens, shapes[0].vocab_size, tokenizer, f"{what} data")
     return examples, too_long
 
 

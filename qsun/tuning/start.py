@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qsun.errors import QsunError
 from qsun.model.checkpoint import Checkpoint, check_full_precision, files_fingerprint, read_json
@@ -110,6 +111,11 @@ class TeacherPlan:
     shaped: Path
     decode: Path | None
     fingerprints: tuple[str, ...]
+
+    @property
+    def shapes(self) -> list[Any]:
+        """The configs of its models, whose limits on length hold for the examples too."""
+        return [read_model_config(path) for path in (self.shaped, self.decode) if path is not None]
 
 
 def find_teacher(name: str, decode: Path) -> TeacherPlan:

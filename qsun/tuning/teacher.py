@@ -74,11 +74,11 @@ def answer_prompts(job: TuneJob, work: Workdir, processes: Processes, progress: 
 
 def _answers(teacher: Teacher, prompts: Sequence[Sequence[int]], job: TuneJob, progress: Progress) -> list[list[int]]:
     """Answer all prompts, those together that have room for answers of one length."""
-    shape = read_model_config(job.base)
-    limit = min(job.config.max_len, shape.max_position_embeddings) - 1  # an example's last token is never read
+    shapes = [read_model_config(job.base), *([] if job.teacher is None else job.teacher.shapes)]
+    limit = job.config.max_len - 1  # an example's last token is never read
     rooms: dict[int, list[int]] = {}
     for number, prompt in enumerate(prompts):
-        room = most_new_tokens(shape, limit, len(prompt))
+        room = min(most_new_tokens(shape, limit, len(prompt)) for shape in shapes)
         rooms.setdefault(min(job.config.teacher_tokens, room), []).append(number)
     answers: list[list[int]] = [[] for _ in prompts]
     done = 0

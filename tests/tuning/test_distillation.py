@@ -179,6 +179,20 @@ def test_answers_end_where_rope_changes(tiny_model, talking_model, few, tmp_path
         assert not crosses(example, 32)
 
 
+def test_a_teachers_limits_on_length_hold_too(tiny_model, talking_model, decode, few, tmp_path):
+    """The decode module has room for 128 tokens and one set of RoPE factors."""
+    teacher = longrope_model(tiny_model, talking_model, tmp_path / "phi", boundary=30, max_position_embeddings=36)
+    data = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "7" * n} for n in range(24, 60)])
+    config = FAST.replace(teacher_tokens=8)
+    job = prepare_tuning(decode, tmp_path / "out", data, config, eval_data=few, teacher=teacher, device="cpu")
+    lengths = {len(e.prompt) for e in job.train}
+    assert set(range(28, 40)) & lengths == {28, 29, 30, 32, 33, 34, 35}
+    assert job.too_long == 36 - len(job.train) - 1
+    for example in answered(job).train:
+        n = len(example.prompt)
+        assert 1 <= len(example.response) <= min(8, 31 - n if n < 31 else 37 - n)
+
+
 @pytest.mark.slow
 def test_two_processes_learn_the_same(teachers, decode, prompts, tmp_path):
     """With all weights in each, and sharded; from a pair and from a whole model."""
