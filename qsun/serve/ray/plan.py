@@ -4,6 +4,7 @@ Each pool is an application of its own, so that Ray Serve replaces the replicas 
 others: it compares applications by their arguments, and the module's fingerprint is one of them.
 """
 
+import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -43,12 +44,24 @@ def plan_apps(cluster: Cluster, names: ServedNames) -> list[PlannedApp]:
         QsunError: a pool lists running workers, or a setting is for workers on one machine only.
     """
     _check(cluster)
-    prefill = {model: f"qsun-prefill-{i}-{_safe(model)}" for i, model in enumerate(cluster.models)}
+    prefill = {model: pool_app(model) for model in cluster.models}
     apps = [_pool_app(DECODE_APP, None, cluster.decode, names.decode, cluster)]
     for model, pool in cluster.models.items():
         apps.append(_pool_app(prefill[model], model, pool, names.prefill[model], cluster))
-    args = {"cluster": cluster.model_dump(mode="json", exclude_defaults=True), "decode": DECODE_APP, "prefill": prefill}
+    args = {"cluster": _exchange(cluster), "decode": DECODE_APP, "prefill": prefill}
     return [*apps, PlannedApp(INGRESS_APP, f"{_BUILDERS}:ingress", args | {"deployment": _ingress(cluster)}, "/")]
+
+
+def pool_app(model: str | None) -> str:
+    """Return the name of the application of a model's prefill replicas; None: of the decode replicas.
+
+    It depends on the model's name alone: where a model comes or moves in the file, no other's replicas restart. It is
+    valid as a file name; the hash tells apart models that differ in other characters only.
+    """
+    if model is None:
+        return DECODE_APP
+    readable = re.sub(r"[^A-Za-z0-9-]", "-", model)
+    return f"qsun-prefill-{readable}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
 
 
 def _check(cluster: Cluster) -> None:
@@ -131,6 +144,16 @@ def needed_cpus(planned: Sequence[PlannedApp]) -> int:
     return math.ceil(sum(most(d) * d["ray_actor_options"]["num_cpus"] for d in deployments))
 
 
+def _exchange(cluster: Cluster) -> dict[str, Any]:
+    """Return what of the cluster the ingress uses: all but modules, numbers of replicas, and how they run.
+
+    They stay the same when a module changes, so Serve does not replace the ingress. It reads them as a cluster file.
+    """
+    values = cluster.model_dump(mode="json", exclude_defaults=True, exclude={"decode", "models", "launch", "ray"})
+    pool = {"module": "demo", "workers": len(cluster.models)}  # `partitioned` wants as many decode workers as models
+    return values | {"decode": pool, "models": {model: {"module": "demo", "workers": 1} for model in cluster.models}}
+
+
 def _ingress(cluster: Cluster) -> dict[str, Any]:
     limits = cluster.limits
     return {
@@ -141,7 +164,3 @@ def _ingress(cluster: Cluster) -> dict[str, Any]:
         "graceful_shutdown_timeout_s": limits.drain_seconds + 5.0,
         "graceful_shutdown_wait_loop_s": 0.5,
     }
-
-
-def _safe(model: str) -> str:
-    return re.sub(r"[^A-Za-z0-9-]", "-", model)

@@ -8,10 +8,11 @@ from qsun.errors import QsunError
 from qsun.serve.cluster.file import parse_cluster
 from qsun.serve.cluster.names import ServedNames
 from qsun.serve.ray.config import ray_service, serve_config
-from qsun.serve.ray.plan import DECODE_APP, needed_cpus, plan_apps
+from qsun.serve.ray.plan import DECODE_APP, needed_cpus, plan_apps, pool_app
 from qsun.serve.ray.scaling import METRIC, ByOutstandingTokens, OutstandingTokens
 
 NAMES = ServedNames("qsun-d", {"math": "qsun-m", "a/b": "qsun-ab"})
+MATH, AB = "qsun-prefill-math-58a6d680", "qsun-prefill-a-b-c14cddc0"
 
 PODS = {"ray": {"transfer_device": "eth0"}, "listen": {"host": "0.0.0.0", "api_keys": "/keys/keys"}}  # noqa: S104
 
@@ -31,16 +32,45 @@ def planned(**changes):
 
 def test_a_pool_is_an_application_and_clients_reach_the_ingress_only():
     apps = planned()
-    assert list(apps) == [DECODE_APP, "qsun-prefill-0-math", "qsun-prefill-1-a-b", "qsun"]
+    assert list(apps) == [DECODE_APP, MATH, AB, "qsun"]
     assert [app.route_prefix for app in apps.values()] == [None, None, None, "/"]
     assert [apps[name].args["deployment"]["num_replicas"] for name in list(apps)[:3]] == [2, 1, 3]
-    assert apps["qsun"].args["prefill"] == {"math": "qsun-prefill-0-math", "a/b": "qsun-prefill-1-a-b"}
+    assert apps["qsun"].args["prefill"] == {"math": MATH, "a/b": AB}
 
 
 def test_a_module_that_changes_changes_its_own_application_only():
     before = planned()
     after = {app.name: app for app in plan_apps(cluster(), ServedNames("qsun-d", NAMES.prefill | {"math": "qsun-new"}))}
-    assert [name for name in before if before[name] != after[name]] == ["qsun-prefill-0-math"]
+    assert [name for name in before if before[name] != after[name]] == [MATH]
+
+
+def test_models_that_come_or_move_restart_no_other():
+    before = planned()
+    models = {"new": {"module": "/m/new", "workers": 1}, "a/b": {"module": "/m/ab", "workers": 3}}
+    models["math"] = {"module": "/m/math", "workers": 1}
+    names = ServedNames("qsun-d", NAMES.prefill | {"new": "qsun-n"})
+    after = {app.name: app for app in plan_apps(cluster(models=models), names)}
+    assert [name for name in before if before[name] != after[name]] == ["qsun"]  # it must learn of the new model
+    assert pool_app("a/b") != pool_app("a:b") != pool_app("a-b")
+
+
+def test_a_module_elsewhere_and_more_replicas_leave_the_ingress_alone():
+    before = planned(policy="partitioned")["qsun"]
+    models = {"math": {"module": "/other/math", "workers": 2}, "a/b": {"module": "/m/ab", "workers": 1}}
+    decode = {"module": "/m/int4", "workers": 5, "scale": {"workers": 7, "tokens": 9}}
+    launch = {"device": "cpu", "max_model_len": 512}
+    after = planned(policy="partitioned", models=models, decode=decode, launch=launch)
+    assert after["qsun"] == before
+    assert after[DECODE_APP].args["deployment"] != planned()[DECODE_APP].args["deployment"]
+
+
+def test_the_ingress_reads_its_part_as_a_cluster_file():
+    whole = cluster(policy="partitioned", limits={"queue_seconds": 7.0}, **PODS)
+    args = {app.name: app for app in plan_apps(whole, NAMES)}["qsun"].args
+    part = parse_cluster(json.loads(json.dumps(args["cluster"])))
+    for section in ("listen", "policy", "prefill_policy", "limits", "health"):
+        assert getattr(part, section) == getattr(whole, section)
+    assert list(part.models) == list(whole.models)
 
 
 def test_arguments_are_json():

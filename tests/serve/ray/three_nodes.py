@@ -124,7 +124,7 @@ def kills(nodes, found):
         return back
 
     def a_prefill_replica():
-        kill(processes("ray::ServeReplica:qsun-prefill-0-math")[0])
+        kill(processes("ray::ServeReplica:qsun-prefill-math-")[0])
         until(lambda: not back())
         return back
 
