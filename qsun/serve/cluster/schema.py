@@ -240,7 +240,8 @@ class RaySettings(Section):
         transfer_device: network device over which KV cache moves. `lo` keeps all workers on one machine.
         surge_percent: workers of a new module started before old ones stop, of all; they need free resources.
         linger_seconds: that a prefill worker which is to stop holds KV cache that decode workers have yet to fetch.
-        logs: directory on each node for the logs of vLLM; None: qsun-logs in that of temporary files.
+        logs: directory on each node for the logs of vLLM; None: qsun-logs-UID, of this user alone, in that of temporary
+            files. The newest 10 of a pool stay.
     """
 
     cpus: Annotated[float, Field(ge=0, le=1024)] = 1.0

@@ -77,7 +77,7 @@ def ray_token(environment: Mapping[str, str]) -> str | None:
             return None
         token = _token_in(file)
     if not re.fullmatch(r"[!-~]+", token):  # httpx names an invalid header with its value
-        raise QsunError(f"the token in {where} is empty or has a character that a header cannot; make another one")
+        raise QsunError(f"the token in {where} is empty, or has characters that no header can; make another one")
     return token
 
 

@@ -2,10 +2,8 @@
 
 import logging
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from qsun.errors import QsunError
@@ -15,7 +13,8 @@ from qsun.serve.cluster.names import served_name
 from qsun.serve.cluster.schema import LaunchSettings
 from qsun.serve.launch.plan import WorkerCommand, WorkerPlace, free_ports, worker_command
 from qsun.serve.launch.processes import WorkerProcesses, last_lines
-from qsun.serve.ray.plan import LOOPBACK_DEVICE
+from qsun.serve.ray.logs import drop_old_logs, hold_log, log_directory
+from qsun.serve.ray.plan import LOOPBACK_DEVICE, pool_app
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ def engine_command(engine: Mapping[str, Any], replica: str, node_address: str) -
     settings = _transfer_settings(engine["transfer_device"], node_address) | launch.environment
     launch = launch.model_copy(update={"environment": settings})
     port, side_channel = free_ports(2)
-    name = f"{'decode' if engine['model'] is None else 'prefill'}-{replica}"
+    name = f"{pool_app(engine['model']).removeprefix('qsun-')}-{replica}"
     place = WorkerPlace(port, side_channel, ())  # Ray makes the replica's GPUs the visible ones
     return worker_command(name, engine["model"], engine["module"], found, launch, place)
 
@@ -55,25 +54,29 @@ class EngineProcess:
     """A vLLM server, started and ready.
 
     Args:
-        command: its command. logs: directory for its log. seconds: until it must answer.
+        command: its command. logs: directory for its log; None: the default one. seconds: until it must answer.
         on_death: called, in a thread, with a line that says how it ended if it ends by itself.
     Attributes:
         url: on the loopback address.
     Raises:
-        QsunError: it ended, with the last lines of its log, or it does not answer in time.
+        QsunError: its log cannot be written, it ended, with the last lines of its log, or it does not answer in time.
     """
 
     def __init__(self, command: WorkerCommand, logs: str | None, seconds: float, on_death: Callable[[str], None]):
-        directory = Path(logs or Path(tempfile.gettempdir()) / "qsun-logs")
+        directory = log_directory(logs)
+        log = directory / f"{command.name}.log"
         self.url = command.url
+        self._log = hold_log(log)
+        drop_old_logs(directory, command.name.rpartition("-")[0])
         self._processes = WorkerProcesses([command], directory, _environment())
         self._on_death = on_death
         self._processes.__enter__()
         try:
             self._processes.wait_until_ready(seconds, logger.info)
         except BaseException as error:
-            lines = "\n".join(last_lines(directory / f"{command.name}.log"))
+            lines = "\n".join(last_lines(log))
             self._processes.stop()
+            self._log.close()
             raise QsunError(f"{error}\n{lines}") from None
         self._ending = threading.Event()
         threading.Thread(target=self._watch, name="watch vLLM", daemon=True).start()
@@ -82,6 +85,7 @@ class EngineProcess:
         """End it. Blocks until it is gone."""
         self._ending.set()
         self._processes.stop()
+        self._log.close()
 
     def _watch(self) -> None:
         while not self._ending.wait(_POLL_SECONDS):

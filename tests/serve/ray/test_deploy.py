@@ -89,7 +89,7 @@ def test_a_cluster_that_wants_another_token(status, monkeypatch):
 def test_a_token_that_cannot_be_sent_is_in_no_message(home, monkeypatch):
     for token in (f"{TOKEN}\nX: y", f"{TOKEN}ü", f"{TOKEN} b"):
         monkeypatch.setenv("RAY_AUTH_TOKEN", token)
-        with pytest.raises(QsunError, match="the token in RAY_AUTH_TOKEN is empty or has a character") as refused:
+        with pytest.raises(QsunError, match="the token in RAY_AUTH_TOKEN is empty, or has characters") as refused:
             put_config("http://127.0.0.1:1", CONFIG)
         assert TOKEN not in str(refused.value)
     monkeypatch.delenv("RAY_AUTH_TOKEN")
