@@ -1,10 +1,13 @@
 """The processes that tune together, as `accelerate launch` starts them; usually there is only one."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -53,3 +56,11 @@ class Processes:
         """Wait until every process has arrived here."""
         if self.count > 1:
             torch.distributed.barrier()
+
+    def wait_until(self, done: Callable[[], bool]) -> None:
+        """Wait for what only the first process does, however long it takes; torch's own waits end after minutes.
+
+        Where the first process fails, the launcher ends the others.
+        """
+        while not done():
+            time.sleep(_POLL_SECONDS)

@@ -88,7 +88,7 @@ def run_tuning(job: TuneJob, resume: bool = False, progress: Progress = lambda *
             write_json(directory / "report.json", report)
             plot_losses(report, directory / "loss.png")
             work.publish()
-        processes.wait()
+        processes.wait_until(lambda: not work.module.exists())
     return report
 
 

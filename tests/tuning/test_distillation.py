@@ -193,6 +193,38 @@ def test_a_teachers_limits_on_length_hold_too(tiny_model, talking_model, decode,
         assert 1 <= len(example.response) <= min(8, 31 - n if n < 31 else 37 - n)
 
 
+def test_a_run_that_is_stopped_while_the_teacher_answers_asks_for_the_rest_only(
+    teachers, decode, prompts, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("qsun.tuning.teacher._BATCHES_IN_A_PART", 1)
+    setup = {"teacher": teachers["full"], "device": "cpu"}
+    whole = answered(prepare_tuning(decode, tmp_path / "whole", prompts, ANSWERED, **setup))
+    job = prepare_tuning(decode, tmp_path / "out", prompts, ANSWERED, **setup)
+    told = []
+
+    def stop(label, done, total):
+        told.append(done)
+        if done == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), Workdir(job.out, job.settings(), resume=False) as work:
+        answer_prompts(job, work, Processes(job.device), stop)
+    told.clear()
+    with Workdir(job.out, job.settings(), resume=True) as work:
+        resumed = answer_prompts(job, work, Processes(job.device), lambda _, done, __: told.append(done))
+    assert told == list(range(9, 24))  # two parts of 4 prompts were kept
+    assert (resumed.train, resumed.valid) == (whole.train, whole.valid)
+
+
+@pytest.mark.slow
+def test_a_process_waits_for_the_first_ones_answers_longer_than_torch_does(teachers, decode, prompts, tmp_path):
+    """The first answer takes longer than the process group's timeout."""
+    run = {"base": decode, "out": tmp_path / "out", "data": prompts, "teacher": teachers["full"], "teacher_tokens": 5}
+    done = in_two_processes(run | {"lora_rank": 2, "timeout_s": 15, "pause_s": 18})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "report.json").exists()
+
+
 @pytest.mark.slow
 def test_two_processes_learn_the_same(teachers, decode, prompts, tmp_path):
     """With all weights in each, and sharded; from a pair and from a whole model."""

@@ -2,6 +2,8 @@
 
 import json
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -39,21 +41,30 @@ def held_bytes(base, out, data, config=CONFIG):
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}.values())
 
 
-def stop_after(step):
-    def progress(_, done, __):
-        if done == step:
+def stop_after(step, pause_s=0):
+    """Progress that interrupts after this step, and takes its time over the first answer of a teacher."""
+
+    def progress(label, done, _):
+        if label == "the teacher answers" and done == 1:
+            time.sleep(pause_s)
+        elif done == step:
             raise KeyboardInterrupt
 
     return progress
 
 
-def run(base, out, data, gradients=None, stop=-1, teacher=None, **settings):
-    """Tune, Ctrl-C after the step `stop`; before it save this process's gradients and the bytes of weights it holds."""
+def run(base, out, data, gradients=None, stop=-1, teacher=None, timeout_s=None, pause_s=0, **settings):
+    """Tune, Ctrl-C after the step `stop`; before it save this process's gradients and the bytes of weights it holds.
+
+    timeout_s: of the process group's own waits.
+    """
     config = qsun.TuneConfig.from_dict(CONFIG.to_dict() | settings)
+    if timeout_s is not None:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
     if gradients is not None:
         save_measurements(base, data, gradients, config)
     resume = Path(f"{out}.partial").exists()
-    qsun.tune(base, out, data, config, teacher=teacher, device="cpu", progress=stop_after(stop), resume=resume)
+    qsun.tune(base, out, data, config, teacher=teacher, device="cpu", progress=stop_after(stop, pause_s), resume=resume)
 
 
 def save_measurements(base, data, gradients, config):
