@@ -138,8 +138,10 @@ def _up_on_ray(file: Path, logs: Path, address: str | None, show: bool, kuberay:
     from qsun.serve.ray.plan import plan_apps
 
     cluster = read_cluster(file)
-    cluster.guard_config(read_keys(cluster.listen.api_keys))  # raises for an invalid key
-    if cluster.ray.logs is None and address is None and not show:
+    here = address is None and not show
+    # raises for an invalid key; elsewhere the ingress reads them, from a file that this machine need not have
+    cluster.guard_config(read_keys(cluster.listen.api_keys) if here else ())
+    if cluster.ray.logs is None and here:
         cluster = cluster.replace(ray=cluster.ray.model_copy(update={"logs": str(logs.resolve())}))
     planned = plan_apps(cluster, ModuleChecks().names(cluster))
     if show:

@@ -1,6 +1,8 @@
 """The planned applications as a config for `serve deploy` or a running cluster, and as a RayService for KubeRay."""
 
-import os
+import json
+import math
+import os.path
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ IMAGE = "YOUR-REGISTRY/qsun-vllm:latest"
 _PATH = "/api/serve/applications/"
 _SECONDS = 60.0
 _CLAIM, _MODULES = "qsun-modules", "modules"
+_SECRET, _KEYS = "qsun-keys", "keys"
 
 
 def serve_config(cluster: Cluster, planned: Sequence[PlannedApp]) -> dict[str, Any]:
@@ -93,10 +96,11 @@ def _token_in(file: Path) -> str:
 def ray_service(cluster: Cluster, planned: Sequence[PlannedApp], ray_version: str) -> dict[str, Any]:
     """Return a RayService: the config, and a cluster whose pods fit one worker each.
 
-    The image, which has qsun, Ray and vLLM, and the volume with the modules are placeholders.
+    The image, which has qsun, Ray and vLLM, and the claim with the modules are placeholders. API keys are a Secret's.
 
     Raises:
-        QsunError: clients could not reach the ingress, or replicas not each other, as a pod's loopback is its own.
+        QsunError: clients could not reach the ingress, or replicas not each other, as a pod's loopback is its own; or
+            one volume cannot have all modules, or has the API keys too.
     """
     if cluster.ray.transfer_device == LOOPBACK_DEVICE:
         raise QsunError("ray.transfer_device lo is one pod's own; set the pods' network device, such as eth0")
@@ -109,11 +113,12 @@ def ray_service(cluster: Cluster, planned: Sequence[PlannedApp], ray_version: st
         "replicas": count,
         "minReplicas": 0,
         "maxReplicas": count,
-        "rayStartParams": {},
+        "rayStartParams": _own_resources(cluster),
         "template": _pod("ray-worker", _resources(cluster), cluster),
     }
+    # KubeRay's controller talks to the dashboard; its head Service exposes it to all that reach it inside the cluster
     head = {
-        "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},  # noqa: S104 - a pod, whose port is not published
+        "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},  # noqa: S104
         "template": _pod("ray-head", {"cpu": "2", "memory": "8Gi"}, cluster),
     }
     return {
@@ -139,18 +144,46 @@ def _resources(cluster: Cluster) -> dict[str, str]:
     return found
 
 
+def _own_resources(cluster: Cluster) -> dict[str, str]:
+    """Return `ray.resources` as the parameter of a pod that fits one worker: KubeRay wants JSON, quoted for a shell.
+
+    A replica may take a part of a resource, but a node has whole ones only.
+    """
+    resources = {name: math.ceil(amount) for name, amount in cluster.ray.resources.items()}
+    return {"resources": json.dumps(json.dumps(resources))} if resources else {}
+
+
 def _pod(name: str, resources: dict[str, str], cluster: Cluster) -> dict[str, Any]:
+    directory, keys = _common_directory(cluster), cluster.listen.api_keys
+    mounts = [{"name": _MODULES, "mountPath": directory, "readOnly": True}]
+    volumes: list[dict[str, Any]] = [
+        {"name": _MODULES, "persistentVolumeClaim": {"claimName": _CLAIM, "readOnly": True}}
+    ]
+    if keys is not None:
+        if keys.is_relative_to(directory):
+            raise QsunError(
+                f"listen.api_keys {keys} is in {directory}, the modules' volume; give the keys a path outside it, such "
+                "as /keys/keys"
+            )
+        mounts.append({"name": _KEYS, "mountPath": str(keys), "subPath": keys.name, "readOnly": True})
+        items = [{"key": keys.name, "path": keys.name}]  # without it in the Secret the pod says so and does not start
+        volumes.append({"name": _KEYS, "secret": {"secretName": _SECRET, "items": items}})
     container = {
         "name": name,
         "image": IMAGE,
         "resources": {"limits": resources, "requests": resources},
-        "volumeMounts": [{"name": _MODULES, "mountPath": _common_directory(cluster), "readOnly": True}],
+        "volumeMounts": mounts,
     }
-    volume = {"name": _MODULES, "persistentVolumeClaim": {"claimName": _CLAIM, "readOnly": True}}
-    return {"spec": {"containers": [container], "volumes": [volume]}}
+    return {"spec": {"containers": [container], "volumes": volumes}}
 
 
 def _common_directory(cluster: Cluster) -> str:
     modules = [cluster.decode.module, *(pool.module for pool in cluster.models.values())]
     inside = [module for module in modules if module.startswith("/")]
-    return os.path.commonpath(inside) if inside else "/modules"
+    found = os.path.commonpath(inside) if inside else "/modules"
+    if found == "/":
+        raise QsunError(
+            f"the modules {', '.join(inside[:3])} have no directory in common but /, and pods mount one volume; put "
+            "all under one, such as /modules"
+        )
+    return found

@@ -17,7 +17,7 @@ from qsun.errors import QsunError
 from qsun.serve.cluster.schema import Cluster
 from qsun.serve.http.server import listen, url_of
 from qsun.serve.ray import apps as builders
-from qsun.serve.ray.plan import INGRESS_APP, PlannedApp, needed_cpus
+from qsun.serve.ray.plan import INGRESS_APP, PlannedApp, needed_cpus, needed_resources
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +31,13 @@ _BUILD: dict[str, Callable[[Any], Any]] = {"engines": builders.engines, "ingress
 def local_ray(planned: Sequence[PlannedApp]) -> Iterator[None]:
     """Have a Ray of this machine in the block, without dashboard; every process of it ends with the block.
 
-    It counts as many CPUs as the applications ask for: on one machine, how many share a core is the user's choice.
+    It counts as many CPUs and `ray.resources` as the applications ask for: on one machine, how many share a core is the
+    user's choice.
     """
     ray.init(
         address="local",
         num_cpus=max(needed_cpus(planned), os.cpu_count() or 1),
+        resources=needed_resources(planned),
         include_dashboard=False,
         log_to_driver=False,
         configure_logging=False,

@@ -7,6 +7,7 @@ others: it compares applications by their arguments, and the module's fingerprin
 import hashlib
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -136,12 +137,24 @@ def _engines(pool: Pool, cluster: Cluster) -> Iterator[tuple[str, Any]]:
 
 def needed_cpus(planned: Sequence[PlannedApp]) -> int:
     """Return the CPUs, on Ray's books, that the applications need at their largest."""
+    return math.ceil(sum(count * options["num_cpus"] for count, options in _largest(planned)))
 
-    def most(deployment: dict[str, Any]) -> int:
-        return deployment.get("num_replicas") or deployment["autoscaling_config"]["max_replicas"]
 
-    deployments = [app.args["deployment"] for app in planned]
-    return math.ceil(sum(most(d) * d["ray_actor_options"]["num_cpus"] for d in deployments))
+def needed_resources(planned: Sequence[PlannedApp]) -> dict[str, int]:
+    """Return what the applications need of each of `ray.resources` at their largest; a node has whole ones only."""
+    needed: defaultdict[str, float] = defaultdict(float)
+    for count, options in _largest(planned):
+        for name, amount in options.get("resources", {}).items():
+            needed[name] += count * amount
+    return {name: math.ceil(amount) for name, amount in needed.items()}
+
+
+def _largest(planned: Sequence[PlannedApp]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the most replicas of each application, and what one takes."""
+    for app in planned:
+        deployment = app.args["deployment"]
+        count = deployment.get("num_replicas") or deployment["autoscaling_config"]["max_replicas"]
+        yield count, deployment["ray_actor_options"]
 
 
 def _exchange(cluster: Cluster) -> dict[str, Any]:

@@ -7,14 +7,12 @@ import pytest
 from qsun.errors import QsunError
 from qsun.serve.cluster.file import parse_cluster
 from qsun.serve.cluster.names import ServedNames
-from qsun.serve.ray.config import ray_service, serve_config
-from qsun.serve.ray.plan import DECODE_APP, needed_cpus, plan_apps, pool_app
+from qsun.serve.ray.config import serve_config
+from qsun.serve.ray.plan import DECODE_APP, needed_cpus, needed_resources, plan_apps, pool_app
 from qsun.serve.ray.scaling import METRIC, ByOutstandingTokens, OutstandingTokens
 
 NAMES = ServedNames("qsun-d", {"math": "qsun-m", "a/b": "qsun-ab"})
 MATH, AB = "qsun-prefill-math-58a6d680", "qsun-prefill-a-b-c14cddc0"
-
-PODS = {"ray": {"transfer_device": "eth0"}, "listen": {"host": "0.0.0.0", "api_keys": "/keys/keys"}}  # noqa: S104
 
 
 def cluster(**changes):
@@ -65,12 +63,19 @@ def test_a_module_elsewhere_and_more_replicas_leave_the_ingress_alone():
 
 
 def test_the_ingress_reads_its_part_as_a_cluster_file():
-    whole = cluster(policy="partitioned", limits={"queue_seconds": 7.0}, **PODS)
+    whole = cluster(policy="partitioned", limits={"queue_seconds": 7.0}, listen={"host": "0.0.0.0", "api_keys": "/k"})  # noqa: S104
     args = {app.name: app for app in plan_apps(whole, NAMES)}["qsun"].args
     part = parse_cluster(json.loads(json.dumps(args["cluster"])))
     for section in ("listen", "policy", "prefill_policy", "limits", "health"):
         assert getattr(part, section) == getattr(whole, section)
     assert list(part.models) == list(whole.models)
+
+
+def test_a_ray_of_this_machine_has_all_that_replicas_take():
+    decode = {"module": "demo", "workers": 1, "scale": {"workers": 3, "tokens": 500}}
+    apps = plan_apps(cluster(decode=decode, ray={"resources": {"a100": 0.5, "fast": 2.0}}), NAMES)
+    assert needed_resources(apps) == {"a100": 4, "fast": 2 * (3 + 1 + 3)}  # 3.5: a node has whole ones only
+    assert needed_resources(plan_apps(cluster(), NAMES)) == {}
 
 
 def test_arguments_are_json():
@@ -130,24 +135,6 @@ def test_serves_own_schema_takes_the_config():
         assert set(app) <= set(schema.ServeApplicationSchema.model_fields)
         options = schema.DeploymentSchema.model_validate({"name": "x", **app["args"]["deployment"]})
         assert set(app["args"]["deployment"]) <= set(type(options).model_fields)
-
-
-def test_a_ray_service_holds_the_config():
-    yaml = pytest.importorskip("yaml")
-    plan = plan_apps(cluster(**PODS), NAMES)
-    service = ray_service(cluster(**PODS), plan, "2.60.0")
-    assert yaml.safe_load(service["spec"]["serveConfigV2"]) == serve_config(cluster(**PODS), plan)
-    workers = service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
-    assert workers["maxReplicas"] == 6
-    mounts = workers["template"]["spec"]["containers"][0]["volumeMounts"]
-    assert mounts == [{"name": "modules", "mountPath": "/m", "readOnly": True}]
-
-
-@pytest.mark.parametrize(("key", "message"), [("ray", "transfer_device lo"), ("listen", "listen.host 127.0.0.1")])
-def test_pods_have_a_loopback_of_their_own(key, message):
-    settings = {name: value for name, value in PODS.items() if name != key}
-    with pytest.raises(QsunError, match=f"{message} is one pod's own"):
-        ray_service(cluster(**settings), plan_apps(cluster(**settings), NAMES), "2.60.0")
 
 
 class Context:

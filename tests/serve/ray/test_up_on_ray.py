@@ -43,7 +43,9 @@ def root(tmp_path):
 def up(root):
     """The running command; `url` says where."""
     file = root / "cluster.yaml"
-    file.write_text(yaml.safe_dump(cluster_values(root, token_seconds=0.02)))
+    values = cluster_values(root, token_seconds=0.02)
+    values["ray"]["resources"] = {"slot": 0.5}  # of which this machine's Ray must say that it has enough
+    file.write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "qsun.cli.main", "up", str(file), "--ray", "--json"]
     said = root / "said"
     with said.open("w") as errors:
