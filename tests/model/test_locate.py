@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import transformers
 
 from qsun.demo import base_directory
 from qsun.errors import QsunError
@@ -40,8 +41,14 @@ def test_a_tokenizer_of_a_later_version(tmp_path):
 
 @pytest.mark.parametrize("lacking", [["sentencepiece"], ["google.protobuf"], ["sentencepiece", "google.protobuf"]])
 def test_sentencepiece_without_its_packages(lacking, tmp_path, monkeypatch):
+    """As transformers does where they are absent; here they may be installed, and then it reads the file."""
+
+    def without_packages(*_, **__):
+        raise ImportError("requires the library")
+
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x00")
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", without_packages)
     monkeypatch.setattr(locate, "_installed", lambda name: name not in lacking)
     with pytest.raises(
         QsunError, match=r"tokenizer\.model needs packages that are not installed; pip install "

@@ -81,7 +81,7 @@ def test_a_seed_gives_one_trace_and_rate_and_skew_keep_its_luck():
 
 
 @pytest.mark.parametrize(
-    ("models", "skew", "problem"), [((), 1, "no models"), (("a", "a"), 1, "twice"), (("a",), -1, "skew -1")]
+    ("models", "skew", "problem"), [((), 1, "no models"), (("a", "a"), 1, "duplicate"), (("a",), -1, "skew -1")]
 )
 def test_shares_of_nothing(models, skew, problem):
     with pytest.raises(QsunError, match=problem):

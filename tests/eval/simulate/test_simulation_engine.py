@@ -120,9 +120,8 @@ def test_batches_are_those_of_the_real_engine(talking_model, partitioned, max_ba
     kv_bytes = kv_tokens * kv_bytes_per_token(decode.model.config, torch.bfloat16)
     config = EngineConfig(max_batch, kv_bytes, 0, prefill_tokens, partitioned=partitioned)
     real = Engine(decode, config, watch)
-    prefill = load_prefill(str(talking_model), decode)
-    for name in names:
-        real.add_module(name, prefill)
+    for name in names:  # each a module of its own: prompts of one module are read together
+        real.add_module(name, load_prefill(str(talking_model), decode))
     for number, request in enumerate(trace):
         tokens = tuple(rng.randrange(3, 128) for _ in range(request.prompt_tokens))
         sampling = Sampling(max_new_tokens=request.output_tokens, ignore_eos=True)

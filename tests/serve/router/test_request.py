@@ -191,7 +191,7 @@ def test_a_client_that_takes_nothing_counts_as_one_that_left():
             endpoint._exchange = stalled
             body = json.dumps({"model": "math", "prompt": "a b", "max_tokens": 2}).encode()
             with pytest.raises(ClientStalled):
-                await endpoint._serve({"path": COMPLETIONS, "state": {"request_id": "x"}}, body, None)
+                await endpoint._serve({"path": COMPLETIONS, "headers": [], "state": {"request_id": "x"}}, body, None)
             assert await r.metric("qsun_router_requests_total", outcome="client_gone") == 1
 
     run(scenario)
