@@ -7,6 +7,7 @@ import torch
 
 import qsun
 from qsun.engine.config import EngineConfig, Sampling
+from qsun.engine.decode_step import DecodeStep
 from qsun.engine.engine import Engine
 from qsun.engine.requests import Request
 from qsun.errors import QsunError
@@ -63,6 +64,13 @@ def test_drafts_that_fail_get_short_and_rare_and_come_back():
         if draft:
             drafts.judge(draft)
     assert drafts.propose(8) == [5] * 8
+
+
+def test_a_draft_counts_only_for_what_came():
+    drafts = Drafts([5, 6] * 4, 8)
+    draft = drafts.propose(8)
+    drafts.add(draft[0])  # and with it the row ended
+    assert len(draft) == 8 and drafts.judge(draft) == 1
 
 
 def requests_of(names, settings, count=9):
@@ -126,6 +134,37 @@ def test_every_family(family, tiny_model, monkeypatch):
     expected = answers(engine_of(decode, prefills), requests)
     draft_by(expected, requests, monkeypatch, seed=2)
     assert answers(engine_of(decode, prefills, speculate=7), requests) == expected
+
+
+def test_what_a_wrong_draft_computed_does_not_stay(decode, prefills, monkeypatch):
+    """Keys and values of NaN in columns that count for nothing yet would reach other rows: 0 x NaN is NaN."""
+    requests = requests_of(list(prefills), {"ignore_eos": True}, count=4)
+    expected = answers(engine_of(decode, prefills), requests)
+    by_prompt, call = {r.tokens: expected[r.id][0] for r in requests}, DecodeStep.__call__
+
+    def wrong(self, room):
+        self._drafted_at = len(self._tokens)
+        (prompt,) = (p for p in by_prompt if tuple(self._tokens[: len(p)]) == p)
+        return [by_prompt[prompt][len(self._tokens) - len(prompt)] ^ 1] if room else []
+
+    def broken(self, tokens):
+        logits = call(self, tokens).clone()
+        for row, fed in enumerate(tokens):
+            logits[row, 1:] = torch.nan
+            for buffer in (b for pair in self.cache.buffers for b in pair):
+                buffer[row, :, self.cache.filled[row] :][:, : len(fed) - 1] = torch.nan
+        return logits
+
+    monkeypatch.setattr(Drafts, "propose", wrong)
+    monkeypatch.setattr(DecodeStep, "__call__", broken)
+    engine, seen = engine_of(decode, prefills, speculate=3), {}
+    engine.submit(*requests)
+    while not engine.idle:
+        for update in engine.step():
+            seen.setdefault(update.request, []).extend(update.tokens)
+        (batch,) = engine._batches.values()
+        assert all(bool(b.isfinite().all()) for pair in batch.cache.buffers for b in pair)
+    assert {name: tokens for name, (tokens, *_) in expected.items()} == seen
 
 
 def test_a_loop_takes_fewer_steps(decode, prefills, monkeypatch):

@@ -2,12 +2,8 @@
 
 import json
 import shutil
-import subprocess
-import sys
 import threading
-from contextlib import contextmanager
 
-import httpx
 import pytest
 
 import qsun
@@ -20,6 +16,7 @@ from qsun.serve.api.metrics import Metrics
 from tests.adapter_rig import merged, write_adapter
 from tests.engine_rig import KV_BYTES_PER_TOKEN
 from tests.serve.api.test_api import count, error_of, served, until
+from tests.serve.api.test_serve_command import serving
 
 PROMPTS = ["x", "Ann has 12 eggs and gets 8 more. How many eggs?>", "Ann has 12 eggs and gets 8 more. How many hens?>"]
 
@@ -45,27 +42,11 @@ def ask(client, name, prompt, **settings):
     return client.post("/v1/completions", json=body)
 
 
-@contextmanager
-def serving(*options):
-    command = [sys.executable, "-m", "qsun.cli.main", "serve", "--port", "0", "--json", "--threads", "1", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        line = process.stdout.readline()
-        assert line, process.stderr.read()
-        with httpx.Client(base_url=json.loads(line)["url"], timeout=60) as client:
-            yield client
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        process.stderr.close()
-
-
 @pytest.mark.slow
 def test_a_folder_of_adapters_is_served_by_name(folder, base_directory, decode, tmp_path):
-    options = ("--decode", str(base_directory), "--adapters", str(folder), "--max-adapters", "2", "--admin")
+    options = ("--threads", "1", "--adapters", str(folder), "--max-adapters", "2", "--admin")
     full = ("--prefill", f"own={folder / 'math'}")  # merged, beside the others
-    with serving(*options, *full, "--dtype", "float32") as client:
+    with serving(*options, *full, "--dtype", "float32", decode=str(base_directory)) as (_, client):
         names = {model["id"] for model in client.get("/v1/models").json()["data"]}
         assert names == {"math", "code.v2", "tool", "own", "base"}
         answers = {}
@@ -130,7 +111,9 @@ def test_adapters_come_and_go_while_others_answer(server, folder, base_directory
             )
             unmerged = any(isinstance(part, AdaptedLinear) for part in modules["new"].module.model.modules())
             assert unmerged is (turn != 1)
+            assert 'model="new"' in server.get("/metrics").text
             assert server.delete("/admin/models/new").json()["deleted"]
+            assert 'model="new"' not in server.get("/metrics").text  # series of models that are gone do not add up
     finally:
         done.set()
         thread.join(30)

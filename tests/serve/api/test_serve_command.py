@@ -14,8 +14,9 @@ from tests.serve.api.test_api import until
 
 
 @contextmanager
-def serving(*options):
-    command = [sys.executable, "-m", "qsun.cli.main", "serve", "--decode", "demo", "--port", "0", "--json", *options]
+def serving(*options, decode="demo"):
+    """Run `qsun serve`; yields its process and a client."""
+    command = [sys.executable, "-m", "qsun.cli.main", "serve", "--decode", decode, "--port", "0", "--json", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline()

@@ -226,10 +226,10 @@ def test_check_says_which_worker_is_wrong(modules):
 
             code, out = await check("--json")
             assert (code, json.loads(out)["ok"]) == (0, True)
-            workers["math"][0].served_name = "somebody-else"
+            workers["math"][0].served_name = "another-module"
             code, out = await check()
             assert code == 2
-            assert f"it serves somebody-else and not {names['math']}" in out
+            assert f"it serves another-module and not {names['math']}" in out
 
     run(scenario, 4 * START_SECONDS)
 
