@@ -1,4 +1,4 @@
-"""The int4 product on a CPU: torch's op, a kept dense matrix, or dequantizing on the fly, whichever is fastest."""
+"""The int4 product on a CPU: torch's op, blocks dequantized in the cache, or a kept dense matrix: the fastest."""
 
 import torch
 from torch import Tensor
@@ -25,7 +25,8 @@ def int4_linear(
     rows = (x if order is None else x[..., order]).reshape(-1, x.shape[-1])
     M = rows.shape[0]
     if x.dtype == torch.bfloat16 and not (M and _dense_wins(M, dense)):
-        y = int4pack_cpu.packed_product(rows.contiguous(), words, scales)
+        product = int4pack_cpu.block_product if int4pack_cpu.blocks_win(M) else int4pack_cpu.packed_product
+        y = product(rows.contiguous(), words, scales)
         y = y if bias is None else y.add_(bias)
     elif dense is not None:
         y = linear(rows, dense, bias)

@@ -8,6 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from qsun.kernels.avx512 import block_product as blocks
+
 GROUP_SIZES = (32, 64, 128, 256)
 
 
@@ -25,10 +27,10 @@ def op_group_size(K: int, group_size: int) -> int | None:
 
 
 def int4_wins(M: int) -> bool:
-    """Return whether the op beats a bfloat16 product with a matrix that is kept dequantized.
+    """Return whether an int4 product beats a bfloat16 product with a matrix that is kept dequantized.
 
-    Measured at 4096 x 4096, one thread, torch 2.13, for each instruction set (table in docs/kernels.md). The crossover
-    is a constant because it changes the last bits of results, which must not vary from run to run.
+    Measured with one thread and torch 2.13 for each instruction set (tables in docs/kernels.md). The crossover is a
+    constant because it changes the last bits of results, which must not vary from run to run.
     """
     least, most = _wins_between()
     return least <= M <= most
@@ -38,14 +40,32 @@ def int4_wins(M: int) -> bool:
 def _wins_between() -> tuple[int, int]:
     if torch.backends.cpu.get_cpu_capability() == "AVX2":
         return 2, 1 << 30  # one row is a bfloat16 GEMV there, which AVX2 does at the speed of memory
-    if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
+    if torch.cpu._is_amx_tile_supported() or (torch.cpu._is_avx512_bf16_supported() and not _blocks_usable()):
         return 1, 8
     return 1, 1 << 30
 
 
+def blocks_win(M: int) -> bool:
+    """Return whether dequantizing blocks in the cache beats the op."""
+    return M > 4 and _blocks_usable()
+
+
 def dequantizing_wins(M: int) -> bool:
-    """Return whether dequantizing on the fly beats the op, where no dequantized matrix is kept."""
+    """Return whether dequantizing the whole matrix beats the op and the blocks, where no copy of it is kept."""
     return M >= 96 and not int4_wins(M)
+
+
+def prepare() -> None:
+    """Compile what products need, so that no request waits for it."""
+    _blocks_usable()
+
+
+@cache
+def _blocks_usable() -> bool:
+    if _block_rows() != blocks.BLOCK:
+        return False
+    low, high = _row_order(blocks.BLOCK)
+    return low.tolist() == list(range(32)) and high.tolist() == list(range(32, 64)) and blocks.available()
 
 
 def pack(q: Tensor, scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,6 +111,16 @@ def packed_product(x: Tensor, words: Tensor, scale_zero: Tensor) -> Tensor:
     """Return x (M, K) bfloat16 times the packed matrix: (M, N) bfloat16, accumulated in float32."""
     size = x.shape[1] // scale_zero.shape[0]
     return torch.ops.aten._weight_int4pack_mm_for_cpu(x, words, size, scale_zero)
+
+
+def block_product(x: Tensor, words: Tensor, scale_zero: Tensor) -> Tensor:
+    """Return what `packed_product` does, with weights rounded to bfloat16; for CPUs and batches of `blocks_win`."""
+    y = blocks.block_product(x, words, scale_zero)
+    N = words.shape[0]
+    whole = N // blocks.BLOCK * blocks.BLOCK
+    if whole < N:  # the op packs the last rows of such a matrix as a matrix of their own
+        y[:, whole:] = packed_product(x, words[whole:], scale_zero[:, whole:].contiguous())
+    return y
 
 
 def _numbered(rows: int) -> tuple[Tensor, Tensor]:

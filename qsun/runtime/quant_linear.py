@@ -167,6 +167,7 @@ class QuantLinear(nn.Module):
             buffers = in_order(weights, order)._asdict()
         elif self.storage == "cpu_int4":
             words, scales = int4pack_cpu.pack(weights.q, weights.scales, weights.zeros)
+            int4pack_cpu.prepare()
             buffers = {"words": words, "scales": scales, "zeros": None, "order": order}
         else:
             if not bool(weights.scales.to(self.dtype).isfinite().all()):

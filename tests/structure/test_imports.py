@@ -13,6 +13,7 @@ LINKS = ("kernels", "eval", "cli")
 
 # From the bottom up: a package imports its own modules and those of packages above it in this list.
 PACKAGES = [
+    "kernels.avx512",
     "kernels",
     "qsun",
     "qsun.demo",
@@ -52,7 +53,7 @@ PACKAGES = [
     "cli",
 ]
 KERNEL_IMPORTS = {"torch", "triton", "qsun", "typing", "json", "functools", "pathlib", "collections", "dataclasses"}
-KERNEL_IMPORTS |= {"importlib", "contextlib"}
+KERNEL_IMPORTS |= {"importlib", "contextlib", "ctypes", "llvmlite", "logging"}
 LONGEST_FILE, LONGEST_FUNCTION, WIDEST_FOLDER = 300, 40, 14
 
 
