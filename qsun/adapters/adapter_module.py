@@ -2,9 +2,11 @@
 
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from qsun.adapters.shared_prefill import AdapterWeights, SharedPrefill
 from qsun.errors import QsunError
@@ -47,7 +49,8 @@ class AdapterModule(PrefillModule):
 
 
 class AdapterLibrary:
-    """Opens adapters for a decode module. Each set of weights that they share is loaded when the first needs it.
+    """Opens adapters for a decode module. Each set of weights that they share is loaded when the first needs it, and
+    freed when the last is.
 
     Args:
         decode: an adapter that was tuned on its weights shares them; others share the full-precision base, which is
@@ -58,7 +61,7 @@ class AdapterLibrary:
         self.decode = decode
         model: Any = decode.model
         self._skeleton: Any = empty_model(model.config)  # an adapter's base has the same, or check_pair refuses it
-        self._shared: dict[str, SharedPrefill] = {}
+        self._shared: WeakValueDictionary[str, SharedPrefill] = WeakValueDictionary()  # the open adapters hold them
         self._lock = threading.Lock()  # weights are loaded once, also where two threads ask for them
 
     def open(self, directory: str | Path) -> AdapterModule:
@@ -96,7 +99,7 @@ class AdapterLibrary:
             return self._share(_DECODE, lambda: self.decode)
         if tuned_on != _BASE:
             raise QsunError(f"{path}: {PREFILL_WEIGHTS} {tuned_on!r:.40} is unknown; use {_BASE!r} or {_DECODE!r}")
-        return self._shared[base] if base in self._shared else self._base(adapter_base(path))
+        return self._shared.get(base) or self._base(adapter_base(path))
 
     def _base(self, directory: Path) -> SharedPrefill:
         """Return the shared weights of a full-precision base, whatever the path by which it is named."""
@@ -108,11 +111,12 @@ class AdapterLibrary:
         weight = model.model.embed_tokens.weight
         return self._share(fingerprint, lambda: load_decode(directory, weight.device, weight.dtype))
 
-    def _share(self, key: str, load: Any) -> SharedPrefill:
+    def _share(self, key: str, load: Callable[[], DecodeModule]) -> SharedPrefill:
         with self._lock:
-            if key not in self._shared:
-                self._shared[key] = SharedPrefill(load().model)
-            return self._shared[key]
+            shared = self._shared.get(key)
+            if shared is None:
+                shared = self._shared[key] = SharedPrefill(load().model)
+            return shared
 
 
 def adapter_directories(folder: Path) -> dict[str, Path]:

@@ -90,6 +90,10 @@ class AdapterPool:
         """Return once an adapter has been loaded, or after this time; at once if none is being loaded."""
         wait(list(self._loading.values()), seconds, FIRST_COMPLETED)
 
+    def close(self) -> None:
+        """Load no more, for good: Python would finish the loads that are queued before the process can exit."""
+        self._loader.shutdown(wait=False, cancel_futures=True)
+
     def drop(self, number: int) -> None:
         """Let go of an adapter, wherever it is."""
         self._here.pop(number, None)

@@ -39,7 +39,7 @@ class Engine:
 
     Attributes:
         modules: prefill modules by name. positions, dtype: of the decode model. budget_tokens: of KV.
-        eos: tokens that end a row; the decode module's own unless they are replaced.
+        eos: tokens that end a row; the decode module's own unless they are replaced. adapters: those in memory.
     """
 
     def __init__(self, decode: DecodeModule, config: EngineConfig | None = None, watch: EngineWatch | None = None):
@@ -58,8 +58,8 @@ class Engine:
         self.modules: dict[str, LoadedModule] = {}
         self.known = PrefixCache(self.config.prefix_bytes)
         self._queue = FairQueue()
-        self._adapters = AdapterPool(self.config.max_adapters)
-        self._prefilling = Prefilling(model, self.known, self._adapters, self.config)
+        self.adapters = AdapterPool(self.config.max_adapters)
+        self._prefilling = Prefilling(model, self.known, self.adapters, self.config)
         self._batches: dict[str, DecodeBatch] = {}
         self._loads = 0
         self._deadline = float("inf")  # no request's is earlier
@@ -96,7 +96,7 @@ class Engine:
                 self._batches.pop(name, None)
                 self._queue.forget(name)
                 self.known.forget(owner.number)
-                self._adapters.drop(owner.number)
+                self.adapters.drop(owner.number)
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -184,7 +184,7 @@ class Engine:
         done = list(self._finished_at)
         span = time.monotonic() - (done[0] if len(done) == self._finished_at.maxlen else self._started)
         rate = len(done) / max(span, 1e-3)
-        return engine_state(models, self.budget_tokens, self.known, self._adapters, batches, rate)
+        return engine_state(models, self.budget_tokens, self.known, self.adapters, batches, rate)
 
     @property
     def idle(self) -> bool:
@@ -196,7 +196,7 @@ class Engine:
         """Advance every request a little. Returns what came of it."""
         with on_device(self.device):
             if not self._in_progress():
-                self._adapters.wait(_LOADING_SECONDS)
+                self.adapters.wait(_LOADING_SECONDS)
             updates = self._expire() + self._without_adapter()
             self._admit()
             updates += self._prefill() + self._decode()
@@ -216,7 +216,7 @@ class Engine:
 
     def _without_adapter(self) -> list[Update]:
         """End the requests whose adapter could not be loaded; why is in the log, as it may name paths."""
-        failed = self._adapters.collect()
+        failed = self.adapters.collect()
         waiting = [(request.id, self.modules[request.model].number) for request in self._queue] if failed else []
         lost = [request for request, number in waiting if number in failed]
         for request in lost:

@@ -131,8 +131,11 @@ def _engine(decode: DecodeModule, requests: Sequence[Request], config: GenerateC
 def _pieces(engine: Engine, requests: list[Request]) -> Iterator[Piece]:
     """Long prompts first: prompts of like length are read together, and the cache does not grow."""
     engine.submit(*sorted(requests, key=lambda request: -len(request.tokens)))
-    while not engine.idle:
-        for update in engine.step():
-            if update.error:
-                log.warning("prompt %s: %s", update.request, update.error)
-            yield Piece(int(update.request), update.tokens, update.text, update.finish)
+    try:
+        while not engine.idle:
+            for update in engine.step():
+                if update.error:
+                    log.warning("prompt %s: %s", update.request, update.error)
+                yield Piece(int(update.request), update.tokens, update.text, update.finish)
+    finally:
+        engine.adapters.close()

@@ -117,6 +117,7 @@ class EngineThread:
         except Exception as error:  # the edge of the thread: whoever waits must hear of it
             log.exception("the engine failed")
             self.failure = f"the engine failed: {type(error).__name__}: {error}"
+        self._engine.adapters.close()
         self.failure = self.failure or SHUTTING_DOWN
         while not self._inbox.empty():
             self._inbox.get()()

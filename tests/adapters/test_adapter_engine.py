@@ -3,7 +3,10 @@
 import itertools
 import random
 import shutil
+import subprocess
+import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from qsun.engine.requests import Refused, Request
 from qsun.engine.state import ModelState
 from tests.adapter_rig import merged
 from tests.engine_rig import KV_BYTES_PER_TOKEN, run_until_idle, tokens_of
+from tests.places import ROOT
 from tests.seam_oracle import greedy_reference
 
 
@@ -160,7 +164,7 @@ def test_adapters_cost_their_own_bytes(tuned_on, make_engine, adapters, base_dir
     run_until_idle(engine)
     decode, base = engine.decode.model, qsun.load_decode(base_directory, "cpu", "float32").model
     on_disk = sum((path / "adapter_model.safetensors").stat().st_size for path in adapters(tuned_on).values())
-    loaded = [engine._adapters._here[engine.modules[name].number] for name in adapters(tuned_on)]
+    loaded = [engine.adapters._here[engine.modules[name].number] for name in adapters(tuned_on)]
     models = [decode, *(owner.module.model for owner in engine.modules.values())]
     held = tensor_bytes(*models, *loaded)
     assert engine.state.adapter_bytes == tensor_bytes(*loaded) <= 1.1 * on_disk
@@ -326,6 +330,58 @@ def test_an_adapter_that_cannot_be_read_fails_its_own_requests_only(
     shutil.copytree(adapters()["task0"], tmp_path / "gone")  # as it was: the failure is not remembered
     engine.submit(Request("again", "gone", (5, 6, 7), Sampling(3, ignore_eos=True)))
     assert tokens_of(run_until_idle(engine)["again"]) == tokens_of(updates["task00"])
+
+
+def test_shared_weights_go_with_the_last_adapter(make_engine, adapters, base_directory, quantized):
+    decode = qsun.load_decode(quantized, "cpu", "float32")
+    engine, library = Engine(decode, EngineConfig(kv_bytes=500 * KV_BYTES_PER_TOKEN)), AdapterLibrary(decode)
+    paths = adapters("base")
+    for name in ("task0", "task1"):
+        engine.add_module(name, library.open(paths[name]))
+    shared = weakref.ref(engine.modules["task0"].module.shared)
+    weight = weakref.ref(shared().model.model.layers[0].self_attn.q_proj.layer.weight)
+    engine.submit(*(Request(name, name, (5, 6, 7), Sampling(3, ignore_eos=True)) for name in ("task0", "task1")))
+    engine.step()
+    engine.remove_module("task0")
+    engine.remove_module("task1")
+    assert weight() is not None  # its requests are not done
+    answers = run_until_idle(engine)
+    assert weight() is None
+    assert shared() is None
+    engine.add_module("again", library.open(paths["task1"]))
+    engine.submit(Request("again", "again", (5, 6, 7), Sampling(3, ignore_eos=True)))
+    assert tokens_of(run_until_idle(engine)["again"]) == tokens_of(answers["task1"])
+
+
+def test_a_process_does_not_finish_queued_loads_before_it_exits(adapters, base_directory):
+    """One is being loaded, others wait: the process ends once that one is loaded."""
+    code = f"""
+import time, threading, qsun
+from qsun.adapters.adapter_module import AdapterLibrary, AdapterModule
+from qsun.engine.config import EngineConfig, Sampling
+from qsun.engine.engine import Engine
+from qsun.engine.requests import Request
+from qsun.engine.thread import EngineThread
+decode = qsun.load_decode({str(base_directory)!r}, "cpu", "float32")
+engine, library = Engine(decode, EngineConfig(kv_bytes=1 << 20)), AdapterLibrary(decode)
+started = threading.Event()
+def load(self):
+    print("loads", flush=True)
+    started.set()
+    time.sleep(1)
+AdapterModule.load = load
+for name, path in {({name: str(path) for name, path in adapters().items()})!r}.items():
+    engine.add_module(name, library.open(path))
+    engine.submit(Request(name, name, (5, 6, 7), Sampling(2)))
+thread = EngineThread(engine)
+thread.start()
+started.wait(60)
+time.sleep(0.3)
+assert engine.state.adapters == 0
+thread.stop()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["loads"]
 
 
 def test_generate_takes_them_as_prefill_modules(adapters, base_directory):
