@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from qsun.adapters.adapter_module import AdapterLibrary
-from qsun.adapters.shared_prefill import AdapterWeights, SharedPrefill
+from qsun.adapters.adapter_weights import AdapterWeights
+from qsun.adapters.shared_prefill import SharedPrefill
 from qsun.engine.config import Sampling
 from qsun.engine.decode_batch import DecodeBatch
 from qsun.engine.requests import Request

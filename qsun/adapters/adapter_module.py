@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from qsun.adapters.shared_prefill import AdapterWeights, SharedPrefill
+from qsun.adapters.adapter_weights import AdapterWeights
+from qsun.adapters.shared_prefill import SharedPrefill
 from qsun.errors import QsunError
 from qsun.model.checkpoint import files_fingerprint, read_json
 from qsun.model.locate import find_model
@@ -99,7 +100,7 @@ class AdapterLibrary:
             return self._share(_DECODE, lambda: self.decode)
         if tuned_on != _BASE:
             raise QsunError(f"{path}: {PREFILL_WEIGHTS} {tuned_on!r:.40} is unknown; use {_BASE!r} or {_DECODE!r}")
-        return self._shared.get(base) or self._base(adapter_base(path))
+        return (self._shared.get(base) if base else None) or self._base(adapter_base(path))
 
     def _base(self, directory: Path) -> SharedPrefill:
         """Return the shared weights of a full-precision base, whatever the path by which it is named."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Set
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Literal
 
-from qsun.adapters.shared_prefill import AdapterWeights
+from qsun.adapters.adapter_weights import AdapterWeights
 from qsun.errors import QsunError
 
 log = logging.getLogger(__name__)

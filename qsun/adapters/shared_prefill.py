@@ -2,52 +2,29 @@
 
     y = W x + scale * B A x, with B and A of the row's adapter
 
-W is computed for all rows at once, whichever adapters they have. So are the low-rank products where adapters have one
-shape and few rows each; otherwise they go adapter by adapter, over rows that lie side by side. A decode module that
-shares its weights is not changed: its layers are held by a second tree of modules, so that nothing of an adapter is in
-a decode step.
+W is computed for all rows at once, whichever adapters they have. So are the low-rank products on a GPU, in a grouped
+kernel, and on a CPU where adapters have one shape and few rows each; otherwise they go adapter by adapter, over rows
+that lie side by side. A decode module that shares its weights is not changed: its layers are held by a second tree of
+modules, so that nothing of an adapter is in a decode step.
 """
 
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from itertools import groupby, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qsun.adapters.adapter_weights import AdapterWeights, Run
+from qsun.adapters.grouped_products import GroupedProducts
 from qsun.model.architectures import Architecture, architecture_of, block_prefix
-from qsun.model.lora import Adapter
 from qsun.model.skeleton import empty_model
 from qsun.runtime.fused_block import FusedBlock
 from qsun.runtime.fused_projections import GatedMLP, MergedPart
 
 _ROWS_EACH = 3  # rows of an adapter, on average, up to which one product for all adapters is faster
-
-
-@dataclass(frozen=True, eq=False)
-class AdapterWeights:
-    """An adapter in memory: lora_A (rank, in) and scale * lora_B (out, rank) by the name of their layer."""
-
-    layers: dict[str, tuple[Tensor, Tensor]]
-
-    @classmethod
-    def of(cls, adapter: Adapter, dtype: torch.dtype, device: torch.device) -> "AdapterWeights":
-        """Return an adapter in the dtype that its model computes in; the scale enters before B is rounded."""
-        scale = adapter.settings.scale
-        return cls(
-            {
-                layer: (a.to(device, dtype), (b.to(device, torch.float32) * scale).to(dtype))
-                for layer, (a, b) in adapter.weights.items()
-            }
-        )
-
-    @cached_property
-    def size_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for pair in self.layers.values() for tensor in pair)
 
 
 Pair = tuple[Tensor, Tensor]
@@ -56,21 +33,31 @@ Pair = tuple[Tensor, Tensor]
 class RowAdapters:
     """The adapters of the pass that is being computed.
 
-    Attributes:
-        runs: rows side by side that have the same adapter; rows without one are in none.
+    Args:
+        layers: names of all layers that an adapter may have.
     """
 
-    def __init__(self) -> None:
-        self.runs: list[tuple[slice, AdapterWeights]] = []
+    def __init__(self, layers: Sequence[str]):
+        self._grouped = GroupedProducts(layers)
+        self.use([], torch.device("cpu"))
+
+    def use(self, runs: Sequence[Run], device: torch.device) -> None:
+        """Take the adapters of the next pass; rows without one are in no run."""
+        self._runs, self._in_kernel = runs, GroupedProducts.serves(runs, device)
+        if self._in_kernel:
+            self._grouped.begin(runs)
 
     def add(self, y: Tensor, x: Tensor, layer: str) -> None:
         """Add the low-rank products of x (B, T, in) to a layer's output y (B, T, out), in place."""
-        runs = [(rows, adapter.layers[layer]) for rows, adapter in self.runs if layer in adapter.layers]
+        if self._in_kernel:
+            self._grouped.add(y, x, layer)
+            return
+        runs = [(rows, adapter.layers[layer]) for rows, adapter in self._runs if layer in adapter.layers]
         if _in_one_product(runs):
             _add_batched(y, x, runs)
             return
         for rows, (a, b) in runs:
-            y[rows].view(-1, y.shape[-1]).addmm_(x[rows].flatten(0, 1) @ a.t(), b.t())
+            y[rows].view(-1, y.shape[-1]).addmm_(x[rows].flatten(0, 1) @ a.t(), b)
 
 
 def _in_one_product(runs: Sequence[tuple[slice, Pair]]) -> bool:
@@ -84,9 +71,9 @@ def _in_one_product(runs: Sequence[tuple[slice, Pair]]) -> bool:
 def _add_batched(y: Tensor, x: Tensor, runs: Sequence[tuple[slice, Pair]]) -> None:
     """Add the products of all runs at once: a matrix for each row. On a CPU in bfloat16 up to 6 times as fast."""
     pairs = [pair for rows, pair in runs for _ in range(rows.stop - rows.start)]
-    a, b = (torch.stack([pair[part] for pair in pairs]).transpose(1, 2) for part in range(2))
+    a, b = (torch.stack([pair[part] for pair in pairs]) for part in range(2))
     rows = slice(runs[0][0].start, runs[-1][0].stop)
-    y[rows].baddbmm_(x[rows] @ a, b)
+    y[rows].baddbmm_(x[rows] @ a.transpose(1, 2), b)
 
 
 class AdaptedLinear(nn.Module):
@@ -129,11 +116,12 @@ class SharedPrefill:
     """
 
     def __init__(self, model: Any):
-        self._adapters = RowAdapters()
         self.model: Any = _same_weights(model)
         self.skeleton: Any = empty_model(model.config)
-        architecture = architecture_of(model.config.model_type)
-        for index, block in enumerate(self.model.model.layers):
+        architecture, blocks = architecture_of(model.config.model_type), self.model.model.layers
+        names = [block_prefix(index) + name for index in range(len(blocks)) for name in architecture.linear_names()]
+        self._adapters = RowAdapters(names)
+        for index, block in enumerate(blocks):
             _adapt_block(block, block_prefix(index), architecture, self._adapters)
 
     @property
@@ -153,11 +141,11 @@ class SharedPrefill:
             if adapter is not None:
                 runs.append((slice(start, end), adapter))
             start = end
-        self._adapters.runs = runs
+        self._adapters.use(runs, self.device)
         try:
             yield
         finally:
-            self._adapters.runs = []
+            self._adapters.use([], self.device)
 
 
 def _same_weights(model: Any) -> Any:

@@ -10,8 +10,8 @@ import torch
 from transformers import DynamicCache
 
 from qsun.adapters.adapter_module import AdapterModule
+from qsun.adapters.adapter_weights import AdapterWeights
 from qsun.adapters.pool import AdapterPool
-from qsun.adapters.shared_prefill import AdapterWeights
 from qsun.engine.config import EngineConfig
 from qsun.engine.prefix_cache import LayerKV, PrefixCache
 from qsun.engine.requests import Request, TokenLogprob
@@ -175,7 +175,7 @@ class Prefilling:
                 continue
             group.append(task)
             longest = max(longest, task.left)
-        return sorted(group, key=lambda task: (task.adapter is not None, task.owner.number))  # see RowAdapters.runs
+        return sorted(group, key=lambda task: (task.adapter is not None, task.owner.number))  # see SharedPrefill.rows
 
     def _read_together(self, group: Sequence[PrefillTask]) -> int:
         """Return the tokens computed."""

@@ -61,6 +61,7 @@ class QsunLinearMethod(LinearMethodBase):
         for suffix in tensors:
             delattr(layer, suffix)
         layer.qsun = QuantLinear(weights, None, self.shard.spec.bits, self.dtype, self.keep_dense)
+        layer.qweight = layer.qsun.scales  # vLLM's LoRA layers ask a tensor of this name for its device
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y: Tensor = layer.qsun(x)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import qsun
 from qsun.adapters.adapter_module import AdapterLibrary
-from qsun.adapters.shared_prefill import AdapterWeights
+from qsun.adapters.adapter_weights import AdapterWeights
 from qsun.engine.config import EngineConfig, Sampling
 from qsun.engine.engine import Engine
 from qsun.engine.requests import Refused, Request
@@ -370,7 +370,7 @@ def load(self):
     started.set()
     time.sleep(1)
 AdapterModule.load = load
-for name, path in {({name: str(path) for name, path in adapters().items()})!r}.items():
+for name, path in { ({name: str(path) for name, path in adapters().items()})!r}.items():
     engine.add_module(name, library.open(path))
     engine.submit(Request(name, name, (5, 6, 7), Sampling(2)))
 thread = EngineThread(engine)

@@ -14,9 +14,10 @@ pytest.importorskip("triton")
 SLOW = pytest.param("interpreted_int4.py", "slow", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize(
-    ("name", "marker"), [("interpreted_int4.py", "not slow"), ("interpreted_decode.py", "not slow"), SLOW]
-)
+FAST = [(f"interpreted_{name}.py", "not slow") for name in ("int4", "decode", "lora")]
+
+
+@pytest.mark.parametrize(("name", "marker"), [*FAST, SLOW])
 def test_kernels_in_the_interpreter(name, marker):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     options = ("-q", "--noconftest", "-p", "no:cacheprovider", "-m", marker, f"tests/kernels/{name}")

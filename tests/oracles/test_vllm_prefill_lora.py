@@ -1,26 +1,33 @@
-"""Adapters on prompt tokens only in a real vLLM engine, float32, token by token.
+"""Adapters on prompt tokens only in a real vLLM engine, token by token.
 
-The reference is transformers': the base with an adapter merged into it fills a cache, and the base answers from it.
+Every engine has prefix caching and chunked prefill on, and a KV cache so small that requests are preempted.
 """
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, DynamicCache
 
-from qsun.runtime.kv_cache import CACHE_ARGUMENT
-from tests.oracles.bases import VOCAB, make_base
-from tests.oracles.conftest import Probe
+from tests.oracles.bases import make_base
+from tests.oracles.compare import disagreements, record
+from tests.oracles.conftest import Build, Probe
+from tests.oracles.prefill_lora import (
+    NAMES,
+    NEW_TOKENS,
+    RANK,
+    Reference,
+    dequantized,
+    first_wave,
+    second_wave,
+    write_adapters,
+)
 
 pytestmark = pytest.mark.oracle
 
-NEW_TOKENS = 12
-RANK, ALPHA = 8, 16
-NAMES = [f"task{i}" for i in range(16)]
 ENGINE = {
+    "dtype": "float32",
     "max_model_len": 1024,
     "max_num_seqs": 16,
     "max_loras": 6,
@@ -32,117 +39,90 @@ ENGINE = {
     "max_num_batched_tokens": 256,  # prompts are read in chunks
     "kv_cache_memory_bytes": 8 << 20,  # for about 2,000 tokens, so that requests are preempted
 }
+FEW = NAMES[:6]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return make_base(tmp_path_factory.mktemp("lora") / "base", torch.float32)
-
-
-@pytest.fixture(scope="module")
-def adapters(base, tmp_path_factory):
-    """Sixteen adapters in peft's layout, strong enough that answers differ."""
-    root, model = tmp_path_factory.mktemp("adapters"), AutoModelForCausalLM.from_pretrained(base)
-    linears = [name for name, module in model.model.layers.named_modules() if isinstance(module, torch.nn.Linear)]
-    for seed, name in enumerate(NAMES):
-        random = torch.Generator().manual_seed(seed)
-        tensors = {}
-        for linear in linears:
-            out, inputs = model.model.layers.get_submodule(linear).weight.shape
-            at = f"base_model.model.model.layers.{linear}"
-            tensors[f"{at}.lora_A.weight"] = 0.1 * torch.randn(RANK, inputs, generator=random)
-            tensors[f"{at}.lora_B.weight"] = 0.1 * torch.randn(out, RANK, generator=random)
-        (root / name).mkdir()
-        save_file(tensors, root / name / "adapter_model.safetensors", {"format": "pt"})
-        settings = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": str(base),
-            "r": RANK,
-            "lora_alpha": ALPHA,
-            "bias": "none",
-            "target_modules": sorted({linear.split(".")[-1] for linear in linears}),
-        }
-        (root / name / "adapter_config.json").write_text(json.dumps(settings))
-    return {name: root / name for name in NAMES}
-
-
-class Reference:
-    """Greedy answers over the seam with transformers alone."""
-
-    def __init__(self, base, adapters):
-        from safetensors.torch import load_file
-
-        self.decode = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-        self.prefill = {None: self.decode}
-        for name, directory in adapters.items():
-            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-            tensors, weights = load_file(directory / "adapter_model.safetensors"), dict(model.named_parameters())
-            for key in tensors:
-                if ".lora_A." in key:
-                    change = tensors[key.replace("lora_A", "lora_B")] @ tensors[key]
-                    target = key.removeprefix("base_model.model.").replace(".lora_A", "")
-                    weights[target].data += ALPHA / RANK * change
-            self.prefill[name] = model
-
-    @torch.no_grad()
-    def answer(self, adapter, tokens):
-        cache = DynamicCache(config=self.decode.config)
-        if len(tokens) > 1:
-            self.prefill[adapter](torch.tensor([tokens[:-1]]), **{CACHE_ARGUMENT: cache}, use_cache=True)
-        token, answer = tokens[-1], []
-        for _ in range(NEW_TOKENS):
-            logits = self.decode(torch.tensor([[token]]), **{CACHE_ARGUMENT: cache}, use_cache=True).logits
-            token = int(logits[0, -1].argmax())
-            answer.append(token)
-        return answer
-
-
-@pytest.fixture(scope="module")
-def reference(base, adapters):
+@pytest.fixture(scope="module", autouse=True)
+def threads():
+    before = torch.get_num_threads()
     torch.set_num_threads(2)
-    yield Reference(base, adapters)
-    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
-def first_wave():
-    """64 requests, of 1 to 600 tokens, over 16 adapters and the base; half of them begin with one shared text."""
-    random = np.random.default_rng(5)
-    shared = random.integers(3, VOCAB, 300).tolist()
-    wave = []
-    for i in range(64):
-        length = int([1, 2, 31, 32, 33, 65, 600, random.integers(3, 400)][i % 8])
-        tokens = random.integers(3, VOCAB, length).tolist()
-        if i % 2:
-            tokens = (shared + tokens)[:length]
-        wave.append({"adapter": [*NAMES, None][i % 17], "tokens": tokens})
-    return wave
-
-
-def with_answers(wave, answers):
-    """A second turn: each prompt, its answer and a few more tokens, read by the same adapter from the beginning."""
-    random = np.random.default_rng(6)
-    return [
-        {"adapter": request["adapter"], "tokens": request["tokens"] + answer + random.integers(3, VOCAB, 9).tolist()}
-        for request, answer in zip(wave, answers, strict=True)
-    ]
-
-
-def test_answers_are_those_of_merged_prefill_modules(base, adapters, reference, probe: Probe, tmp_path, monkeypatch):
-    monkeypatch.setenv("QSUN_PREFILL_LORA", "1")
-    first = first_wave()
-    expected = [reference.answer(request["adapter"], request["tokens"]) for request in first]
-    second = with_answers(first, expected)
-    expected += [reference.answer(request["adapter"], request["tokens"]) for request in second]
+def ask(probe: Probe, root, model, adapters, waves, **engine):
+    """(answers of each request, preemptions, prefix-cache hits)"""
     job = {
-        "model": str(base),
+        "model": str(model),
         "adapters": {name: str(path) for name, path in adapters.items()},
-        "waves": [first, second],
+        "waves": [[asdict(asked) for asked in wave] for wave in waves],
         "new_tokens": NEW_TOKENS,
-        "engine": ENGINE,
+        "engine": ENGINE | engine,
     }
-    (tmp_path / "job.json").write_text(json.dumps(job))
-    *tokens, preemptions, hits = probe("vllm", "vllm_prefill_lora.py", tmp_path / "job.json").tolist()
-    answers = np.array(tokens).reshape(-1, NEW_TOKENS).tolist()
-    wrong = [i for i, (ours, theirs) in enumerate(zip(answers, expected, strict=True)) if ours != theirs]
+    (root / "job.json").write_text(json.dumps(job))
+    *tokens, preemptions, hits = probe("vllm", "vllm_prefill_lora.py", root / "job.json").tolist()
+    found, rest = [], np.array(tokens).reshape(-1, NEW_TOKENS).tolist()
+    for asked in (asked for wave in waves for asked in wave):
+        found.append(rest[: asked.n])
+        rest = rest[asked.n :]
+    assert rest == []
+    return found, preemptions, hits
+
+
+def check_exact(probe: Probe, root, model, adapters, reference, count, **engine):
+    """Two turns of so many conversations, every token that of merged prefill modules."""
+    first = first_wave([*adapters], count)
+    expected = [reference.answer(asked) for asked in first]
+    second = second_wave(first, expected)
+    expected += [reference.answer(asked) for asked in second]
+    found, preemptions, hits = ask(probe, root, model, adapters, [first, second], **engine)
+    wrong = [i for i, (ours, theirs) in enumerate(zip(found, expected, strict=True)) if ours != [theirs] * len(ours)]
+    record("vllm prefill-only LoRA", requests=len(found), wrong=len(wrong), preemptions=preemptions, hits=hits)
     assert (wrong, preemptions > 0, hits > 0) == ([], True, True)
+
+
+@pytest.fixture
+def switched_on(monkeypatch):
+    monkeypatch.setenv("QSUN_PREFILL_LORA", "1")
+
+
+@pytest.fixture(scope="module")
+def quantized(build: Build, tmp_path_factory):
+    """A 4-bit module, its weights as a float32 model, and adapters of it."""
+    module = build("fp32", group_size=32)
+    root = tmp_path_factory.mktemp("quantized")
+    base = make_base(root / "base", torch.float32)
+    dense = dequantized(module, base, root / "dense")
+    return module, dense, write_adapters(root / "adapters", base, FEW)
+
+
+def test_64_conversations_over_16_adapters(probe: Probe, tmp_path, switched_on):
+    base = make_base(tmp_path / "base", torch.float32)
+    adapters = write_adapters(tmp_path / "adapters", base, NAMES)
+    check_exact(probe, tmp_path, base, adapters, Reference(base, adapters), 64)
+
+
+def test_int4_on_our_kernels(quantized, probe: Probe, tmp_path, switched_on):
+    module, dense, adapters = quantized
+    check_exact(probe, tmp_path, module, adapters, Reference(dense, adapters), 24, quantization="qsun")
+
+
+def test_int4_on_two_tensor_parallel_ranks(quantized, probe: Probe, tmp_path, switched_on):
+    module, dense, adapters = quantized
+    engine = {"quantization": "qsun", "tensor_parallel_size": 2, "kv_cache_memory_bytes": 4 << 20}
+    check_exact(probe, tmp_path, module, adapters, Reference(dense, adapters), 24, **engine)
+
+
+def test_int4_on_vllms_own_kernels(quantized, probe: Probe, tmp_path, switched_on):
+    """They compute in bfloat16 on a CPU, so tokens are compared where the reference's choice is clear."""
+    module, dense, adapters = quantized
+    reference = Reference(dense, adapters, torch.bfloat16)
+    wave = [asked for asked in first_wave([*adapters], 24) if asked.n == 1]
+    found, preemptions, hits = ask(
+        probe, tmp_path, module, adapters, [wave], dtype="bfloat16", kv_cache_memory_bytes=4 << 20
+    )
+    pairs = [(answer[0], reference.logits(asked, answer[0])) for asked, answer in zip(wave, found, strict=True)]
+    wrong, clear = disagreements(np.array([answer for answer, _ in pairs]), np.stack([logits for _, logits in pairs]))
+    record("vllm prefill-only LoRA, its kernels", clear=clear, wrong=wrong, preemptions=preemptions, hits=hits)
+    assert clear > 100
+    assert wrong == 0

@@ -1,9 +1,11 @@
 """Triton kernels of a pretended device: each launch checks its operands and computes its definition in plain torch."""
 
+import ctypes
+
 import torch
 from torch.nn.functional import silu
 
-from qsun.kernels import bytes_product, decode_cuda, int4_cuda, int4_triton, workspace
+from qsun.kernels import bytes_product, decode_cuda, int4_cuda, int4_triton, lora_triton, workspace
 from qsun.kernels.layout import INTERLEAVED_ROWS, PackedInt4, unpack_int4
 from qsun.kernels.reference import dequantize
 from tests.pretend_cuda.tensors import STATE, PretendMode, PretendTensor
@@ -90,6 +92,33 @@ def split_attention(
         out[row] = torch.einsum("hn,hnd->hd", scores.softmax(-1), v)
 
 
+def shrink_rows(x, table, tiles, low, M, K, stride_x, table_stride, share, BM, **_):
+    low.fill_(float("nan"))
+    for segment, first, end in tiles.tolist():
+        address, _, rank = table[segment].tolist()
+        rows = slice(first, min(end, first + BM))
+        for split, columns in enumerate(torch.arange(K).split(share) if rank else ()):
+            a = memory_at(address, (rank, K), x.dtype)[:, columns]
+            low[split, rows] = 0
+            low[split, rows, :rank] = x[rows][:, columns].float() @ a.float().t()
+
+
+def expand_rows(y, table, tiles, low, M, N, stride_y, table_stride, splits, BM, **_):
+    for segment, first, end in tiles.tolist():
+        _, address, rank = table[segment].tolist()
+        rows = slice(first, min(end, first + BM))
+        if rank:
+            b = memory_at(address, (rank, N), y.dtype)
+            y[rows] = y[rows].float() + low[:, rows, :rank].sum(0).to(y.dtype).float() @ b.float()
+
+
+def memory_at(address, shape, dtype):
+    """The tensor that a kernel finds by its address."""
+    count = torch.Size(shape).numel()
+    held = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(held, dtype=dtype).view(shape)
+
+
 def weights(words, scales, zeros, N, K, group):
     q, scale, zero = unpack_int4(PackedInt4(words, scales, zeros), N, K, group or -1)
     return dequantize(q, scale, zero, None, torch.float32)
@@ -99,6 +128,8 @@ def patches():
     """Yield (object, attribute, stand-in)."""
     yield int4_triton, "int4_matmul", Kernel("int4_matmul", int4_matmul)
     yield int4_triton, "dequantize_tiles", Kernel("dequantize_tiles", dequantize_tiles)
+    for compute in (shrink_rows, expand_rows):
+        yield lora_triton, compute.__name__, Kernel(compute.__name__, compute)
     yield workspace, "_of_devices", {}
     for compute in (rms_norm_rows, silu_mul_rows, rotate_and_store, split_attention):
         yield decode_cuda, compute.__name__, Kernel(compute.__name__, compute)

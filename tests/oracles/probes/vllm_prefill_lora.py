@@ -1,8 +1,10 @@
-"""vllm_prefill_lora.py OUT JOB: greedy tokens of one vLLM engine whose adapters act on prompt tokens only, float32.
+"""vllm_prefill_lora.py OUT JOB: tokens of one vLLM engine whose adapters act on prompt tokens only.
 
-JOB is JSON: model, adapters (name -> directory), waves (lists of {adapter or null, tokens}), new_tokens, engine (more
-arguments of LLM). Each wave is one call, so that a later one meets the prefix cache that earlier ones left.
-OUT holds, in turn: the answers of all requests, new_tokens each; preemptions; prefix-cache hits, in tokens.
+JOB is JSON: model, adapters (name -> directory), waves (lists of {adapter or null, tokens, n}), new_tokens, engine
+(more arguments of LLM). Each wave is one call, so that a later one meets the prefix cache that earlier ones left. vLLM
+refuses n > 1 with temperature 0, so each token is sampled from the first choice alone.
+OUT holds, in turn: the answers of all requests, new_tokens for each of their n; preemptions; prefix-cache hits, in
+tokens.
 """
 
 import json
@@ -23,7 +25,6 @@ def main(out, job):
     job = json.loads(Path(job).read_text())
     engine = LLM(
         job["model"],
-        dtype="float32",
         skip_tokenizer_init=True,
         enforce_eager=True,
         enable_lora=True,
@@ -31,13 +32,15 @@ def main(out, job):
         **job["engine"],
     )
     adapters = {name: LoRARequest(name, i, path) for i, (name, path) in enumerate(job["adapters"].items(), 1)}
-    sampling = SamplingParams(temperature=0, max_tokens=job["new_tokens"], ignore_eos=True, detokenize=False)
+    always = {"temperature": 1, "top_k": 1, "max_tokens": job["new_tokens"], "ignore_eos": True, "detokenize": False}
     found = []
     for wave in job["waves"]:
         prompts = [TokensPrompt(prompt_token_ids=request["tokens"]) for request in wave]
+        sampling = [SamplingParams(n=request["n"], **always) for request in wave]
         chosen = [adapters.get(request["adapter"]) for request in wave]
         for result in engine.generate(prompts, sampling, lora_request=chosen, use_tqdm=False):
-            found += result.outputs[0].token_ids
+            for output in result.outputs:
+                found += output.token_ids
     found += [counter(engine, "vllm:num_preemptions"), counter(engine, "vllm:prefix_cache_hits")]
     np.save(out, np.array(found, dtype=np.int64), allow_pickle=False)
 
