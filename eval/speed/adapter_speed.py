@@ -15,6 +15,7 @@ from qsun.adapters.adapter_module import AdapterLibrary
 from qsun.adapters.adapter_weights import AdapterWeights
 from qsun.adapters.shared_prefill import SharedPrefill
 from qsun.engine.config import Sampling
+from qsun.engine.decode.fixed_slots import budget_for
 from qsun.engine.decode_batch import DecodeBatch
 from qsun.engine.requests import Request
 from qsun.engine.row import Row
@@ -128,7 +129,7 @@ def _decode_turns(
     settings = Sampling(max_new_tokens=run.steps + 2, ignore_eos=True, detokenize=False)
     batches = {}
     for name, rows in (("decode", [*adapters]), ("decode_of_base", [None] * run.count)):
-        batch = batches[name] = DecodeBatch(decode.model, run.count * columns)
+        batch = batches[name] = DecodeBatch(decode.model, budget_for(decode.model, run.count, columns))
         with shared.rows(rows):
             for number, layers in enumerate(prefilled_rows(shared.model, [p[:-1] for p in prompts], _CHUNK_TOKENS)):
                 batch.add(Row(Request(str(number), name, tuple(prompts[number]), settings)), layers)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from qsun.engine.config import Sampling
+from qsun.engine.decode.fixed_slots import budget_for
 from qsun.engine.decode_batch import DecodeBatch
 from qsun.engine.requests import Request
 from qsun.engine.row import Row
@@ -171,7 +172,7 @@ def filled_batch(model: Any, batch: int, filled: int, steps: int) -> DecodeBatch
     drawn = [torch.randn(2, heads, filled, width, device=device).to(DTYPE) for _ in range(layers)]
     tokens = torch.randint(model.config.vocab_size, (batch, filled + 1)).tolist()
     rows = [Row(Request(str(i), "", tuple(row), Sampling(max_new_tokens=steps))) for i, row in enumerate(tokens)]
-    decoding = DecodeBatch(model, batch * (filled + steps))
+    decoding = DecodeBatch(model, budget_for(model, batch, filled + steps))
     decoding.cache.reserve([filled + steps] * batch)
     for row in rows:
         decoding.add(row, [(layer[0], layer[1]) for layer in drawn])

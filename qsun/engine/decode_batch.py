@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Set
 from typing import Any
 
-from qsun.engine.decode_step import DecodeStep
+from qsun.engine.decode.decode_step import DecodeStep
+from qsun.engine.decode.fixed_slots import FixedSlots, has_fixed_shapes
+from qsun.engine.decode.slot_cache import SlotCache
 from qsun.engine.prefix_cache import LayerKV
 from qsun.engine.row import Row
-from qsun.engine.slot_cache import SlotCache
 from qsun.engine.token_choice import ChosenToken, choose
 
 _STEP_TOKENS = 64  # a step with drafts computes no more, as it would then cost more than one without
@@ -17,18 +18,27 @@ class DecodeBatch:
 
     Args:
         model: the decode module's causal LM. budget_tokens: of KV, rows x columns.
-        static: see DecodeStep. speculate: most tokens that a row drafts in a step.
+        static: compute with fixed shapes, as CUDA graphs need; None: on a GPU.
+        speculate: most tokens that a row drafts in a step.
 
     Attributes:
         drafted, accepted: tokens so far, and those of them that rows chose too.
     """
 
     def __init__(self, model: Any, budget_tokens: int, static: bool | None = None, speculate: int = 0):
-        self.cache = SlotCache(model.config, model.model.embed_tokens.weight, budget_tokens, speculate)
+        weight = model.model.embed_tokens.weight
+        fixed = has_fixed_shapes(model, static)
+        self.cache: SlotCache = (
+            FixedSlots(model, budget_tokens) if fixed else SlotCache(model.config, weight, budget_tokens, speculate)
+        )
         self.rows: list[Row] = []
-        self._step = DecodeStep(model, self.cache, static)
+        self._step = DecodeStep(model, self.cache)
         self._speculate = speculate
         self.drafted, self.accepted = 0, 0
+
+    def warm(self, rows: int) -> int:
+        """Capture the graphs of steps of up to `rows` rows, before there are any; returns how many there are."""
+        return self._step.warm(rows)
 
     def add(self, row: Row, layers: LayerKV) -> None:
         self.cache.place(layers, row.request.prefix_tokens, row.request.kv_tokens)

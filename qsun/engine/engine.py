@@ -12,8 +12,8 @@ import torch
 
 from qsun.adapters.pool import NOT_LOADED, AdapterPool
 from qsun.engine.config import EngineConfig
+from qsun.engine.decode.decode_step import on_device
 from qsun.engine.decode_batch import DecodeBatch
-from qsun.engine.decode_step import on_device
 from qsun.engine.fair_queue import FairQueue
 from qsun.engine.prefilling import LoadedModule, Prefilling, PrefillTask
 from qsun.engine.prefix_cache import PrefixCache
@@ -107,7 +107,7 @@ class Engine:
         check_prompt(request, model.config, name)
         if request.sampling.stop and self.tokenizer is None:
             raise QsunError("the model has no tokenizer; leave stop strings out")
-        budget = self._batch(request.model).cache.budget_tokens - self.config.speculate
+        budget = self.batch_of(request.model).cache.budget_tokens - self.config.speculate
         if request.kv_tokens > budget:
             raise QsunError(
                 f"the prompt's {len(request.tokens)} tokens and max_tokens {request.sampling.max_new_tokens} need KV "
@@ -227,12 +227,12 @@ class Engine:
         room = self.config.max_batch - len(self._in_progress())
         needs: dict[DecodeBatch, list[int]] = {}
         for task in self._prefilling.tasks:
-            needs.setdefault(self._batch(task.request.model), []).append(task.request.kv_tokens)
+            needs.setdefault(self.batch_of(task.request.model), []).append(task.request.kv_tokens)
         modules = list(self.modules.values()) if len(self._queue) else []
         absent: set[str] = set()  # models whose adapter is not in memory
         wanted = {owner.number for owner in modules if self._queue.waiting(owner.name)}
         while room > 0 and (request := self._queue.next(absent)) is not None:
-            batch, owner = self._batch(request.model), self.modules[request.model]
+            batch, owner = self.batch_of(request.model), self.modules[request.model]
             alike = needs.setdefault(batch, [])
             if not batch.cache.fits([*alike, request.kv_tokens]):
                 break
@@ -248,7 +248,7 @@ class Engine:
         for batch, alike in needs.items():
             batch.cache.reserve(alike)
 
-    def _batch(self, model: str) -> DecodeBatch:
+    def batch_of(self, model: str) -> DecodeBatch:
         name = model if self.config.partitioned else _SHARED
         if name not in self._batches:
             share = self.budget_tokens // (len(self.modules) if self.config.partitioned else 1)
@@ -267,7 +267,7 @@ class Engine:
                 updates += [Update(request.id, finish="length", cached_tokens=task.cached, prompt_logprobs=scores)]
                 continue
             row = decoding_row(request, task.cached, tuple(task.scores), self.tokenizer, self.config.speculate)
-            self._batch(request.model).add(row, task.layers)
+            self.batch_of(request.model).add(row, task.layers)
         self.watch.prefilled(self._prefilling.read, time.monotonic() - started)
         return updates
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qsun.engine.config import EngineConfig, GenerateConfig
+from qsun.engine.decode.fixed_slots import budget_for
+from qsun.engine.decode.slot_memory import free_tokens
 from qsun.engine.engine import Engine
 from qsun.engine.requests import Request
 from qsun.errors import QsunError
@@ -109,9 +111,9 @@ def _engine(decode: DecodeModule, requests: Sequence[Request], config: GenerateC
     model: Any = decode.model
     weight = model.model.embed_tokens.weight
     longest = max((request.kv_tokens for request in requests), default=1) + config.speculate
-    wanted = longest * min(config.batch_size, len(requests))
+    wanted = budget_for(model, max(1, min(config.batch_size, len(requests))), longest, config.static)
     per_token = kv_bytes_per_token(model.config, weight.dtype)
-    tokens = min(wanted, max(longest, available_bytes(weight.device) // 2 // per_token))
+    tokens = min(wanted, max(longest, free_tokens(model), available_bytes(weight.device) // 2 // per_token))
     limits = EngineConfig(
         max_batch=config.batch_size,
         kv_bytes=max(1, tokens) * per_token,

@@ -7,7 +7,7 @@ import torch
 
 import qsun
 from qsun.engine.config import EngineConfig, Sampling
-from qsun.engine.decode_step import DecodeStep
+from qsun.engine.decode.decode_step import DecodeStep
 from qsun.engine.engine import Engine
 from qsun.engine.requests import Request
 from qsun.errors import QsunError

@@ -24,6 +24,7 @@ PACKAGES = [
     "qsun.quantization.methods",
     "qsun.quantization",
     "qsun.adapters",
+    "qsun.engine.decode",
     "qsun.engine",
     "qsun.tuning",
     "qsun.serve.http",

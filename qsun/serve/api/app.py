@@ -13,6 +13,7 @@ from qsun._version import __version__
 from qsun.adapters.adapter_module import AdapterLibrary
 from qsun.engine.engine import Engine
 from qsun.engine.thread import SHUTTING_DOWN, EngineThread
+from qsun.engine.warming import warm
 from qsun.serve.api.admin import add_admin_routes
 from qsun.serve.api.completions import Completions, ServeLimits
 from qsun.serve.api.errors import DESCRIBED, add_error_handlers
@@ -65,6 +66,7 @@ def build_app(serving: Serving, admin: bool = False) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await asyncio.to_thread(warm, serving.engine)  # no request waits for a compiler
         serving.thread.start()
         try:
             yield

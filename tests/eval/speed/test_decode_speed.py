@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import qsun
-from qsun.engine.decode_step import DecodeStep
+from qsun.engine.decode.decode_step import DecodeStep
 from qsun.errors import QsunError
 from qsun.eval.load.percentiles import percentile
 from qsun.eval.simulate.curves import measured_curves

@@ -6,8 +6,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations import sdpa_attention
 
 import qsun
-from qsun.engine.decode_step import DecodeStep
-from qsun.engine.slot_cache import SlotCache
+from qsun.engine.decode.decode_step import DecodeStep
+from qsun.engine.decode.fixed_slots import FixedSlots
+from qsun.engine.decode.slot_cache import SlotCache
 from qsun.runtime.kv_cache import kv_shape
 from qsun.runtime.seam import goes_unmasked, seam_masks
 from tests.tiny_models import FAMILIES
@@ -41,14 +42,15 @@ class Recorder(TorchDispatchMode):
 
 def step_of(model, static, lengths=(5, 2)):
     """A step over rows of random keys and values; static ones have room for more rows than there are."""
-    cache = SlotCache(model.config, model.model.embed_tokens.weight, 4 * 64)
-    cache.reserve([64] * 4 if static else [64] * len(lengths))
+    weight = model.model.embed_tokens.weight
+    cache = FixedSlots(model, 4 * 256) if static else SlotCache(model.config, weight, 4 * 64)
+    cache.reserve([64] * len(lengths))
     torch.manual_seed(0)
     layers, heads, width = kv_shape(model.config)
     for length in lengths:
         drawn = [(torch.randn(heads, length, width), torch.randn(heads, length, width)) for _ in range(layers)]
         cache.place(drawn, length, 64)
-    return DecodeStep(model, cache, static)
+    return DecodeStep(model, cache)
 
 
 def recorded(step, tokens):
@@ -78,7 +80,7 @@ def test_rows_of_one_length_need_no_mask(family, tiny_model, monkeypatch):
     model = qsun.load_decode(tiny_model(family), "cpu", torch.float32).model
     static, growing = step_of(model, True, (5, 5)), step_of(model, False, (5, 5))
     asked = []
-    monkeypatch.setattr("qsun.engine.decode_step.seam_masks", lambda *a: asked.append(a[-1]) or seam_masks(*a))
+    monkeypatch.setattr("qsun.engine.decode.decode_step.seam_masks", lambda *a: asked.append(a[-1]) or seam_masks(*a))
     for tokens in ([[7], [8]], [[9], [10]], [[11], [12]], [[13], [14]]):
         logits = growing(tokens)
         torch.testing.assert_close(logits, static(tokens), rtol=1e-5, atol=1e-5)
@@ -91,7 +93,7 @@ def test_rows_of_one_length_need_no_mask(family, tiny_model, monkeypatch):
 def test_masks_go_once_all_rows_have_one_length(tiny_model, monkeypatch):
     step = step_of(qsun.load_decode(tiny_model("llama"), "cpu", torch.float32).model, False)
     asked = []
-    monkeypatch.setattr("qsun.engine.decode_step.seam_masks", lambda *a: asked.append(a[-1]) or seam_masks(*a))
+    monkeypatch.setattr("qsun.engine.decode.decode_step.seam_masks", lambda *a: asked.append(a[-1]) or seam_masks(*a))
     step([[7], [8]])
     step.cache.release(0)
     step([[9]])
@@ -104,7 +106,7 @@ def test_rows_that_are_not_in_use_change_nothing(tiny_model):
     plain = step_of(step.model, False, (5, 2, 7))
     for tokens in ([[7], [8], [9]], [[10], [11], [12]]):
         torch.testing.assert_close(step(tokens), plain(tokens), rtol=1e-5, atol=1e-5)
-    assert step.cache.view == (4, 64)
+    assert step.cache.view == (4, 128)
 
 
 def test_the_recorder_sees_a_step_that_reads():
@@ -135,7 +137,7 @@ def test_a_mask_where_attention_is_faster_with_one(amx, dtype, tiny_model, monke
     assert goes_unmasked(model, 8) == (amx or dtype == torch.float32)
     logits = []
     for chosen in (True, False):
-        monkeypatch.setattr("qsun.engine.decode_step.goes_unmasked", lambda *_, chosen=chosen: chosen)
+        monkeypatch.setattr("qsun.engine.decode.decode_step.goes_unmasked", lambda *_, chosen=chosen: chosen)
         logits.append(step_of(model, False, (5, 5))([[7], [8]]).float())
     torch.testing.assert_close(*logits, rtol=2e-2, atol=2e-2)
 

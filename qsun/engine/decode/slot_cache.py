@@ -27,7 +27,6 @@ class SlotCache:
         rows: in use. lengths: (capacity,) int64, columns filled in each row, on the device.
         tokens: (capacity, 1) int64, to be fed by the step, on the device.
         view: (rows, columns) that attention is given in this step.
-        allocations: how often the buffers were made anew; a captured graph holds the addresses of one of them.
     """
 
     def __init__(self, config: Any, like: Tensor, budget_tokens: int, spare: int = 0):
@@ -38,7 +37,6 @@ class SlotCache:
         self._places: Tensor | None = (
             None  # of this step's tokens in flat buffers; the first layer to ask computes them
         )
-        self.allocations = 0
         self.needs: list[int] = []
         self.filled: list[int] = []
         self.buffers: list[tuple[Tensor, Tensor]] = []
@@ -125,7 +123,6 @@ class SlotCache:
     def _allocate(self, rows: int, columns: int) -> None:
         shape = (rows, self._heads, columns, self._width)
         self._capacity = (rows, columns)
-        self.allocations += 1
         kept = min(columns, max(self.filled, default=0))
         for index in range(self._layers):
             new = (self._like.new_zeros(shape), self._like.new_zeros(shape))

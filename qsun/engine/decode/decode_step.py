@@ -1,6 +1,6 @@
 """A decode step: one token, or a few drafted ones, for each row of a slot cache, whichever prefill modules wrote them.
 
-On a GPU a step is a CUDA graph, one for each size of batch and of context, both rounded up so that there are few.
+Over FixedSlots, a step has one of a few shapes; on a GPU there is a CUDA graph for each.
 """
 
 from collections.abc import Sequence
@@ -10,29 +10,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsun.engine.slot_cache import SlotCache
+from qsun.engine.decode.buckets import column_buckets, row_buckets, rows_bucket, seen_columns
+from qsun.engine.decode.fixed_slots import FixedSlots
+from qsun.engine.decode.graph_pool import capture
+from qsun.engine.decode.slot_cache import SlotCache
+from qsun.runtime.fused_block import FusedBlock
 from qsun.runtime.kv_cache import CACHE_ARGUMENT
 from qsun.runtime.seam import goes_unmasked, seam_masks, unmasked
 
-_GRAPH_COLUMNS = 256
-_MOST_GRAPHS = 64
-
 
 class DecodeStep:
-    """The decode model over the rows of a cache.
+    """The decode model over the rows of a cache, in fixed shapes where the cache is FixedSlots.
 
     Args:
         model: the decode module's causal LM.
-        static: compute with fixed shapes, as CUDA graphs need; None: on a GPU.
     """
 
-    def __init__(self, model: Any, cache: SlotCache, static: bool | None = None):
+    def __init__(self, model: Any, cache: SlotCache):
         self.model, self.cache = model, cache
         self.device: torch.device = model.model.embed_tokens.weight.device
-        self.static = self.device.type == "cuda" if static is None else static
-        self._graphs: dict[tuple[int, int], tuple[Any, Tensor]] = {}
-        self._graphs_of = -1  # allocation whose addresses the graphs hold
-        self._pool: Any = None  # of the memory that they share
+        self.static = isinstance(cache, FixedSlots)
+        self._own_only = all(isinstance(layer, FusedBlock) for layer in model.model.layers)
+
+    @torch.no_grad()
+    def warm(self, rows: int) -> int:
+        """Capture the graphs of up to `rows` rows before there are any; the largest come first, as they share memory.
+
+        Returns:
+            How many there are now: 0 where steps are not graphs.
+        """
+        cache = self.cache
+        if not isinstance(cache, FixedSlots) or self.device.type != "cuda":
+            return 0
+        with on_device(self.device):
+            for columns in reversed(column_buckets(cache.most_columns)):
+                cache.shape(columns)
+                for count in reversed(row_buckets(min(rows_bucket(rows), cache.capacity[0]))):
+                    for seen in reversed(seen_columns(columns, self._own_only)):
+                        self._graph(cache, (count, seen))
+            cache.shape(column_buckets(cache.most_columns)[0])
+        return len(cache.memory.graphs)
 
     @torch.no_grad()
     def __call__(self, tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -54,7 +71,11 @@ class DecodeStep:
             elif width > 1:  # what pads a row stays at its last column, within the model's positions
                 last = torch.tensor([[len(row) - 1] for row in tokens], device=self.device)
                 columns = cache.lengths[: view[0], None] + torch.arange(width, device=self.device).minimum(last)
-            logits = self._replay(fed, view) if self.static and fed.is_cuda else self._forward(fed, view, columns)
+            if isinstance(cache, FixedSlots) and fed.is_cuda:
+                graph, logits = self._graph(cache, view)
+                graph.replay()
+            else:
+                logits = self._forward(fed, view, columns)
             cache.advance()
         return logits[: len(tokens)]
 
@@ -64,7 +85,8 @@ class DecodeStep:
         if not self.static:
             return rows, columns
         most_rows, most_columns = self.cache.capacity
-        return min(_power_of_two(rows), most_rows), min(-(-columns // _GRAPH_COLUMNS) * _GRAPH_COLUMNS, most_columns)
+        seen = next(size for size in seen_columns(most_columns, self._own_only) if size >= columns)
+        return min(rows_bucket(rows), most_rows), seen
 
     def _forward(self, tokens: Tensor, view: tuple[int, int], columns: Tensor | None = None) -> Tensor:
         """Nothing here depends on the values of a tensor. Rows beyond those in use write to rows that are not read.
@@ -90,34 +112,20 @@ class DecodeStep:
             return unmasked(self.model)
         return seam_masks(self.model, None, columns, length)
 
-    def _replay(self, tokens: Tensor, view: tuple[int, int]) -> Tensor:
-        if self._graphs_of != self.cache.allocations or len(self._graphs) > _MOST_GRAPHS:
-            self._graphs, self._graphs_of = {}, self.cache.allocations
-            self._pool = torch.cuda.graph_pool_handle()
-        if view not in self._graphs:
-            self._graphs[view] = self._capture(tokens, view)
-        graph, logits = self._graphs[view]
-        graph.replay()
-        return logits
+    def _graph(self, cache: FixedSlots, view: tuple[int, int]) -> tuple[Any, Tensor]:
+        """Return the graph of a step and its logits; captured when it is first needed, if it has not been warmed."""
+        key, graphs = (view[0], cache.capacity[1], view[1]), cache.memory.graphs
+        if key not in graphs:
 
-    def _capture(self, tokens: Tensor, view: tuple[int, int]) -> tuple[Any, Tensor]:
-        """Capture on a stream of this device: without one, torch takes a stream of the device it captured on first."""
-        side = torch.cuda.Stream(self.device)
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            self._forward(tokens, view)  # allocates what a capture must not; the capture writes the same columns again
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: what another thread does meanwhile, such as loading a module, is none of this capture's concern
-        with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
-            logits = self._forward(tokens, view)
-        return graph, logits
+            def step() -> Tensor:  # twice: the second time it writes the same columns again
+                logits = self._forward(cache.tokens[: view[0]], view)
+                return cache.memory.logits(logits).copy_(logits)
+
+            graph = capture(self.device, step)
+            graphs[key] = graph, cache.memory.logits_of(view[0])
+        return graphs[key]
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Make a GPU the current one: a new thread's is 0, and kernels, graphs and streams go by the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def _power_of_two(rows: int) -> int:
-    return 1 << (rows - 1).bit_length()

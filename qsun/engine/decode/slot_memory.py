@@ -1,0 +1,101 @@
+"""Memory of decode batches of fixed shapes: its addresses never change, so graphs over it outlive the batch.
+
+A model's memory is lent to one batch at a time. The next one, of another engine or call of `generate`, takes it over
+with the graphs that were captured.
+"""
+
+import threading
+from itertools import chain
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor
+
+from qsun.runtime.kv_cache import kv_shape
+
+_lock = threading.Lock()
+_of_models: "WeakKeyDictionary[Any, list[SlotMemory]]" = WeakKeyDictionary()
+
+
+class SlotMemory:
+    """Keys and values of up to `tokens` rows x columns in all layers, and what a step's graphs read and write.
+
+    Attributes:
+        layers: (keys, values) of each, flat. lengths, fed: see SlotCache; one for each row there could be.
+        graphs: by (rows, columns of the buffers, columns seen), each with its logits.
+    """
+
+    def __init__(self, model: Any, tokens: int, rows: int):
+        like = model.model.embed_tokens.weight
+        count, self._heads, self._width = kv_shape(model.config)
+        size = tokens * self._heads * self._width
+        self.tokens, self.rows = tokens, rows
+        self.layers = [(like.new_zeros(size), like.new_zeros(size)) for _ in range(count)]
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=like.device)
+        self.fed = self.lengths.new_zeros(rows, 1)
+        self.graphs: dict[tuple[int, int, int], tuple[Any, Tensor]] = {}
+        self._starts: dict[int, Tensor] = {}
+        self._logits: Tensor | None = None
+        self._addresses = _addresses(model)
+        self._owner: Any = lambda: None
+
+    def buffers(self, rows: int, columns: int) -> list[tuple[Tensor, Tensor]]:
+        """Return (rows, heads, columns, head_dim) keys and values of each layer."""
+        shape = (rows, self._heads, columns, self._width)
+        size = torch.Size(shape).numel()
+        return [(keys[:size].view(shape), values[:size].view(shape)) for keys, values in self.layers]
+
+    def starts(self, columns: int) -> Tensor:
+        """Return (rows, heads): where each head's columns start in flat buffers of this many columns."""
+        if columns not in self._starts:
+            numbers = torch.arange(self.rows * self._heads, device=self.lengths.device)
+            self._starts[columns] = numbers.view(self.rows, self._heads) * columns
+        return self._starts[columns]
+
+    def logits(self, like: Tensor) -> Tensor:
+        """Return memory for logits such as these, which all graphs share; they hold until the next replay."""
+        if self._logits is None or self._logits.shape[0] < like.shape[0]:
+            self._logits = torch.empty_like(like)  # graphs of fewer rows keep the one before
+        return self._logits[: like.shape[0]]
+
+    def logits_of(self, rows: int) -> Tensor:
+        """Return the same, once the first step has been run."""
+        assert self._logits is not None
+        return self._logits[:rows]
+
+    def fits(self, model: Any, tokens: int, rows: int) -> bool:
+        """Return whether a batch of this size can have it, and its graphs hold the model's present weights."""
+        return self._owner() is None and self.tokens >= tokens and self.rows >= rows and self._is_of(model)
+
+    def _is_of(self, model: Any) -> bool:
+        return self._addresses == _addresses(model)
+
+    def lend_to(self, owner: object) -> None:
+        """Give it to a batch, for as long as that exists; it finds zeros."""
+        self._owner = ref(owner)
+        for tensor in chain([self.lengths, self.fed], *self.layers):
+            tensor.zero_()  # a mask does not hide what is NaN
+
+
+def lend_memory(model: Any, tokens: int, rows: int, owner: object) -> SlotMemory:
+    """Return memory of at least this size for `owner` alone: what an earlier batch left, or new."""
+    with _lock:
+        held = _of_models.setdefault(model, [])
+        found = next((memory for memory in held if memory.fits(model, tokens, rows)), None)
+        if found is None:
+            held[:] = [memory for memory in held if memory._owner() is not None]  # smaller: its room is needed
+            found = SlotMemory(model, tokens, rows)
+            held.append(found)
+        found.lend_to(owner)
+        return found
+
+
+def free_tokens(model: Any) -> int:
+    """Return how many rows x columns the largest memory has that an earlier batch of this model left; 0: none."""
+    with _lock:
+        return max((memory.tokens for memory in _of_models.get(model, []) if memory._owner() is None), default=0)
+
+
+def _addresses(model: Any) -> tuple[int, ...]:
+    return tuple(tensor.data_ptr() for tensor in chain(model.parameters(), model.buffers()))

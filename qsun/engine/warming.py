@@ -1,0 +1,56 @@
+"""What an engine compiles and captures before it serves, so that no request waits for it."""
+
+from typing import Any
+
+import torch
+
+from qsun.engine.decode.decode_step import on_device
+from qsun.engine.engine import Engine
+from qsun.kernels.launch_table import choose_launch, dequantize_above_m
+from qsun.runtime.quant_linear import QuantLinear
+
+
+def warm(engine: Engine) -> int:
+    """Capture the decode steps of every batch, and compile the products of quantized prefill modules, on a GPU.
+
+    Takes the engine's whole KV budget from the device. On a CPU there is nothing to do.
+
+    Returns:
+        How many graphs there are.
+    """
+    if engine.device.type != "cuda":
+        return 0
+    most = min(engine.config.prefill_tokens, engine.config.pass_tokens)
+    with on_device(engine.device):
+        for model in {id(owner.module.model): owner.module.model for owner in engine.modules.values()}.values():
+            _warm_products(model, most)
+        _warm_products(engine.decode.model, most)  # which scores prompts
+    batches = {id(batch): batch for batch in map(engine.batch_of, engine.modules)}
+    return sum(batch.warm(engine.config.max_batch) for batch in batches.values())
+
+
+@torch.no_grad()
+def _warm_products(model: Any, most: int) -> None:
+    """Run one layer of each shape once with each launch that up to `most` rows choose."""
+    layers = {}
+    for layer in model.modules():
+        if isinstance(layer, QuantLinear):
+            shape = (layer.out_features, layer.in_features, layer.group_size)
+            layers[*shape, layer.gated, layer.zeros is None, layer.storage] = layer
+    for layer in layers.values():
+        for rows in _rows_of_launches(layer, most):
+            x = torch.zeros(rows, layer.in_features, dtype=layer.dtype, device=layer.scales.device)
+            layer.silu_mul(x) if layer.gated else layer(x)
+
+
+def _rows_of_launches(layer: QuantLinear, most: int) -> list[int]:
+    """Return a number of rows for each launch, and one that is dequantized for."""
+    if layer.storage != "triton_int4":
+        return []
+    from qsun.kernels.int4_triton import gpu_name
+
+    gpu = gpu_name(layer.scales.device)
+    limit = dequantize_above_m(gpu)
+    shape = (layer.out_features, layer.in_features, layer.group_size)
+    launches = {choose_launch(rows, *shape, gpu): rows for rows in range(1, min(most, limit) + 1)}
+    return [*launches.values(), *([limit + 1] if most > limit else [])]

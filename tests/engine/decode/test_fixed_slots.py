@@ -1,0 +1,118 @@
+"""Slots in memory that does not move, against the same brute-force model, and who holds that memory when."""
+
+import gc
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qsun.engine.decode.buckets import column_buckets, columns_bucket, row_buckets, rows_bucket, seen_columns
+from qsun.engine.decode.fixed_slots import FixedSlots, budget_for
+from qsun.engine.decode.slot_memory import free_tokens
+from tests.engine.decode.test_slot_cache import CONFIG, check, step
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = SimpleNamespace(embed_tokens=SimpleNamespace(weight=torch.zeros(1)))
+        self.config = CONFIG
+        self.weight = torch.nn.Parameter(torch.zeros(2))
+
+
+def test_buckets():
+    assert column_buckets(2000) == [256, 384, 512, 768, 1024, 1536, 2000]
+    assert column_buckets(256) == [256]
+    assert column_buckets(100) == [100]
+    assert [columns_bucket(n, 2000) for n in (1, 256, 257, 1500, 1537, 2000, 3000)] == [
+        *(256, 256, 384, 1536, 2000, 2000, 2000)
+    ]
+    assert [row_buckets(n) for n in (1, 2, 5, 8)] == [[1], [1, 2], [1, 2, 4, 5], [1, 2, 4, 8]]
+    assert [rows_bucket(n) for n in (1, 2, 3, 8, 9)] == [1, 2, 4, 8, 16]
+    assert seen_columns(2000, own_only=True) == [2000]
+    assert seen_columns(2000, own_only=False) == [256, 1024, 2000]
+    assert all(a < b for a, b in zip(column_buckets(131072), column_buckets(131072)[1:], strict=False))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_rows_keep_their_own_columns_and_addresses_stay(seed):
+    rng, model = random.Random(seed), Model()
+    cache = FixedSlots(model, 4000)
+    addresses = {keys.untyped_storage().data_ptr() for keys, _ in cache.buffers}
+    expected, needs, shapes = [], [], set()
+    for _ in range(200):
+        need = rng.choice([rng.randrange(1, 100), rng.randrange(1, 900), rng.randrange(1, 4001)])
+        if rng.random() < 0.5 and cache.fits([need]):
+            filled = rng.randrange(min(need, 60))
+            layers = [(torch.randn(2, filled, 8), torch.randn(2, filled, 8)) for _ in range(3 if filled else 0)]
+            assert cache.place(layers, filled, need) == len(expected)
+            expected.append([keys for keys, _ in layers] or [torch.zeros(2, 0, 8)] * 3)
+            needs.append(need)
+        growing = [row for row, keys in enumerate(expected) if keys[0].shape[1] < needs[row]]
+        if expected and len(growing) == len(expected):
+            step(cache, expected)
+        if expected and rng.random() < 0.45:
+            row = rng.randrange(len(expected))
+            cache.release(row)
+            expected[row], needs[row] = expected[-1], needs[-1]
+            expected.pop()
+            needs.pop()
+        rows, columns = cache.capacity
+        shapes.add(columns)
+        assert rows * columns <= 4000
+        assert columns in column_buckets(4000)
+        assert rows >= len(expected)
+        assert max(needs, default=0) <= columns
+        check(cache, expected)
+    assert len(shapes) > 2
+    assert {keys.untyped_storage().data_ptr() for keys, _ in cache.buffers} == addresses
+
+
+def test_one_request_of_the_whole_budget_fits():
+    cache = FixedSlots(Model(), 700)
+    assert cache.fits([700])
+    cache.place([], 0, 700)
+    assert cache.capacity == (1, 700)
+    assert not cache.fits([1])
+
+
+def test_the_next_batch_takes_over_memory_and_finds_zeros():
+    model = Model()
+    first = FixedSlots(model, 1024)
+    first.place([(torch.full((2, 3, 8), torch.nan),) * 2] * 3, 3, 10)
+    memory = first.memory
+    beside = FixedSlots(model, 512)
+    assert beside.memory is not memory
+    assert free_tokens(model) == 0
+    del first
+    gc.collect()
+    assert free_tokens(model) == 1024
+    second = FixedSlots(model, 600)
+    assert second.memory is memory
+    assert all(bool((tensor == 0).all()) for layer in memory.layers for tensor in layer)
+    assert second.lengths.tolist() == [0] * 4
+    assert second.budget_tokens == 600
+    del beside, second
+    larger = FixedSlots(model, 2048)  # the smaller ones are gone
+    assert larger.memory is not memory
+    assert free_tokens(model) == 0
+    assert free_tokens(Model()) == 0
+
+
+def test_weights_that_moved_end_what_graphs_hold():
+    model = Model()
+    memory = FixedSlots(model, 512).memory
+    assert FixedSlots(model, 512).memory is memory
+    model.weight = torch.nn.Parameter(torch.ones(2))
+    assert FixedSlots(model, 512).memory is not memory
+
+
+def test_budgets():
+    model = Model()
+    assert budget_for(model, 3, 300, static=True) == 4 * 300  # no known positions: all that a row needs
+    model.config = SimpleNamespace(**vars(CONFIG), max_position_embeddings=4096)
+    assert budget_for(model, 3, 300, static=True) == 4 * 384
+    assert budget_for(model, 3, 300) == 900
+    cache = FixedSlots(model, budget_for(model, 3, 300, static=True))
+    assert cache.fits([300, 300, 300, 300])

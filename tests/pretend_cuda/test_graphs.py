@@ -1,0 +1,160 @@
+"""CUDA graphs on a pretended machine: captured before requests come, shared by `generate` and engines, one pool."""
+
+import gc
+from collections import Counter
+
+import pytest
+import torch
+
+import qsun
+from qsun.engine.config import EngineConfig, Sampling
+from qsun.engine.decode import graph_pool
+from qsun.engine.engine import Engine
+from qsun.engine.requests import Request
+from qsun.engine.warming import warm
+from tests.engine_rig import run_until_idle, tokens_of
+
+PROMPTS = [[5, 6, 7], list(range(3, 40)), [9], [11, 12]]
+
+
+@pytest.fixture
+def expected(tiny_model):
+    return answers(tiny_model("llama"), "cpu")
+
+
+@pytest.fixture(autouse=True)
+def own_pools(monkeypatch):
+    monkeypatch.setattr(graph_pool, "_pools", {})
+
+
+def loaded(directory, device):
+    decode = qsun.load_decode(directory, device, torch.float32)
+    return qsun.load_prefill(directory, decode), decode
+
+
+def generate(modules, prompts=PROMPTS, **settings):
+    return qsun.generate(*modules, prompts, **({"max_new_tokens": 6, "eos": ()} | settings))
+
+
+def answers(directory, device):
+    return generate(loaded(directory, device))
+
+
+def engine_of(modules, **settings):
+    prefill, decode = modules
+    engine = Engine(decode, EngineConfig(**({"kv_bytes": 1 << 20, "max_batch": 8} | settings)))
+    engine.add_module("m", prefill)
+    return engine
+
+
+def run(engine, prompts=PROMPTS, new_tokens=6):
+    sampling = Sampling(max_new_tokens=new_tokens, ignore_eos=True)
+    engine.submit(*(Request(str(number), "m", tuple(p), sampling) for number, p in enumerate(prompts)))
+    found = run_until_idle(engine)
+    return [tokens_of(found[str(number)]) for number in range(len(prompts))]
+
+
+def test_generate_and_engines_share_graphs(expected, tiny_model, pretend_cuda):
+    modules = loaded(tiny_model("llama"), "cuda")
+    assert generate(modules) == expected
+    captured = len(pretend_cuda.graphs)
+    assert captured
+    assert generate(modules) == expected
+    assert generate(modules, [*reversed(PROMPTS)]) == [*reversed(expected)]
+    assert run(engine_of(modules, kv_bytes=256 << 10)) == expected
+    assert len(pretend_cuda.graphs) == captured
+
+
+def test_engines_at_the_same_time_do_not(expected, tiny_model, pretend_cuda):
+    modules = loaded(tiny_model("llama"), "cuda")
+    first, second = (engine_of(modules, kv_bytes=256 << 10) for _ in range(2))
+    sampling = Sampling(max_new_tokens=6, ignore_eos=True)
+    for engine, prompts in ((first, PROMPTS), (second, PROMPTS[::-1])):
+        engine.submit(*(Request(str(number), "m", tuple(p), sampling) for number, p in enumerate(prompts)))
+    updates = {first: [], second: []}
+    while not (first.idle and second.idle):
+        for engine in updates:
+            updates[engine] += engine.step()
+    for engine, wanted in ((first, expected), (second, expected[::-1])):
+        tokens = [[t for u in updates[engine] if u.request == str(n) for t in u.tokens] for n in range(4)]
+        assert tokens == wanted
+    assert first.batch_of("m").cache.memory is not second.batch_of("m").cache.memory
+
+
+def signatures(launches):
+    """What Triton would compile for: kernels with their constants and the types of their arguments."""
+    plain = (bool, int, str, float)
+    return Counter(
+        (each["kernel"], *sorted((k, v) for k, v in each.items() if k not in ("grid", "args") and isinstance(v, plain)))
+        for each in launches
+    )
+
+
+@pytest.mark.parametrize(("bits", "fuse"), [(None, False), (4, True)])
+def test_nothing_is_captured_or_compiled_after_warming(bits, fuse, tiny_model, pretend_cuda, tmp_path):
+    """Requests come and go, short and long, up to the budget and to max_batch."""
+    directory = tiny_model("llama", max_position_embeddings=600)
+    if bits:
+        qsun.quantize(directory, tmp_path / "q", qsun.QuantConfig(method="rtn", group_size=32, dtype="bfloat16"))
+    decode = qsun.load_decode(tmp_path / "q" if bits else directory, "cuda", torch.bfloat16, fuse=fuse)
+    engine = engine_of((qsun.load_prefill(directory, decode), decode), kv_bytes=1500 * 2 * 2 * 2 * 16 * 2, max_batch=4)
+    assert warm(engine) == len(pretend_cuda.graphs) >= 7
+    compiled, captured = signatures(pretend_cuda.launches), len(pretend_cuda.graphs)
+    sampling = {"ignore_eos": True, "detokenize": False}
+    lengths = [(3, 2), (300, 4), (420, 3), (40, 6), (1, 3), (7, 2), (590, 4), (280, 3)]
+    shapes = set()
+    for number, (prompt, new) in enumerate(lengths):
+        tokens = tuple(1 + n % 50 for n in range(prompt))
+        engine.submit(Request(str(number), "m", tokens, Sampling(max_new_tokens=new, **sampling)))
+        engine.step()
+        shapes.add(engine.batch_of("m").cache.capacity[1])
+    while not engine.idle:
+        engine.step()
+        shapes.add(engine.batch_of("m").cache.capacity[1])
+    assert len(shapes) > 1
+    assert len(pretend_cuda.graphs) == captured
+    assert set(signatures(pretend_cuda.launches)) <= set(compiled)
+    assert len({id(graph) for graph in pretend_cuda.graphs}) == captured
+
+
+def test_warming_does_nothing_on_a_cpu(tiny_model):
+    assert warm(engine_of(loaded(tiny_model("llama"), "cpu"))) == 0
+
+
+def test_a_server_warms_before_it_listens(tiny_model, monkeypatch):
+    testclient = pytest.importorskip("fastapi.testclient")
+    from qsun.serve.api import app
+    from qsun.serve.api.completions import ServeLimits
+    from qsun.serve.api.metrics import Metrics
+
+    metrics = Metrics()
+    prefill, decode = loaded(tiny_model("llama"), "cpu")
+    engine = Engine(decode, EngineConfig(kv_bytes=1 << 20, max_batch=2), metrics)
+    engine.add_module("m", prefill)
+    serving, warmed = app.Serving(engine, metrics, ServeLimits()), []
+    monkeypatch.setattr(app, "warm", lambda given: warmed.append((given, serving.thread._thread.is_alive())))
+    with testclient.TestClient(app.build_app(serving)) as client:
+        assert client.get("/ready").status_code == 200
+    assert warmed == [(engine, False)]
+
+
+def test_graphs_share_a_pool_until_all_are_gone(pretend_cuda, monkeypatch):
+    pools, graph = [], torch.cuda.graph
+
+    def watched(captured, pool, **options):
+        pools.append(pool)
+        return graph(captured, pool=pool, **options)
+
+    monkeypatch.setattr(torch.cuda, "graph", watched)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    device, x = torch.device("cuda", 0), torch.ones(2, device="cuda:0")
+    kept = [graph_pool.capture(device, lambda: x.add_(1)) for _ in range(2)]
+    assert pools[0] is pools[1]
+    other = graph_pool.capture(torch.device("cuda", 1), lambda: torch.ones(1, device="cuda:1").add_(1))
+    assert pools[2] is not pools[0]
+    del kept
+    pretend_cuda.graphs.clear()
+    gc.collect()
+    again = graph_pool.capture(device, lambda: x.add_(1))
+    assert pools[3] is not pools[0]
+    del other, again
