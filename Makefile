@@ -5,9 +5,16 @@ PYTEST_WORKERS ?= 2
 PYTEST = $(PYTHON) -m pytest -q -n $(PYTEST_WORKERS) --dist worksteal
 GPU_OUT ?= out/gpu
 DEMO_BENCH = demo --calib qsun/demo/calibration.txt --valid out/held-out.txt --seq-len 256 --windows 32
+REAL_OUT ?= out/real
+REAL_BASE ?= HuggingFaceTB/SmolLM2-135M-Instruct
+REAL_DATA ?= $(REAL_OUT)/data
+REAL_ARGS ?=
+REAL_GRID = --methods refined --group-size 64 --sym --bits 4,3,2 --dtype bfloat16
+REAL_BUDGET = --seeds 1 --steps 120 --curve "" --align-steps 30 --batch-size 16 --lr 3e-4 --valid 64
+REAL_TASK = --task $(1)=$(REAL_DATA)/$(1)-train.jsonl,$(REAL_DATA)/$(1)-valid.jsonl,$(REAL_DATA)/$(1)-test.jsonl,$(2)
 
 
-.PHONY: setup demo test fast lint bench oracles vllm gpu
+.PHONY: setup demo test fast lint bench real oracles vllm gpu
 
 setup:  ## install qsun and its tools into PYTHON's environment (made where it does not exist)
 	test -x $(PYTHON) || python3 -m venv .venv
@@ -33,6 +40,16 @@ bench:  ## KL and CPU seconds of every pass on the embedded base; BENCH="MODEL -
 	mkdir -p out
 	$(PYTHON) -c "from qsun.demo.corpus import calibration_text as t; print(t(9), end='')" > out/held-out.txt
 	$(PYTHON) -m qsun.cli.main bench passes $(or $(BENCH),$(DEMO_BENCH))
+
+real: $(REAL_DATA)/snips-train.jsonl  ## docs/results/real: hours on a CPU; stop it and go on as you like; REAL_ARGS=--dry-run: what is left
+	$(PYTHON) -m qsun.cli.main bench tasks -o $(REAL_OUT)/study --base $(REAL_BASE) $(call REAL_TASK,snips,json) \
+		$(call REAL_TASK,django,exact) $(REAL_GRID) $(REAL_BUDGET) $(REAL_ARGS)
+
+$(REAL_DATA)/snips-train.jsonl:
+	mkdir -p $(REAL_OUT)
+	test -d $(REAL_OUT)/snips || git clone -q --depth 1 https://github.com/sonos/nlu-benchmark $(REAL_OUT)/snips
+	test -d $(REAL_OUT)/django || git clone -q --depth 1 https://github.com/odashi/ase15-django-dataset $(REAL_OUT)/django
+	$(PYTHON) -m qsun.cli.main bench task-data -o $(REAL_DATA) --snips $(REAL_OUT)/snips --django $(REAL_OUT)/django
 
 oracles:  ## other tools load our modules and give our logits; makes .oracles/* environments (gigabytes)
 	tests/oracles/run.sh

@@ -1,4 +1,4 @@
-"""`qsun bench tasks` and `qsun bench tuning`: accuracy and cost of SUN against full fine-tuning."""
+"""`qsun bench tasks`, `task-data` and `tuning`: accuracy and cost of SUN against full fine-tuning."""
 
 from pathlib import Path
 
@@ -20,11 +20,15 @@ def tasks(
     seeds: int = typer.Option(3, min=1, help="Number of seeds of data, order and calibration."),
     steps: int = typer.Option(1000, min=1, help="Budget of SUN and of the full fine-tune alike."),
     curve: str = typer.Option("125,250,500", help="Smaller budgets of the first seed, for accuracy by steps."),
-    align_steps: int = typer.Option(250, min=1, help="Further steps against each quantized decode module."),
+    align_steps: int = typer.Option(250, min=0, help="Further steps against each quantized decode module; 0: none."),
+    distill: bool = typer.Option(False, "--distill", help="Take them on the SUN pair's distributions too."),
+    lora_ranks: str = typer.Option("", help="Ranks of adapters to tune as well, comma-separated, such as 4,16,64."),
+    text: bool = typer.Option(True, help="Calibrate each decode module with the packaged text too."),
     batch_size: int = typer.Option(32, min=1, help="Examples a step."),
     lr: float | None = typer.Option(None, help="Peak rate of prefill modules. Default: 3e-3 for demo, else by width."),
     full_lr: float | None = typer.Option(None, help="Peak rate of full fine-tunes. Default: as --lr."),
     train: int = typer.Option(8192, min=1, help="Training examples of each embedded task."),
+    valid: int = typer.Option(256, min=1, help="Examples of each validation."),
     test: int | None = typer.Option(None, min=1, help="Test examples. Default: 500 embedded ones, or all of a file."),
     bits: str = typer.Option("4,3,2", help="Bits of decode modules, comma-separated."),
     methods: str = typer.Option("rtn,awq,gptq,refined", help="Quantization methods, comma-separated."),
@@ -33,12 +37,13 @@ def tasks(
     dtype: str = typer.Option("auto", help="auto, float32, bfloat16 or float16."),
     device: str = typer.Option("cpu", help="cpu, cuda."),
     processes: int = typer.Option(2, min=1, help="Modules to work on at a time; they share the CPU's cores."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Print what is missing, piece by piece, and do nothing."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
 ) -> None:
     """Measure the accuracy of full fine-tuning, SUN and QSUN on tasks: methods, bits, calibration, alignment.
 
     Writes study.md, scores.json, bits.png, curve.png, and matrix.yaml for qsun eval. With the defaults it takes an hour
-    and a half on 2 cores; it can be stopped at any time.
+    and a half on 2 cores; it can be stopped at any time, and a larger study in the same folder adds what is missing.
 
     Examples:
 
@@ -50,7 +55,7 @@ def tasks(
     from qsun.config import DTYPES, check_one_of
     from qsun.eval.study.matrix import write_matrix
     from qsun.eval.study.report import Scores, bits_figure, curve_figure, markdown
-    from qsun.eval.study.run import run_study
+    from qsun.eval.study.run import missing_work, run_study, work_table
     from qsun.eval.study.study import Study
     from qsun.eval.study.task import EMBEDDED, StudyTask
     from qsun.figure import save_figure
@@ -65,10 +70,14 @@ def tasks(
         steps=steps,
         curve=tuple(sorted({c for c in whole_numbers("curve", curve) if c < steps})),
         align_steps=align_steps,
+        distill=distill,
+        lora_ranks=tuple(whole_numbers("lora-ranks", lora_ranks)),
+        text=text,
         batch_size=batch_size,
         lr=rate,
         full_lr=rate if full_lr is None else full_lr,
         train=train,
+        valid=valid,
         test=(0 if task else 500) if test is None else test,
         bits=tuple(whole_numbers("bits", bits)),
         methods=tuple(name.strip() for name in methods.split(",")),
@@ -77,6 +86,10 @@ def tasks(
         dtype=dtype,
         device=device,
     )
+    if dry_run:
+        missing = missing_work(study, out)
+        results.show([w.described() for w in missing], as_json, lambda _: work_table(missing))
+        return
     with screen.progress(as_json) as progress:
         result = run_study(study, out, processes, progress)
     scores = Scores(result)
@@ -86,6 +99,23 @@ def tasks(
     save_figure(bits_figure(scores), out / "bits.png")
     save_figure(curve_figure(scores), out / "curve.png")
     results.show(result, as_json, lambda _: markdown(scores))
+
+
+def task_data(
+    out: Path = typer.Option(..., "--out", "-o", help="Folder for {snips,django}-{train,valid,test}.jsonl."),
+    snips: Path = typer.Option(..., help="A checkout of github.com/sonos/nlu-benchmark."),
+    django: Path = typer.Option(..., help="A checkout of github.com/odashi/ase15-django-dataset."),
+) -> None:
+    """Turn two public data sets into the tasks of docs/results/real: tool calls, and lines of Python.
+
+    Example:
+
+      qsun bench task-data -o out/real-data --snips ./nlu-benchmark --django ./ase15-django-dataset
+    """
+    from qsun.eval.study.real_data import write_real_tasks
+
+    for name, count in write_real_tasks(snips, django, out).items():
+        typer.echo(f"{out / name}.jsonl: {count} examples")
 
 
 def tuning(

@@ -79,26 +79,30 @@ def _percent(value: float) -> str:
 
 
 def _main(scores: Scores) -> str:
-    kinds = ("text", "decode", "aligned")
-    best = [f"int{bits} {scores.best} {kind}" for bits in scores.study["bits"] for kind in kinds]
-    names = ["base", "full", "sun", "sun longer", *best]
-    labels = {
-        "base": "base, not tuned",
-        "full": "full fine-tune",
-        "sun": "SUN",
-        "sun longer": f"SUN, {scores.study['align_steps']} steps more",
-    }
+    names = [name for name in scores.right["0"][scores.tasks[0]] if not _detail(scores, name)]
+    steps = scores.study["align_steps"]
+    labels = {"base": "base, not tuned", "full": "full fine-tune", "sun longer": f"SUN, {steps} steps more"}
     rows = [
         [
-            labels.get(v, "QSUN " + v),
+            labels.get(v, v.replace("sun", "SUN") if v.startswith("sun") else f"QSUN {v}"),
             *(_percent(scores.rate(v, [t])) for t in scores.tasks),
             _percent(scores.rate(v)),
             _percent(scores.spread(v)),
         ]
-        for v in names
-        if scores.has(v)
+        for v in sorted(names, key=_kind)
     ]
     return _table(["", *scores.tasks, "mean", "spread"], rows)
+
+
+def _detail(scores: Scores, variant: str) -> bool:
+    """Return whether a variant stands in a table of its own: another budget, or another pass than the best."""
+    first, _, rest = variant.partition(" ")
+    return "-" in first or (first.startswith("int") and rest.split()[0] != scores.best)
+
+
+def _kind(variant: str) -> int:
+    """Return where a variant stands among the rows: what is not quantized comes first."""
+    return int(variant.startswith("int"))
 
 
 def _by_method(scores: Scores) -> str:
@@ -114,11 +118,13 @@ def _by_method(scores: Scores) -> str:
 
 
 def _differences(scores: Scores) -> str:
-    pairs = [("sun", "full"), ("sun longer", "sun")]
+    lora = [name for name in scores.right["0"][scores.tasks[0]] if " lora" in name]
+    pairs = [("sun", "full"), ("sun longer", "sun"), *((name, "sun") for name in lora if name.startswith("sun"))]
     for bits in scores.study["bits"]:
         best = f"int{bits} {scores.best}"
-        pairs += [(f"{best} {kind}", "sun") for kind in ("text", "decode", "aligned")]
+        pairs += [(f"{best} {kind}", "sun") for kind in ("text", "decode", "aligned", "distilled")]
         pairs += [(f"{best} decode", f"{best} text"), (scores.aligned(bits), "sun longer")]
+        pairs += [(name, "sun") for name in lora if name.startswith(best)]
     rows = []
     for variant, reference in pairs:
         if scores.has(variant) and scores.has(reference):

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from multiprocessing import get_context
@@ -11,13 +12,16 @@ from typing import Any
 import torch
 
 from qsun.errors import QsunError
-from qsun.eval.study.stages import STAGES, Work, check_tasks
+from qsun.eval.study.stages import STAGES, Work, check_tasks, variants
 from qsun.eval.study.study import Study
+from qsun.eval.study.task import StudyTask
 from qsun.model.checkpoint import file_sha256
 from qsun.model.locate import find_model
 from qsun.model.manifest import write_json
 from qsun.model.pairing import weights_fingerprint
 from qsun.progress import Progress
+
+_GROWS = ("seeds", "bits", "curve", "lora_ranks", "distill", "text", "contents")  # more of these adds what is missing
 
 
 def run_study(study: Study, out: Path, processes: int = 2, progress: Progress = lambda *_: None) -> dict[str, Any]:
@@ -30,7 +34,7 @@ def run_study(study: Study, out: Path, processes: int = 2, progress: Progress = 
     """
     check_tasks(study)
     _claim(study, out)
-    stages = [[w for w in stage(study, out) if not w.result.exists()] for stage in STAGES]
+    stages = _missing(study, out)
     total, done = sum(map(len, stages)), 0
     progress("", 0, total)
     threads = max(1, (os.cpu_count() or 1) // processes)
@@ -44,29 +48,57 @@ def run_study(study: Study, out: Path, processes: int = 2, progress: Progress = 
                 done += 1
                 progress(jobs[job].label, done, total)
     right = {
-        str(seed): {t.name: json.loads(study.scores(out, seed, t.name).read_text()) for t in study.tasks_of(seed)}
+        str(seed): {task.name: _answers(study, out, seed, task) for task in study.tasks_of(seed)}
         for seed in range(study.seeds)
     }
     return {"study": asdict(study), "right": right}
 
 
+def missing_work(study: Study, out: Path) -> list[Work]:
+    """Return what `run_study` would do, without starting it. Raises QsunError as it does."""
+    check_tasks(study)
+    _check_same(study, out)
+    return [work for stage in _missing(study, out) for work in stage]
+
+
+def work_table(missing: Sequence[Work]) -> str:
+    """Return the pieces of work as a text, with the steps of tuning in all."""
+    lines = [f"{work.label}: {work.steps} steps" if work.steps else work.label for work in missing]
+    return "\n".join([*lines, f"{len(missing)} pieces, {sum(work.steps for work in missing)} steps of tuning"])
+
+
+def _missing(study: Study, out: Path) -> list[list[Work]]:
+    return [[work for work in stage(study, out) if not work.result.exists()] for stage in STAGES]
+
+
+def _answers(study: Study, out: Path, seed: int, task: StudyTask) -> dict[str, str]:
+    names = [name for name, _, _ in variants(study, out, seed, task)]
+    return {name: json.loads(study.answers(out, seed, task.name, name).read_text()) for name in names}
+
+
 def _claim(study: Study, out: Path) -> None:
     """Write the settings to study.json, or compare them with those that it holds."""
+    settings = _check_same(study, out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "study.json", settings)
+
+
+def _check_same(study: Study, out: Path) -> dict[str, Any]:
+    """Return what study.json holds for this study. Raises QsunError if `out` holds another one."""
     contents = {f"base {study.base}": weights_fingerprint(find_model(study.base))}
     files = [Path(name) for task in study.tasks for name in (task.train, task.valid, task.test) if name]
     contents |= {f"file {file}": file_sha256(file) for file in files if file.is_file()}
     settings, file = json.loads(json.dumps(asdict(study))) | {"contents": contents}, out / "study.json"
     if file.exists():
-        before = json.loads(file.read_text())
+        before = json.loads(json.dumps(asdict(Study()))) | json.loads(file.read_text())  # an older one has fewer
         for name, value in settings.items():
-            if before.get(name) != value and name not in ("seeds", "contents"):
+            if before.get(name) != value and name not in _GROWS:
                 shown = f"holds a study with {name} {before.get(name)}, not {value}"
                 raise QsunError(f"{out} {shown[:300]}; choose another folder")
         for name, digest in contents.items():
             if before.get("contents", {}).get(name, digest) != digest:
                 raise QsunError(f"{name} has changed since the study in {out} was started; choose another folder")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(file, settings)
+    return settings
 
 
 def _run(work: Work, threads: int) -> None:

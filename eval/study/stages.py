@@ -8,27 +8,35 @@ from typing import Any
 from qsun.device import default_device, load_dtype
 from qsun.errors import QsunError
 from qsun.eval.harness.exact_match import score_examples
+from qsun.eval.study.modules import Tuned, after_adapters, after_quantizing, before_quantizing
 from qsun.eval.study.study import Study
 from qsun.eval.study.task import StudyTask, read_test
 from qsun.model.locate import find_model, load_tokenizer
 from qsun.model.manifest import write_json
 from qsun.model.output_dir import partial_path
+from qsun.model.pairing import on_decode_weights
 from qsun.model.skeleton import read_model_config
 from qsun.quantization.run import quantize
 from qsun.runtime.decode_module import DecodeModule, load_decode
 from qsun.runtime.prefill_module import load_prefill
-from qsun.tuning.config import TuneConfig
 from qsun.tuning.tuner import tune
 
 
 @dataclass(frozen=True)
 class Work:
-    """A piece of work: `function(*arguments)` makes `result`, and may need what earlier stages made."""
+    """A piece of work: `function(*arguments)` makes `result`, and may need what earlier stages made.
+
+    `steps` are those of tuning; 0: it tunes nothing.
+    """
 
     label: str
     result: Path
     function: Callable[..., None]
     arguments: tuple[Any, ...]
+    steps: int = 0
+
+    def described(self) -> dict[str, Any]:
+        return {"label": self.label, "result": str(self.result), "steps": self.steps}
 
 
 def check_tasks(study: Study) -> None:
@@ -44,45 +52,62 @@ def check_tasks(study: Study) -> None:
 
 
 def tuning(study: Study, out: Path) -> Iterator[Work]:
-    """SUN and the full fine-tune of each task and seed, with every budget."""
+    """SUN, its adapters and the full fine-tune of each task and seed."""
     for seed in range(study.seeds):
         for task in study.tasks_of(seed):
-            budgets = {study.steps, *(study.curve if seed == 0 and not task.hard else ())}
-            for steps in sorted(budgets, reverse=True):
-                for how in ("sun", "full"):
-                    name = how if steps == study.steps else f"{how}-{steps}"
-                    yield _tune_work(study, out, seed, task, name, steps)
+            for module in before_quantizing(study, seed, task.hard):
+                yield _tune_work(study, out, seed, task, module)
 
 
-def _tune_work(
-    study: Study,
-    out: Path,
-    seed: int,
-    task: StudyTask,
-    name: str,
-    steps: int,
-    decode: str | Path = "",
-    init: Path | None = None,
-) -> Work:
-    config = study.tune_config(steps, seed, name.startswith("full"))
-    target = study.module(out, seed, task.name, name)
-    arguments = (study, decode or study.base, target, task, config, init)
-    return Work(f"{task.name} {name}, seed {seed}", target, _tune, arguments)
+def aligning(study: Study, out: Path) -> Iterator[Work]:
+    """Prefill modules tuned against each quantized decode module, and the control."""
+    return _served(study, out, after_quantizing)
 
 
-def _tune(study: Study, decode: str | Path, out: Path, task: StudyTask, config: TuneConfig, init: Path | None) -> None:
-    folder = out.parents[1]
-    train, valid = (
-        task.data(folder, split, count, config.seed) for split, count in (("train", study.train), ("valid", 300))
+def distilling(study: Study, out: Path) -> Iterator[Work]:
+    """What starts from the adapters of earlier stages."""
+    return _served(study, out, after_adapters)
+
+
+def _served(study: Study, out: Path, modules: Callable[[Study], Iterator[Tuned]]) -> Iterator[Work]:
+    for seed in range(study.seeds):
+        for task in study.tasks:
+            for module in () if task.hard else modules(study):
+                yield _tune_work(study, out, seed, task, module)
+
+
+def _tune_work(study: Study, out: Path, seed: int, task: StudyTask, module: Tuned) -> Work:
+    target = study.module(out, seed, task.name, module.name)
+    arguments = (study, out, seed, task, module)
+    return Work(f"{task.name} {module.name}, seed {seed}", target, _tune, arguments, module.steps)
+
+
+def _tune(study: Study, out: Path, seed: int, task: StudyTask, module: Tuned) -> None:
+    def place(name: str) -> Path | None:
+        return study.module(out, seed, task.name, name) if name else None
+
+    target, folder = study.module(out, seed, task.name, module.name), out / f"seed{seed}"
+    decode = study.decoder(out, seed, study.aligned_method, module.bits) if module.bits else study.base
+    train, valid = (task.data(folder, *split, seed) for split in (("train", study.train), ("valid", 300)))
+    tune(
+        decode,
+        target,
+        train,
+        module.config(study, seed),
+        eval_data=valid,
+        init=place(module.init),
+        teacher=place(module.teacher),
+        device=study.device,
+        resume=partial_path(target).exists(),
     )
-    tune(decode, out, train, config, eval_data=valid, device=study.device, init=init, resume=partial_path(out).exists())
 
 
 def quantizing(study: Study, out: Path) -> Iterator[Work]:
     """Decode modules by bits, method and calibration."""
     for bits in study.bits:
         for method in study.methods:
-            places = [None] if method == "rtn" else [None, *range(study.seeds)]  # rtn uses no data
+            text = [None] if study.text or method == "rtn" else []
+            places = text if method == "rtn" else [*text, *range(study.seeds)]  # rtn uses no data
             for seed in places:
                 target = study.decoder(out, seed, method, bits)
                 kind = "text" if seed is None else f"decode positions, seed {seed}"
@@ -107,42 +132,32 @@ def _quantize(study: Study, out: Path, target: Path, method: str, bits: int, see
     )
 
 
-def aligning(study: Study, out: Path) -> Iterator[Work]:
-    """Prefill modules tuned further against each quantized decode module and, as a control, against the base."""
-    for seed in range(study.seeds):
-        for task in study.tasks:
-            if task.hard:
-                continue
-            start = study.module(out, seed, task.name, "sun")
-            yield _tune_work(study, out, seed, task, "longer", study.align_steps, init=start)
-            for bits in study.bits:
-                decode = study.decoder(out, seed, study.aligned_method, bits)
-                yield _tune_work(study, out, seed, task, f"aligned-int{bits}", study.align_steps, decode, start)
-
-
 def scoring(study: Study, out: Path) -> Iterator[Work]:
-    """The answers of all variants to each task's test set."""
+    """The answers of each variant to each task's test set."""
     for seed in range(study.seeds):
         for task in study.tasks_of(seed):
-            target = study.scores(out, seed, task.name)
-            yield Work(f"answers: {task.name}, seed {seed}", target, _score, (study, out, seed, task))
+            for variant, *modules in variants(study, out, seed, task):
+                target = study.answers(out, seed, task.name, variant)
+                arguments = (study, out, seed, task, target, *modules)
+                yield Work(f"answers: {task.name}, {variant}, seed {seed}", target, _score, arguments)
 
 
-def _score(study: Study, out: Path, seed: int, task: StudyTask) -> None:
+def _score(
+    study: Study, out: Path, seed: int, task: StudyTask, target: Path, prefill: str | Path, decode: str | Path | None
+) -> None:
     directory, device = find_model(study.base), default_device(study.device)
     dtype, positions = load_dtype(study.dtype, device), read_model_config(directory).max_position_embeddings
     file = task.data(out / f"seed{seed}", "test", study.test, seed)
     test = read_test(file, load_tokenizer(directory), positions, study.test)
-    right = {}
-    for variant, prefill, decode in variants(study, out, seed, task):
+    if decode is None:
         reader = load_prefill(prefill, dtype=dtype, device=device)
-        if decode is None:
-            writer = DecodeModule(reader.model, reader.directory, reader.manifest)
-        else:
-            writer = load_decode(decode, device, dtype)
-        score = score_examples(test, task.find_scorer(), reader, writer)
-        right[variant] = "".join("01"[answer] for answer in score.right)
-    write_json(study.scores(out, seed, task.name), right)
+        writer = DecodeModule(reader.model, reader.directory, reader.manifest)
+    else:
+        writer = load_decode(decode, device, dtype)
+        own = on_decode_weights(find_model(str(prefill)))  # then it is merged into the weights of this decode module
+        reader = load_prefill(prefill, writer if own else None, dtype, device)
+    score = score_examples(test, task.find_scorer(), reader, writer)
+    write_json(target, "".join("01"[answer] for answer in score.right))
 
 
 def variants(
@@ -153,6 +168,7 @@ def variants(
     def module(name: str) -> Path:
         return study.module(out, seed, task.name, name)
 
+    further = bool(study.align_steps)
     yield "base", study.base, study.base
     yield "full", module("full"), None
     yield "sun", module("sun"), study.base
@@ -161,14 +177,34 @@ def variants(
     for steps in study.curve if seed == 0 else ():
         yield f"full-{steps}", module(f"full-{steps}"), None
         yield f"sun-{steps}", module(f"sun-{steps}"), study.base
+    for rank in study.lora_ranks:
+        yield f"sun lora{rank}", module(f"lora{rank}"), study.base
+        if further and study.distill:
+            yield f"sun lora{rank} distilled", module(f"lora{rank}-distilled"), study.base
     for bits in study.bits:
         for method in study.methods:
-            yield f"int{bits} {method} text", module("sun"), study.decoder(out, None, method, bits)
+            if study.text or method == "rtn":
+                yield f"int{bits} {method} text", module("sun"), study.decoder(out, None, method, bits)
             if method != "rtn":
                 yield f"int{bits} {method} decode", module("sun"), study.decoder(out, seed, method, bits)
-        aligned, decoder = module(f"aligned-int{bits}"), study.decoder(out, seed, study.aligned_method, bits)
-        yield f"int{bits} {study.aligned_method} aligned", aligned, decoder
-    yield "sun longer", module("longer"), study.base
+        yield from _tuned_against(study, module, bits, study.decoder(out, seed, study.aligned_method, bits))
+    if further:
+        yield "sun longer", module("longer"), study.base
 
 
-STAGES = (tuning, quantizing, aligning, scoring)
+def _tuned_against(
+    study: Study, module: Callable[[str], Path], bits: int, decoder: Path
+) -> Iterator[tuple[str, Path, Path]]:
+    name, further = f"int{bits} {study.aligned_method}", bool(study.align_steps)
+    if further:
+        yield f"{name} aligned", module(f"aligned-int{bits}"), decoder
+    if further and study.distill:
+        yield f"{name} distilled", module(f"distilled-int{bits}"), decoder
+    for rank in study.lora_ranks:
+        yield f"{name} lora{rank}", module(f"lora{rank}"), decoder
+        yield f"{name} lora{rank} on its weights", module(f"lora{rank}-on-int{bits}"), decoder
+        if further and study.distill:
+            yield f"{name} lora{rank} on its weights, distilled", module(f"lora{rank}-on-int{bits}-distilled"), decoder
+
+
+STAGES = (tuning, quantizing, aligning, distilling, scoring)

@@ -1,6 +1,6 @@
 """`qsun bench tasks`: what SUN, and then QSUN, cost in accuracy against full fine-tuning.
 
-    tune (SUN and full, by seed, task and budget) -> quantize (method, bits, calibration) -> align -> score -> report
+    tune (SUN and full, by seed, task and budget) -> quantize (method, bits, calibration) -> align -> distill -> score
 
 Every step leaves a directory or a file and is skipped if that exists, so that a stopped study can be resumed, and a
 larger one adds only what is missing.
@@ -13,7 +13,6 @@ from pathlib import Path
 from qsun.config import QuantConfig
 from qsun.errors import QsunError
 from qsun.eval.study.task import EMBEDDED, StudyTask
-from qsun.tuning.config import TuneConfig
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,12 @@ class Study:
         seeds: 0 .. seeds - 1; each has its own order and calibration and, for embedded tasks, its own data.
         curve: smaller budgets, for accuracy by steps; complete runs of their own, of the first seed only.
         align_steps: further steps of each prefill module against a quantized decode module and, as a control, against
-            the full-precision one.
+            the full-precision one; 0: none.
+        distill: take further steps on the distributions of the SUN pair too.
+        lora_ranks: of adapters, tuned on the base's weights and on each quantized decode module's.
+        text: calibrate every decode module with the packaged text too.
         lr, full_lr: peak rates of prefill modules and full fine-tunes, chosen on validation data; 0: by width.
+        valid: validation examples of every tuning.
         train, test: examples drawn of an embedded task. Files are used whole, but for `test` if it is not 0.
         bits, methods, group_size, sym: of the decode modules. The last calibrated method, or `refined`, is aligned.
         dtype, device: of all modules, as in qsun tune.
@@ -38,11 +41,15 @@ class Study:
     steps: int = 1000
     curve: tuple[int, ...] = (125, 250, 500)
     align_steps: int = 250
+    distill: bool = False
+    lora_ranks: tuple[int, ...] = ()
+    text: bool = True
     batch_size: int = 32
     lr: float = 3e-3
     full_lr: float = 3e-3
     train: int = 8192
     test: int = 500
+    valid: int = 256
     bits: tuple[int, ...] = (4, 3, 2)
     methods: tuple[str, ...] = ("rtn", "awq", "gptq", "refined")
     group_size: int = 32
@@ -70,11 +77,6 @@ class Study:
         grid = {"method": method, "bits": bits, "group_size": self.group_size, "sym": self.sym}
         return QuantConfig.from_dict(grid | {"seed": seed, "dtype": self.dtype})
 
-    def tune_config(self, steps: int, seed: int, full: bool) -> TuneConfig:
-        rate, baseline = (self.full_lr, "full") if full else (self.lr, "none")
-        values = {"steps": steps, "batch_size": self.batch_size, "lr": rate, "seed": seed, "baseline": baseline}
-        return TuneConfig.from_dict(values | {"dtype": self.dtype})
-
     def served(self) -> list[str]:
         """Return the names of the tasks that decode modules are calibrated for."""
         return [task.name for task in self.tasks if not task.hard]
@@ -84,15 +86,16 @@ class Study:
         return [task for task in self.tasks if seed == 0 or not task.hard]
 
     def module(self, out: Path, seed: int, task: str, name: str) -> Path:
-        """Return the place of a tuned module; name: sun, full, sun-125, longer, aligned-int2 and so on."""
+        """Return the place of a tuned module; name: as in modules.py."""
         return out / f"seed{seed}" / task / name
 
     def decoder(self, out: Path, seed: int | None, method: str, bits: int) -> Path:
         """Return the place of a decode module; seed None: calibrated with the packaged text, once for all seeds."""
         return out / ("text" if seed is None else f"seed{seed}") / f"decode-{method}-int{bits}"
 
-    def scores(self, out: Path, seed: int, task: str) -> Path:
-        return out / f"seed{seed}" / task / "scores.json"
+    def answers(self, out: Path, seed: int, task: str, variant: str) -> Path:
+        """Return the place of a variant's answers: a JSON string with a digit, 1 for right, for each test example."""
+        return out / f"seed{seed}" / task / "answers" / f"{variant.replace(',', '').replace(' ', '-')}.json"
 
 
 def aligned_method(methods: Sequence[str]) -> str:

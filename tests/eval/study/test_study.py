@@ -111,6 +111,37 @@ def test_a_whole_study_and_its_second_run(cli, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_study_grows_by_adapters_and_distillation(cli, tmp_path):
+    """What there is stays; each adapter is tuned on the base and on the quantized weights, and taught by the pair."""
+    out, files = tmp_path / "study", []
+    for split in ("train", "valid", "test"):
+        files.append(str(tmp_path / f"{split}.jsonl"))
+        write_jsonl(tmp_path / f"{split}.jsonl", examples("math", split, 40 if split == "train" else 4))
+    options = ["--task", f"mine={','.join(files)}", "--seeds", 1, "--steps", 2, "--curve", "", "--align-steps", 1]
+    options += ["--bits", 4, "--methods", "gptq", "--no-text", "--batch-size", 4, "--processes", 1]
+    first = cli("bench", "tasks", "-o", out, *options, "--json")
+    assert first.code == 0, first.err
+    written = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    options += ["--lora-ranks", 2, "--distill"]
+    assert (
+        cli("bench", "tasks", "-o", out, *options, "--dry-run").out.splitlines()[-1] == "11 pieces, 7 steps of tuning"
+    )
+    second = cli("bench", "tasks", "-o", out, *options, "--json")
+    assert second.code == 0, second.err
+    before, after = (json.loads(answer.out)["right"]["0"]["mine"] for answer in (first, second))
+    assert before == {name: after[name] for name in before}
+    assert set(after) - set(before) == {
+        *("sun lora2", "sun lora2 distilled", "int4 gptq distilled", "int4 gptq lora2"),
+        *("int4 gptq lora2 on its weights", "int4 gptq lora2 on its weights, distilled"),
+    }
+    assert written.items() <= {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}.items()
+    made = json.loads((out / "seed0/mine/lora2-on-int4-distilled/qsun.json").read_text())
+    assert made["prefill_weights"] == "decode" and made["teacher"] == str(out / "seed0/mine/sun")
+    report = (out / "study.md").read_text()
+    assert "| SUN lora2 distilled |" in report and "| int4 gptq lora2 on its weights - sun |" in report
+
+
+@pytest.mark.slow
 def test_own_base_and_data_end_to_end(cli, talking_model, tmp_path, monkeypatch):
     """A tiny bfloat16 model, a task in files, a custom scorer; only a part that is lost is made again."""
     for split in ("train", "valid", "test"):
@@ -135,7 +166,9 @@ def test_own_base_and_data_end_to_end(cli, talking_model, tmp_path, monkeypatch)
     assert matrix.tasks == ()
     assert {entry.responses for entry in matrix.entries[1:]} == {str(tmp_path / "valid.jsonl")}
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
-    (tmp_path / "out/seed0/mine/scores.json").unlink()
+    (tmp_path / "out/seed0/mine/answers/int4-gptq-decode.json").unlink()
+    left = cli(*command, "--dry-run")
+    assert [work["label"] for work in json.loads(left.out)] == ["answers: mine, int4 gptq decode, seed 0"]
     again = cli(*command)
     assert again.out == answer.out
     assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}

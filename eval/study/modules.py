@@ -1,0 +1,81 @@
+"""The modules that a study tunes, in the order in which they need each other."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from qsun.eval.study.study import Study
+from qsun.tuning.config import TuneConfig
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A module that is tuned, for one task and seed.
+
+    Attributes:
+        name: its folder.
+        steps: optimizer steps.
+        bits: of the quantized decode module that it is tuned against; 0: the full-precision one.
+        full: a conventional full fine-tune instead of a prefill module.
+        init, teacher: names of the modules that it starts from and learns from.
+        lora_rank: of the adapter that is tuned; 0: all weights.
+        weights: what an adapter is tuned on, as in TuneConfig.prefill_weights.
+    """
+
+    name: str
+    steps: int
+    bits: int = 0
+    full: bool = False
+    init: str = ""
+    teacher: str = ""
+    lora_rank: int = 0
+    weights: Literal["base", "decode"] = "base"
+
+    def config(self, study: Study, seed: int) -> TuneConfig:
+        """Return the settings of tuning it."""
+        rate = study.full_lr if self.full else study.lr * (5 if self.lora_rank else 1)  # as TuneConfig.peak_lr
+        values = {"steps": self.steps, "batch_size": study.batch_size, "lr": rate, "seed": seed, "dtype": study.dtype}
+        rank = 0 if self.init else self.lora_rank  # an adapter to start from has its own
+        values |= {"lora_rank": rank, "prefill_weights": self.weights, "valid_examples": study.valid}
+        return TuneConfig.from_dict(values | {"baseline": "full" if self.full else "none"})
+
+
+def before_quantizing(study: Study, seed: int, hard: bool) -> Iterator[Tuned]:
+    """SUN and the full fine-tune with every budget, and SUN's adapters; a hard task has no adapters."""
+    budgets = {study.steps, *(study.curve if seed == 0 and not hard else ())}
+    for steps in sorted(budgets, reverse=True):
+        suffix = "" if steps == study.steps else f"-{steps}"
+        yield Tuned(f"sun{suffix}", steps)
+        yield Tuned(f"full{suffix}", steps, full=True)
+    for rank in () if hard else study.lora_ranks:
+        yield Tuned(f"lora{rank}", study.steps, lora_rank=rank)
+
+
+def after_quantizing(study: Study) -> Iterator[Tuned]:
+    """Prefill modules tuned further against each quantized decode module, and adapters on its own weights.
+
+    As a control, `longer` has as many steps more against the full-precision decode module.
+    """
+    further = study.align_steps
+    if further:
+        yield Tuned("longer", further, init="sun")
+    for bits in study.bits:
+        if further:
+            yield Tuned(f"aligned-int{bits}", further, bits, init="sun")
+        if further and study.distill:
+            yield Tuned(f"distilled-int{bits}", further, bits, init="sun", teacher="sun")
+        for rank in study.lora_ranks:
+            yield Tuned(f"lora{rank}-on-int{bits}", study.steps, bits, lora_rank=rank, weights="decode")
+
+
+def after_adapters(study: Study) -> Iterator[Tuned]:
+    """Adapters that learn further, from the distributions of the full module with the full-precision decode module."""
+    if not (study.align_steps and study.distill):
+        return
+    for rank in study.lora_ranks:
+        yield Tuned(f"lora{rank}-distilled", study.align_steps, init=f"lora{rank}", teacher="sun", lora_rank=rank)
+        for bits in study.bits:
+            name = f"lora{rank}-on-int{bits}"
+            yield Tuned(
+                f"{name}-distilled", study.align_steps, bits, init=name, teacher="sun", lora_rank=rank, weights="decode"
+            )
