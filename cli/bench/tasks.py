@@ -1,6 +1,8 @@
 """`qsun bench tasks`, `task-data` and `tuning`: accuracy and cost of SUN against full fine-tuning."""
 
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -51,54 +53,57 @@ def tasks(
 
       qsun bench tasks -o out/mine --base ./SmolLM2-135M --task calls=train.jsonl,valid.jsonl,test.jsonl,json
     """
-    check_device(device)
-    from qsun.config import DTYPES, check_one_of
+    study = _study(locals())
     from qsun.eval.study.matrix import write_matrix
-    from qsun.eval.study.report import Scores, bits_figure, curve_figure, markdown
     from qsun.eval.study.run import missing_work, run_study, work_table
-    from qsun.eval.study.study import Study
-    from qsun.eval.study.task import EMBEDDED, StudyTask
-    from qsun.figure import save_figure
 
-    check_one_of("--dtype", dtype, DTYPES)
     screen.show_warnings()
-    rate = lr if lr is not None else (3e-3 if base == "demo" else 0.0)
-    study = Study(
-        base=base,
-        tasks=tuple(map(StudyTask.parse, task)) or EMBEDDED,
-        seeds=seeds,
-        steps=steps,
-        curve=tuple(sorted({c for c in whole_numbers("curve", curve) if c < steps})),
-        align_steps=align_steps,
-        distill=distill,
-        lora_ranks=tuple(whole_numbers("lora-ranks", lora_ranks)),
-        text=text,
-        batch_size=batch_size,
-        lr=rate,
-        full_lr=rate if full_lr is None else full_lr,
-        train=train,
-        valid=valid,
-        test=(0 if task else 500) if test is None else test,
-        bits=tuple(whole_numbers("bits", bits)),
-        methods=tuple(name.strip() for name in methods.split(",")),
-        group_size=group_size,
-        sym=sym,
-        dtype=dtype,
-        device=device,
-    )
     if dry_run:
         missing = missing_work(study, out)
         results.show([w.described() for w in missing], as_json, lambda _: work_table(missing))
         return
     with screen.progress(as_json) as progress:
         result = run_study(study, out, processes, progress)
-    scores = Scores(result)
-    results.save(out, "scores", result)
-    (out / "study.md").write_text(markdown(scores), encoding="utf-8")
+    report = _write_report(result, out)
     write_matrix(study, out)
+    results.show(result, as_json, lambda _: report)
+
+
+def _study(options: dict[str, Any]) -> Any:
+    """Return the Study of the command's options; those of the same name and form are taken as they are."""
+    check_device(options["device"])
+    from qsun.config import DTYPES, check_one_of
+    from qsun.eval.study.study import Study
+    from qsun.eval.study.task import EMBEDDED, StudyTask
+
+    check_one_of("--dtype", options["dtype"], DTYPES)
+    lr, steps, own = options["lr"], options["steps"], options["task"]
+    rate = lr if lr is not None else (3e-3 if options["base"] == "demo" else 0.0)
+    parsed = {
+        "tasks": tuple(map(StudyTask.parse, own)) or EMBEDDED,
+        "curve": tuple(sorted({c for c in whole_numbers("curve", options["curve"]) if c < steps})),
+        "lora_ranks": tuple(whole_numbers("lora-ranks", options["lora_ranks"])),
+        "bits": tuple(whole_numbers("bits", options["bits"])),
+        "methods": tuple(name.strip() for name in options["methods"].split(",")),
+        "lr": rate,
+        "full_lr": rate if options["full_lr"] is None else options["full_lr"],
+        "test": (0 if own else 500) if options["test"] is None else options["test"],
+    }
+    return Study(**{field.name: options[field.name] for field in fields(Study) if field.name in options} | parsed)
+
+
+def _write_report(result: dict[str, Any], out: Path) -> str:
+    """Write the scores of a study, its tables and its pictures; return the tables."""
+    from qsun.eval.study.report import Scores, bits_figure, curve_figure, markdown
+    from qsun.figure import save_figure
+
+    scores = Scores(result)
+    report = markdown(scores)
+    results.save(out, "scores", result)
+    (out / "study.md").write_text(report, encoding="utf-8")
     save_figure(bits_figure(scores), out / "bits.png")
     save_figure(curve_figure(scores), out / "curve.png")
-    results.show(result, as_json, lambda _: markdown(scores))
+    return report
 
 
 def task_data(
