@@ -8,6 +8,7 @@ vLLM that is installed: one whose internals have moved is refused at start, beca
 """
 
 import inspect
+import logging
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 
 from qsun.errors import QsunError
 
+log = logging.getLogger(__name__)
 TESTED_WITH = "0.32"
 SWITCH = "QSUN_PREFILL_LORA"  # an environment variable, because every process of vLLM inherits it
 _NO_ADAPTER = 0
@@ -49,22 +51,33 @@ def boundary_keys(prompt_length: int, block_end: int) -> list[tuple[str, int]]:
 def install() -> None:
     """Replace vLLM's choice of adapters for each token, its prefix-cache keys, and its CPU kernel's default adapter.
 
-    May be called again. Raises QsunError for a vLLM whose functions are not those that are replaced.
+    May be called again. Raises QsunError for a vLLM whose functions are not those that are replaced; nothing is
+    replaced then.
     """
-    for module, owner, name, parameters, replacement in _REPLACEMENTS:
-        target = _find(module, owner)
-        original = getattr(target, name, None)
-        if getattr(original, "qsun", False):
-            continue
-        found = [] if original is None else list(inspect.signature(original).parameters)
-        if found != parameters.split():
-            raise QsunError(
-                f"{module}.{owner + '.' if owner else ''}{name}({', '.join(found)}) of this vLLM is not the function "
-                f"that {SWITCH}=1 replaces; use vLLM {TESTED_WITH}, or unset {SWITCH}"
-            )
-        changed: Any = replacement(original)
-        changed.qsun = True
-        setattr(target, name, changed)
+    found = [(_find(module, owner), *rest) for module, owner, *rest in _REPLACEMENTS]
+    for (module, owner, *_), (target, name, parameters, _) in zip(_REPLACEMENTS, found, strict=True):
+        _check(target, name, parameters, f"{module}.{owner + '.' if owner else ''}{name}")
+    version = import_module("vllm").__version__
+    if not version.startswith(f"{TESTED_WITH}."):
+        log.warning(
+            "%s=1 was tested with vLLM %s, and this is %s; check its answers first", SWITCH, TESTED_WITH, version
+        )
+    for target, name, _, replacement in found:
+        original = getattr(target, name)
+        if not getattr(original, "qsun", False):
+            changed: Any = replacement(original)
+            changed.qsun = True
+            setattr(target, name, changed)
+
+
+def _check(target: Any, name: str, parameters: str, path: str) -> None:
+    original = getattr(target, name, None)
+    found = [] if original is None else list(inspect.signature(original).parameters)
+    if found != parameters.split() and not getattr(original, "qsun", False):
+        raise QsunError(
+            f"{path}({', '.join(found)}) of this vLLM is not the function that {SWITCH}=1 replaces; use vLLM "
+            f"{TESTED_WITH}, or unset {SWITCH}"
+        )
 
 
 def _find(module: str, owner: str) -> Any:

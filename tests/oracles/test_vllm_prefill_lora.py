@@ -126,3 +126,10 @@ def test_int4_on_vllms_own_kernels(quantized, probe: Probe, tmp_path, switched_o
     record("vllm prefill-only LoRA, its kernels", clear=clear, wrong=wrong, preemptions=preemptions, hits=hits)
     assert clear > 100
     assert wrong == 0
+
+
+def test_a_vllm_whose_internals_moved_is_refused_at_start(probe: Probe, tmp_path, switched_on):
+    base = make_base(tmp_path / "base", torch.float32)
+    refused = probe("vllm", "vllm_moved.py", base)
+    assert len(refused) > 15
+    assert refused.all()

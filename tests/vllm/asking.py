@@ -73,9 +73,17 @@ def ask_all(url: str, requests: list[Request]) -> list[list[int] | openai.APIErr
 
 
 def reference(modules: dict[str, Path]) -> Callable[[list[Request]], list[list[int]]]:
-    """A function that gives the tokens of `qsun.generate` for requests."""
+    """A function that gives the tokens of `qsun.generate` for requests to MODELS."""
     decode = qsun.load_decode(modules["decode"], device="cpu", dtype="float32")
-    prefills = {name: qsun.load_prefill(modules[name], decode=decode, dtype="float32") for name in MODELS}
+    return answers_of(
+        decode, {name: qsun.load_prefill(modules[name], decode=decode, dtype="float32") for name in MODELS}
+    )
+
+
+def answers_of(
+    decode: qsun.DecodeModule, prefills: dict[str, qsun.PrefillModule]
+) -> Callable[[list[Request]], list[list[int]]]:
+    """The same for requests to prefill modules by name."""
 
     def answers(requests: list[Request]) -> list[list[int]]:
         rows = [list(request.prompt) for request in requests]

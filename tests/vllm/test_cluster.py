@@ -4,23 +4,17 @@ The client is OpenAI's. The reference for every request is `qsun.generate` with 
 that came from the wrong cache, module or seam shows. Tests run in order: the later ones kill a worker and end it all.
 """
 
-import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
 from tests.oracles.compare import record
-from tests.oracles.conftest import ENVIRONMENTS, PROBE_SETTINGS
-from tests.places import ROOT
 from tests.vllm.asking import (
     DEADLINE_SECONDS,
     EXACT,
@@ -29,27 +23,14 @@ from tests.vllm.asking import (
     Request,
     ask,
     ask_all,
-    client_of,
     prompt,
     reference,
 )
 from tests.vllm.cluster_files import MODELS, make_modules, write_cluster
 from tests.vllm.listening import is_loopback, listening_addresses
+from tests.vllm.running import Cluster, running_cluster, vllm_python
 
 pytestmark = pytest.mark.oracle
-
-
-@dataclass
-class Cluster:
-    """A running `qsun up`."""
-
-    process: subprocess.Popen
-    url: str
-    workers: dict[str, dict]
-    said: Path
-
-    def client(self) -> openai.OpenAI:
-        return client_of(self.url)
 
 
 @pytest.fixture(scope="module")
@@ -64,31 +45,10 @@ def expected(modules):
 
 
 @pytest.fixture(scope="module")
-def cluster(modules, tmp_path_factory):
-    python = ENVIRONMENTS / "vllm" / "bin" / "python"
-    if not python.exists():
-        pytest.skip("no environment 'vllm'; `make vllm` makes it")
+def cluster(modules):
     root = modules["base"].parent
-    file = write_cluster(root, python)
-    said = root / "up.err"
-    command = [sys.executable, "-m", "qsun.cli.main", "up", str(file), "--logs", str(root / "logs"), "--json"]
-    started = time.monotonic()
-    with said.open("w") as errors:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | PROBE_SETTINGS, stdout=subprocess.PIPE, stderr=errors, text=True
-        )
-    try:
-        line = process.stdout.readline()  # ends at launch.start_seconds at the latest
-        assert line, said.read_text()[-6000:]
-        ready = json.loads(line)
-        record("vllm cluster", warm_seconds=round(time.monotonic() - started))
-        yield Cluster(process, ready["url"], {worker["name"]: worker for worker in ready["workers"]}, said)
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        process.wait(timeout=120)
-        process.stdout.close()
-        record("vllm cluster", wall_seconds=round(time.monotonic() - started))
+    with running_cluster(write_cluster(root, vllm_python()), root) as found:
+        yield found
 
 
 def test_a_decode_worker_refuses_a_request_that_bypasses_the_router(cluster):

@@ -1,5 +1,7 @@
 """Which tokens an adapter of vLLM acts on, and which blocks of a prefix cache it may share. Without vLLM."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -58,6 +60,25 @@ def test_a_vllm_with_other_functions_is_refused(monkeypatch):
     with pytest.raises(QsunError, match=r"make_lora_inputs\(self, num_scheduled_tokens\) of this vLLM is not the"):
         install()
     assert not hasattr(InputBatch.make_lora_inputs, "qsun")
+
+
+@pytest.mark.parametrize(("version", "warns"), [("0.32.0", False), ("0.32.4.dev1", False), ("0.33.0", True)])
+def test_another_version_with_the_same_functions_is_warned_of(version, warns, monkeypatch, caplog):
+    def changed(original):
+        return lambda self, count: original(self, count) + 1
+
+    class Batch:
+        def make(self, count):
+            return count
+
+    monkeypatch.setattr(prefill_lora, "_REPLACEMENTS", [("vllm.batch", "Batch", "make", "self count", changed)])
+    monkeypatch.setattr(prefill_lora, "_find", lambda module, owner: Batch)
+    monkeypatch.setattr(prefill_lora, "import_module", lambda name: SimpleNamespace(__version__=version))
+    install()
+    install()  # vLLM may load its plugins more than once
+    assert Batch().make(5) == 6
+    assert bool(caplog.messages) is warns
+    assert all("tested with vLLM 0.32, and this is 0.33.0" in message for message in caplog.messages)
 
 
 def test_a_vllm_without_the_function_is_refused():
