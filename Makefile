@@ -57,7 +57,5 @@ oracles:  ## other tools load our modules and give our logits; makes .oracles/* 
 vllm:  ## a real vLLM on this CPU: the plugin in every format, and a cluster through `qsun up`; makes .oracles/vllm
 	tests/vllm/run.sh
 
-gpu:  ## correctness on a CUDA device and the kernel bench, under 9 minutes; needs torch, triton, transformers, pytest
-	mkdir -p $(GPU_OUT)
-	$(PYTHON) -m pytest -q --noconftest -m gpu tests/gpu --junitxml=$(GPU_OUT)/tests.xml; status=$$?; \
-	$(PYTHON) tests/gpu/bench.py $(GPU_OUT) && exit $$status
+gpu:  ## everything on a CUDA device in one call under 9 minutes, results in GPU_OUT; wheels: tests/gpu/wheels.py
+	$(PYTHON) tests/gpu/bench.py $(GPU_OUT) $(GPU)

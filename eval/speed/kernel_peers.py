@@ -79,5 +79,44 @@ def humming(weights: Quantized, group_size: int, dtype: torch.dtype) -> Callable
     return build
 
 
+def marlin(weights: Quantized, group_size: int, dtype: torch.dtype) -> Callable[[], Product]:
+    """Build vLLM's Marlin product, symmetric only, as its linear kernel for GPTQ does."""
+    if not bool((weights.zeros == 8).all()):
+        raise NotImplementedError("zero points of 8")
+    from vllm import _custom_ops as ops
+    from vllm.model_executor.layers.quantization.utils import marlin_utils as utils
+    from vllm.scalar_type import scalar_types
+
+    N, K = weights.q.shape
+    words = gptq_words(weights.q)
+    scales, none = weights.scales.to(dtype), utils.marlin_make_empty_g_idx(words.device)
+    fixed = {"weight_zp": none, "g_idx": none, "g_idx_sort_indices": none, "wtype": scalar_types.uint4b8}
+    fixed |= {"output_size_per_partition": N, "input_size_per_partition": K, "is_k_full": True}
+
+    def build() -> Product:
+        held = {
+            "weight": ops.gptq_marlin_repack(words, none, K, N, 4),
+            "weight_scale": utils.marlin_permute_scales(scales, K, N, group_size),
+            "workspace": utils.marlin_make_workspace_new(words.device),
+        }
+        return lambda x: utils.apply_gptq_marlin_linear(input=x, **held, **fixed)
+
+    return build
+
+
+def gptq_words(q: Tensor) -> Tensor:
+    """Pack (N, K) values 0..15 as GPTQ's (K / 8, N) int32, the first column of eight in the lowest nibble."""
+    columns = q.t().reshape(q.shape[1] // 8, 8, q.shape[0]).long()
+    words = sum(columns[:, i] << 4 * i for i in range(8))
+    assert isinstance(words, Tensor)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).contiguous()
+
+
 CPU_CONTENDERS: dict[str, Builder] = {"bf16": full_precision, "ours": ours}
-CUDA_CONTENDERS: dict[str, Builder] = {**CPU_CONTENDERS, "tinygemm": tinygemm, "gemlite": gemlite, "humming": humming}
+CUDA_CONTENDERS: dict[str, Builder] = {
+    **CPU_CONTENDERS,
+    "tinygemm": tinygemm,
+    "gemlite": gemlite,
+    "humming": humming,
+    "marlin": marlin,
+}

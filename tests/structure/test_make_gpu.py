@@ -1,9 +1,17 @@
 """`make gpu` needs torch, triton, transformers and pytest, and collects the tests of the GPU alone."""
 
+import os
+import signal
 import subprocess
 import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
 from textwrap import dedent
 
+import pytest
+
+from tests.gpu import bench, floors, wheels
 from tests.places import ROOT
 
 ABSENT = ["accelerate", "datasets", "fastapi", "lm_eval", "matplotlib", "openai", "peft", "prometheus_client"]
@@ -35,13 +43,107 @@ def test_only_the_gpu_tests_are_collected():
     assert "error" not in done.stdout.lower()
 
 
-def test_the_bench_runs(tmp_path):
-    done = run("import runpy; runpy.run_path('tests/gpu/bench.py', run_name='__main__')", tmp_path, "cpu")
+def test_the_kernel_stage_runs(tmp_path):
+    code = "import runpy; runpy.run_path('tests/gpu/stages.py', run_name='__main__')"
+    done = run(code, "kernels", tmp_path, "--device", "cpu", "--seconds", 60)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "ours" in (tmp_path / "kernels.json").read_text()
+    assert {row["kernel"] for row in floors.read(tmp_path, "kernels")} == {"bf16", "ours"}
 
 
-def test_the_target_runs_them():
+def test_the_target_runs_it():
     done = subprocess.run(["make", "-n", "gpu"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "--noconftest -m gpu tests/gpu" in done.stdout
-    assert "tests/gpu/bench.py" in done.stdout
+    assert "tests/gpu/bench.py out/gpu" in done.stdout
+    tests = bench.command(bench.STAGES[0], Path("out"), "cuda", 60)
+    assert " ".join(tests).find("--noconftest --maxfail=20 -m gpu tests/gpu") > 0
+
+
+@pytest.mark.parametrize("seconds", [10, 100, 250, 520])
+@pytest.mark.parametrize("taken", [0.1, 1.0])
+def test_stages_stay_within_the_time(seconds, taken):
+    """taken: the fraction of its share that each stage uses."""
+    left, given = seconds, []
+    for number, stage in enumerate(bench.STAGES):
+        share = bench.stage_seconds(number, bench.STAGES, left)
+        assert share == 0 or stage.least <= share <= min(stage.most, left)
+        given.append(share)
+        left -= taken * share
+    assert left >= 0
+    assert (0 in given) == (seconds == 10 or (seconds == 100 and taken == 1))
+
+
+def test_nine_minutes_are_kept():
+    """The longest run: ending a stage that does not want to end takes seconds, too."""
+    assert 520 + len(bench.STAGES) * bench._KILL_SECONDS < 540
+
+
+STUBBORN = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+from pathlib import Path
+from tests.gpu.bench import append
+append(Path(sys.argv[1]), "serve", {"graphs": 3, "warm_seconds": 1.0})
+with open(sys.argv[1] + "/serve.jsonl", "a") as file:
+    file.write('{"requests": 4, "prom')
+    file.flush()
+    time.sleep(600)
+"""
+
+
+def test_a_stage_that_hangs_is_ended_and_its_results_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "command", lambda stage, folder, *_: [sys.executable, "-c", STUBBORN, str(folder)])
+    monkeypatch.setattr(bench, "_KILL_SECONDS", 0.5)
+    stages = [bench.Stage("hangs", 1, 6), bench.Stage("long", 500, 600)]
+    started = time.monotonic()
+    assert bench.run(tmp_path, "cpu", 20, stages, started)
+    assert time.monotonic() - started < 15
+    text = (tmp_path / "report.md").read_text()
+    assert "- hangs: ended, its time was over, " in text
+    assert "- long: left out, needs 500 seconds" in text
+    assert "3 graphs captured in 1.0 s" in text
+
+
+@pytest.mark.slow
+def test_what_was_measured_survives_a_kill_of_everything(tmp_path):
+    command = [sys.executable, "tests/gpu/bench.py", tmp_path, "--device", "cpu", "--stages", "kernels,serve,step"]
+    process = subprocess.Popen(list(map(str, command)), cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not floors.read(tmp_path, "kernels") and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    floors.write_report(tmp_path)
+    assert "| ours |" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_whole_run_on_a_cpu(tmp_path):
+    command = [sys.executable, "tests/gpu/bench.py", tmp_path, "--device", "cpu", "--stages", "step,kernels,serve,tune"]
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=540, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for wanted in ("Decode step, tiny", "3 requests of 8 + 4 tokens", "Slower than bf16", "tune: done"):
+        assert wanted in done.stdout
+
+
+def test_the_report_compares_with_floors_and_goals(tmp_path):
+    place = {"model": "m", "batch": 8, "context": 1024}
+    for variant, ratio in (("sun", 1.0), ("qsun", 2.3)):
+        timed = {"floor_ms": 2.0, "tpot_ms": 4.0, "bandwidth_percent": 50.0, "ratio_to_sun": ratio}
+        bench.append(tmp_path, "step", {**place, "variant": variant, **timed})
+    shape = {"model": "m", "layer": "qkv", "N": 64, "K": 32, "M": 8}
+    for kernel, ratio in (("bf16", 1.0), ("ours", 0.5)):
+        timed = {"microseconds": 10.0, "bandwidth_percent": 40.0, "ratio_to_bf16": ratio}
+        bench.append(tmp_path, "kernels", {**shape, "kernel": kernel, **timed})
+    text = floors.report(tmp_path)
+    assert "| 8 | 1024 | qsun | 2.00 | 4.00 | 50% | 2.30 | 2.2 |" in text
+    assert "| m | qkv 64x32 | 8 | ours | 4.0 | 10.0 | 40% | 0.50 |" in text
+    assert "- m qkv M=8: 0.50 of bf16's speed" in text
+    assert "an unknown machine" in text
+
+
+def test_wheels_are_pinned_and_complete():
+    listed = wheels.lines(["transformers", "pytest"], {"torch"})
+    assert f"transformers=={version('transformers')}" in listed
+    assert {line.partition("==")[0] for line in listed} >= {"tokenizers", "safetensors", "pluggy", "huggingface-hub"}
+    assert not [line for line in listed if line.startswith("torch=")]
+    assert wheels.lines(["no-such-package-here"]) == ["no-such-package-here"]
+    assert all("+" not in line for line in wheels.lines(["torch"]))
