@@ -49,15 +49,12 @@ def test_serving(pretend_cuda, tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "Path", lambda *a: tmp_path)
     warmed = []
     monkeypatch.setattr(warming, "warm", lambda engine: warmed.append(engine) or 0)
-    randint = torch.randint
-    monkeypatch.setattr(
-        torch, "randint", lambda high, size, **o: randint(high, (min(3, size[0]), min(8, size[1])), **o)
-    )
+    monkeypatch.setitem(stages.LOADS, "cuda", [(3, 8, 4), (9, 4, 2)])
     stages.serve(tmp_path, CUDA, stages.Clock(300))
     assert len(warmed) == 1
     first, *loads = floors.read(tmp_path, "serve")
     assert first["graphs"] == 0
-    assert [result["requests"] for result in loads] == [64, 256]
+    assert [result["requests"] for result in loads] == [3, 9]
     assert all(result["done"] and result["tokens_per_s"] > 0 for result in loads)
 
 

@@ -61,7 +61,7 @@ def test_a_wrong_peer_is_left_out(monkeypatch):
         monkeypatch.setitem(kernel_bench.CPU_CONTENDERS, name, build)
     rows = run(note=notes.append)["rows"]
     assert {row["kernel"] for row in rows} == {"bf16", "ours"}
-    assert [note for note in notes if "left out" in note and "peer at 96 x 64 is wrong by 0.1" in note]
+    assert [note for note in notes if "left out" in note and "peer at 96 x 64 is wrong by 0." in note]
     assert [note for note in notes if "broken at 96 x 64 is wrong by nan" in note]
 
 
