@@ -37,7 +37,8 @@ def _rows(study: Study, base: str, out: Path, seed: int, task: StudyTask) -> lis
     for bits in study.bits:
         decode = str(study.decoder(out, seed, study.aligned_method, bits).relative_to(out))
         rows.append({"name": f"QSUN int{bits}", "prefill": module("sun"), "decode": decode})
-        rows.append({"name": f"QSUN aligned int{bits}", "prefill": module(f"aligned-int{bits}"), "decode": decode})
+        if study.align_steps:
+            rows.append({"name": f"QSUN aligned int{bits}", "prefill": module(f"aligned-int{bits}"), "decode": decode})
     return rows
 
 

@@ -88,7 +88,9 @@ def _tune(study: Study, out: Path, seed: int, task: StudyTask, module: Tuned) ->
 
     target, folder = study.module(out, seed, task.name, module.name), out / f"seed{seed}"
     decode = study.decoder(out, seed, study.aligned_method, module.bits) if module.bits else study.base
-    train, valid = (task.data(folder, *split, seed) for split in (("train", study.train), ("valid", 300)))
+    train, valid = (
+        task.data(folder, *split, seed) for split in (("train", study.train), ("valid", max(300, study.valid)))
+    )
     tune(
         decode,
         target,

@@ -5,13 +5,15 @@ import random
 from dataclasses import asdict, replace
 
 import pytest
+import yaml
 
 from qsun.demo.tasks import HARD_TASKS, TASKS, examples, write_jsonl
 from qsun.errors import QsunError
 from qsun.eval.report.variants import from_file
+from qsun.eval.study.matrix import write_matrix
 from qsun.eval.study.report import Scores, bits_figure, curve_figure, markdown
 from qsun.eval.study.run import run_study
-from qsun.eval.study.stages import variants
+from qsun.eval.study.stages import STAGES, variants
 from qsun.eval.study.study import Study
 from qsun.eval.study.task import StudyTask
 
@@ -50,6 +52,16 @@ def test_the_report_is_the_mean_of_the_answers(tmp_path):
     found = scores.against("sun", "full")
     assert f"| sun - full | {100 * found.difference:.1f} |" in text
     assert len(bits_figure(scores).axes) == 4 and len(curve_figure(scores).axes) == 1
+
+
+def test_a_matrix_names_only_modules_that_the_study_makes(tmp_path):
+    tasks = (StudyTask("calls", "a.jsonl", "b.jsonl", "c.jsonl", "json"),)
+    study = Study(tasks=tasks, seeds=1, methods=("gptq",), bits=(4,), align_steps=0)
+    made = {work.result for stage in STAGES for work in stage(study, tmp_path)}
+    for row in yaml.safe_load(write_matrix(study, tmp_path).read_text())["variants"]:
+        for part in {"model", "prefill", "decode"} & row.keys():
+            assert row[part] == "demo" or tmp_path / row[part] in made, row
+    assert not any("longer" in str(place) or "aligned" in str(place) for place in made)
 
 
 def test_a_report_of_own_tasks_names_them_and_what_the_intervals_count(tmp_path):
