@@ -1,4 +1,4 @@
-"""`qsun up`: vLLM workers on this machine and the router in front of them, in one command."""
+"""`qsun up`: vLLM workers as replicas of Ray Serve, here or on a cluster, and the router in front of them."""
 
 import importlib.util
 import json
@@ -16,148 +16,62 @@ from qsun.errors import QsunError
 
 
 def up(
-    file: Path = typer.Argument(..., help="cluster.yaml; pools with a number of workers are started (docs/vllm.md)."),
-    logs: Path = typer.Option(Path("qsun-logs"), help="Directory for the logs of the workers."),
-    show: bool = typer.Option(False, "--print", help="Print the commands without running them."),
-    as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout, for scripts."),
-    on_ray: bool = typer.Option(False, "--ray", help="Deploy to Ray Serve, which restarts and scales workers."),
+    file: Path = typer.Argument(..., help="cluster.yaml: modules, numbers of workers, limits (docs/ray.md)."),
     address: str | None = typer.Option(None, help="Dashboard of a running Ray cluster, such as http://head:8265."),
-    kuberay: bool = typer.Option(False, help="With --ray --print: print a RayService for KubeRay."),
+    logs: Path = typer.Option(Path("qsun-logs"), help="Directory for the workers' logs, without --address."),
+    show: bool = typer.Option(False, "--print", help="Print the config for `serve deploy`, and run nothing."),
+    kuberay: bool = typer.Option(False, help="With --print: print a RayService for KubeRay."),
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout, for scripts."),
 ) -> None:
-    """Start vLLM workers on this machine and the router in front of them; Ctrl-C ends all of them.
+    """Start vLLM workers on Ray Serve and the router in front of them. Ray replaces workers that die.
 
-    A worker that dies is not restarted: its last log lines are shown, and the router continues with the others.
-    With --ray, Ray Serve replaces it. Without --address, Ray runs on this machine until Ctrl-C.
+    Without --address, Ray runs on this machine until Ctrl-C, and SIGHUP applies a changed file.
 
     Examples:
 
       qsun up cluster.yaml --logs logs
 
-      qsun up cluster.yaml --print
+      qsun up cluster.yaml --address http://head:8265
 
-      qsun up cluster.yaml --ray --print > serve.yaml
+      qsun up cluster.yaml --print > serve.yaml
     """
     screen.show_log()
-    if on_ray:
-        _up_on_ray(file, logs, address, show, kuberay, as_json)
-        return
-    if address is not None or kuberay:
-        raise QsunError("--address and --kuberay are for --ray; add it")
-    from qsun.serve.launch import signals as launch_signals
-
-    if show:
-        _print(file, as_json)
-        return
-    with launch_signals.restored():
-        launch_signals.interrupt_start()
-        try:
-            _serve(file, logs, as_json)
-        except KeyboardInterrupt:
-            screen.interrupted("the cluster was not warm yet, and all workers have ended")
-
-
-def _planned(file: Path) -> tuple[Any, Any, Any, list[Any]]:
-    """Return the cluster, its served names, its module checks and the commands of its workers."""
-    from qsun.serve.cluster.file import read_cluster
-    from qsun.serve.cluster.modules import ModuleChecks
-    from qsun.serve.launch.plan import plan_workers
-
-    cluster = read_cluster(file)
-    checks = ModuleChecks()
-    names = checks.names(cluster)
-    return cluster, names, checks, plan_workers(cluster, names, os.environ.get("CUDA_VISIBLE_DEVICES"))
-
-
-def _print(file: Path, as_json: bool) -> None:
-    *_, commands = _planned(file)
-    if as_json:
-        workers = [
-            {
-                "name": c.name,
-                "model": c.model,
-                "adapters": c.adapters,
-                "url": c.url,
-                "argv": c.argv,
-                "environment": c.environment,
-            }
-            for c in commands
-        ]
-        typer.echo(json.dumps({"workers": workers}))
-        return
-    for command in commands:
-        typer.echo(f"# {command.name}: {command.url}\n{command.shell()}\n")
-    typer.echo(f"# then the router of {file}, in this process, with these URLs")
-
-
-def _serve(file: Path, logs: Path, as_json: bool) -> None:
-    import asyncio
-
-    from qsun.serve.http.keys import read_keys
-    from qsun.serve.launch.launcher import LocalCluster, check_environment
-    from qsun.serve.launch.processes import WorkerDied, WorkerProcesses, last_lines
-
-    cluster, names, checks, commands = _planned(file)
-    # raises for an invalid key, before workers take minutes to start
-    cluster.guard_config(read_keys(cluster.listen.api_keys))
-    environment = dict(os.environ)
-    probed = environment | cluster.launch.environment  # as the workers will have it: PYTHONPATH may name vLLM
-    check_environment(cluster.launch.python or sys.executable, cluster.launch.kernels, probed)
-    screen.note(f"starting {', '.join(command.name for command in commands)}; logs in {logs}")
-    try:
-        with WorkerProcesses(commands, logs, environment) as workers:
-            workers.wait_until_ready(cluster.launch.start_seconds, screen.note)
-
-            def warm(url: str) -> None:
-                started = [
-                    {"name": w.command.name, "url": w.command.url, "pid": w.process.pid, "log": str(w.log)}
-                    for w in workers.workers
-                ]
-                models = list(cluster.models)
-                line = json.dumps({"url": url, "models": models, "workers": started}) if as_json else f"qsun up: {url}"
-                typer.echo(line)
-
-            asyncio.run(LocalCluster(file, cluster, names, checks, workers, screen.note).serve(warm))
-            screen.note("ending the workers")
-    except WorkerDied as died:
-        for line in last_lines(died.worker.log):
-            screen.note(f"    {line}")
-        raise
-
-
-def _up_on_ray(file: Path, logs: Path, address: str | None, show: bool, kuberay: bool, as_json: bool) -> None:
-    """Deploy a cluster file to Ray Serve, or print what would be deployed."""
     if kuberay and not show:
         raise QsunError("--kuberay only prints a RayService; add --print, and give kubectl apply what it prints")
     if address is not None and show:
         raise QsunError(f"--print deploys nothing, and --address {address} is where to deploy; leave one of them out")
-    if importlib.util.find_spec("ray") is None:
-        raise QsunError("--ray needs Ray: pip install 'qsun[ray]'")
+    if show:
+        _print(*_planned(file), kuberay, as_json)
+    elif address is not None:
+        _deploy(*_planned(file), address)
+    else:
+        _serve_here(file, logs, as_json)
+
+
+def _planned(file: Path, logs: Path | None = None) -> tuple[Any, Any]:
+    """Return the cluster and its applications. logs: of workers on this machine; None: Ray is elsewhere."""
     from qsun.serve.cluster.file import read_cluster
     from qsun.serve.cluster.modules import ModuleChecks
     from qsun.serve.http.keys import read_keys
     from qsun.serve.ray.plan import plan_apps
 
     cluster = read_cluster(file)
-    here = address is None and not show
     # raises for an invalid key; elsewhere the ingress reads them, from a file that this machine need not have
-    cluster.guard_config(read_keys(cluster.listen.api_keys) if here else ())
-    if cluster.ray.logs is None and here:
+    cluster.guard_config(() if logs is None else read_keys(cluster.listen.api_keys))
+    if logs is not None and cluster.ray.logs is None:
         cluster = cluster.replace(ray=cluster.ray.model_copy(update={"logs": str(logs.resolve())}))
-    planned = plan_apps(cluster, ModuleChecks().names(cluster))
-    if show:
-        _print_on_ray(cluster, planned, kuberay, as_json)
-    elif address is not None:
-        _deploy(cluster, planned, address)
-    else:
-        _serve_here(cluster, planned, as_json)
+    return cluster, plan_apps(cluster, ModuleChecks().names(cluster))
 
 
-def _print_on_ray(cluster: Any, planned: Any, kuberay: bool, as_json: bool) -> None:
-    import ray
-
+def _print(cluster: Any, planned: Any, kuberay: bool, as_json: bool) -> None:
     from qsun.serve.ray.config import ray_service, serve_config
 
-    shown = ray_service(cluster, planned, ray.__version__) if kuberay else serve_config(cluster, planned)
+    if kuberay:
+        import ray
+
+        shown = ray_service(cluster, planned, ray.__version__)
+    else:
+        shown = serve_config(cluster, planned)
     typer.echo(json.dumps(shown) if as_json else yaml.safe_dump(shown, sort_keys=False), nl=as_json)
 
 
@@ -168,41 +82,62 @@ def _deploy(cluster: Any, planned: Any, address: str) -> None:
     screen.note(f"{len(planned)} applications are being deployed; `serve status -a {address}` shows how they are")
 
 
-def _require_ray_token() -> None:
-    """Have Ray's processes require a token: they listen on every network of the machine.
+def _serve_here(file: Path, logs: Path, as_json: bool) -> None:
+    cluster, planned = _planned(file, logs)
+    from qsun.serve.ray.engine.environment import check_environment
 
-    Ray reads it when it is imported. Whether a token is required is RAY_AUTH_MODE's to say: one alone changes nothing.
+    launch = cluster.launch
+    check_environment(launch.python or sys.executable, launch.kernels, dict(os.environ) | launch.environment)
+    if importlib.util.find_spec("ray") is None:
+        raise ModuleNotFoundError("No module named 'ray'", name="ray")  # before Ray's variables are set
+    _keep_ray_private()
+    from qsun.serve.ray.config import put_config, ray_token, serve_config
+    from qsun.serve.ray.local import (
+        check_room,
+        found_address,
+        local_ray,
+        until_interrupted,
+        wait_until_running,
+        with_port,
+    )
+    from qsun.serve.ray.signals import UpSignals
+
+    cluster, url = found_address(cluster)
+    with UpSignals() as signals:
+        try:
+            with local_ray(planned, Path(cluster.ray.logs), signals) as dashboard:
+
+                def apply(cluster: Any, planned: Any) -> None:
+                    put_config(dashboard, serve_config(cluster, planned), ray_token(os.environ))
+                    wait_until_running(planned, url, cluster.launch.start_seconds, screen.note)
+
+                def reload() -> None:
+                    changed, planned = _planned(file, logs)
+                    check_room(planned)
+                    apply(with_port(changed, cluster.listen.port), planned)
+                    screen.note(f"{file} is applied")
+
+                screen.note(f"starting {len(planned)} applications on Ray; logs of vLLM in {cluster.ray.logs}")
+                apply(cluster, planned)
+                ready = {"url": url, "models": list(cluster.models), "logs": cluster.ray.logs}
+                typer.echo(json.dumps(ready) if as_json else f"qsun up: {url}")
+                until_interrupted(signals, reload)
+                screen.note("ending the replicas")
+        except KeyboardInterrupt:
+            screen.interrupted("the cluster was not warm yet, and all replicas have ended")
+
+
+def _keep_ray_private() -> None:
+    """Have Ray's processes listen on the loopback address, and require a token. Ray reads this when it is imported.
+
+    Its switch for Windows and macOS chooses the address. Whether a token is required is RAY_AUTH_MODE's to say: one
+    alone changes nothing.
     """
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     mode = os.environ.get("RAY_AUTH_MODE", "")
     if not mode:
         os.environ["RAY_AUTH_MODE"] = "token"
         if not os.environ.get("RAY_AUTH_TOKEN") and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # which only Ray's own processes get
     elif mode.lower() == "disabled":
-        screen.note(
-            "RAY_AUTH_MODE is disabled: whoever reaches a port of Ray on this machine can run code here; unset it"
-        )
-
-
-def _serve_here(cluster: Any, planned: Any, as_json: bool) -> None:
-    _require_ray_token()
-    from qsun.serve.launch import signals as launch_signals
-    from qsun.serve.launch.launcher import check_environment
-    from qsun.serve.ray.local import deploy, local_ray, wait_for_signal, wait_until_running
-
-    launch = cluster.launch
-    check_environment(launch.python or sys.executable, launch.kernels, dict(os.environ) | launch.environment)
-    with launch_signals.restored():
-        launch_signals.interrupt_start()
-        try:
-            with local_ray(planned):
-                launch_signals.interrupt_start()  # again: Ray has set a handler of SIGTERM that exits at once
-                url = deploy(cluster, planned)
-                screen.note(f"starting {len(planned)} applications on Ray; logs of vLLM in {cluster.ray.logs}")
-                wait_until_running(planned, url, launch.start_seconds, screen.note)
-                models = list(cluster.models)
-                typer.echo(json.dumps({"url": url, "models": models}) if as_json else f"qsun up: {url}")
-                wait_for_signal()
-                screen.note("ending the replicas")
-        except KeyboardInterrupt:
-            screen.interrupted("the cluster was not warm yet, and all replicas have ended")
+        screen.note("RAY_AUTH_MODE is disabled: other users of this machine can run code as you through Ray; unset it")

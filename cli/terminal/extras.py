@@ -4,6 +4,7 @@ _EXTRAS = {
     "eval": ("lm_eval",),
     "data": ("datasets",),
     "serve": ("fastapi", "starlette", "uvicorn", "httpx", "prometheus_client"),
+    "ray": ("ray",),
     "simulate": ("simpy",),
     "gptq": ("optimum", "gptqmodel"),
     "compressed-tensors": ("compressed_tensors",),

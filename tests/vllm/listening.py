@@ -2,17 +2,18 @@
 
 import ipaddress
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 LISTEN = "0A"
 
 
-def listening_addresses(group: int) -> set[tuple[str, int]]:
-    """(address, port) of every TCP socket that a process of this group listens on."""
-    inodes = {inode for pid in _members(group) for inode in _socket_inodes(pid)}
+def listening_addresses(pids: Iterable[int]) -> set[tuple[str, int]]:
+    """(address, port) of every TCP socket that one of these processes listens on."""
+    inodes = {inode for pid in pids for inode in _socket_inodes(pid)}
     found = set()
     for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/{group}/net/{table}").read_text().splitlines()[1:]:
+        for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
             fields = line.split()
             if fields[3] == LISTEN and fields[9] in inodes:
                 address, port = fields[1].split(":")
@@ -25,7 +26,7 @@ def is_loopback(address: str) -> bool:
     return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
 
 
-def _members(group: int) -> list[int]:
+def members(group: int) -> list[int]:
     """Processes of a group: a worker's engine or ranks may be processes of their own."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.vllm.listening import is_loopback, listening_addresses
+from tests.vllm.listening import is_loopback, listening_addresses, members
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -34,7 +34,7 @@ def test_every_address_of_a_group_is_found():
         child = stack.enter_context(subprocess.Popen(run, stdin=pipe, stdout=pipe, text=True, start_new_session=True))
         ports = [int(port) for port in child.stdout.readline().split()]
         assert child.stdout.readline() == "forked\n"
-        found = listening_addresses(child.pid)
+        found = listening_addresses(members(child.pid))
         child.stdin.close()
     hosts = ("127.0.0.1", "0.0.0.0", "::1", "::")  # noqa: S104
     assert found == {*zip(hosts, ports, strict=True), ("127.0.0.2", ports[0])}

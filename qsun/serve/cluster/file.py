@@ -1,7 +1,7 @@
 """cluster.yaml, read and checked: which workers serve which modules (qsun/serve/cluster/schema.py has every key)."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -10,7 +10,7 @@ from qsun.errors import QsunError
 from qsun.serve.cluster.schema import Cluster, Model, Pool
 from qsun.serve.http.keys import is_loopback
 
-__all__ = ["Cluster", "Pool", "parse_cluster", "read_cluster", "with_workers"]
+__all__ = ["Cluster", "Pool", "parse_cluster", "read_cluster"]
 
 P = TypeVar("P", bound=Pool)
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}")  # it is a metrics label and part of a URL
@@ -37,22 +37,6 @@ def parse_cluster(values: Mapping[str, object], name: str = "cluster") -> Cluste
     except QsunError as error:
         raise QsunError(f"{name}: {error}") from None
     return cluster
-
-
-def with_workers(
-    cluster: Cluster,
-    decode: Sequence[str] | None = None,
-    models: Mapping[str, Sequence[str]] | None = None,
-    prefill: Sequence[str] | None = None,
-) -> Cluster:
-    """Return the cluster with the URLs of workers that `qsun up` started in place of their numbers."""
-    values = cluster.to_dict()
-    for pool, started in (("decode", decode), ("prefill", prefill)):
-        if started is not None:
-            values[pool]["workers"] = list(started)
-    for name, urls in (models or {}).items():
-        values["models"][name]["workers"] = list(urls)
-    return parse_cluster(values)
 
 
 def _check_names(cluster: Cluster) -> None:

@@ -11,7 +11,7 @@ LoRA adapters share one pool of prefill workers, which have the weights that the
     models:
       math: {adapter: out/math}
 
-A number instead of a list of workers is for `qsun up`, which starts that many here, or as replicas on a Ray cluster.
+A number instead of a list of workers is for `qsun up`, which starts that many as replicas on Ray.
 """
 
 import re
@@ -85,7 +85,7 @@ class Pool(Section):
     Attributes:
         module: its directory, absolute after `read_cluster`, or "demo".
         workers: running ones, or how many `qsun up` is to start.
-        scale: for `qsun up --ray`; None: the number stays.
+        scale: None: the number stays.
     """
 
     module: str
@@ -188,19 +188,16 @@ def _variable(name: object) -> object:
 
 
 class LaunchSettings(Section):
-    """How `qsun up` starts workers on this machine.
+    """How a worker of `qsun up` runs.
 
     Attributes:
-        python: interpreter of the environment that has vLLM, and qsun for its plugin; None: that of `qsun up`.
+        python: interpreter of the environment that has vLLM, and qsun for its plugin; None: that of Ray.
         device: where workers compute and transfer KV cache.
         kernels: of a quantized decode module: ours (the plugin) or vLLM's own.
         dtype, max_model_len, max_num_seqs, kv_cache_memory_bytes, gpu_memory_utilization, tensor_parallel_size: vLLM's
             options of these names; None: vLLM's default.
         eager: neither torch.compile nor CUDA graphs; None: on a CPU.
         threads: OpenMP threads of a worker on a CPU.
-        gpus: assigned in order, tensor_parallel_size to each worker, and again from the start if they are too few;
-            None: 0, 1, 2 ..., or the entries of CUDA_VISIBLE_DEVICES if it is set.
-        first_port: each worker uses two ports from here on; None: free ones.
         start_seconds: until all workers must answer.
         max_loras: different adapters in a batch of a prefill worker.
         prefill_arguments, decode_arguments: further vLLM options.
@@ -218,8 +215,6 @@ class LaunchSettings(Section):
     tensor_parallel_size: Annotated[int, Field(ge=1, le=64)] = 1
     eager: bool | None = None
     threads: Count = 1
-    gpus: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False)] | None = None
-    first_port: Annotated[int, Field(ge=1024, le=65535)] | None = None
     start_seconds: Seconds = 900.0
     max_loras: Count = 8
     prefill_arguments: Names = ()
@@ -232,7 +227,7 @@ class LaunchSettings(Section):
 
 
 class RaySettings(Section):
-    """How `qsun up --ray` places replicas on a Ray cluster.
+    """How `qsun up` places replicas on a Ray cluster.
 
     Attributes:
         cpus, gpus, resources: that one worker takes of its node; gpus None: tensor_parallel_size of them on a GPU.

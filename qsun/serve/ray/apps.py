@@ -18,4 +18,4 @@ def engines(args: Mapping[str, Any]) -> Any:
 def ingress(args: Mapping[str, Any]) -> Any:
     """Return the application that clients talk to."""
     deployment = serve.deployment(serve.ingress()(Ingress), name=INGRESS, **args["deployment"])
-    return deployment.bind(args["cluster"], args["decode"], args["prefill"])
+    return deployment.bind(args["cluster"], args["pools"])

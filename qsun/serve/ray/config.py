@@ -14,7 +14,8 @@ import yaml
 from qsun.errors import QsunError
 from qsun.serve.cluster.schema import Cluster
 from qsun.serve.http.keys import is_loopback
-from qsun.serve.ray.plan import LOOPBACK_DEVICE, PlannedApp
+from qsun.serve.ray.engine.command import LOOPBACK_DEVICE
+from qsun.serve.ray.plan import PlannedApp
 
 IMAGE = "YOUR-REGISTRY/qsun-vllm:latest"
 _PATH = "/api/serve/applications/"
@@ -133,7 +134,7 @@ def ray_service(cluster: Cluster, planned: Sequence[PlannedApp], ray_version: st
 
 
 def _most_workers(cluster: Cluster) -> list[int]:
-    pools = (cluster.decode, *cluster.models.values())
+    pools = cluster.pools.values()
     return [pool.scale.workers if pool.scale else pool.workers for pool in pools if isinstance(pool.workers, int)]
 
 
@@ -178,7 +179,8 @@ def _pod(name: str, resources: dict[str, str], cluster: Cluster) -> dict[str, An
 
 
 def _common_directory(cluster: Cluster) -> str:
-    modules = [cluster.decode.module, *(pool.module for pool in cluster.models.values())]
+    modules = [pool.module for pool in cluster.pools.values()]
+    modules += [entry.adapter for entry in cluster.adapters.values()]
     inside = [module for module in modules if module.startswith("/")]
     found = os.path.commonpath(inside) if inside else "/modules"
     if found == "/":

@@ -4,7 +4,7 @@ Its workers are replicas instead of URLs. Nothing else differs: pairs warm up, c
 the same code (qsun/serve/router).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
@@ -12,7 +12,7 @@ from starlette.types import Message, Receive, Scope, Send
 from qsun.serve.cluster.file import parse_cluster
 from qsun.serve.cluster.names import ServedNames
 from qsun.serve.http.keys import read_keys
-from qsun.serve.ray.logs import log_to_serve
+from qsun.serve.ray.engine.logs import log_to_serve
 from qsun.serve.ray.members import Members
 from qsun.serve.ray.transport import ReplicaTransport
 from qsun.serve.router.app import Router
@@ -22,20 +22,20 @@ class Ingress:
     """A Serve deployment.
 
     Args:
-        cluster: the cluster file's values. decode, prefill: applications of the pools.
+        cluster: the cluster file's values. pools: their applications.
     """
 
-    def __init__(self, cluster: Mapping[str, Any], decode: str, prefill: Mapping[str, str]):
+    def __init__(self, cluster: Mapping[str, Any], pools: Sequence[str]):
         log_to_serve()
         self._cluster = parse_cluster(cluster)
-        self._apps: dict[str | None, str] = {None: decode} | dict(prefill)
+        self._pools = pools
 
     def __serve_build_asgi_app__(self) -> "WithoutRequestId":
         """Return the application, once Serve has made this object."""
         transport = ReplicaTransport()
         keys = read_keys(self._cluster.listen.api_keys)
         router = Router(self._cluster, ServedNames("", {}), keys, transport, self._follow)
-        self._members = Members(router.state, transport, self._apps)
+        self._members = Members(router.state, transport, self._pools)
         return WithoutRequestId(router)
 
     async def _follow(self) -> None:

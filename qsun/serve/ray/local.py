@@ -1,67 +1,102 @@
-"""`qsun up --ray`: the applications on a Ray of this machine, or on a running cluster."""
+"""`qsun up` without an address: a Ray of this machine, on its loopback address, and the applications on it."""
 
 import logging
+import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
 
 import httpx
 import ray
 from ray import serve
-from ray.serve.config import HTTPOptions
 from ray.serve.schema import ApplicationStatus
 
 from qsun.errors import QsunError
 from qsun.serve.cluster.schema import Cluster
 from qsun.serve.http.server import listen, url_of
-from qsun.serve.ray import apps as builders
-from qsun.serve.ray.plan import INGRESS_APP, PlannedApp, needed_cpus, needed_resources
+from qsun.serve.ray.engine.command import free_ports
+from qsun.serve.ray.engine.guard import GRACE_SECONDS
+from qsun.serve.ray.engine.logs import wait_until_unused
+from qsun.serve.ray.plan import INGRESS_APP, PlannedApp, needed_resources
+from qsun.serve.ray.signals import UpSignals
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
 _REPORT_SECONDS = 5.0
 _REASON_CHARACTERS = 1000
-_BUILD: dict[str, Callable[[Any], Any]] = {"engines": builders.engines, "ingress": builders.ingress}
+_OUR_ERROR = f"{QsunError.__name__}: "
 
 
 @contextmanager
-def local_ray(planned: Sequence[PlannedApp]) -> Iterator[None]:
-    """Have a Ray of this machine in the block, without dashboard; every process of it ends with the block.
+def local_ray(planned: Sequence[PlannedApp], logs: Path, signals: UpSignals) -> Iterator[str]:
+    """Have a Ray of this machine in the block, which gets its dashboard's URL; every process of it ends with the block.
+
+    Running requests end first, unless the block raises.
 
     It counts as many CPUs and `ray.resources` as the applications ask for: on one machine, how many share a core is the
     user's choice.
+
+    Args:
+        logs: directory of the replicas' logs. signals: those of this process.
+    Raises:
+        QsunError: there are too few GPUs.
     """
-    ray.init(
+    needed = needed_resources(planned, updating=True)
+    cpus = math.ceil(needed.pop("CPU", 0))
+    needed.pop("GPU", None)  # Ray counts those that are visible
+    context = ray.init(
         address="local",
-        num_cpus=max(needed_cpus(planned), os.cpu_count() or 1),
-        resources=needed_resources(planned),
-        include_dashboard=False,
+        num_cpus=max(cpus, os.cpu_count() or 1),
+        resources={name: math.ceil(amount) for name, amount in needed.items()},
+        dashboard_port=free_ports(1)[0],
         log_to_driver=False,
         configure_logging=False,
     )
     try:
-        yield
-    finally:
+        check_room(planned)
+        signals.take()  # again: Ray has set a handler of SIGTERM that exits at once
+        yield f"http://{context.dashboard_url}"
         serve.shutdown()
-        ray.shutdown()
+    finally:
+        _shut_down(signals)
+        wait_until_unused(logs, 2 * GRACE_SECONDS)
 
 
-def deploy(cluster: Cluster, planned: Sequence[PlannedApp]) -> str:
-    """Start Serve in the Ray that this process is connected to, and deploy. Return the URL of the ingress."""
-    address = cluster.listen
-    bound = listen(address.host, address.port, "change listen in the file")  # finds a port for port 0
-    url, port = url_of(bound), bound.getsockname()[1]
-    bound.close()
-    serve.start(http_options=HTTPOptions(host=address.host, port=port))
-    targets = [
-        serve.RunTarget(_BUILD[app.import_path.rpartition(":")[2]](app.args), app.name, app.route_prefix)
-        for app in planned
-    ]
-    serve.run_many(targets, wait_for_applications_running=False)
-    return url
+def _shut_down(signals: UpSignals) -> None:
+    """End Ray, which resets SIGTERM's action in the midst of it, in a thread: only the main one can set it again."""
+    ending = threading.Thread(target=ray.shutdown)
+    ending.start()
+    while ending.is_alive():
+        signals.disregard()
+        ending.join(0.01)
+
+
+def check_room(planned: Sequence[PlannedApp]) -> None:
+    """Raise QsunError if this Ray has less of a resource than the applications take."""
+    has = ray.cluster_resources()
+    for name, amount in needed_resources(planned).items():
+        if amount > has.get(name, 0):
+            raise QsunError(
+                f"the workers need {amount:g} {name}, and Ray has {has.get(name, 0):g} on this machine; start fewer, "
+                "have several share a GPU with ray.gpus, or restart qsun up after a change of the file"
+            )
+
+
+def found_address(cluster: Cluster) -> tuple[Cluster, str]:
+    """Return the cluster with a free port in place of port 0, and its URL. Raises QsunError if the address is taken."""
+    bound = listen(cluster.listen.host, cluster.listen.port, "change listen in the file")
+    with bound:
+        port, url = bound.getsockname()[1], url_of(bound)
+    return with_port(cluster, port), url
+
+
+def with_port(cluster: Cluster, port: int) -> Cluster:
+    """Return the cluster with another port to listen on."""
+    return cluster.replace(listen=cluster.listen.model_copy(update={"port": port}))
 
 
 def wait_until_running(planned: Sequence[PlannedApp], url: str, seconds: float, report: Callable[[str], None]) -> None:
@@ -71,6 +106,7 @@ def wait_until_running(planned: Sequence[PlannedApp], url: str, seconds: float, 
         QsunError: one failed to deploy, with Serve's reason, or the time is up.
     """
     started = reported = time.monotonic()
+    told: set[str] = set()
     with httpx.Client(trust_env=False, timeout=5.0) as client:
         while (waiting := _waiting(planned) or _cold(client, url)) is not None:
             now = time.monotonic()
@@ -78,6 +114,9 @@ def wait_until_running(planned: Sequence[PlannedApp], url: str, seconds: float, 
                 raise QsunError(
                     f"not ready after {seconds:g} s: {waiting}; read the logs, or raise launch.start_seconds"
                 )
+            for failure in _failures(planned) - told:
+                told.add(failure)
+                report(f"{failure}; Serve tries again")
             if now - reported >= _REPORT_SECONDS:
                 reported = now
                 report(f"{now - started:.0f} s: waiting for {waiting}")
@@ -96,10 +135,18 @@ def _waiting(planned: Sequence[PlannedApp]) -> str | None:
     return ", ".join(waiting) or None
 
 
+def _failures(planned: Sequence[PlannedApp]) -> set[str]:
+    """Return why replicas have failed to start so far, in our own words."""
+    found = serve.status().applications
+    statuses = [found[app.name] for app in planned if app.name in found]
+    messages = [deployment.message for status in statuses for deployment in status.deployments.values()]
+    return {failure_reason([message]) for message in messages if _OUR_ERROR in message}
+
+
 def failure_reason(messages: Sequence[str]) -> str:
     """Return what Serve says of a deployment that failed, on one line: our own error if a replica raised one."""
     for message in messages:
-        _, found, reason = message.rpartition(f"{QsunError.__name__}: ")
+        _, found, reason = message.rpartition(_OUR_ERROR)
         if found:
             return " ".join(reason.split())[:_REASON_CHARACTERS]
     return " ".join(" ".join(messages).split())[-_REASON_CHARACTERS:]
@@ -119,10 +166,15 @@ def _cold(client: httpx.Client, url: str) -> str | None:
     return f"first transfers of {', '.join(models)}"
 
 
-def wait_for_signal() -> None:
-    """Return upon SIGINT or SIGTERM; further ones are ignored from then on."""
+def until_interrupted(signals: UpSignals, reload: Callable[[], None]) -> None:
+    """Return upon SIGINT or SIGTERM. SIGHUP calls `reload`, whose faults are logged and change nothing else."""
     try:
         while True:
-            time.sleep(_POLL_SECONDS)
-    except KeyboardInterrupt:  # raised for both (qsun/serve/launch/signals.py)
+            if signals.hangup.wait(_POLL_SECONDS):
+                signals.hangup.clear()
+                try:
+                    reload()
+                except (QsunError, OSError) as error:
+                    logger.error("%s", error)
+    except KeyboardInterrupt:
         return

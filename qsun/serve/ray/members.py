@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from qsun.serve.ray.plan import ENGINE
 from qsun.serve.ray.transport import ReplicaTransport
 from qsun.serve.router.exchange.state import RouterState
 from qsun.serve.router.workers.policies import partition
-from qsun.serve.router.workers.worker import Breaker, Worker
+from qsun.serve.router.workers.worker import Breaker, Role, Worker
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +26,19 @@ _AGAIN_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Member:
-    """A replica. served_name: of its module."""
+    """A replica.
+
+    Attributes:
+        app: its application.
+        role, model, served_name, adapters: as it describes itself (see router/workers/worker.py).
+    """
 
     id: str
+    app: str
+    role: Role
     model: str | None
     served_name: str
+    adapters: Mapping[str, str]
 
     @property
     def url(self) -> str:
@@ -41,13 +49,13 @@ class Members:
     """The replicas of every pool, as workers of a fleet.
 
     Args:
-        apps: application of each pool, by model; of the decode replicas under None.
+        pools: the application of each.
     Attributes:
         failed: it follows no more.
     """
 
-    def __init__(self, state: RouterState, transport: ReplicaTransport, apps: Mapping[str | None, str]):
-        self._state, self._transport, self._apps = state, transport, apps
+    def __init__(self, state: RouterState, transport: ReplicaTransport, pools: Sequence[str]):
+        self._state, self._transport, self._pools = state, transport, pools
         self._known: dict[str, Member] = {}
         self.failed = False
 
@@ -55,13 +63,13 @@ class Members:
         """Follow every application until cancelled."""
         try:
             async with asyncio.TaskGroup() as group:
-                for model, app in self._apps.items():
-                    group.create_task(self._follow(model, app))
+                for app in self._pools:
+                    group.create_task(self._follow(app))
         except Exception:
             self.failed = True
             logger.exception("the replicas are not followed any more; Serve is to replace this ingress")
 
-    async def _follow(self, model: str | None, app: str) -> None:
+    async def _follow(self, app: str) -> None:
         handle = await _handle(app)
         loop = asyncio.get_running_loop()
         news: asyncio.Queue[frozenset[str]] = asyncio.Queue()
@@ -76,44 +84,37 @@ class Members:
             while True:
                 while not news.empty():
                     present = news.get_nowait()
-                complete = await self._apply(model, handle, present)
+                complete = await self._apply(app, handle, present)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(None if complete else _AGAIN_SECONDS):
                         present = await news.get()
         finally:
             first.cancel()
 
-    async def _apply(self, model: str | None, handle: Any, present: frozenset[str]) -> bool:
+    async def _apply(self, app: str, handle: Any, present: frozenset[str]) -> bool:
         """Take replicas in and out. Return whether every new one has said what it serves."""
-        for replica in [m.id for m in self._known.values() if m.model == model and m.id not in present]:
+        for replica in [m.id for m in self._known.values() if m.app == app and m.id not in present]:
             del self._known[replica]
             del self._transport.handles[replica]
         joined = sorted(present - set(self._known))
         found = await asyncio.gather(*(_described(handle, replica) for replica in joined))
         for replica, described in zip(joined, found, strict=True):
             if described is not None:  # else it has left already, which the next news say, or is slow to answer
-                self._known[replica] = Member(replica, model, described["served_name"])
+                self._known[replica] = Member(replica, app, **described)
                 self._transport.handles[replica] = handle
         self._state.fleet.place(list(self._workers(self._state.cluster)), self._state.cluster)
         self._state.health.watch()
-        logger.info("%s has %d replicas", model or "decode", sum(m.model == model for m in self._known.values()))
+        logger.info("%s has %d replicas", app, sum(m.app == app for m in self._known.values()))
         return None not in found
 
-    def _workers(self, cluster: Cluster) -> list[Worker]:
+    def _workers(self, cluster: Cluster) -> Iterator[Worker]:
         health = cluster.health
-        decode = sorted(member.url for member in self._known.values() if member.model is None)
+        decode = sorted(member.url for member in self._known.values() if member.role == "decode")
         own = partition(decode, list(cluster.models)) if cluster.policy == "partitioned" else {}
-        return [
-            Worker(
-                member.url,
-                "decode" if member.model is None else "prefill",
-                member.served_name,
-                Breaker(health.failures, health.cool_down_seconds),
-                model=member.model,
-                models=own.get(member.url),
-            )
-            for member in self._known.values()
-        ]
+        for member in self._known.values():
+            breaker = Breaker(health.failures, health.cool_down_seconds)
+            models = own.get(member.url)
+            yield Worker(member.url, member.role, member.served_name, breaker, member.model, models, member.adapters)
 
 
 async def _handle(app: str) -> Any:

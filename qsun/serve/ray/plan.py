@@ -1,4 +1,4 @@
-"""What `qsun up --ray` deploys, decided before anything runs: an application for each pool, and the ingress.
+"""What `qsun up` deploys, decided before anything runs: an application for each pool, and the ingress.
 
 Each pool is an application of its own, so that Ray Serve replaces the replicas of a module that has changed, and no
 others: it compares applications by their arguments, and the module's fingerprint is one of them.
@@ -16,8 +16,7 @@ from qsun.errors import QsunError
 from qsun.serve.cluster.names import ServedNames
 from qsun.serve.cluster.schema import Cluster, Pool
 
-DECODE_APP, INGRESS_APP = "qsun-decode", "qsun"
-LOOPBACK_DEVICE = "lo"
+DECODE_APP, ADAPTERS_APP, INGRESS_APP = "qsun-decode", "qsun-prefill", "qsun"
 ENGINE, INGRESS = "Engine", "Ingress"  # the deployments in them
 _BUILDERS = "qsun.serve.ray.apps"
 _START_SECONDS = 30.0  # beside the drain, for vLLM to end
@@ -42,56 +41,61 @@ def plan_apps(cluster: Cluster, names: ServedNames) -> list[PlannedApp]:
     """Return the applications of a cluster file, the ingress last.
 
     Raises:
-        QsunError: a pool lists running workers, or a setting is for workers on one machine only.
+        QsunError: a pool lists running workers, or its largest number is less than its least.
     """
     _check(cluster)
-    prefill = {model: pool_app(model) for model in cluster.models}
-    apps = [_pool_app(DECODE_APP, None, cluster.decode, names.decode, cluster)]
+    apps = [_decode_app(cluster, names)]
+    if cluster.prefill is not None:
+        served = {"role": "prefill", "model": None, "served_name": names.shared, "adapters": _adapters(cluster, names)}
+        apps.append(_pool_app(ADAPTERS_APP, cluster.prefill, served, cluster))
     for model, pool in cluster.models.items():
-        apps.append(_pool_app(prefill[model], model, pool, names.prefill[model], cluster))
-    args = {"cluster": _exchange(cluster), "decode": DECODE_APP, "prefill": prefill}
-    return [*apps, PlannedApp(INGRESS_APP, f"{_BUILDERS}:ingress", args | {"deployment": _ingress(cluster)}, "/")]
+        if not pool.adapter:
+            served = {"role": "prefill", "model": model, "served_name": names.prefill[model], "adapters": {}}
+            apps.append(_pool_app(pool_app(model), pool, served, cluster))
+    args = {"cluster": _exchange(cluster), "pools": [app.name for app in apps], "deployment": _ingress(cluster)}
+    return [*apps, PlannedApp(INGRESS_APP, f"{_BUILDERS}:ingress", args, "/")]
 
 
-def pool_app(model: str | None) -> str:
-    """Return the name of the application of a model's prefill replicas; None: of the decode replicas.
+def pool_app(model: str) -> str:
+    """Return the name of the application of a model's prefill replicas.
 
     It depends on the model's name alone: where a model comes or moves in the file, no other's replicas restart. It is
     valid as a file name; the hash tells apart models that differ in other characters only.
     """
-    if model is None:
-        return DECODE_APP
     readable = re.sub(r"[^A-Za-z0-9-]", "-", model)
     return f"qsun-prefill-{readable}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
 
 
 def _check(cluster: Cluster) -> None:
-    if cluster.adapters:
-        raise QsunError(
-            f"models.{next(iter(cluster.adapters))} is an adapter, and workers on Ray serve full modules only; give a "
-            "module, or use qsun up without --ray"
-        )
-    for where, pool in (
-        ("decode", cluster.decode),
-        *((f"models.{name}", pool) for name, pool in cluster.models.items()),
-    ):
+    for where, pool in cluster.pools.items():
         if not isinstance(pool.workers, int):
-            raise QsunError(f"{where}.workers lists running workers, and Ray starts its own; give their number")
+            raise QsunError(
+                f"{where}.workers lists running workers, and qsun up starts its own; give their number, or use "
+                "`qsun route` for running workers"
+            )
         if pool.scale is not None and pool.scale.workers < pool.workers:
             raise QsunError(f"{where}.scale.workers {pool.scale.workers} is less than {where}.workers {pool.workers}")
-    for name in ("gpus", "first_port"):
-        if getattr(cluster.launch, name) is not None:
-            raise QsunError(f"launch.{name} is for workers on one machine; Ray assigns them, so leave it out")
 
 
-def _pool_app(name: str, model: str | None, pool: Pool, served: str, cluster: Cluster) -> PlannedApp:
-    engine = {
-        "model": model,
+def _adapters(cluster: Cluster, names: ServedNames) -> dict[str, Any]:
+    return {
+        model: {"served_name": names.prefill[model], "directory": entry.adapter}
+        for model, entry in cluster.adapters.items()
+    }
+
+
+def _decode_app(cluster: Cluster, names: ServedNames) -> PlannedApp:
+    served = {"role": "decode", "model": None, "served_name": names.decode, "adapters": {}}
+    return _pool_app(DECODE_APP, cluster.decode, served, cluster)
+
+
+def _pool_app(name: str, pool: Pool, served: dict[str, Any], cluster: Cluster) -> PlannedApp:
+    engine = served | {
+        "pool": name.removeprefix("qsun-"),
         "module": pool.module,
-        "served_name": served,
         "launch": cluster.launch.model_dump(mode="json", exclude_defaults=True),
         "transfer_device": cluster.ray.transfer_device,
-        "linger_seconds": 0.0 if model is None else cluster.ray.linger_seconds,
+        "linger_seconds": cluster.ray.linger_seconds if served["role"] == "prefill" else 0.0,
         "health_seconds": cluster.health.timeout_seconds,
         "logs": cluster.ray.logs,
     }
@@ -135,26 +139,23 @@ def _engines(pool: Pool, cluster: Cluster) -> Iterator[tuple[str, Any]]:
         )
 
 
-def needed_cpus(planned: Sequence[PlannedApp]) -> int:
-    """Return the CPUs, on Ray's books, that the applications need at their largest."""
-    return math.ceil(sum(count * options["num_cpus"] for count, options in _largest(planned)))
+def needed_resources(planned: Sequence[PlannedApp], updating: bool = False) -> dict[str, float]:
+    """Return what the applications take of each of Ray's resources at their largest, by Ray's names.
 
-
-def needed_resources(planned: Sequence[PlannedApp]) -> dict[str, int]:
-    """Return what the applications need of each of `ray.resources` at their largest; a node has whole ones only."""
+    Args:
+        updating: with the replicas that `ray.surge_percent` adds while modules change.
+    """
     needed: defaultdict[str, float] = defaultdict(float)
-    for count, options in _largest(planned):
-        for name, amount in options.get("resources", {}).items():
-            needed[name] += count * amount
-    return {name: math.ceil(amount) for name, amount in needed.items()}
-
-
-def _largest(planned: Sequence[PlannedApp]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the most replicas of each application, and what one takes."""
     for app in planned:
         deployment = app.args["deployment"]
         count = deployment.get("num_replicas") or deployment["autoscaling_config"]["max_replicas"]
-        yield count, deployment["ray_actor_options"]
+        if updating:
+            count += math.ceil(count * deployment.get("max_surge_percent", 0) / 100)
+        options = deployment["ray_actor_options"]
+        taken = {"CPU": options["num_cpus"], "GPU": options.get("num_gpus", 0)} | options.get("resources", {})
+        for name, amount in taken.items():
+            needed[name] += count * amount
+    return {name: amount for name, amount in needed.items() if amount}
 
 
 def _exchange(cluster: Cluster) -> dict[str, Any]:
@@ -162,7 +163,9 @@ def _exchange(cluster: Cluster) -> dict[str, Any]:
 
     They stay the same when a module changes, so Serve does not replace the ingress. It reads them as a cluster file.
     """
-    values = cluster.model_dump(mode="json", exclude_defaults=True, exclude={"decode", "models", "launch", "ray"})
+    values = cluster.model_dump(
+        mode="json", exclude_defaults=True, exclude={"decode", "prefill", "models", "launch", "ray"}
+    )
     pool = {"module": "demo", "workers": len(cluster.models)}  # `partitioned` wants as many decode workers as models
     return values | {"decode": pool, "models": {model: {"module": "demo", "workers": 1} for model in cluster.models}}
 

@@ -1,7 +1,7 @@
 """A replica of a pool: one vLLM server on a loopback port of its node, and the only way to it.
 
 The server is a process of its own and not an AsyncLLM in the actor: its command line is vLLM's documented interface and
-the one that `qsun up` and tests use, it may live in an environment of its own (`launch.python`), and when its engine
+the one that tests use, it may live in an environment of its own (`launch.python`), and when its engine
 dies the actor sees the process end and leaves, so Serve starts another one at once.
 """
 
@@ -18,8 +18,9 @@ import ray
 from ray import serve
 
 from qsun.serve.cluster.schema import LaunchSettings
-from qsun.serve.ray.engine import EngineProcess, engine_command
-from qsun.serve.ray.logs import log_to_serve
+from qsun.serve.ray.engine.logs import log_to_serve
+from qsun.serve.ray.engine.node import command_on_node
+from qsun.serve.ray.engine.process import EngineProcess
 from qsun.serve.ray.scaling import METRIC, OutstandingTokens
 
 logger = logging.getLogger(__name__)
@@ -37,20 +38,21 @@ class EngineReplica:
         log_to_serve()
         self._engine = engine
         self._id = serve.get_replica_context().replica_id.unique_id
-        command = engine_command(engine, self._id, ray.util.get_node_ip_address())
+        command = command_on_node(engine, self._id, ray.util.get_node_ip_address())
         launch = LaunchSettings(**engine["launch"])
         self._process = EngineProcess(command, engine["logs"], launch.start_seconds, _leave)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0)
         self._client = httpx.AsyncClient(
             base_url=command.url, trust_env=False, timeout=httpx.Timeout(None), limits=limits
         )
-        self._load = OutstandingTokens(engine["model"] is None)
+        self._load = OutstandingTokens(prompts_only=engine["role"] == "prefill")
         self._attempts: OrderedDict[str, None] = OrderedDict()
         self._last_prefill = 0.0
 
     async def describe(self, replica: str | None = None) -> dict[str, Any]:
         """Return what this replica serves."""
-        return {"id": self._id, "model": self._engine["model"], "served_name": self._engine["served_name"]}
+        adapters = {model: adapter["served_name"] for model, adapter in self._engine["adapters"].items()}
+        return {key: self._engine[key] for key in ("role", "model", "served_name")} | {"adapters": adapters}
 
     async def answer(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes, replica: str | None = None
@@ -70,7 +72,7 @@ class EngineReplica:
                 async for piece in response.aiter_raw():
                     load.arrived(piece)
                     yield piece
-        if body and self._engine["model"] is not None:
+        if body and self._engine["role"] == "prefill":
             self._last_prefill = time.monotonic()
 
     def _refusal(self, path: str, headers: Mapping[str, str]) -> int | None:

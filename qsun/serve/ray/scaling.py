@@ -27,14 +27,16 @@ class ByOutstandingTokens:
 
 
 class OutstandingTokens:
-    """Counts the tokens of requests that run: prompts, and with decode what each may still generate.
+    """Counts the tokens of requests that run: prompts, and what each may still generate.
 
+    Args:
+        prompts_only: of a prefill replica, which generates nothing.
     Attributes:
         tokens: outstanding now.
     """
 
-    def __init__(self, decode: bool):
-        self._decode = decode
+    def __init__(self, prompts_only: bool):
+        self._prompts_only = prompts_only
         self.tokens = 0
 
     @contextmanager
@@ -49,7 +51,7 @@ class OutstandingTokens:
 
     def _needed(self, path: str, body: bytes) -> int:
         values: dict[str, Any] = json.loads(body)
-        return prompt_tokens(path, values) + (int(values["max_tokens"]) if self._decode else 0)
+        return prompt_tokens(path, values) + (0 if self._prompts_only else int(values["max_tokens"]))
 
 
 class RequestLoad:

@@ -23,8 +23,6 @@ class RouterProcess:
         path: read again upon SIGHUP.
         cluster: its content, with URLs for all workers. names: of its modules.
         checks: keeps the modules that have been checked.
-        prepare: applied to a file that is read again; it may change or refuse it. By default the file must list running
-            workers; `qsun up` fills in the URLs of its own.
     Attributes:
         router: the application.
     """
@@ -35,10 +33,8 @@ class RouterProcess:
         cluster: Cluster,
         names: ServedNames,
         checks: ModuleChecks,
-        prepare: Callable[[Cluster], Cluster] | None = None,
     ):
         self.path, self._checks = path, checks
-        self._prepare = prepare or with_running_workers
         self.router = Router(cluster, names, read_keys(cluster.listen.api_keys))
         self._reloading = asyncio.Lock()
 
@@ -81,11 +77,6 @@ class RouterProcess:
             logger.info("%s is applied: %d workers", self.path, len(list(state.fleet)))
 
     def _read(self) -> tuple[Cluster, ServedNames, tuple[str, ...]]:
-        cluster = self._prepare(read_cluster(self.path))
+        cluster = read_cluster(self.path)
+        cluster.need_running_workers()
         return cluster, self._checks.names(cluster), read_keys(cluster.listen.api_keys)
-
-
-def with_running_workers(cluster: Cluster) -> Cluster:
-    """Return the cluster unchanged. Raises QsunError if it has a number in place of URLs."""
-    cluster.need_running_workers()
-    return cluster

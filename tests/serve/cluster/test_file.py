@@ -10,7 +10,7 @@ import pytest
 import qsun
 from qsun.errors import QsunError
 from qsun.model.checkpoint import Checkpoint
-from qsun.serve.cluster.file import parse_cluster, read_cluster, with_workers
+from qsun.serve.cluster.file import parse_cluster, read_cluster
 from qsun.serve.cluster.modules import ModuleChecks
 from qsun.serve.cluster.names import served_name
 from qsun.serve.http.keys import read_keys
@@ -32,13 +32,16 @@ def test_defaults_are_safe_and_urls_are_normal():
     assert cluster.models["math"].urls == ("http://127.0.0.1:8101",)
 
 
-def test_a_number_of_workers_is_for_qsun_up_which_puts_urls_in():
+def test_a_number_of_workers_is_for_qsun_up():
     cluster = parse_cluster(GOOD)
     with pytest.raises(QsunError, match=r"models.code.workers is the number 2; list the URLs .* `qsun up`"):
         cluster.need_running_workers()
-    started = with_workers(cluster, models={"code": ["http://127.0.0.1:1", "http://127.0.0.1:2"]})
-    started.need_running_workers()
-    assert started.models["code"].urls == ("http://127.0.0.1:1", "http://127.0.0.1:2")
+
+
+@pytest.mark.parametrize("name", ["A B", "A;touch x;B", "1A", "A=B", "", "A\n"])
+def test_a_name_that_no_variable_has_is_refused(name):
+    with pytest.raises(QsunError, match=r"(?s)launch.environment\..* is invalid: use letters, digits and _"):
+        parse_cluster(GOOD | {"launch": {"environment": {name: "x"}}})
 
 
 @pytest.mark.parametrize(
@@ -157,9 +160,6 @@ def test_adapters_have_the_workers_of_prefill():
     assert list(cluster.adapters) == ["math"]
     assert list(cluster.pools) == ["decode", "prefill", "models.code"]
     assert parse_cluster(cluster.to_dict()) == cluster
-    started = with_workers(cluster, ["http://127.0.0.1:1"], prefill=["http://127.0.0.1:2"])
-    started.need_running_workers()
-    assert (started.prefill.urls, started.adapters) == (("http://127.0.0.1:2",), cluster.adapters)
 
 
 @pytest.mark.parametrize(

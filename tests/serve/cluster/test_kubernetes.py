@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from qsun.serve.cluster.file import parse_cluster
-from qsun.serve.cluster.names import ServedNames
-from qsun.serve.launch.plan import kv_transfer_config, plan_workers
+from qsun.serve.cluster.schema import LaunchSettings
+from qsun.serve.ray.engine.command import EngineModule, engine_command, kv_transfer_config
 from tests.places import ROOT
 
 EXAMPLE = ROOT / "docs" / "kubernetes"
@@ -39,19 +39,12 @@ def test_the_router_knows_each_pod():
 @pytest.mark.parametrize("name", list(SETS))
 def test_workers_have_the_options_of_qsun_up(name):
     """All but those that are about one machine, or about our plugin, which a stock image lacks."""
-    planned = parse_cluster(
-        {
-            "decode": {"module": "demo", "workers": 1},
-            "models": {"math": {"module": "demo", "workers": 1}},
-            "launch": {"kernels": "vllm"},
-        }
-    )
-    decode, math = plan_workers(planned, ServedNames("d", {"math": "m"}), None)
-    command = decode if name == "decode" else math
+    role = "decode" if name == "decode" else "prefill"
+    command = engine_command("x", role, EngineModule("demo", "d"), LaunchSettings(kernels="vllm"), (1, 2))
     (container,) = SETS[name]["template"]["spec"]["containers"]
     given = dict(argument.partition("=")[::2] for argument in container["args"])
     wanted = shlex.join(command.argv)
-    assert json.loads(given["--kv-transfer-config"]) == kv_transfer_config(name == "decode", "cuda")
+    assert json.loads(given["--kv-transfer-config"]) == kv_transfer_config(role, "cuda")
     assert ("--no-enable-prefix-caching" in given) == ("--no-enable-prefix-caching" in wanted)
     assert set(given) <= set(command.argv)
     assert {one["name"] for one in container["env"]} >= {"VLLM_NIXL_SIDE_CHANNEL_HOST", "VLLM_NIXL_SIDE_CHANNEL_PORT"}

@@ -18,7 +18,7 @@ from tests.places import ROOT
 from tests.serve.fake_vllm import expected_text
 
 MODELS = ("math", "code")
-ENGINE = Path(__file__).with_name("engine")
+ENGINE = Path(__file__).with_name("fake_engine")
 
 
 def make_modules(root):

@@ -1,14 +1,14 @@
-"""The RayService that `qsun up --ray --print --kuberay` prints; needs no Ray."""
+"""The RayService that `qsun up --print --kuberay` prints; needs no Ray."""
 
 import json
 import re
 import shlex
+import sys
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from qsun.cli import up as command
 from qsun.errors import QsunError
 from qsun.serve.cluster.file import parse_cluster
 from qsun.serve.cluster.names import ServedNames
@@ -80,13 +80,12 @@ def test_what_pods_cannot_have(changes, message):
         printed(**changes)
 
 
-def test_printing_reads_no_keys(tmp_path, monkeypatch, capsys):
+def test_printing_reads_no_keys(tmp_path, monkeypatch, cli):
     """They are where the ingress will run. A Ray that is here may be of any version."""
     file = tmp_path / "cluster.yaml"
     values = {"decode": {"module": "demo", "workers": 1}, "models": {"math": {"module": "demo", "workers": 1}}}
     listen = {"host": "0.0.0.0", "api_keys": "/keys/none-here"}  # noqa: S104
     file.write_text(yaml.safe_dump(values | {"listen": listen, "ray": {"transfer_device": "eth0"}}))
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setitem(command.sys.modules, "ray", SimpleNamespace(__version__="2.60.0"))
-    command._up_on_ray(file, tmp_path, None, show=True, kuberay=True, as_json=True)
-    assert "/keys/none-here" in json.dumps(json.loads(capsys.readouterr().out)["spec"]["rayClusterConfig"])
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(__version__="2.60.0"))
+    answer = cli("up", file, "--print", "--kuberay", "--json")
+    assert "/keys/none-here" in json.dumps(json.loads(answer.out)["spec"]["rayClusterConfig"])

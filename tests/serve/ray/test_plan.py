@@ -1,4 +1,4 @@
-"""What `qsun up --ray` would deploy; needs no Ray."""
+"""What `qsun up` would deploy; needs no Ray."""
 
 import json
 
@@ -8,7 +8,7 @@ from qsun.errors import QsunError
 from qsun.serve.cluster.file import parse_cluster
 from qsun.serve.cluster.names import ServedNames
 from qsun.serve.ray.config import serve_config
-from qsun.serve.ray.plan import DECODE_APP, needed_cpus, needed_resources, plan_apps, pool_app
+from qsun.serve.ray.plan import DECODE_APP, needed_resources, plan_apps, pool_app
 from qsun.serve.ray.scaling import METRIC, ByOutstandingTokens, OutstandingTokens
 
 NAMES = ServedNames("qsun-d", {"math": "qsun-m", "a/b": "qsun-ab"})
@@ -33,7 +33,7 @@ def test_a_pool_is_an_application_and_clients_reach_the_ingress_only():
     assert list(apps) == [DECODE_APP, MATH, AB, "qsun"]
     assert [app.route_prefix for app in apps.values()] == [None, None, None, "/"]
     assert [apps[name].args["deployment"]["num_replicas"] for name in list(apps)[:3]] == [2, 1, 3]
-    assert apps["qsun"].args["prefill"] == {"math": MATH, "a/b": AB}
+    assert apps["qsun"].args["pools"] == [DECODE_APP, MATH, AB]
 
 
 def test_a_module_that_changes_changes_its_own_application_only():
@@ -74,8 +74,10 @@ def test_the_ingress_reads_its_part_as_a_cluster_file():
 def test_a_ray_of_this_machine_has_all_that_replicas_take():
     decode = {"module": "demo", "workers": 1, "scale": {"workers": 3, "tokens": 500}}
     apps = plan_apps(cluster(decode=decode, ray={"resources": {"a100": 0.5, "fast": 2.0}}), NAMES)
-    assert needed_resources(apps) == {"a100": 4, "fast": 2 * (3 + 1 + 3)}  # 3.5: a node has whole ones only
-    assert needed_resources(plan_apps(cluster(), NAMES)) == {}
+    assert needed_resources(apps) == {"CPU": 3 + 1 + 3 + 1, "a100": 3.5, "fast": 2 * (3 + 1 + 3)}
+    gpus = plan_apps(cluster(launch={"tensor_parallel_size": 2}, ray={"cpus": 0.5, "surge_percent": 50}), NAMES)
+    assert needed_resources(gpus) == {"CPU": 6 / 2 + 1, "GPU": 12}
+    assert needed_resources(gpus, updating=True) == {"CPU": 9.5 / 2 + 0.25 + 1, "GPU": 2 * (3 + 2 + 5)}
 
 
 def test_arguments_are_json():
@@ -98,20 +100,15 @@ def test_autoscaling():
     assert options["autoscaling_config"]["min_replicas"] == 1
     assert options["autoscaling_config"]["max_replicas"] == 3
     assert options["autoscaling_config"]["policy"]["policy_kwargs"] == {"tokens": 500}
-    apps = plan_apps(cluster(decode=decode), NAMES)
-    assert needed_cpus(apps) == 3 + 1 + 3 + 1
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"decode": {"module": "demo", "workers": ["http://a:1"]}}, "decode.workers lists running workers"),
         (
-            {"prefill": {"module": "demo", "workers": 1}, "models": {"math": {"adapter": "/m/math"}}},
-            "models.math is an adapter, and workers on Ray serve full modules only",
+            {"decode": {"module": "demo", "workers": ["http://a:1"]}},
+            "decode.workers lists running workers, .* use `qsun route` for running workers",
         ),
-        ({"launch": {"first_port": 2000}}, "launch.first_port is for workers on one machine"),
-        ({"launch": {"gpus": [0]}}, "launch.gpus is for workers on one machine"),
         (
             {"decode": {"module": "demo", "workers": 3, "scale": {"workers": 2, "tokens": 1}}},
             "decode.scale.workers 2 is less than decode.workers 3",
@@ -148,7 +145,7 @@ def test_replicas_by_outstanding_tokens(tokens, wanted):
 
 
 def test_tokens_are_outstanding_until_they_have_come():
-    load = OutstandingTokens(decode=True)
+    load = OutstandingTokens(prompts_only=False)
     body = json.dumps({"prompt": [1, 2, 3], "max_tokens": 10}).encode()
     with load.counted("/v1/completions", body) as request:
         assert load.tokens == 13
@@ -158,7 +155,7 @@ def test_tokens_are_outstanding_until_they_have_come():
 
 
 def test_a_prefill_replica_counts_prompts_only():
-    load = OutstandingTokens(decode=False)
+    load = OutstandingTokens(prompts_only=True)
     body = json.dumps({"messages": [{"role": "user", "content": "x" * 36}], "max_tokens": 1}).encode()
     with load.counted("/v1/chat/completions", body):
         assert load.tokens == 10

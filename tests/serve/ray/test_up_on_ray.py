@@ -1,21 +1,36 @@
-"""`qsun up --ray` as a process of its own, on a Ray of this machine, with pretend vLLMs.
+"""`qsun up` as a process of its own, on a Ray of this machine, with pretend vLLMs.
 
-One test of many steps: a Ray takes long to start, and tests of a module may run in several processes.
+Few tests of many steps: a Ray takes long to start, and tests of a module may run in several processes.
 """
 
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
 
 import httpx
 import pytest
 import yaml
 
 from tests.places import ROOT
-from tests.serve.ray.rig import cluster_values, engines, kill, make_modules, many, processes, until, warm
+from tests.serve.ray.rig import (
+    cluster_values,
+    engines,
+    environment,
+    kill,
+    make_modules,
+    many,
+    processes,
+    ready,
+    until,
+    warm,
+)
+from tests.vllm.listening import is_loopback, listening_addresses
 
 pytest.importorskip("ray.serve", reason="needs Ray: pip install 'qsun[ray]'")
 pytestmark = [
@@ -39,29 +54,17 @@ def root(tmp_path):
     return tmp_path
 
 
-@pytest.fixture
-def up(root):
-    """The running command; `url` says where."""
+@contextmanager
+def started(root, values):
+    """The running command; `said` is what it prints on stderr."""
     file = root / "cluster.yaml"
-    values = cluster_values(root, token_seconds=0.02)
-    values["ray"]["resources"] = {"slot": 0.5}  # of which this machine's Ray must say that it has enough
     file.write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "qsun.cli.main", "up", str(file), "--ray", "--json"]
-    said = root / "said"
-    with said.open("w") as errors:
-        process = subprocess.Popen(
-            command,
-            cwd=root,
-            env=os.environ | SETTINGS,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
+    command = [sys.executable, "-m", "qsun.cli.main", "up", str(file), "--json"]
+    settings = os.environ | SETTINGS | {"TEST_ROOT": str(root)}
+    with (root / "said").open("w") as errors:
+        process = subprocess.Popen(command, cwd=root, env=settings, stdout=subprocess.PIPE, stderr=errors, text=True)
+    process.said = (root / "said").read_text
     try:
-        line = process.stdout.readline()  # ends at launch.start_seconds at the latest
-        assert line, said.read_text()[-4000:]
-        process.url = json.loads(line)["url"]
-        until(lambda: warm(process.url, PAIRS))
         yield process
     finally:
         if process.poll() is None:
@@ -70,14 +73,47 @@ def up(root):
         process.stdout.close()
 
 
-def test_from_cold_to_warm_two_deaths_and_down_again(up, root):
-    each_model_answers_with_its_own_module(up)
-    a_request_keeps_its_id(up)
-    errors_are_openais(up)
-    a_client_that_leaves_ends_its_request_in_vllm(up, root)
-    for role in ("decode", "prefill"):
-        an_engine_that_dies_under_load_comes_back(up, root, role)
-    sigterm_takes_all_down(up, root)
+def with_mode(root, mode):
+    """cluster.yaml's values with vLLMs that misbehave."""
+    values = cluster_values(root)
+    values["launch"]["environment"]["FAKE_VLLM"] = mode
+    return values
+
+
+@contextmanager
+def warm_cluster(root, values, pairs=PAIRS):
+    """The running command, once all pairs are warm; `url` says where."""
+    with started(root, values) as process:
+        line = process.stdout.readline()  # ends at launch.start_seconds at the latest
+        assert line, process.said()[-4000:]
+        process.url = json.loads(line)["url"]
+        until(lambda: warm(process.url, pairs))
+        yield process
+
+
+def nothing_is_left(root):
+    until(lambda: engines(root) == [], seconds=20)
+    until(lambda: of_this_test(root) == [], seconds=20)
+
+
+def of_this_test(root):
+    """Pids of all processes of Ray that a test has started."""
+    return [pid for pid in processes("ray") if f"TEST_ROOT={root}\0" in environment(pid)]
+
+
+def test_from_cold_to_warm_two_deaths_a_new_module_and_down_again(root):
+    values = cluster_values(root, token_seconds=0.02)
+    values["ray"]["resources"] = {"slot": 0.5}  # of which this machine's Ray must say that it has enough
+    with warm_cluster(root, values) as up:
+        each_model_answers_with_its_own_module(up)
+        a_request_keeps_its_id(up)
+        errors_are_openais(up)
+        all_listen_on_the_loopback_address(root)
+        a_client_that_leaves_ends_its_request_in_vllm(up, root)
+        for role in ("decode", "prefill"):
+            an_engine_that_dies_under_load_comes_back(up, root, role)
+        a_hangup_applies_the_file(up, root, values)
+        a_signal_takes_all_down(up, root, signal.SIGTERM)
 
 
 def each_model_answers_with_its_own_module(up):
@@ -94,6 +130,15 @@ def errors_are_openais(up):
     answer = httpx.post(f"{up.url}/v1/completions", json={"model": "none", "prompt": "a"}, trust_env=False)
     assert answer.status_code == 404
     assert answer.json()["error"]["type"] == "not_found_error"
+
+
+def all_listen_on_the_loopback_address(root):
+    """But for the port at which a replica takes gRPC calls, which wants Ray's token."""
+    replicas = processes("ray::ServeReplica")
+    others = [pid for pid in of_this_test(root) if pid not in replicas]
+    found = listening_addresses([*others, *engines(root)])
+    assert len(found) > 10
+    assert [address for address, _ in found if not is_loopback(address)] == []
 
 
 def a_client_that_leaves_ends_its_request_in_vllm(up, root):
@@ -118,9 +163,53 @@ def an_engine_that_dies_under_load_comes_back(up, root, role):
     assert asyncio.run(many(up.url, range(200, 216))) == {"right": 16}
 
 
-def sigterm_takes_all_down(up, root):
+def a_hangup_applies_the_file(up, root, values):
+    """A faulty file changes nothing. A module in another directory replaces the replicas of its model only."""
+    file, decode, before = root / "cluster.yaml", engines(root, "decode"), workers_of(up, "math")
+    file.write_text("models: {}")
+    up.send_signal(signal.SIGHUP)
+    until(lambda: "decode is missing" in up.said())
+    (root / "new").mkdir()
+    shutil.copytree(root / "code", root / "new" / "math")
+    changed = {"math": {"module": str(root / "new" / "math"), "workers": 1}}
+    file.write_text(yaml.safe_dump(values | {"models": values["models"] | changed}))
+    up.send_signal(signal.SIGHUP)
+    until(lambda: "cluster.yaml is applied" in up.said())
+    until(lambda: warm(up.url, PAIRS))
+    assert workers_of(up, "math") != before
+    assert sorted(engines(root, "decode")) == sorted(decode)
+    assert asyncio.run(many(up.url, range(300, 316))) == {"right": 16}
+
+
+def workers_of(up, model):
+    return {worker["url"] for worker in ready(up.url)["workers"] if worker["model"] == model}
+
+
+def a_signal_takes_all_down(up, root, number):
     assert len(engines(root)) == PAIRS
-    up.send_signal(signal.SIGTERM)
+    up.send_signal(number)
     assert up.wait(timeout=DEADLINE_SECONDS) == 0
-    until(lambda: engines(root) == [], seconds=20)
-    until(lambda: processes("ray::ServeReplica", "qsun") == [], seconds=20)
+    nothing_is_left(root)
+
+
+def test_a_worker_that_cannot_start_shows_why(root):
+    with started(root, with_mode(root, "die")) as up:
+        assert up.wait(timeout=DEADLINE_SECONDS) == 2
+        last = up.said().splitlines()[-1]
+    assert last.startswith("error: application qsun-")
+    assert "ended with code 1; log: " in last
+    assert "RuntimeError: no kernel for this" in last
+    assert "no kernel for this; Serve tries again" in up.said()
+    nothing_is_left(root)
+
+
+def test_impatience_while_workers_start(root):
+    """A hangup does nothing yet. Whatever signals come while workers end, it says that they have when they have."""
+    with started(root, with_mode(root, "deaf lingers")) as up:
+        until(lambda: len(engines(root)) == PAIRS, DEADLINE_SECONDS)
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            up.send_signal(number)
+            time.sleep(0.3)
+        assert up.wait(timeout=DEADLINE_SECONDS) == 130
+        assert up.said().splitlines()[-1].endswith("all replicas have ended")
+    nothing_is_left(root)

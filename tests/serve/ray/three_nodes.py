@@ -22,8 +22,8 @@ from ray.cluster_utils import Cluster
 
 from qsun.serve.cluster.file import parse_cluster
 from qsun.serve.cluster.modules import ModuleChecks
-from qsun.serve.launch.plan import free_ports
 from qsun.serve.ray.config import put_config, serve_config
+from qsun.serve.ray.engine.command import free_ports
 from qsun.serve.ray.plan import plan_apps
 from tests.places import ROOT
 from tests.serve.ray.rig import cluster_values, engines, kill, make_modules, many, processes, ready, until, warm

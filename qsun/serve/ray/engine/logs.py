@@ -7,12 +7,14 @@ import os
 import re
 import stat
 import tempfile
+import time
 from pathlib import Path
 from typing import BinaryIO
 
 from qsun.errors import QsunError
 
 KEPT = 10
+_POLL_SECONDS = 0.1
 _SERVES = "ray.serve"
 _REPLICA = "[a-z0-9]{8}"  # an id of Serve
 
@@ -61,6 +63,24 @@ def hold_log(log: Path) -> BinaryIO:
     with contextlib.suppress(OSError):  # some network file systems have no locks
         fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     return file
+
+
+def wait_until_unused(directory: Path, seconds: float) -> None:
+    """Return once no server writes to a log of this directory any more, or after this time."""
+    deadline = time.monotonic() + seconds
+    while any(map(_in_use, directory.glob("*.log"))) and time.monotonic() < deadline:
+        time.sleep(_POLL_SECONDS)
+
+
+def _in_use(log: Path) -> bool:
+    try:
+        with log.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # it is gone, or has no locks
+        return False
+    return False
 
 
 def drop_old_logs(directory: Path, pool: str) -> None:

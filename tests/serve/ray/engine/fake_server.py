@@ -1,7 +1,7 @@
-"""fake_worker.py MODE --port P --served-model-name N ...: what the launcher sees of a vLLM worker, without vLLM.
+"""fake_server.py MODE --port P --served-model-name N: what a replica sees of a vLLM server, without vLLM.
 
-MODE: serve; die (prints an error and leaves with 3); deaf (never listens); stubborn (serves, ignores SIGTERM, and so
-does a child of its own).
+MODE: serve; die (prints an error and leaves with 1); deaf (never listens); stubborn (serves, ignores SIGTERM, and so
+does a child of its own); parent (serves, and has a child).
 """
 
 import json
@@ -30,11 +30,12 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def main(mode):
-    print("worker", mode, os.environ.get("QSUN_TEST", ""), flush=True)
+    print("server", os.getpid(), os.environ.get("QSUN_TEST", ""), flush=True)
     if mode == "die":
         sys.exit("no such kernel")
     if mode == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if mode in ("stubborn", "parent"):
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         print("child", child.pid, flush=True)
     if mode == "deaf":

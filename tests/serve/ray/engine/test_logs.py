@@ -4,13 +4,14 @@ import os
 import stat
 import sys
 import tempfile
+import time
 
 import pytest
 
 from qsun.errors import QsunError
-from qsun.serve.launch.plan import WorkerCommand
-from qsun.serve.ray.engine import EngineProcess
-from qsun.serve.ray.logs import KEPT, drop_old_logs, hold_log, log_directory
+from qsun.serve.ray.engine.command import EngineCommand
+from qsun.serve.ray.engine.logs import KEPT, drop_old_logs, hold_log, log_directory, wait_until_unused
+from qsun.serve.ray.engine.process import EngineProcess
 
 
 def names_in(directory):
@@ -50,12 +51,21 @@ def test_a_default_directory_that_others_made_is_refused(temporary, monkeypatch,
 
 def test_a_directory_that_cannot_be_made_is_one_line(temporary):
     (temporary / "file").write_text("")
-    command = WorkerCommand("decode-abcdefgh", None, (sys.executable, "-c", ""), {}, "http://127.0.0.1:1", "qsun-d")
+    command = EngineCommand("decode-abcdefgh", (sys.executable, "-c", ""), {}, "http://127.0.0.1:1", "qsun-d")
     with pytest.raises(QsunError, match=r"logs cannot be written to .*file/logs: Not a directory; set ray.logs"):
         EngineProcess(command, str(temporary / "file" / "logs"), 1.0, print)
     (temporary / "decode-abcdefgh.log").mkdir()
     with pytest.raises(QsunError, match=r"decode-abcdefgh.log: Is a directory; set ray.logs"):
         EngineProcess(command, str(temporary), 1.0, print)
+
+
+def test_waiting_until_no_log_is_in_use(temporary):
+    with hold_log(temporary / "a.log"):
+        started = time.monotonic()
+        wait_until_unused(temporary, 0.3)
+        assert time.monotonic() - started >= 0.3
+    wait_until_unused(temporary, 60.0)
+    assert time.monotonic() - started < 30.0
 
 
 def test_the_newest_logs_of_a_pool_and_those_in_use_are_kept(temporary):

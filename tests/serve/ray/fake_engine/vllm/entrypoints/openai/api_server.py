@@ -1,12 +1,15 @@
 """A worker of tests/serve/fake_vllm.py as a process: KV cache moves between processes through a directory.
 
-FAKE_NETWORK: that directory. FAKE_SECONDS: per token.
+FAKE_NETWORK: that directory. FAKE_SECONDS: per token. FAKE_VLLM has words: die (ends at once, with a message), deaf
+(never listens), lingers (leaves 3 s after SIGTERM).
 """
 
 import asyncio
 import json
 import os
+import signal
 import sys
+import time
 import uuid
 from pathlib import Path
 
@@ -75,4 +78,11 @@ async def main():
     await asyncio.Event().wait()
 
 
+MODES = os.environ.get("FAKE_VLLM", "").split()
+if "die" in MODES:
+    sys.exit("RuntimeError: no kernel for this")
+if "lingers" in MODES:
+    signal.signal(signal.SIGTERM, lambda *_: (time.sleep(3), os._exit(0)))
+if "deaf" in MODES:
+    time.sleep(600)
 asyncio.run(main())

@@ -1,1 +1,0 @@
-"""Stands where vLLM would be: `qsun up` starts its API server."""

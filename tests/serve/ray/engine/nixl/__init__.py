@@ -1,1 +1,0 @@
-"""Stands where NIXL would be."""
