@@ -91,40 +91,17 @@ def _serve_here(file: Path, logs: Path, as_json: bool) -> None:
     if importlib.util.find_spec("ray") is None:
         raise ModuleNotFoundError("No module named 'ray'", name="ray")  # before Ray's variables are set
     _keep_ray_private()
-    from qsun.serve.ray.config import put_config, ray_token, serve_config
-    from qsun.serve.ray.local import (
-        check_room,
-        found_address,
-        local_ray,
-        until_interrupted,
-        wait_until_running,
-        with_port,
-    )
-    from qsun.serve.ray.signals import UpSignals
+    from qsun.serve.ray.config import ray_token
+    from qsun.serve.ray.local import serve_here
 
-    cluster, url = found_address(cluster)
-    with UpSignals() as signals:
-        try:
-            with local_ray(planned, Path(cluster.ray.logs), signals) as dashboard:
+    def ready(url: str) -> None:
+        found = {"url": url, "models": list(cluster.models), "logs": cluster.ray.logs}
+        typer.echo(json.dumps(found) if as_json else f"qsun up: {url}")
 
-                def apply(cluster: Any, planned: Any) -> None:
-                    put_config(dashboard, serve_config(cluster, planned), ray_token(os.environ))
-                    wait_until_running(planned, url, cluster.launch.start_seconds, screen.note)
-
-                def reload() -> None:
-                    changed, planned = _planned(file, logs)
-                    check_room(planned)
-                    apply(with_port(changed, cluster.listen.port), planned)
-                    screen.note(f"{file} is applied")
-
-                screen.note(f"starting {len(planned)} applications on Ray; logs of vLLM in {cluster.ray.logs}")
-                apply(cluster, planned)
-                ready = {"url": url, "models": list(cluster.models), "logs": cluster.ray.logs}
-                typer.echo(json.dumps(ready) if as_json else f"qsun up: {url}")
-                until_interrupted(signals, reload)
-                screen.note("ending the replicas")
-        except KeyboardInterrupt:
-            screen.interrupted("the cluster was not warm yet, and all replicas have ended")
+    try:
+        serve_here(cluster, planned, ray_token(os.environ), lambda: _planned(file, logs), ready, screen.note)
+    except KeyboardInterrupt:
+        screen.interrupted("the cluster was not warm yet, and all replicas have ended")
 
 
 def _keep_ray_private() -> None:

@@ -46,14 +46,15 @@ def cluster(modules):
         "decode": {"module": "decode", "workers": 1},
         "prefill": {"module": "base", "workers": 1},
         "models": models,
+        "ray": {"cpus": 0.5},
     }
-    with running_cluster(write_cluster(root, vllm_python(), **changes), root) as found:
+    with running_cluster(write_cluster(root, vllm_python(), **changes), root, pairs=1) as found:
         yield found
 
 
-def served(cluster, kind):
-    """(URL, names served) of the one worker of a kind."""
-    (url,) = (worker["url"] for name, worker in cluster.workers.items() if name.startswith(kind))
+def served(cluster, role):
+    """(URL, names served) of the one worker of a role."""
+    url = cluster.engine_url(role)
     return url, [model["id"] for model in httpx.get(f"{url}/v1/models", trust_env=False).json()["data"]]
 
 

@@ -17,6 +17,7 @@ from ray.serve.schema import ApplicationStatus
 from qsun.errors import QsunError
 from qsun.serve.cluster.schema import Cluster
 from qsun.serve.http.server import listen, url_of
+from qsun.serve.ray.config import put_config, serve_config
 from qsun.serve.ray.engine.command import free_ports
 from qsun.serve.ray.engine.guard import GRACE_SECONDS
 from qsun.serve.ray.engine.logs import wait_until_unused
@@ -31,8 +32,50 @@ _REASON_CHARACTERS = 1000
 _OUR_ERROR = f"{QsunError.__name__}: "
 
 
+Report = Callable[[str], None]
+Planned = Sequence[PlannedApp]
+
+
+def serve_here(
+    cluster: Cluster,
+    planned: Planned,
+    token: str | None,
+    read: Callable[[], tuple[Cluster, Planned]],
+    on_ready: Callable[[str], None],
+    report: Report,
+) -> None:
+    """Serve a cluster from a Ray of this machine until SIGINT or SIGTERM; SIGHUP reads its file again.
+
+    Args:
+        planned: its applications. token: of Ray, if it is to require one. read: gives both anew.
+        on_ready: gets the URL once every model has a warm pair. report: called with lines of progress.
+    Raises:
+        KeyboardInterrupt: there was a signal before that.
+        QsunError: the address is taken, resources are too few, or an application cannot be deployed.
+    """
+    url, port = _free_address(cluster)
+    with UpSignals() as signals, local_ray(planned, Path(cluster.ray.logs or "."), signals) as dashboard:
+
+        def apply(cluster: Cluster, planned: Planned) -> None:
+            listening = cluster.replace(listen=cluster.listen.model_copy(update={"port": port}))
+            put_config(dashboard, serve_config(listening, planned), token)
+            wait_until_running(planned, url, cluster.launch.start_seconds, report)
+
+        def reload() -> None:
+            cluster, planned = read()
+            _check_room(planned)
+            apply(cluster, planned)
+            report("the changed file is applied")
+
+        report(f"starting {len(planned)} applications on Ray; logs of vLLM in {cluster.ray.logs}")
+        apply(cluster, planned)
+        on_ready(url)
+        until_interrupted(signals, reload)
+        report("ending the replicas")
+
+
 @contextmanager
-def local_ray(planned: Sequence[PlannedApp], logs: Path, signals: UpSignals) -> Iterator[str]:
+def local_ray(planned: Planned, logs: Path, signals: UpSignals) -> Iterator[str]:
     """Have a Ray of this machine in the block, which gets its dashboard's URL; every process of it ends with the block.
 
     Running requests end first, unless the block raises.
@@ -57,7 +100,7 @@ def local_ray(planned: Sequence[PlannedApp], logs: Path, signals: UpSignals) -> 
         configure_logging=False,
     )
     try:
-        check_room(planned)
+        _check_room(planned)
         signals.take()  # again: Ray has set a handler of SIGTERM that exits at once
         yield f"http://{context.dashboard_url}"
         serve.shutdown()
@@ -75,7 +118,7 @@ def _shut_down(signals: UpSignals) -> None:
         ending.join(0.01)
 
 
-def check_room(planned: Sequence[PlannedApp]) -> None:
+def _check_room(planned: Planned) -> None:
     """Raise QsunError if this Ray has less of a resource than the applications take."""
     has = ray.cluster_resources()
     for name, amount in needed_resources(planned).items():
@@ -86,20 +129,13 @@ def check_room(planned: Sequence[PlannedApp]) -> None:
             )
 
 
-def found_address(cluster: Cluster) -> tuple[Cluster, str]:
-    """Return the cluster with a free port in place of port 0, and its URL. Raises QsunError if the address is taken."""
-    bound = listen(cluster.listen.host, cluster.listen.port, "change listen in the file")
-    with bound:
-        port, url = bound.getsockname()[1], url_of(bound)
-    return with_port(cluster, port), url
+def _free_address(cluster: Cluster) -> tuple[str, int]:
+    """Return the URL and port to listen on, a free one for port 0. Raises QsunError if the address is taken."""
+    with listen(cluster.listen.host, cluster.listen.port, "change listen in the file") as bound:
+        return url_of(bound), bound.getsockname()[1]
 
 
-def with_port(cluster: Cluster, port: int) -> Cluster:
-    """Return the cluster with another port to listen on."""
-    return cluster.replace(listen=cluster.listen.model_copy(update={"port": port}))
-
-
-def wait_until_running(planned: Sequence[PlannedApp], url: str, seconds: float, report: Callable[[str], None]) -> None:
+def wait_until_running(planned: Planned, url: str, seconds: float, report: Report) -> None:
     """Return once every application runs and every model has a warm pair of replicas.
 
     Raises:
@@ -123,7 +159,7 @@ def wait_until_running(planned: Sequence[PlannedApp], url: str, seconds: float, 
             time.sleep(_POLL_SECONDS)
 
 
-def _waiting(planned: Sequence[PlannedApp]) -> str | None:
+def _waiting(planned: Planned) -> str | None:
     statuses = serve.status().applications
     for app in planned:
         status = statuses.get(app.name)
@@ -135,7 +171,7 @@ def _waiting(planned: Sequence[PlannedApp]) -> str | None:
     return ", ".join(waiting) or None
 
 
-def _failures(planned: Sequence[PlannedApp]) -> set[str]:
+def _failures(planned: Planned) -> set[str]:
     """Return why replicas have failed to start so far, in our own words."""
     found = serve.status().applications
     statuses = [found[app.name] for app in planned if app.name in found]

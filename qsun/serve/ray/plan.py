@@ -8,7 +8,7 @@ import hashlib
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,14 +44,7 @@ def plan_apps(cluster: Cluster, names: ServedNames) -> list[PlannedApp]:
         QsunError: a pool lists running workers, or its largest number is less than its least.
     """
     _check(cluster)
-    apps = [_decode_app(cluster, names)]
-    if cluster.prefill is not None:
-        served = {"role": "prefill", "model": None, "served_name": names.shared, "adapters": _adapters(cluster, names)}
-        apps.append(_pool_app(ADAPTERS_APP, cluster.prefill, served, cluster))
-    for model, pool in cluster.models.items():
-        if not pool.adapter:
-            served = {"role": "prefill", "model": model, "served_name": names.prefill[model], "adapters": {}}
-            apps.append(_pool_app(pool_app(model), pool, served, cluster))
+    apps = [_pool_app(name, pool, served, cluster) for name, pool, served in _pools(cluster, names)]
     args = {"cluster": _exchange(cluster), "pools": [app.name for app in apps], "deployment": _ingress(cluster)}
     return [*apps, PlannedApp(INGRESS_APP, f"{_BUILDERS}:ingress", args, "/")]
 
@@ -77,16 +70,24 @@ def _check(cluster: Cluster) -> None:
             raise QsunError(f"{where}.scale.workers {pool.scale.workers} is less than {where}.workers {pool.workers}")
 
 
-def _adapters(cluster: Cluster, names: ServedNames) -> dict[str, Any]:
-    return {
+def _pools(cluster: Cluster, names: ServedNames) -> Iterator[tuple[str, Pool, dict[str, Any]]]:
+    """Yield each pool's application, the pool, and what its workers serve."""
+    adapters = {
         model: {"served_name": names.prefill[model], "directory": entry.adapter}
         for model, entry in cluster.adapters.items()
     }
+    yield DECODE_APP, cluster.decode, _served("decode", names.decode)
+    if cluster.prefill is not None:
+        yield ADAPTERS_APP, cluster.prefill, _served("prefill", names.shared, adapters=adapters)
+    for model, pool in cluster.models.items():
+        if not pool.adapter:
+            yield pool_app(model), pool, _served("prefill", names.prefill[model], model)
 
 
-def _decode_app(cluster: Cluster, names: ServedNames) -> PlannedApp:
-    served = {"role": "decode", "model": None, "served_name": names.decode, "adapters": {}}
-    return _pool_app(DECODE_APP, cluster.decode, served, cluster)
+def _served(
+    role: str, name: str, model: str | None = None, adapters: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    return {"role": role, "model": model, "served_name": name, "adapters": adapters or {}}
 
 
 def _pool_app(name: str, pool: Pool, served: dict[str, Any], cluster: Cluster) -> PlannedApp:

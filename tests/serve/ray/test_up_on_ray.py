@@ -174,7 +174,7 @@ def a_hangup_applies_the_file(up, root, values):
     changed = {"math": {"module": str(root / "new" / "math"), "workers": 1}}
     file.write_text(yaml.safe_dump(values | {"models": values["models"] | changed}))
     up.send_signal(signal.SIGHUP)
-    until(lambda: "cluster.yaml is applied" in up.said())
+    until(lambda: "the changed file is applied" in up.said())
     until(lambda: warm(up.url, PAIRS))
     assert workers_of(up, "math") != before
     assert sorted(engines(root, "decode")) == sorted(decode)
