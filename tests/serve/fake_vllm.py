@@ -189,6 +189,8 @@ class FakeWorker:
     def _source(self, body, prompt):
         """Return the model whose KV cache this request decodes over; None for another request's blocks."""
         params = body.get("kv_transfer_params")
+        if self.role == "aggregated":  # it reads the prompt itself, with the adapter
+            return self.adapters.get(body["model"], OWN_WEIGHTS) if params is None else None
         found = OWN_WEIGHTS
         if body.get("prompt_logprobs") is not None:  # false is 0 to pydantic: vLLM computes the prompt itself
             return OWN_WEIGHTS

@@ -52,9 +52,11 @@ def _check_names(cluster: Cluster) -> None:
 
 
 def _check_adapters(cluster: Cluster) -> None:
-    if cluster.adapters and cluster.prefill is None:
+    full = [model for model in cluster.models if model not in cluster.adapters]
+    if cluster.one_engine and (full or cluster.policy == "partitioned"):
+        why = f"models.{full[0]} is a full module" if full else "policy partitioned is about decode workers alone"
         raise QsunError(
-            f"models.{next(iter(cluster.adapters))} is an adapter, and no workers serve adapters; give the weights "
+            f"models.{next(iter(cluster.adapters))} is an adapter without prefill workers, and {why}; give the weights "
             "that it was tuned on as prefill: {module: ..., workers: ...}"
         )
     if cluster.prefill is not None and not cluster.adapters:

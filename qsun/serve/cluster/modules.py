@@ -36,15 +36,19 @@ class ModuleChecks:
             prefill[model] = _directory(f"models.{model}.{key}", given)
             self._check(prefill[model], decode, bool(pool.adapter))
         names = {model: served_name(self.fingerprint(prefill[model], bool(pool.adapter))) for model, pool in pools}
-        shared = "" if cluster.prefill is None else self._shared(cluster.prefill, decode)
+        own = served_name(self.fingerprint(decode))
+        shared = own if cluster.one_engine else ""
+        if cluster.prefill is not None:
+            shared = self._shared(cluster.prefill, decode)
         for model in cluster.adapters:
             weights = served_name(adapted_weights(prefill[model]))
             if weights != shared:
+                where = "decode.module" if cluster.one_engine else "prefill.module"
                 raise QsunError(
-                    f"models.{model}.adapter {prefill[model]} was tuned on the weights {weights}, and prefill.module "
-                    f"is {shared}; give the weights that it was tuned on there"
+                    f"models.{model}.adapter {prefill[model]} was tuned on the weights {weights}, and {where} "
+                    f"is {shared}; give the weights that it was tuned on as prefill.module"
                 )
-        return ServedNames(served_name(self.fingerprint(decode)), names, shared)
+        return ServedNames(own, names, shared)
 
     def _shared(self, pool: Pool, decode: Path) -> str:
         """Return the name of the weights under the adapters: a full-precision base, or the decode module itself."""

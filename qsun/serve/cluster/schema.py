@@ -11,6 +11,9 @@ LoRA adapters share one pool of prefill workers, which have the weights that the
     models:
       math: {adapter: out/math}
 
+Adapters on the decode module's own weights need no transfer: without `prefill`, each decode worker is one engine that
+reads their prompts itself (`qsun up` only).
+
 A number instead of a list of workers is for `qsun up`, which starts that many as replicas on Ray.
 """
 
@@ -102,7 +105,8 @@ class Model(Pool):
     """A model of the router's API: a full prefill module with workers of its own, or a LoRA adapter.
 
     Attributes:
-        adapter: its directory, absolute after `read_cluster`; the workers of the cluster's `prefill` serve it.
+        adapter: its directory, absolute after `read_cluster`; the workers of the cluster's `prefill` serve it, or
+            without them those of `decode`.
     """
 
     module: str = ""
@@ -255,7 +259,8 @@ class Cluster(Settings):
     Attributes:
         policy: which worker gets a request. prefill_policy: which prefill worker; None: the same, and under
             `partitioned`, which is about decode workers, the least outstanding tokens.
-        prefill: the weights that adapters were tuned on, and the workers that serve all adapters; None without them.
+        prefill: the weights that adapters were tuned on, and the workers that serve all adapters; None without
+            adapters, and where decode workers serve them.
     """
 
     listen: Listen = Listen()
@@ -275,13 +280,23 @@ class Cluster(Settings):
         return {name: model for name, model in self.models.items() if model.adapter}
 
     @property
+    def one_engine(self) -> bool:
+        """Whether each decode worker serves all models by itself, which are adapters on the decode module's weights."""
+        return bool(self.adapters) and self.prefill is None
+
+    @property
     def pools(self) -> dict[str, Pool]:
         """All modules that have workers, by their place in the file."""
         full = {f"models.{name}": model for name, model in self.models.items() if not model.adapter}
         return {"decode": self.decode, **({"prefill": self.prefill} if self.prefill else {}), **full}
 
     def need_running_workers(self) -> None:
-        """Raise QsunError if a pool has a number in place of URLs."""
+        """Raise QsunError if a pool has a number in place of URLs, or workers are such as only `qsun up` starts."""
+        if self.one_engine:
+            raise QsunError(
+                f"models.{min(self.adapters)} is an adapter without prefill workers, which only `qsun up` serves; "
+                "give the weights that it was tuned on as prefill: {module: ..., workers: ...}"
+            )
         for name, pool in self.pools.items():
             if isinstance(pool.workers, int):
                 raise QsunError(

@@ -41,7 +41,7 @@ def plan_apps(cluster: Cluster, names: ServedNames) -> list[PlannedApp]:
     """Return the applications of a cluster file, the ingress last.
 
     Raises:
-        QsunError: a pool lists running workers, or its largest number is less than its least.
+        QsunError: a pool lists running workers, or its largest number is less than its least; adapters need our plugin.
     """
     _check(cluster)
     apps = [_pool_app(name, pool, served, cluster) for name, pool, served in _pools(cluster, names)]
@@ -68,6 +68,11 @@ def _check(cluster: Cluster) -> None:
             )
         if pool.scale is not None and pool.scale.workers < pool.workers:
             raise QsunError(f"{where}.scale.workers {pool.scale.workers} is less than {where}.workers {pool.workers}")
+    if cluster.one_engine and cluster.launch.kernels == "vllm":
+        raise QsunError(
+            f"models.{next(iter(cluster.adapters))} is an adapter without prefill workers, and launch.kernels vllm is "
+            "without our plugin, which keeps adapters to prompts; drop it, or give prefill: {module: ..., workers: ...}"
+        )
 
 
 def _pools(cluster: Cluster, names: ServedNames) -> Iterator[tuple[str, Pool, dict[str, Any]]]:
@@ -76,7 +81,10 @@ def _pools(cluster: Cluster, names: ServedNames) -> Iterator[tuple[str, Pool, di
         model: {"served_name": names.prefill[model], "directory": entry.adapter}
         for model, entry in cluster.adapters.items()
     }
-    yield DECODE_APP, cluster.decode, _served("decode", names.decode)
+    if cluster.one_engine:
+        yield DECODE_APP, cluster.decode, _served("aggregated", names.decode, adapters=adapters)
+    else:
+        yield DECODE_APP, cluster.decode, _served("decode", names.decode)
     if cluster.prefill is not None:
         yield ADAPTERS_APP, cluster.prefill, _served("prefill", names.shared, adapters=adapters)
     for model, pool in cluster.models.items():

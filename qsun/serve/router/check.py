@@ -7,7 +7,7 @@ import httpx
 
 from qsun.serve.cluster.names import ServedNames
 from qsun.serve.cluster.schema import Cluster
-from qsun.serve.router.exchange.health import identity_fault
+from qsun.serve.router.exchange.identity import identity_fault
 from qsun.serve.router.workers.fleet import Fleet
 from qsun.serve.router.workers.worker import Worker
 

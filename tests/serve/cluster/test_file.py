@@ -165,7 +165,14 @@ def test_adapters_have_the_workers_of_prefill():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prefill": None}, "models.math is an adapter, and no workers serve adapters; give the weights"),
+        (
+            {"prefill": None},
+            "models.math is an adapter without prefill workers, and models.code is a full module; give",
+        ),
+        (
+            {"prefill": None, "models": {"math": {"adapter": "a"}}, "policy": "partitioned"},
+            "models.math is an adapter without prefill workers, and policy partitioned is about decode workers alone",
+        ),
         ({"models": {"code": SHARED["models"]["code"]}}, "prefill has workers for adapters, and no model is one"),
         ({"models": {"math": {"adapter": "a", "workers": 1}}}, "adapter and workers exclude each other"),
         ({"models": {"math": {"adapter": "a", "module": "m"}}}, "adapter and module exclude each other"),
@@ -206,6 +213,16 @@ def test_adapters_are_served_under_names_of_their_own(base_directory, tmp_path):
     file.write_text(text + "  math: {adapter: nowhere}\n")
     with pytest.raises(QsunError, match=r"models.math.adapter .*nowhere is not a directory"):
         ModuleChecks().names(read_cluster(file))
+
+
+def test_one_engine_for_adapters_is_for_qsun_up():
+    cluster = parse_cluster({"decode": SHARED["decode"], "models": {"math": {"adapter": "out/math"}}})
+    assert cluster.one_engine
+    assert not parse_cluster(SHARED).one_engine
+    with pytest.raises(
+        QsunError, match=r"^models.math is an adapter without prefill workers, which only `qsun up` ser"
+    ):
+        cluster.need_running_workers()
 
 
 def test_adapters_of_other_weights_than_the_pools_are_refused(base_directory, tmp_path):

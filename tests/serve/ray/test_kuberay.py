@@ -44,6 +44,13 @@ def test_it_holds_the_config():
     assert spec["rayClusterConfig"]["workerGroupSpecs"][0]["maxReplicas"] == 6
 
 
+def test_a_pool_of_adapters_has_pods_and_its_files_are_mounted():
+    models = {"math": {"adapter": "/m/adapters/math"}, "code": {"adapter": "/m/adapters/code"}}
+    spec = printed(prefill={"module": "/m/base", "workers": 2}, models=models)
+    assert spec["rayClusterConfig"]["workerGroupSpecs"][0]["maxReplicas"] == 4
+    assert pods(spec)[0]["containers"][0]["volumeMounts"][0]["mountPath"] == "/m"
+
+
 def test_pods_mount_the_modules_and_the_secret_with_the_keys():
     for pod in pods(printed()):
         modules, keys = pod["containers"][0]["volumeMounts"]

@@ -102,9 +102,41 @@ def test_autoscaling():
     assert options["autoscaling_config"]["policy"]["policy_kwargs"] == {"tokens": 500}
 
 
+ADAPTERS = {"x": {"adapter": "/m/x"}, "y": {"adapter": "/m/y"}}
+ADAPTER_NAMES = ServedNames("qsun-d", {"x": "qsun-x", "y": "qsun-y", "math": "qsun-m"}, "qsun-base")
+
+
+def test_adapters_have_a_pool_in_common():
+    models = ADAPTERS | {"math": {"module": "/m/math", "workers": 1}}
+    whole = cluster(prefill={"module": "/m/base", "workers": 2}, models=models)
+    decode, shared, math, ingress = plan_apps(whole, ADAPTER_NAMES)
+    assert [decode.name, shared.name, math.name] == [DECODE_APP, "qsun-prefill", MATH]
+    engine = shared.args["engine"]
+    assert (engine["role"], engine["module"], engine["served_name"]) == ("prefill", "/m/base", "qsun-base")
+    assert engine["adapters"]["y"] == {"served_name": "qsun-y", "directory": "/m/y"}
+    assert decode.args["engine"]["adapters"] == math.args["engine"]["adapters"] == {}
+    assert ingress.args["pools"] == [DECODE_APP, "qsun-prefill", MATH]
+    assert list(parse_cluster(ingress.args["cluster"]).models) == ["x", "y", "math"]
+    tuned = ServedNames("qsun-d", ADAPTER_NAMES.prefill | {"x": "qsun-x2"}, "qsun-base")
+    after = plan_apps(whole, tuned)
+    assert [a.name for a, b in zip(after, [decode, shared, math, ingress], strict=True) if a != b] == ["qsun-prefill"]
+
+
+def test_adapters_without_a_pool_are_served_by_one_engine():
+    names = ServedNames("qsun-d", ADAPTER_NAMES.prefill, "qsun-d")
+    decode, ingress = plan_apps(cluster(models=ADAPTERS), names)
+    assert decode.args["engine"]["role"] == "aggregated"
+    assert list(decode.args["engine"]["adapters"]) == ["x", "y"]
+    assert ingress.args["pools"] == [DECODE_APP]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            {"models": ADAPTERS, "launch": {"kernels": "vllm"}},
+            "models.x is an adapter without prefill workers, and launch.kernels vllm is without our plugin",
+        ),
         (
             {"decode": {"module": "demo", "workers": ["http://a:1"]}},
             "decode.workers lists running workers, .* use `qsun route` for running workers",

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from qsun.serve.router.check import check_workers
-from qsun.serve.router.exchange.health import identity_fault
+from qsun.serve.router.exchange.identity import identity_fault
 from tests.serve.routing import expected, rig, run, until
 
 

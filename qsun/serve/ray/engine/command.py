@@ -20,7 +20,7 @@ LOOPBACK_DEVICE = "lo"  # its name on Linux, the only system on which vLLM runs 
 API_SERVER = "vllm.entrypoints.openai.api_server"
 KV_GUARD = "qsun.vllm.kv_guard.RequireKvCache"
 PREFILL_LORA = "QSUN_PREFILL_LORA"  # the switch of qsun/vllm/prefill_lora.py
-EngineRole = Literal["prefill", "decode"]
+EngineRole = Literal["prefill", "decode", "aggregated"]  # see router/workers/worker.py
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank takes
 
 
@@ -74,16 +74,11 @@ def engine_command(
         *("--host", LOOPBACK, "--port", str(ports[0])),
         *("--dtype", launch.dtype),
         *("--load-format", "safetensors"),
-        *("--kv-transfer-config", json.dumps(kv_transfer_config(role, launch.device))),
+        *(_kv_options(role, launch)),
         *_sizes(launch),
         *(["--enforce-eager"] if launch.runs_eager else []),
         *(_lora_options(module.adapters, launch.max_loras) if module.adapters else []),
     ]
-    if role == "decode":
-        # The prefix cache is keyed by tokens alone: one model would read KV blocks that another model's prefill wrote.
-        argv.append("--no-enable-prefix-caching")
-        if launch.kernels == "qsun":  # their environment has qsun
-            argv += ["--middleware", KV_GUARD]
     if launch.kernels == "qsun" and read_json(directory / "config.json").get("quantization_config"):
         argv += ["--quantization", "qsun"]
     argv += launch.prefill_arguments if role == "prefill" else launch.decode_arguments
@@ -91,6 +86,17 @@ def engine_command(
     environment = switch | _environment(launch, ports[1])
     url = f"http://{LOOPBACK}:{ports[0]}"
     return EngineCommand(name, tuple(argv), environment, url, module.served_name, tuple(module.adapters))
+
+
+def _kv_options(role: EngineRole, launch: LaunchSettings) -> Iterator[str]:
+    if role == "aggregated":
+        return
+    yield from ("--kv-transfer-config", json.dumps(kv_transfer_config(role, launch.device)))
+    if role == "decode":
+        # The prefix cache is keyed by tokens alone: one model would read KV blocks that another model's prefill wrote.
+        yield "--no-enable-prefix-caching"
+        if launch.kernels == "qsun":  # their environment has qsun
+            yield from ("--middleware", KV_GUARD)
 
 
 def _lora_options(adapters: Mapping[str, str], most: int) -> Iterator[str]:

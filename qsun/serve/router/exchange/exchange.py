@@ -20,7 +20,7 @@ import httpx
 from qsun.serve.cluster.schema import RequestLimits
 from qsun.serve.http.errors import HttpError
 from qsun.serve.http.wire import DONE, BrokenStream, data_events, parse_event, usage_count
-from qsun.serve.router.exchange.request import RoutedRequest
+from qsun.serve.router.exchange.request import CHARACTERS_PER_TOKEN, RoutedRequest
 from qsun.serve.router.exchange.state import RouterState
 from qsun.serve.router.exchange.tracing import mark, worker_span
 from qsun.serve.router.exchange.transfer import decode_body
@@ -130,18 +130,16 @@ class Exchange:
         request = self._request
         self._asked, self.tokens = None, 0
         source = await self._prefill_worker()
-        self._asked, self._asked_at = source, time.monotonic()
-        with source.handling(request.prompt_tokens), worker_span("prefill", worker=source.url, attempt=attempt_id):
-            seconds = min(self._limits.prefill_seconds, self._left)
-            filled = await prefill(self._state.client, source, request, attempt_id, seconds)
-        self._health.report_success(source, filled.engine_id)
+        filled = Prefilled(None, None, None) if source.role == "aggregated" else await self._prefill(source, attempt_id)
         self.prompt_tokens = prompt_tokens = filled.prompt_tokens or request.prompt_tokens
         target = self._fleet.choose_decode(source, Demand(request.model, prompt_tokens), self._tried)
         if target is None:
             raise WorkerFailed(source, "no_decode_worker", "no decode worker is left that is warm with it")
         self._asked, self._asked_at = target, time.monotonic()
-        max_tokens = request.max_tokens or self._most_tokens(target, prompt_tokens)
-        body = decode_body(request, target.served_name, source.name_of(request.model), filled.params, max_tokens)
+        longest = filled.prompt_tokens or CHARACTERS_PER_TOKEN * prompt_tokens  # of text that nobody has counted
+        max_tokens = request.max_tokens or self._most_tokens(target, longest)
+        served, salt = target.name_of(request.model), source.name_of(request.model)
+        body = decode_body(request, served, salt, filled.params, max_tokens)
         load = stack.enter_context(target.handling(prompt_tokens + max_tokens))
         read_seconds = min(self._limits.stall_seconds, self._left) if request.stream else self._left
         timeout = httpx.Timeout(read_seconds, connect=min(10.0, self._left))
@@ -154,6 +152,15 @@ class Exchange:
         except WorkerFailed as failed:
             failed.source = source
             raise
+
+    async def _prefill(self, source: Worker, attempt_id: str) -> Prefilled:
+        request = self._request
+        self._asked, self._asked_at = source, time.monotonic()
+        with source.handling(request.prompt_tokens), worker_span("prefill", worker=source.url, attempt=attempt_id):
+            seconds = min(self._limits.prefill_seconds, self._left)
+            filled = await prefill(self._state.client, source, request, attempt_id, seconds)
+        self._health.report_success(source, filled.engine_id)
+        return filled
 
     async def _prefill_worker(self) -> Worker:
         """Return a prefill worker that has a decode worker; wait for one to become usable."""

@@ -20,6 +20,7 @@ import httpx
 from qsun.serve.cluster.schema import Health
 from qsun.serve.http.wire import BrokenStream
 from qsun.serve.router.exchange.admission import Admission
+from qsun.serve.router.exchange.identity import identity_fault
 from qsun.serve.router.exchange.request import COMPLETIONS, RoutedRequest
 from qsun.serve.router.exchange.transfer import decode_body
 from qsun.serve.router.exchange.worker_answers import checked_tokens
@@ -239,10 +240,13 @@ class HealthChecks:
         request_id = f"warm-up.{uuid.uuid4().hex[:8]}"
         seconds = self.config.warm_up_seconds
         try:
-            asked = prefill(self._client, source, _WARM_UP, request_id, seconds)
-            filled = await _within(seconds, source, asked)
-            self.report_success(source, filled.engine_id)
-            body = decode_body(_WARM_UP, target.served_name, source.served_name, filled.params, 1)
+            params = None
+            if source is not target:
+                asked = prefill(self._client, source, _WARM_UP, request_id, seconds)
+                filled = await _within(seconds, source, asked)
+                self.report_success(source, filled.engine_id)
+                params = filled.params
+            body = decode_body(_WARM_UP, target.served_name, source.served_name, params, 1)
             await _within(seconds, target, self._decode(target, body, request_id, seconds))
         except WorkerFailed as failed:
             return failed
@@ -271,29 +275,3 @@ async def _within(seconds: float, worker: Worker, asked: Coroutine[Any, Any, _T]
 
 def _may_warm(pair: tuple[Worker, Worker]) -> bool:
     return all(w.state == "ready" and not w.leaving and w.breaker.state != "open" for w in pair)
-
-
-async def identity_fault(client: httpx.AsyncClient, worker: Worker) -> str | None:
-    """Return why a worker that answers must not be used; None if it serves its module.
-
-    The caller limits the time: httpx's own timeouts of 5 seconds might end before the one in the file.
-    """
-    health = await client.get(worker.url + "/health", timeout=None)
-    if health.status_code != 200:
-        return f"/health answers {health.status_code}"
-    listed = await client.get(worker.url + "/v1/models", timeout=None)
-    if listed.status_code != 200:
-        return f"/v1/models answers {listed.status_code}"
-    try:
-        cards = {str(card["id"]): card for card in listed.json()["data"]}
-    except (ValueError, KeyError, TypeError):
-        return "/v1/models is not a list of models; is it vLLM?"
-    card = cards.get(worker.served_name)
-    if card is None:
-        return (
-            f"it serves {', '.join(cards)[:200] or 'nothing'} and not {worker.served_name}; start it with that module"
-        )
-    worker.lacking = frozenset(model for model, name in worker.adapters.items() if name not in cards)
-    length = card.get("max_model_len")
-    worker.max_model_len = length if isinstance(length, int) else None
-    return None

@@ -17,8 +17,9 @@ class Fleet:
     """Workers by pool, and the pairs that are warm.
 
     Attributes:
-        prefill: workers of each model. decode: workers of all models.
-        warm: pairs (prefill URL, decode URL) that have answered a request together; only these are used.
+        prefill: workers that read the prompts of each model. decode: workers of all models.
+        warm: pairs (prefill URL, decode URL) that have answered a request together; only these are used. An aggregated
+            worker is among `prefill`, and a pair with itself.
     """
 
     def __init__(self) -> None:
@@ -51,7 +52,7 @@ class Fleet:
         for identity, worker in placed.items():
             worker.serve_adapters(wanted[identity].adapters)
         self.prefill = {
-            model: [w for w in placed.values() if w.role == "prefill" and w.prefills(model)] for model in cluster.models
+            model: [w for w in placed.values() if w.role != "decode" and w.prefills(model)] for model in cluster.models
         }
         self.decode = [worker for worker in placed.values() if worker.role == "decode"]
         for worker in self:
@@ -89,7 +90,7 @@ class Fleet:
     def _warm_decode(self, prefill: Worker, demand: Demand) -> list[Worker]:
         return [
             worker
-            for worker in self.decode
+            for worker in ([prefill] if prefill.role == "aggregated" else self.decode)
             if worker.usable
             and (prefill.url, worker.url) in self.warm
             and (worker.models is None or demand.model in worker.models)
@@ -99,7 +100,9 @@ class Fleet:
         return self._policies.setdefault(pool, make_policy(self._policy_names[pool is not None]))
 
     def partners(self, worker: Worker) -> list[Worker]:
-        """Return the workers of the other role that it may be paired with."""
+        """Return the workers that it may be paired with."""
+        if worker.role == "aggregated":
+            return [worker]
         if worker.role == "prefill":
             return [d for d in self.decode if d.models is None or any(map(worker.prefills, d.models))]
         models = self.prefill if worker.models is None else worker.models

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
-Role = Literal["prefill", "decode"]
+Role = Literal["prefill", "decode", "aggregated"]
 State = Literal["unchecked", "ready", "refused", "down"]
 Circuit = Literal["closed", "open", "half_open"]
 
@@ -45,9 +45,11 @@ class Worker:
     """One vLLM worker.
 
     Attributes:
+        role: aggregated: one engine that reads prompts with adapters and answers by itself, without a transfer.
         served_name: the model name that it must serve, which identifies the module of its pool.
         model: of a prefill worker; None for a decode worker, and for one that serves adapters.
-        adapters: of a prefill worker, its model names by the router's; lacking: models whose adapter it does not list.
+        adapters: of a worker that reads prompts with them, its model names by the router's.
+        lacking: models whose adapter it does not list.
         models: that a decode worker serves; None for all.
         state: ready: its identity is checked. refused: it serves another module. down: it does not answer.
         reason: for its state, for people.
@@ -82,7 +84,7 @@ class Worker:
         self.engine_ids: set[str] = set()
 
     def name_of(self, model: str) -> str:
-        """Return the name under which a prefill worker serves a model of the router."""
+        """Return the name under which it serves a model of the router."""
         return self.adapters.get(model, self.served_name)
 
     def serve_adapters(self, adapters: Mapping[str, str]) -> None:
@@ -92,7 +94,7 @@ class Worker:
         self.adapters = adapters
 
     def prefills(self, model: str) -> bool:
-        """Whether a prefill worker is of a model's pool."""
+        """Whether it is of the pool that reads a model's prompts."""
         return model == self.model or model in self.adapters
 
     @property

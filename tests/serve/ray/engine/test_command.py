@@ -121,6 +121,15 @@ def test_servers_of_adapters_have_all_of_them(adapters):
         assert "QSUN_PREFILL_LORA" not in without.environment
 
 
+def test_one_engine_transfers_nothing_and_keeps_adapters_to_prompts(adapters, quantized):
+    one = command("aggregated", quantized, adapters, decode_arguments=["--seed", "1"])
+    assert not {"--kv-transfer-config", "--middleware", "--no-enable-prefix-caching"} & set(one.argv)
+    assert value(one, "--quantization") == "qsun"
+    assert "--enable-lora" in one.argv
+    assert one.environment["QSUN_PREFILL_LORA"] == "1"
+    assert one.argv[-2:] == ("--seed", "1")
+
+
 def test_a_rank_that_vllm_does_not_serve(adapters, tmp_path):
     (tmp_path / "math" / "adapter_config.json").write_text('{"r": 513}')
     with pytest.raises(QsunError, match=r"^an adapter has rank 513, and vLLM serves at most 512"):

@@ -5,6 +5,7 @@ FAKE_NETWORK: that directory. FAKE_SECONDS: per token. FAKE_VLLM has words: die 
 """
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -18,6 +19,18 @@ from tests.serve.fake_vllm import FakeWorker
 
 def option(name):
     return sys.argv[sys.argv.index(name) + 1]
+
+
+def adapters():
+    """What follows --lora-modules, NAME=DIRECTORY each."""
+    given = sys.argv[sys.argv.index("--lora-modules") + 1 :] if "--lora-modules" in sys.argv else []
+    return [entry.split("=", 1) for entry in itertools.takewhile(lambda entry: not entry.startswith("--"), given)]
+
+
+def weights_of(adapter, role):
+    """An adapter's own, unless it acts on an answer too, as without our plugin's switch."""
+    switched = role == "prefill" or os.environ.get("QSUN_PREFILL_LORA") == "1"
+    return Path(adapter).name if switched else f"ordinary {adapter}"
 
 
 class Network:
@@ -67,9 +80,12 @@ class Worker(FakeWorker):
 
 
 async def main():
-    role = "decode" if json.loads(option("--kv-transfer-config"))["kv_role"] == "kv_consumer" else "prefill"
+    role = "aggregated"
+    if "--kv-transfer-config" in sys.argv:
+        role = "decode" if json.loads(option("--kv-transfer-config"))["kv_role"] == "kv_consumer" else "prefill"
     directory = Path(os.environ["FAKE_NETWORK"])
     worker = Worker(role, Path(option("--model")).name, option("--served-model-name"), Network(directory))
+    worker.adapters = {name: weights_of(directory, role) for name, directory in adapters()}
     worker.unreachable = EndedEngines(directory)
     worker.unreachable.join(worker.engine_id)
     worker._port = int(option("--port"))
