@@ -40,9 +40,7 @@ def test_a_network_to_other_nodes(engine):
 
 
 def test_other_weights_on_this_node(engine, base_directory, tmp_path):
-    with pytest.raises(
-        QsunError, match=r"on this node is qsun-\w{16} and not qsun-old; give every node"
-    ):
+    with pytest.raises(QsunError, match=r"on this node is qsun-\w{16} and not qsun-old; give every node"):
         command_on_node(engine | {"served_name": "qsun-old"}, "abcd", "10.0.0.1")
     write_adapter(tmp_path / "other", base_directory, 1)
     engine["adapters"]["math"]["directory"] = str(tmp_path / "other")
