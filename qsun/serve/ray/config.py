@@ -4,6 +4,7 @@ import json
 import math
 import os.path
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from qsun.serve.ray.plan import PlannedApp
 IMAGE = "YOUR-REGISTRY/qsun-vllm:latest"
 _PATH = "/api/serve/applications/"
 _SECONDS = 60.0
+_ATTEMPTS, _AGAIN_SECONDS = 4, 3.0
 _CLAIM, _MODULES = "qsun-modules", "modules"
 _SECRET, _KEYS = "qsun-keys", "keys"
 
@@ -48,10 +50,14 @@ def put_config(address: str, config: dict[str, Any], token: str | None) -> None:
         raise QsunError(f"--address {address} is not a dashboard's; give http://HEAD:8265")
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     url = address.rstrip("/") + _PATH
-    try:
-        answer = httpx.put(url, json=config, headers=headers, timeout=_SECONDS, trust_env=False)
-    except httpx.HTTPError as error:
-        raise QsunError(f"{address} does not answer: {error or type(error).__name__}") from None
+    for attempt in range(_ATTEMPTS):
+        try:
+            answer = httpx.put(url, json=config, headers=headers, timeout=_SECONDS, trust_env=False)
+        except httpx.HTTPError as error:
+            raise QsunError(f"{address} does not answer: {error or type(error).__name__}") from None
+        if answer.status_code < 500 or attempt == _ATTEMPTS - 1:
+            break
+        time.sleep(_AGAIN_SECONDS)  # Serve takes long to start on a busy machine; the same config twice is one
     if answer.status_code in (401, 403):
         wants = "requires a token" if token is None else "refuses this token"
         raise QsunError(
@@ -59,7 +65,7 @@ def put_config(address: str, config: dict[str, Any], token: str | None) -> None:
             "RAY_AUTH_TOKEN_PATH to its file, and RAY_AUTH_MODE to token"
         )
     if answer.status_code != 200:
-        raise QsunError(f"{address} answers {answer.status_code}: {' '.join(answer.text.split())[:500]}")
+        raise QsunError(f"{address} answers {answer.status_code}: {' '.join(answer.text.split())[-500:]}")
 
 
 def ray_token(environment: Mapping[str, str]) -> str | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qsun.errors import QsunError
+from qsun.serve.ray import config
 from qsun.serve.ray.config import put_config as put_with
 from qsun.serve.ray.config import ray_token
 
@@ -18,15 +19,15 @@ CONFIG = {"applications": []}
 
 
 @contextmanager
-def dashboard(status):
-    """A server that answers as Serve's REST API does; gives its URL and what it was asked."""
+def dashboard(*statuses):
+    """A server that answers as Serve's REST API does, in the end with the last status; gives its URL and what it got."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_PUT(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append((self.path, self.headers["Authorization"], body))
-            self.send_response(status)
+            self.send_response(statuses[min(len(asked), len(statuses)) - 1])
             self.end_headers()
             self.wfile.write(b"no such\nmodule")
 
@@ -42,8 +43,8 @@ def dashboard(status):
         server.server_close()
 
 
-def put_config(url, config):
-    put_with(url, config, ray_token(os.environ))
+def put_config(url, values):
+    put_with(url, values, ray_token(os.environ))
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +74,16 @@ def test_the_token_is_the_one_that_ray_would_find(home, monkeypatch):
         monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
         put_config(url, CONFIG)
     assert [sent for _, sent, _ in asked] == ["Bearer of-home", "Bearer of-file", "Bearer of-shell", None]
+
+
+def test_a_dashboard_whose_serve_takes_long_to_start_is_asked_again(monkeypatch):
+    monkeypatch.setattr(config, "_AGAIN_SECONDS", 0.01)
+    with dashboard(500, 500, 200) as (url, asked):
+        put_config(url, CONFIG)
+    assert len(asked) == 3
+    with dashboard(500) as (url, asked), pytest.raises(QsunError, match="answers 500: no such module"):
+        put_config(url, CONFIG)
+    assert len(asked) == 4
 
 
 @pytest.mark.parametrize("status", [401, 403])
