@@ -20,7 +20,7 @@ CONFIG = {"applications": []}
 
 @contextmanager
 def dashboard(*statuses):
-    """A server that answers as Serve's REST API does, in the end with the last status; gives its URL and what it got."""
+    """A server that answers as Serve does, in the end with the last status; gives its URL, and what it was asked."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
