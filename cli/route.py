@@ -26,14 +26,14 @@ def route(
     """
     import asyncio
 
-    from qsun.serve.cluster.file import read_cluster
+    from qsun.serve.cluster.file import need_running_workers, read_cluster
     from qsun.serve.cluster.modules import ModuleChecks
     from qsun.serve.http.keys import read_keys
     from qsun.serve.router.process import RouterProcess
 
     screen.show_log()
     cluster = read_cluster(file)
-    cluster.need_running_workers()
+    need_running_workers(cluster)
     cluster.guard_config(read_keys(cluster.listen.api_keys))  # raises for an invalid key
     checks = ModuleChecks()
     names = checks.names(cluster)

@@ -10,7 +10,7 @@ from qsun.errors import QsunError
 from qsun.serve.cluster.schema import Cluster, Model, Pool
 from qsun.serve.http.keys import is_loopback
 
-__all__ = ["Cluster", "Pool", "parse_cluster", "read_cluster"]
+__all__ = ["Cluster", "Pool", "need_running_workers", "parse_cluster", "read_cluster"]
 
 P = TypeVar("P", bound=Pool)
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}")  # it is a metrics label and part of a URL
@@ -37,6 +37,21 @@ def parse_cluster(values: Mapping[str, object], name: str = "cluster") -> Cluste
     except QsunError as error:
         raise QsunError(f"{name}: {error}") from None
     return cluster
+
+
+def need_running_workers(cluster: Cluster) -> None:
+    """Raise QsunError if a pool has a number in place of URLs, or its workers are such as only `qsun up` starts."""
+    if cluster.one_engine:
+        raise QsunError(
+            f"models.{min(cluster.adapters)} is an adapter without prefill workers, which only `qsun up` serves; give "
+            "the weights that it was tuned on as prefill: {module: ..., workers: ...}"
+        )
+    for name, pool in cluster.pools.items():
+        if isinstance(pool.workers, int):
+            raise QsunError(
+                f"{name}.workers is the number {pool.workers}; list the URLs of running workers, or let `qsun up` "
+                "start that many"
+            )
 
 
 def _check_names(cluster: Cluster) -> None:

@@ -25,7 +25,6 @@ from urllib.parse import urlsplit
 from pydantic import BeforeValidator, Field, model_validator
 
 from qsun.config import Dtype, Section, Settings
-from qsun.errors import QsunError
 from qsun.serve.http.guard import GuardConfig
 
 PolicyName = Literal["least_outstanding_tokens", "power_of_two", "round_robin", "partitioned"]
@@ -289,20 +288,6 @@ class Cluster(Settings):
         """All modules that have workers, by their place in the file."""
         full = {f"models.{name}": model for name, model in self.models.items() if not model.adapter}
         return {"decode": self.decode, **({"prefill": self.prefill} if self.prefill else {}), **full}
-
-    def need_running_workers(self) -> None:
-        """Raise QsunError if a pool has a number in place of URLs, or workers are such as only `qsun up` starts."""
-        if self.one_engine:
-            raise QsunError(
-                f"models.{min(self.adapters)} is an adapter without prefill workers, which only `qsun up` serves; "
-                "give the weights that it was tuned on as prefill: {module: ..., workers: ...}"
-            )
-        for name, pool in self.pools.items():
-            if isinstance(pool.workers, int):
-                raise QsunError(
-                    f"{name}.workers is the number {pool.workers}; list the URLs of running workers, or let `qsun up` "
-                    "start that many"
-                )
 
     def guard_config(self, api_keys: tuple[str, ...]) -> GuardConfig:
         """Return the limits of the HTTP side, above those of the queue, which refuses requests itself."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qsun.errors import QsunError
-from qsun.serve.cluster.file import Cluster, read_cluster
+from qsun.serve.cluster.file import Cluster, need_running_workers, read_cluster
 from qsun.serve.cluster.modules import ModuleChecks
 from qsun.serve.cluster.names import ServedNames
 from qsun.serve.http.keys import read_keys
@@ -78,5 +78,5 @@ class RouterProcess:
 
     def _read(self) -> tuple[Cluster, ServedNames, tuple[str, ...]]:
         cluster = read_cluster(self.path)
-        cluster.need_running_workers()
+        need_running_workers(cluster)
         return cluster, self._checks.names(cluster), read_keys(cluster.listen.api_keys)

@@ -10,7 +10,7 @@ import pytest
 import qsun
 from qsun.errors import QsunError
 from qsun.model.checkpoint import Checkpoint
-from qsun.serve.cluster.file import parse_cluster, read_cluster
+from qsun.serve.cluster.file import need_running_workers, parse_cluster, read_cluster
 from qsun.serve.cluster.modules import ModuleChecks
 from qsun.serve.cluster.names import served_name
 from qsun.serve.http.keys import read_keys
@@ -35,7 +35,7 @@ def test_defaults_are_safe_and_urls_are_normal():
 def test_a_number_of_workers_is_for_qsun_up():
     cluster = parse_cluster(GOOD)
     with pytest.raises(QsunError, match=r"models.code.workers is the number 2; list the URLs .* `qsun up`"):
-        cluster.need_running_workers()
+        need_running_workers(cluster)
 
 
 @pytest.mark.parametrize("name", ["A B", "A;touch x;B", "1A", "A=B", "", "A\n"])
@@ -222,7 +222,7 @@ def test_one_engine_for_adapters_is_for_qsun_up():
     with pytest.raises(
         QsunError, match=r"^models.math is an adapter without prefill workers, which only `qsun up` ser"
     ):
-        cluster.need_running_workers()
+        need_running_workers(cluster)
 
 
 def test_adapters_of_other_weights_than_the_pools_are_refused(base_directory, tmp_path):
