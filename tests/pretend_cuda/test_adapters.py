@@ -76,11 +76,21 @@ def test_tokens_are_those_of_merged_modules(tiny_model, paths, expected, device,
     assert not any(name in graph.kernels for graph in pretend_cuda.graphs for name in map("triton::{}".format, GROUPED))
 
 
-@pytest.mark.parametrize("merge", [False, True], ids=["plain", "merged projections"])
-def test_two_launches_a_layer(tiny_model, paths, merge, pretend_cuda):
-    decode = qsun.load_decode(tiny_model("llama"), "cuda", torch.bfloat16)
+@pytest.fixture
+def quantized(tiny_model, tmp_path):
+    """An int4 decode module, and the same adapters of its own weights."""
+    base, out = tiny_model("llama"), tmp_path / "int4"
+    qsun.quantize(base, out, qsun.QuantConfig(method="rtn", group_size=32, dtype="bfloat16"), device="cpu")
+    kinds = enumerate(zip(RANKS, KINDS, strict=True))
+    return out, [write_adapter(tmp_path / f"own{i}", base, i, rank, kind, out) for i, (rank, kind) in kinds]
+
+
+@pytest.mark.parametrize("weights", ["plain", "merged projections", "int4"])
+def test_two_launches_a_layer(tiny_model, paths, quantized, weights, pretend_cuda):
+    directory, adapters = quantized if weights == "int4" else (tiny_model("llama"), paths.values())
+    decode = qsun.load_decode(directory, "cuda", torch.bfloat16)
     library = AdapterLibrary(decode)
-    modules = [library.open(path) for path in paths.values()]
+    modules = [library.open(path) for path in adapters]
     shared, loaded = modules[0].shared, [module.load() for module in modules]
     prompts = [list(range(3, 3 + length)) for length in (9, 4, 20, 13, 7)]
 
@@ -90,7 +100,7 @@ def test_two_launches_a_layer(tiny_model, paths, merge, pretend_cuda):
             layers = list(prefilled_rows(shared.model, prompts, 64))
         return torch.cat([torch.cat([k.flatten(), v.flatten()]).cpu() for row in layers for k, v in row])
 
-    if merge:
+    if weights == "merged projections":
         model = copy.deepcopy(decode.model)
         merge_projections(model, model.config, dense=True)
         shared = SharedPrefill(model)
