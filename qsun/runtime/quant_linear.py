@@ -245,7 +245,8 @@ class QuantLinear(nn.Module):
         """Store the weights anew on another kind of device and, on a GPU, for another dtype; else keep the scales."""
         probe = fn(torch.empty(0, dtype=self.dtype, device=self.scales.device))
         device, cast = probe.device, probe.dtype != self.dtype
-        self._dense = None
+        if cast or device != self.scales.device:
+            self._dense = None  # only then: captured graphs read it
         if self.bias is not None:
             self.bias = fn(self.bias)
         if device.type != self.scales.device.type or (cast and device.type == "cuda"):
