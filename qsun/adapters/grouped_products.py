@@ -26,6 +26,7 @@ class GroupedProducts:
         self._entries: WeakKeyDictionary[AdapterWeights, Tensor] = WeakKeyDictionary()
         self._runs: Sequence[Run] = ()
         self._tiles: dict[int, RowTiles] = {}
+        self._table: Tensor | None = None
 
     @staticmethod
     def serves(runs: Sequence[Run], device: torch.device) -> bool:
@@ -37,9 +38,9 @@ class GroupedProducts:
         return max(adapter.most_rank for _, adapter in runs) <= MOST_RANK
 
     def begin(self, runs: Sequence[Run]) -> None:
-        """Take the adapters of the next pass, on one device."""
+        """Take the adapters of the next pass, on one device; none: let go of those of the last, which may be evicted."""
         self._runs, self._tiles = runs, {}
-        self._table = torch.stack([self._entries_of(adapter) for _, adapter in runs])
+        self._table = torch.stack([self._entries_of(adapter) for _, adapter in runs]) if runs else None
 
     def _entries_of(self, adapter: AdapterWeights) -> Tensor:
         """Return (layers, 3): where the kernels find each layer of an adapter. Its tensors stay where they are."""
@@ -56,6 +57,7 @@ class GroupedProducts:
         """Add to a layer's output y (B, T, out), in place, what the adapters make of its input x (B, T, in)."""
         from qsun.kernels.lora_triton import add_lora_rows
 
+        assert self._table is not None
         rows = y.view(-1, y.shape[-1])
         with torch.cuda.device_of(x):  # Triton launches on the current device
             add_lora_rows(rows, x.flatten(0, 1), self._table[:, self._numbers[layer]], self._tiles_for(x))

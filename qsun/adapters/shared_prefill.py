@@ -44,8 +44,7 @@ class RowAdapters:
     def use(self, runs: Sequence[Run], device: torch.device) -> None:
         """Take the adapters of the next pass; rows without one are in no run."""
         self._runs, self._in_kernel = runs, GroupedProducts.serves(runs, device)
-        if self._in_kernel:
-            self._grouped.begin(runs)
+        self._grouped.begin(runs if self._in_kernel else ())
 
     def add(self, y: Tensor, x: Tensor, layer: str) -> None:
         """Add the low-rank products of x (B, T, in) to a layer's output y (B, T, out), in place."""

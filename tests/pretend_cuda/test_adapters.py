@@ -1,6 +1,8 @@
 """Adapters of many ranks on a pretended CUDA device: the grouped kernels, two launches a layer, the right tokens."""
 
 import copy
+import gc
+import weakref
 from collections import Counter
 from concurrent.futures import Future
 
@@ -114,6 +116,19 @@ def test_two_launches_a_layer(tiny_model, paths, quantized, weights, pretend_cud
     assert (kv.float() - written(rows).float()).norm() < 0.01 * kv.float().norm()
     assert not any(launch["kernel"] in GROUPED for launch in pretend_cuda.launches)
     assert (kv.float() - written([None] * 5).float()).norm() > 0.1 * kv.float().norm()
+
+
+def test_an_adapter_is_let_go_of_after_its_pass(tiny_model, paths, pretend_cuda):
+    decode = qsun.load_decode(tiny_model("llama"), "cuda", torch.float32)
+    module = AdapterLibrary(decode).open(paths["task0"])
+    adapter = module.load()
+    with torch.no_grad(), module.shared.rows([adapter]):
+        list(prefilled_rows(module.shared.model, [[5, 6, 7]], 64))
+    assert any(launch["kernel"] in GROUPED for launch in pretend_cuda.launches)
+    held = weakref.ref(adapter)
+    del adapter
+    gc.collect()
+    assert held() is None
 
 
 def test_ranks_beyond_the_kernel_go_one_by_one(tiny_model, tmp_path, pretend_cuda):
