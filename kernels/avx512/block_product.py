@@ -6,6 +6,7 @@ compiles `block_code` at first use: users need no compiler.
 
 import ctypes
 import logging
+import threading
 from functools import cache
 from typing import Any
 
@@ -16,6 +17,7 @@ from qsun.kernels.avx512.block_code import MOST_ROWS, block_code
 
 logger = logging.getLogger(__name__)
 BLOCK = 64  # rows of weights
+_lock = threading.Lock()  # code that two threads compiled would be freed under one of them
 
 
 @cache
@@ -25,7 +27,8 @@ def available() -> bool:
         return False
     try:
         _compiled()
-    except (ImportError, AttributeError, RuntimeError) as error:  # no llvmlite, no libgomp, or an LLVM of another age
+    except (ImportError, OSError, AttributeError, RuntimeError) as error:
+        # no llvmlite, one whose library cannot be loaded, no libgomp, or an LLVM of another age
         logger.info("int4 products on this CPU are torch's own: %s: %s", type(error).__name__, error)
         return False
     return True
@@ -43,14 +46,14 @@ def block_product(x: Tensor, words: Tensor, scale_zero: Tensor) -> Tensor:
         (M, N) bfloat16, accumulated in float32.
     """
     out = x.new_empty(x.shape[0], words.shape[0])
-    groups, N = scale_zero.shape[:2]
+    code, (groups, N) = _compiled(), scale_zero.shape[:2]
     K, blocks = x.shape[1], N // BLOCK
     threads = max(1, min(torch.get_num_threads(), blocks))
     for start in range(0, x.shape[0], MOST_ROWS):
         rows, target = x[start : start + MOST_ROWS], out[start : start + MOST_ROWS]
         addresses = [tensor.data_ptr() for tensor in (rows, words, scale_zero, target)]
         numbers = (0, len(rows), N, K, K // groups, blocks)
-        _compiled().run((ctypes.c_int64 * 10)(*addresses, *numbers), threads)
+        code.run((ctypes.c_int64 * 10)(*addresses, *numbers), threads)
     return out
 
 
@@ -76,4 +79,11 @@ class _Compiled:
         self.run = signature(self._engine.get_function_address("run"))
 
 
-_compiled = cache(_Compiled)
+def _compiled() -> _Compiled:
+    with _lock:
+        return _compiled_once()
+
+
+@cache
+def _compiled_once() -> _Compiled:
+    return _Compiled()

@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -102,6 +104,36 @@ def test_layers_use_blocks_and_keep_no_dense_copy():
         assert torch.equal(layer(x), product(x, layer.words, layer.scales))
         assert layer.read_bytes(M) < 128 * 256
     assert layer._dense is None
+
+
+@pytest.fixture
+def not_compiled():
+    blocks._compiled_once.cache_clear()
+    blocks.available.cache_clear()
+    yield
+    blocks._compiled_once.cache_clear()
+    blocks.available.cache_clear()
+
+
+def test_threads_compile_once(monkeypatch, not_compiled):
+    class Slow:
+        def __init__(self):
+            time.sleep(0.05)
+
+    monkeypatch.setattr(blocks, "_Compiled", Slow)
+    with ThreadPoolExecutor(4) as threads:
+        made = [future.result() for future in [threads.submit(blocks._compiled) for _ in range(4)]]
+    assert len(set(map(id, made))) == 1
+
+
+def test_a_library_that_cannot_be_loaded(monkeypatch, not_compiled):
+    def fail():
+        raise OSError("Could not find/load shared object file")
+
+    monkeypatch.setattr(blocks, "_Compiled", fail)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert not blocks.available()
 
 
 WITHOUT_LLVMLITE = """
