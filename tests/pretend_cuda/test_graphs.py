@@ -1,7 +1,9 @@
 """CUDA graphs on a pretended machine: captured before requests come, shared by `generate` and engines, one pool."""
 
 import gc
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from qsun.engine.decode import graph_pool
 from qsun.engine.engine import Engine
 from qsun.engine.requests import Request
 from qsun.engine.warming import warm
+from qsun.runtime.quant_linear import QuantLinear
 from tests.engine_rig import run_until_idle, tokens_of
 
 PROMPTS = [[5, 6, 7], list(range(3, 40)), [9], [11, 12]]
@@ -79,6 +82,19 @@ def test_engines_at_the_same_time_do_not(expected, tiny_model, pretend_cuda):
         tokens = [[t for u in updates[engine] if u.request == str(n) for t in u.tokens] for n in range(4)]
         assert tokens == wanted
     assert first.batch_of("m").cache.memory is not second.batch_of("m").cache.memory
+
+
+def test_graphs_hold_after_a_move_that_moves_nothing(tiny_model, tmp_path, pretend_cuda):
+    """8-bit layers are multiplied by dequantized copies, whose addresses the graphs have."""
+    qsun.quantize(tiny_model("llama"), tmp_path / "q", qsun.QuantConfig(method="rtn", bits=8, group_size=32))
+    decode = qsun.load_decode(tmp_path / "q", "cuda", torch.float32, keep_dense=True)
+    modules = qsun.PrefillModule(decode.model, tmp_path / "q"), decode
+    wanted, captured = generate(modules), len(pretend_cuda.graphs)
+    copies = [m._dense.data_ptr() for m in decode.model.modules() if isinstance(m, QuantLinear)]
+    decode.model.to("cuda")
+    assert generate(modules) == wanted
+    assert len(pretend_cuda.graphs) == captured > 0
+    assert [m._dense.data_ptr() for m in decode.model.modules() if isinstance(m, QuantLinear)] == copies
 
 
 def signatures(launches):
@@ -158,3 +174,18 @@ def test_graphs_share_a_pool_until_all_are_gone(pretend_cuda, monkeypatch):
     again = graph_pool.capture(device, lambda: x.add_(1))
     assert pools[3] is not pools[0]
     del other, again
+
+
+def test_threads_capture_one_after_the_other(pretend_cuda):
+    running, most = [], []
+
+    def body():
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.05)
+        running.pop()
+
+    with ThreadPoolExecutor(2) as threads:
+        for each in [threads.submit(graph_pool.capture, torch.device("cuda", 0), body) for _ in range(2)]:
+            each.result()
+    assert most == [1] * 4

@@ -1,5 +1,6 @@
 """CUDA graphs that share one pool of memory on each device: replays follow each other, and none reads another's."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 from weakref import WeakSet
@@ -7,6 +8,7 @@ from weakref import WeakSet
 import torch
 
 _pools: dict[torch.device, tuple[Any, "WeakSet[Any]"]] = {}
+_locks: dict[torch.device, threading.Lock] = {}  # one capture at a time goes to a pool
 
 
 def capture(device: torch.device, body: Callable[[], object]) -> Any:
@@ -14,6 +16,11 @@ def capture(device: torch.device, body: Callable[[], object]) -> Any:
 
     What body computes must go to memory from outside: the pool's is every other graph's too.
     """
+    with _locks.setdefault(device, threading.Lock()):
+        return _capture(device, body)
+
+
+def _capture(device: torch.device, body: Callable[[], object]) -> Any:
     side = torch.cuda.Stream(device)  # of this device: without one, torch takes the one that it captured on first
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
