@@ -38,7 +38,7 @@ class GroupedProducts:
         return max(adapter.most_rank for _, adapter in runs) <= MOST_RANK
 
     def begin(self, runs: Sequence[Run]) -> None:
-        """Take the adapters of the next pass, on one device; none: let go of those of the last, which may be evicted."""
+        """Take the adapters of the next pass, on one device; none: let go of the last one's, perhaps evicted."""
         self._runs, self._tiles = runs, {}
         self._table = torch.stack([self._entries_of(adapter) for _, adapter in runs]) if runs else None
 
