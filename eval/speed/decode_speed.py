@@ -10,6 +10,7 @@ import torch
 
 from qsun.engine.config import Sampling
 from qsun.engine.decode.fixed_slots import budget_for
+from qsun.engine.decode.slot_memory import available_after_release
 from qsun.engine.decode_batch import DecodeBatch
 from qsun.engine.requests import Request
 from qsun.engine.row import Row
@@ -17,7 +18,6 @@ from qsun.errors import QsunError
 from qsun.eval.load.percentiles import percentile
 from qsun.eval.speed.clock import copy_bandwidth
 from qsun.eval.speed.contenders import DTYPE, SUN, Contenders, kv_bytes, weight_bytes
-from qsun.memory import available_bytes
 from qsun.progress import Note
 from qsun.runtime.kv_cache import kv_shape
 from qsun.runtime.seam import prefilled_rows
@@ -107,7 +107,7 @@ def bench_speed(contenders: Contenders, points: Points, note: Note = lambda _: N
         prefill = prompts[context] = prefill_seconds(contenders.prefill, context, points.seconds)
         note(f"context {context}: prefill {1000 * prefill:.0f} ms")
         for batch in points.batches:
-            needed = len(contenders.decode) * kv_bytes(config, batch, context + points.steps)
+            needed = sum(_kv_bytes_taken(model, batch, context, points) for model in contenders.decode.values())
             free = _free_with_copies(contenders.decode, batch, device)
             if needed > 0.9 * free:
                 note(
@@ -150,8 +150,8 @@ def step_seconds(models: Mapping[str, Any], batch: int, context: int, points: Po
     """
     first: Any = next(iter(models.values()))
     device = first.model.embed_tokens.weight.device
-    filled = max(0, context - 1 - _WARM_UP - points.steps // 2)
-    batches = {name: filled_batch(model, batch, filled, points.steps + _WARM_UP) for name, model in models.items()}
+    filled, steps = _filled_and_steps(context, points)
+    batches = {name: filled_batch(model, batch, filled, steps) for name, model in models.items()}
     taken: dict[str, list[float]] = {name: [] for name in models}
     started = time.perf_counter()
     for turn in range(-_WARM_UP, points.steps):
@@ -163,6 +163,16 @@ def step_seconds(models: Mapping[str, Any], batch: int, context: int, points: Po
         if turn + 1 >= _LEAST and time.perf_counter() - started > points.seconds:
             break
     return taken
+
+
+def _filled_and_steps(context: int, points: Points) -> tuple[int, int]:
+    """Return the tokens that a row has before its first step, and its steps."""
+    return max(0, context - 1 - _WARM_UP - points.steps // 2), points.steps + _WARM_UP
+
+
+def _kv_bytes_taken(model: Any, batch: int, context: int, points: Points) -> int:
+    """Return the bytes of a point's cache: on a GPU, rows and columns are rounded up."""
+    return kv_bytes(model.config, 1, budget_for(model, batch, sum(_filled_and_steps(context, points))))
 
 
 def filled_batch(model: Any, batch: int, filled: int, steps: int) -> DecodeBatch:
@@ -216,7 +226,7 @@ def _free_with_copies(models: Mapping[str, Any], batch: int, device: torch.devic
     if device.type == "cpu":
         for model in models.values():
             list(filled_batch(model, batch, 0, 1).turns())
-    return available_bytes(device)
+    return available_after_release(device)
 
 
 def _now(device: torch.device) -> float:

@@ -13,6 +13,7 @@ import torch
 from qsun.adapters.pool import NOT_LOADED, AdapterPool
 from qsun.engine.config import EngineConfig
 from qsun.engine.decode.decode_step import on_device
+from qsun.engine.decode.slot_memory import available_after_release
 from qsun.engine.decode_batch import DecodeBatch
 from qsun.engine.fair_queue import FairQueue
 from qsun.engine.prefilling import LoadedModule, Prefilling, PrefillTask
@@ -22,7 +23,6 @@ from qsun.engine.row import Row, decoding_row
 from qsun.engine.state import EngineState, EngineWatch, engine_state, model_states
 from qsun.engine.token_choice import ChosenToken
 from qsun.errors import QsunError
-from qsun.memory import available_bytes
 from qsun.runtime.decode_module import DecodeModule
 from qsun.runtime.kv_cache import kv_bytes_per_token
 from qsun.runtime.prefill_module import PrefillModule
@@ -50,7 +50,7 @@ class Engine:
         self.dtype: torch.dtype = model.model.embed_tokens.weight.dtype
         self.device: torch.device = model.model.embed_tokens.weight.device
         per_token = kv_bytes_per_token(model.config, self.dtype)
-        self.budget_tokens = (self.config.kv_bytes or available_bytes(self.device) // 4) // per_token
+        self.budget_tokens = (self.config.kv_bytes or available_after_release(self.device) // 4) // per_token
         if self.budget_tokens < 1:
             raise QsunError(f"kv_bytes {self.config.kv_bytes} is too small; one token takes {per_token} bytes")
         if self.config.speculate and (self.config.static or self.device.type == "cuda"):

@@ -11,6 +11,7 @@ import torch
 import qsun
 from qsun.engine.config import EngineConfig, Sampling
 from qsun.engine.decode import graph_pool
+from qsun.engine.decode.slot_memory import free_tokens
 from qsun.engine.engine import Engine
 from qsun.engine.requests import Request
 from qsun.engine.warming import warm
@@ -66,6 +67,21 @@ def test_generate_and_engines_share_graphs(expected, tiny_model, pretend_cuda):
     assert generate(modules, [*reversed(PROMPTS)]) == [*reversed(expected)]
     assert run(engine_of(modules, kv_bytes=256 << 10)) == expected
     assert len(pretend_cuda.graphs) == captured
+
+
+def test_an_engine_of_its_own_budget_frees_what_generate_left(expected, tiny_model, pretend_cuda, monkeypatch):
+    modules = loaded(tiny_model("llama"), "cuda")
+    assert generate(modules) == expected
+    gc.collect()
+    left = free_tokens(modules[1].model)
+    found = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: found.append(free_tokens(modules[1].model)))
+    engine = engine_of(modules, kv_bytes=256 << 10)
+    assert free_tokens(modules[1].model) == left > 0
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (4 << 18, 140 << 30))
+    engine = engine_of(modules, kv_bytes=0)
+    assert found == [0]
+    assert run(engine) == expected
 
 
 def test_engines_at_the_same_time_do_not(expected, tiny_model, pretend_cuda):

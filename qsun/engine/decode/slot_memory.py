@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 
+from qsun.memory import available_bytes
 from qsun.runtime.kv_cache import kv_shape
 
 _lock = threading.Lock()
@@ -95,6 +96,20 @@ def free_tokens(model: Any) -> int:
     """Return how many rows x columns the largest memory has that an earlier batch of this model left; 0: none."""
     with _lock:
         return max((memory.tokens for memory in _of_models.get(model, []) if memory._owner() is None), default=0)
+
+
+def available_after_release(device: torch.device) -> int:
+    """Return what is free on a device once no memory waits for a next batch, of whichever model; see `release`."""
+    release()
+    return available_bytes(device)
+
+
+def release() -> None:
+    """Free the memory that no batch has, of all models: keys and values, and graphs, that calls of `generate` left."""
+    with _lock:
+        for held in _of_models.values():
+            held[:] = [memory for memory in held if memory._owner() is not None]
+    torch.cuda.empty_cache()  # without it the device does not know that they are free
 
 
 def _addresses(model: Any) -> tuple[int, ...]:

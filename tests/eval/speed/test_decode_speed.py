@@ -16,6 +16,7 @@ from qsun.eval.speed.contenders import GRID, loaded_contenders, made_contenders
 from qsun.eval.speed.decode_speed import Points, bench_speed, filled_batch, step_seconds
 from qsun.eval.speed.model_shapes import MODEL_SHAPES, ModelShape
 from qsun.quantization.methods.rtn import rtn
+from qsun.runtime.kv_cache import kv_bytes_per_token
 from qsun.runtime.quant_linear import QuantLinear
 
 CPU = torch.device("cpu")
@@ -162,10 +163,26 @@ def test_percentile():
 
 def test_points_that_do_not_fit_are_left_out(monkeypatch):
     notes = []
-    monkeypatch.setattr(speed, "available_bytes", lambda _: 100_000)  # KV of two modules: 28,672 and 458,752 bytes
+    monkeypatch.setattr(speed, "available_after_release", lambda _: 100_000)  # KV of two modules: 25,600 and 409,600
     rows = bench_speed(made_contenders("tiny", "bf16", CPU), Points((1, 16), (24,), 4), notes.append)["rows"]
     assert {row["batch"] for row in rows} == {1}
     assert any(note.startswith("batch 16, context 24 left out") for note in notes)
+
+
+def test_points_are_measured_by_what_their_caches_take():
+    """Also on a GPU, where rows and columns are rounded up."""
+    model, points = made_contenders("tiny", "bf16", CPU).prefill, Points((3,), (300,), 8)
+    taken = []
+    for static in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("qsun.engine.decode.fixed_slots.has_fixed_shapes", lambda *_, given=static: given)
+            patch.setattr("qsun.engine.decode_batch.has_fixed_shapes", lambda *_, given=static: given)
+            cache = filled_batch(model, 3, *speed._filled_and_steps(300, points)).cache
+            taken.append(speed._kv_bytes_taken(model, 3, 300, points))
+        assert taken[-1] == cache.budget_tokens * kv_bytes_per_token(model.config, torch.bfloat16)
+        rows, columns = cache.capacity
+        assert rows * columns <= cache.budget_tokens
+    assert taken[1] == 4 * 384 * taken[0] // (3 * 303)
 
 
 @pytest.fixture
