@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qsun.demo import base_directory
+from tests.adapter_rig import write_adapter
 from tests.places import ROOT
 from tests.serve.fake_vllm import expected_text
 
@@ -59,13 +60,20 @@ def cluster_values(root, token_seconds=0.0, **changes):
     return values | changes
 
 
+def make_adapters(root, names):
+    """Adapters of the demo base in `root`. Return the models that they are."""
+    for seed, name in enumerate(names):
+        write_adapter(root / name, base_directory(), seed)
+    return {name: {"adapter": str(root / name)} for name in names}
+
+
 def expected(model, prompt, tokens):
     return expected_text(model, prompt, tokens)
 
 
-async def one(client, number, tokens):
+async def one(client, number, tokens, models):
     """Send request `number`. Return "right", "wrong", or its error; streamed and whole answers take turns."""
-    model, prompt, stream = MODELS[number % 2], f"{number} of some words", number % 4 < 2
+    model, prompt, stream = models[number % len(models)], f"{number} of some words", number % 4 < 2
     body = {"model": model, "prompt": prompt, "max_tokens": tokens, "stream": stream}
     try:
         answer = await client.post("/v1/completions", json=body)
@@ -92,13 +100,13 @@ def streamed(body):
     return "".join(c["text"] for event in parsed for c in event.get("choices", [])), events[-1:] == ["[DONE]"]
 
 
-async def many(url, numbers, tokens=20, at_once=32):
+async def many(url, numbers, tokens=20, at_once=32, models=MODELS):
     """Send requests, so many at a time. Return how many ended in which way."""
     turns = asyncio.Semaphore(at_once)
 
     async def in_turn(client, number):
         async with turns:
-            return await one(client, number, tokens)
+            return await one(client, number, tokens, models)
 
     limits = httpx.Limits(max_connections=at_once)
     async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=180.0, limits=limits) as client:

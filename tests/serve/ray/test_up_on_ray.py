@@ -17,8 +17,6 @@ import httpx
 import pytest
 import yaml
 
-from qsun.demo import base_directory
-from tests.adapter_rig import write_adapter
 from tests.places import ROOT
 from tests.serve.ray.rig import (
     MODELS,
@@ -26,6 +24,7 @@ from tests.serve.ray.rig import (
     engines,
     environment,
     kill,
+    make_adapters,
     make_modules,
     many,
     processes,
@@ -197,9 +196,7 @@ def a_signal_takes_all_down(up, root, number):
 
 def with_adapters(root, values, pooled):
     """cluster.yaml's values with adapters as models, in a pool or in one engine."""
-    for seed, model in enumerate(MODELS):
-        write_adapter(root / "adapters" / model, base_directory(), seed)
-    models = {model: {"adapter": str(root / "adapters" / model)} for model in MODELS}
+    models = make_adapters(root / "adapters", MODELS)
     if not pooled:
         return values | {"models": models, "launch": values["launch"] | {"kernels": "qsun"}}
     return values | {"models": models, "prefill": {"module": "demo", "workers": 1}}

@@ -1,8 +1,9 @@
 """Three Ray nodes on this machine under load: python tests/serve/ray/three_nodes.py [REPORT.json]
 
-Pretend vLLMs. A decode replica, a prefill replica and a node are killed while requests run; the decode pool grows from
-1 to 3 replicas and shrinks again; a module is replaced. Requests are right, or end with an error that says so, and
-where nothing is killed none may fail. Exit code 1 where that is not so. Prints what happened and how long it took.
+Pretend vLLMs; two full modules, each with a prefill replica, and four adapters that share one. Decode replicas, prefill
+replicas and a node are killed while requests run; the decode pool grows from 1 to 3 replicas and shrinks again; a
+module is replaced. Requests are right, or end with an error that says so, and where nothing is killed none may fail.
+Exit code 1 where that is not so. Prints what happened and how long it took.
 """
 
 import asyncio
@@ -26,9 +27,25 @@ from qsun.serve.ray.config import put_config, serve_config
 from qsun.serve.ray.engine.command import free_ports
 from qsun.serve.ray.plan import plan_apps
 from tests.places import ROOT
-from tests.serve.ray.rig import cluster_values, engines, kill, make_modules, many, processes, ready, until, warm
+from tests.serve.ray.rig import (
+    MODELS,
+    cluster_values,
+    engines,
+    kill,
+    make_adapters,
+    make_modules,
+    many,
+    processes,
+    ready,
+    until,
+    warm,
+)
 
-START_SECONDS = 400
+START_SECONDS = 900
+ADAPTERS = ("poem", "tool", "chat", "sql")
+ALL = (*MODELS, *ADAPTERS)
+PAIRS = 3 * 3
+ENGINES = 3 + 3
 CLEAR = {"right", "cut off", "status 502", "status 503", "status 504"}
 DECODE = "ray::ServeReplica:qsun-decode"
 
@@ -40,19 +57,24 @@ class Nodes:
         self.root, self.checks = root, ModuleChecks()
         port, self.http_port = free_ports(2)
         head = {"num_cpus": 8, "resources": {"head": 1}, "include_dashboard": True, "dashboard_port": port}
-        self.cluster = Cluster(initialize_head=True, connect=True, head_node_args=head)
-        self.workers = [self.cluster.add_node(num_cpus=8) for _ in range(2)]
+        self.cluster = patiently(lambda: Cluster(initialize_head=True, connect=True, head_node_args=head))
+        self.adapters = make_adapters(root / "adapters", ADAPTERS)
+        self.workers = [patiently(lambda: self.cluster.add_node(num_cpus=8)) for _ in range(2)]
         self.dashboard, self.url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{self.http_port}"
 
-    def deploy(self, **changes):
+    def deploy(self, math="math", **changes):
+        """math: directory of this model's module."""
         values = cluster_values(self.root, token_seconds=0.02, listen={"port": self.http_port})
+        values["prefill"] = {"module": "demo", "workers": 1}
+        values["models"]["math"]["module"] = str(self.root / math)
+        values["models"] |= self.adapters
         values["ray"]["surge_percent"] = 100
         values["launch"]["start_seconds"] = float(START_SECONDS)
         cluster = parse_cluster(values | changes)
         planned = plan_apps(cluster, self.checks.names(cluster))
         planned[-1].args["deployment"]["ray_actor_options"]["resources"] = {"head": 0.1}
         config = serve_config(cluster, planned) | {"proxy_location": "HeadOnly"}  # nodes share an address here
-        put_config(self.dashboard, config)
+        put_config(self.dashboard, config, None)
 
     def decode_replicas(self):
         state = ready(self.url)
@@ -69,6 +91,18 @@ class Nodes:
     def remove(self, node):
         self.workers.remove(node)
         self.cluster.remove_node(node, allow_graceful=False)
+
+
+def patiently(start):
+    """Start a node. Ray gives up after 30 s, which is little on a machine that other work keeps busy."""
+    for attempt in range(5):
+        try:
+            return start()
+        except Exception as error:
+            if attempt == 4 or "timed out during startup" not in str(error):
+                raise
+            print("a node takes long to start; once more", flush=True)
+    return None
 
 
 def parent(pid):
@@ -94,7 +128,7 @@ def three_nodes():
 
 async def under_load(nodes, event, requests=192, tokens=30, at_once=48):
     """Run an event in the middle of a load. Return how requests ended, and the seconds from the event to `back`."""
-    load = asyncio.ensure_future(many(nodes.url, range(requests), tokens, at_once))
+    load = asyncio.ensure_future(many(nodes.url, range(requests), tokens, at_once, ALL))
     await asyncio.sleep(1.0)
     started = time.monotonic()
     back = await asyncio.to_thread(event)
@@ -104,14 +138,13 @@ async def under_load(nodes, event, requests=192, tokens=30, at_once=48):
 
 
 def kills(nodes, found):
-    pairs = 2 * 3
     nodes.deploy(decode={"module": "demo", "workers": 3})
     started = time.monotonic()
-    until(lambda: warm(nodes.url, pairs), START_SECONDS)
+    until(lambda: warm(nodes.url, PAIRS), START_SECONDS)
     found["seconds_to_warm"] = round(time.monotonic() - started, 1)
 
     def back():
-        return warm(nodes.url, pairs) and len(engines(nodes.root)) == 5
+        return warm(nodes.url, PAIRS) and len(engines(nodes.root)) == ENGINES
 
     def a_decode_engine():
         kill(engines(nodes.root, "decode")[0])
@@ -128,13 +161,18 @@ def kills(nodes, found):
         until(lambda: not back())
         return back
 
+    def the_prefill_replica_of_adapters():
+        kill(processes("ray::ServeReplica:qsun-prefill:")[0])
+        until(lambda: not back())
+        return back
+
     def a_node():
         nodes.remove(nodes.node_with_decode())
         until(lambda: not back())
         return back
 
-    found["no kill"] = {"ended": dict(asyncio.run(many(nodes.url, range(192), 30, 48)))}
-    for event in (a_decode_engine, a_decode_replica, a_prefill_replica, a_node):
+    found["no kill"] = {"ended": dict(asyncio.run(many(nodes.url, range(192), 30, 48, ALL)))}
+    for event in (a_decode_engine, a_decode_replica, a_prefill_replica, the_prefill_replica_of_adapters, a_node):
         name = event.__name__.replace("_", " ")
         found[f"{name} killed"] = asyncio.run(under_load(nodes, event))
         print(name, found[f"{name} killed"], flush=True)
@@ -145,8 +183,6 @@ def new_module(nodes, found):
     before = sorted(processes(DECODE))
     (nodes.root / "new").mkdir()
     shutil.copytree(nodes.root / "code", nodes.root / "new" / "math")
-    models = {"math": {"module": str(nodes.root / "new" / "math"), "workers": 1}}
-    models["code"] = {"module": str(nodes.root / "code"), "workers": 1}
     old = {w["url"] for w in ready(nodes.url)["workers"] if w["model"] == "math"}
 
     def replaced():
@@ -155,7 +191,7 @@ def new_module(nodes, found):
         return bool(now) and not now & old and state["ready"]
 
     def event():
-        nodes.deploy(decode={"module": "demo", "workers": 3}, models=models)
+        nodes.deploy(math="new/math", decode={"module": "demo", "workers": 3})
         return replaced
 
     found["module replaced"] = asyncio.run(under_load(nodes, event, requests=768))
@@ -166,7 +202,7 @@ def scaling(nodes, found):
     """The decode pool grows to 3 replicas under load and shrinks to 1 under a light one."""
     scale = {"workers": 3, "tokens": 400, "up_seconds": 2.0, "down_seconds": 4.0}
     nodes.deploy(decode={"module": "demo", "workers": 1, "scale": scale})
-    until(lambda: warm(nodes.url, 2) and len(nodes.decode_replicas()) == 1, START_SECONDS)
+    until(lambda: warm(nodes.url, 3) and len(nodes.decode_replicas()) == 1, START_SECONDS)
     ended, counts, until_three, until_one = asyncio.run(grown_and_shrunk(nodes))
     found["scaling"] = {
         "ended": dict(ended),
@@ -183,7 +219,7 @@ async def grown_and_shrunk(nodes):
         number = 0
         while heavy is not None:
             count = 64 if heavy else 2
-            ended.update(await many(nodes.url, range(number, number + count), 30, count))
+            ended.update(await many(nodes.url, range(number, number + count), 30, count, ALL))
             number += count
 
     def seen(wanted):
