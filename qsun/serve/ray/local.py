@@ -86,19 +86,22 @@ def local_ray(planned: Planned, logs: Path, signals: UpSignals) -> Iterator[str]
     Args:
         logs: directory of the replicas' logs. signals: those of this process.
     Raises:
-        QsunError: there are too few GPUs.
+        QsunError: Ray does not start, or there are too few GPUs.
     """
     needed = needed_resources(planned, updating=True)
     cpus = math.ceil(needed.pop("CPU", 0))
     needed.pop("GPU", None)  # Ray counts those that are visible
-    context = ray.init(
-        address="local",
-        num_cpus=max(cpus, os.cpu_count() or 1),
-        resources={name: math.ceil(amount) for name, amount in needed.items()},
-        dashboard_port=free_ports(1)[0],
-        log_to_driver=False,
-        configure_logging=False,
-    )
+    try:
+        context = ray.init(
+            address="local",
+            num_cpus=max(cpus, os.cpu_count() or 1),
+            resources={name: math.ceil(amount) for name, amount in needed.items()},
+            dashboard_port=free_ports(1)[0],
+            log_to_driver=False,
+            configure_logging=False,
+        )
+    except Exception as error:  # its own class, as it gives up after 30 s on a busy machine
+        raise QsunError(f"Ray does not start on this machine: {error}") from error
     try:
         _check_room(planned)
         signals.take()  # again: Ray has set a handler of SIGTERM that exits at once
