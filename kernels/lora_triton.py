@@ -59,6 +59,15 @@ def table_entry(a: Tensor, b: Tensor) -> tuple[int, int, int]:
     return entry
 
 
+def warm_lora_rows(rank: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile what `add_lora_rows` launches where the largest rank of a pass is this, for tiles of every size."""
+    a, b = torch.zeros(2, rank, _BK, dtype=dtype, device=device)
+    table = torch.tensor([table_entry(a, b)], dtype=torch.int64, device=device)
+    for rows in (16, 32, 64):
+        x = torch.zeros(rows, _BK, dtype=dtype, device=device)
+        add_lora_rows(torch.zeros_like(x), x, table, row_tiles([(0, rows)], rank, device))
+
+
 def add_lora_rows(y: Tensor, x: Tensor, table: Tensor, tiles: RowTiles) -> None:
     """Add to y, in place, what the adapter of each segment makes of its rows of x. Other rows are left alone.
 
@@ -103,7 +112,7 @@ def add_lora_rows(y: Tensor, x: Tensor, table: Tensor, tiles: RowTiles) -> None:
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "table_stride"], do_not_specialize_on_alignment=["table_ptr", "tiles_ptr"])
 def shrink_rows(
     x_ptr, table_ptr, tiles_ptr, low_ptr, M, K, stride_x, table_stride, share,
     R: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
@@ -130,7 +139,9 @@ def shrink_rows(
         tl.store(low_at, acc, mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["M", "table_stride", "splits"], do_not_specialize_on_alignment=["table_ptr", "tiles_ptr"]
+)
 def expand_rows(
     y_ptr, table_ptr, tiles_ptr, low_ptr, M, N, stride_y, table_stride, splits,
     R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,

@@ -32,10 +32,12 @@ class AdapterModule(PrefillModule):
         model: of `shared`, and the same for all that share it.
         directory: of the adapter, or of the shared weights where it is these without an adapter.
         state: size and time of the last change of the adapter's files when it was checked; None without an adapter.
+        rank: of the adapter; 0 without one.
     """
 
     shared: SharedPrefill = field(kw_only=True)
     state: tuple[tuple[int, int], ...] | None = field(default=None, kw_only=True)
+    rank: int = field(default=0, kw_only=True)
 
     def load(self) -> AdapterWeights:
         """Read the adapter. Raises QsunError if it has changed since it was checked, or has NaN or Inf."""
@@ -83,9 +85,9 @@ class AdapterLibrary:
         if not made:
             log.warning("%s", PLAIN_ADAPTER.format(path))
         state = _state(path)
-        check_adapter(self._skeleton, path)
+        settings, _ = check_adapter(self._skeleton, path)
         shared = self._weights_of(path, made)  # which may load them
-        return AdapterModule(shared.model, path, made, shared=shared, state=state)
+        return AdapterModule(shared.model, path, made, shared=shared, state=state, rank=settings.rank)
 
     def plain(self) -> AdapterModule:
         """Return shared weights without an adapter: the full-precision base's if an adapter needs those, or else the

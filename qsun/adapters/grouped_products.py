@@ -37,6 +37,17 @@ class GroupedProducts:
 
         return max(adapter.most_rank for _, adapter in runs) <= MOST_RANK
 
+    @staticmethod
+    def warm(rank: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Compile what passes launch where this is the largest rank of their adapters, if there is a kernel for it."""
+        if device.type != "cuda" or not int4_cuda.available():
+            return
+        from qsun.kernels.lora_triton import MOST_RANK, warm_lora_rows
+
+        if rank <= MOST_RANK:
+            with torch.cuda.device(device):
+                warm_lora_rows(rank, dtype, device)
+
     def begin(self, runs: Sequence[Run]) -> None:
         """Take the adapters of the next pass, on one device; none: let go of the last one's, perhaps evicted."""
         self._runs, self._tiles = runs, {}

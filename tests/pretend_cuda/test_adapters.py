@@ -16,10 +16,12 @@ from qsun.adapters.shared_prefill import SharedPrefill
 from qsun.engine.config import EngineConfig, Sampling
 from qsun.engine.engine import Engine
 from qsun.engine.requests import Request
+from qsun.engine.warming import warm
 from qsun.runtime.fused_projections import merge_projections
 from qsun.runtime.seam import prefilled_rows
 from tests.adapter_rig import KINDS, merged, write_adapter
 from tests.engine_rig import run_until_idle, tokens_of
+from tests.pretend_cuda.test_graphs import signatures
 
 RANKS = (1, 4, 16, 33)
 PROMPTS = ((5, 6, 7), tuple(range(3, 40)), (9,), (8, 8), tuple(range(50, 70)), (4, 5, 6, 7))
@@ -116,6 +118,28 @@ def test_two_launches_a_layer(tiny_model, paths, quantized, weights, pretend_cud
     assert (kv.float() - written(rows).float()).norm() < 0.01 * kv.float().norm()
     assert not any(launch["kernel"] in GROUPED for launch in pretend_cuda.launches)
     assert (kv.float() - written([None] * 5).float()).norm() > 0.1 * kv.float().norm()
+
+
+@pytest.mark.parametrize("weights", ["plain", "int4"])
+def test_nothing_is_compiled_after_warming(tiny_model, paths, quantized, weights, pretend_cuda, monkeypatch):
+    monkeypatch.setattr(pool, "ThreadPoolExecutor", InThisThread)
+    directory, adapters = quantized if weights == "int4" else (tiny_model("llama"), paths.values())
+    decode = qsun.load_decode(directory, "cuda", torch.bfloat16)
+    library = AdapterLibrary(decode)
+    engine = Engine(decode, EngineConfig(kv_bytes=1 << 20, max_batch=4))
+    for number, path in enumerate(adapters):
+        engine.add_module(f"task{number}", library.open(path))
+    engine.add_module("base", library.plain())
+    warm(engine)
+    compiled = signatures(pretend_cuda.launches)
+    pretend_cuda.launches.clear()
+    prompts = [*PROMPTS, tuple(range(1, 120)), tuple(range(1, 90))]
+    for number, (name, prompt) in enumerate(zip([*NAMES, "task3", "base"], prompts, strict=True)):
+        engine.submit(Request(str(number), name, prompt, Sampling(max_new_tokens=3, ignore_eos=True)))
+    run_until_idle(engine)
+    launched = signatures(pretend_cuda.launches)
+    assert {"shrink_rows", "expand_rows"} <= {each[0] for each in launched}
+    assert set(launched) <= set(compiled)
 
 
 def test_an_adapter_is_let_go_of_after_its_pass(tiny_model, paths, pretend_cuda):

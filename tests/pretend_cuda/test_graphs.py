@@ -114,25 +114,32 @@ def test_graphs_hold_after_a_move_that_moves_nothing(tiny_model, tmp_path, prete
 
 
 def signatures(launches):
-    """What Triton would compile for: kernels with their constants and the types of their arguments."""
+    """What Triton would compile for, kernels with their constants, and the shapes of packed weights, which choose them."""
     plain = (bool, int, str, float)
-    return Counter(
-        (each["kernel"], *sorted((k, v) for k, v in each.items() if k not in ("grid", "args") and isinstance(v, plain)))
-        for each in launches
-    )
+    found = []
+    for each in launches:
+        constants = [(k, v) for k, v in each.items() if k not in ("grid", "args") and isinstance(v, plain)]
+        packed = [tuple(tensor.shape) for tensor in each["args"] if getattr(tensor, "dtype", None) is torch.int16]
+        found.append((each["kernel"], *sorted(constants), *packed))
+    return Counter(found)
 
 
-@pytest.mark.parametrize(("bits", "fuse"), [(None, False), (4, True)])
-def test_nothing_is_captured_or_compiled_after_warming(bits, fuse, tiny_model, pretend_cuda, tmp_path):
-    """Requests come and go, short and long, up to the budget and to max_batch."""
+@pytest.mark.parametrize(
+    ("bits", "fuse", "pass_tokens"), [(None, False, 2048), (4, True, 2048), (4, False, 48)], ids=str
+)
+def test_nothing_is_captured_or_compiled_after_warming(bits, fuse, pass_tokens, tiny_model, pretend_cuda, tmp_path):
+    """Requests come and go, short and long, up to the budget and to max_batch; int4 modules also read and score."""
     directory = tiny_model("llama", max_position_embeddings=600)
     if bits:
         qsun.quantize(directory, tmp_path / "q", qsun.QuantConfig(method="rtn", group_size=32, dtype="bfloat16"))
     decode = qsun.load_decode(tmp_path / "q" if bits else directory, "cuda", torch.bfloat16, fuse=fuse)
-    engine = engine_of((qsun.load_prefill(directory, decode), decode), kv_bytes=1500 * 2 * 2 * 2 * 16 * 2, max_batch=4)
+    prefill = qsun.PrefillModule(decode.model, decode.directory)
+    limits = {"kv_bytes": 1500 * 2 * 2 * 2 * 16 * 2, "max_batch": 4, "pass_tokens": pass_tokens}
+    engine = engine_of((prefill, decode), **limits)
     assert warm(engine) == len(pretend_cuda.graphs) >= 7
     compiled, captured = signatures(pretend_cuda.launches), len(pretend_cuda.graphs)
-    sampling = {"ignore_eos": True, "detokenize": False}
+    pretend_cuda.launches.clear()
+    sampling = {"ignore_eos": True, "detokenize": False, "prompt_logprobs": 0}
     lengths = [(3, 2), (300, 4), (420, 3), (40, 6), (1, 3), (7, 2), (590, 4), (280, 3)]
     shapes = set()
     for number, (prompt, new) in enumerate(lengths):
@@ -145,7 +152,9 @@ def test_nothing_is_captured_or_compiled_after_warming(bits, fuse, tiny_model, p
         shapes.add(engine.batch_of("m").cache.capacity[1])
     assert len(shapes) > 1
     assert len(pretend_cuda.graphs) == captured
-    assert set(signatures(pretend_cuda.launches)) <= set(compiled)
+    launched = set(signatures(pretend_cuda.launches))
+    assert launched <= set(compiled)
+    assert len(launched) > 2 or not bits  # products of several launches
     assert len({id(graph) for graph in pretend_cuda.graphs}) == captured
 
 
