@@ -114,7 +114,7 @@ def test_graphs_hold_after_a_move_that_moves_nothing(tiny_model, tmp_path, prete
 
 
 def signatures(launches):
-    """What Triton would compile for, kernels with their constants, and the shapes of packed weights, which choose them."""
+    """What Triton would compile for: kernels, constants, and the shapes of packed weights, which choose launches."""
     plain = (bool, int, str, float)
     found = []
     for each in launches:

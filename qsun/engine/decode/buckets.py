@@ -1,12 +1,25 @@
 """Sizes that decode steps of fixed shape are rounded up to, so that there are few of them."""
 
-_LEAST_COLUMNS = 256
+_FINE_FROM = 1024  # steps of 1.25 at most from here on, as buckets are charged to the budget
+_ALIGNED, _FEW_ROWS = 16, 8
 
 
 def column_buckets(most: int) -> list[int]:
-    """Return 256, 384, 512, 768, 1024 ... below `most`, and `most`."""
-    sizes = (_LEAST_COLUMNS * step << octave for octave in range(most.bit_length()) for step in (2, 3))
-    return [*(size // 2 for size in sizes if size // 2 < most), most]
+    """Return 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560 ... below `most`, and `most`."""
+    octaves = range(most.bit_length())
+    sizes = [256, 384, 512, 768, *((_FINE_FROM * step << octave) // 4 for octave in octaves for step in (4, 5, 6, 7))]
+    return [*(size for size in sizes if size < most), most]
+
+
+def widened(sizes: list[int], budget: int) -> list[int]:
+    """Return the sizes, in ascending order, of as many rows as the budget holds of each of these, and of 1 to 8 rows.
+
+    Each is as wide as its rows can be, and a multiple of 16, except for the last, which stays.
+    """
+    least, most = sizes[0], sizes[-1]
+    counts = {*range(1, _FEW_ROWS + 1), *(budget // size for size in sizes)}
+    wide = sorted({most, *(min(most, budget // rows // _ALIGNED * _ALIGNED) for rows in counts)})
+    return [*{budget // size: size for size in wide if size >= least}.values()]
 
 
 def columns_bucket(columns: int, most: int) -> int:
@@ -24,9 +37,12 @@ def rows_bucket(rows: int) -> int:
     return 1 << (rows - 1).bit_length()
 
 
-def seen_columns(columns: int, own_only: bool) -> list[int]:
+def seen_columns(columns: int, own_only: bool, coarse: bool) -> list[int]:
     """Return the columns that steps over buffers of this many attend to.
 
     own_only: attention reads only the columns that a row has, so that one size is enough.
+    coarse: few sizes, as all are captured beforehand; otherwise 1.5 times what a step needs at most, or 256.
     """
-    return [*([] if own_only else [size for size in (256, 1024, 4096, 16384, 65536) if size < columns]), columns]
+    if own_only or not coarse:
+        return [columns] if own_only else column_buckets(columns)
+    return [*(size for size in (256, 1024, 4096, 16384, 65536) if size < columns), columns]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsun.engine.decode.buckets import column_buckets, row_buckets, rows_bucket, seen_columns
+from qsun.engine.decode.buckets import row_buckets, rows_bucket, seen_columns
 from qsun.engine.decode.fixed_slots import FixedSlots
 from qsun.engine.decode.graph_pool import capture
 from qsun.engine.decode.slot_cache import SlotCache
@@ -31,6 +31,7 @@ class DecodeStep:
         self.device: torch.device = model.model.embed_tokens.weight.device
         self.static = isinstance(cache, FixedSlots)
         self._own_only = all(isinstance(layer, FusedBlock) for layer in model.model.layers)
+        self._warmed = False
 
     @torch.no_grad()
     def warm(self, rows: int) -> int:
@@ -42,13 +43,14 @@ class DecodeStep:
         cache = self.cache
         if not isinstance(cache, FixedSlots) or self.device.type != "cuda":
             return 0
+        self._warmed = True
         with on_device(self.device):
-            for columns in reversed(column_buckets(cache.most_columns)):
+            for columns in reversed(cache.column_sizes):
                 cache.shape(columns)
                 for count in reversed(row_buckets(min(rows_bucket(rows), cache.capacity[0]))):
-                    for seen in reversed(seen_columns(columns, self._own_only)):
+                    for seen in reversed(self._seen(columns)):
                         self._graph(cache, (count, seen))
-            cache.shape(column_buckets(cache.most_columns)[0])
+            cache.shape(cache.column_sizes[0])
         return len(cache.memory.graphs)
 
     @torch.no_grad()
@@ -85,8 +87,11 @@ class DecodeStep:
         if not self.static:
             return rows, columns
         most_rows, most_columns = self.cache.capacity
-        seen = next(size for size in seen_columns(most_columns, self._own_only) if size >= columns)
+        seen = next(size for size in self._seen(most_columns) if size >= columns)
         return min(rows_bucket(rows), most_rows), seen
+
+    def _seen(self, columns: int) -> list[int]:
+        return seen_columns(columns, self._own_only, coarse=self._warmed)
 
     def _forward(self, tokens: Tensor, view: tuple[int, int], columns: Tensor | None = None) -> Tensor:
         """Nothing here depends on the values of a tensor. Rows beyond those in use write to rows that are not read.

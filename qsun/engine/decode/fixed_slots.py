@@ -1,9 +1,10 @@
 """Slots in memory that never moves, for steps that are captured as CUDA graphs."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
-from qsun.engine.decode.buckets import column_buckets, columns_bucket, rows_bucket
+from qsun.engine.decode.buckets import column_buckets, columns_bucket, rows_bucket, widened
 from qsun.engine.decode.slot_cache import SlotCache
 from qsun.engine.decode.slot_memory import lend_memory
 
@@ -25,6 +26,11 @@ class FixedSlots(SlotCache):
         self.memory = lend_memory(model, budget_tokens, rows, self)
         super().__init__(model.config, model.model.embed_tokens.weight, budget_tokens)
 
+    @cached_property
+    def column_sizes(self) -> list[int]:
+        """The columns that buffers can have, in ascending order."""
+        return widened(column_buckets(self.most_columns), self.budget_tokens)
+
     def fits(self, needs: Sequence[int]) -> bool:
         return (self.rows + len(needs)) * self._bucket(max([*needs, *self.needs])) <= self.budget_tokens
 
@@ -37,14 +43,14 @@ class FixedSlots(SlotCache):
             self.shape(kept if rows * kept <= self.budget_tokens else columns)
 
     def shape(self, columns: int) -> None:
-        """Give the buffers this many columns; one of the buckets."""
+        """Give the buffers this many columns, one of column_sizes."""
         self._allocate(self.budget_tokens // columns, columns)
 
     def _bucket(self, columns: int) -> int:
-        return max(columns, columns_bucket(columns, self.most_columns))
+        return next((size for size in self.column_sizes if size >= columns), columns)
 
     def _allocate(self, rows: int, columns: int) -> None:
-        columns = columns or column_buckets(self.most_columns)[0]
+        columns = columns or self.column_sizes[0]
         rows, filled = self.budget_tokens // columns, max(self.filled, default=0)
         new = self.memory.buffers(rows, columns)
         for layer in range(len(new)) if self.rows else ():

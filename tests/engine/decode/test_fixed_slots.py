@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qsun.engine.decode.buckets import column_buckets, columns_bucket, row_buckets, rows_bucket, seen_columns
+from qsun.engine.decode.buckets import column_buckets, columns_bucket, row_buckets, rows_bucket, seen_columns, widened
 from qsun.engine.decode.fixed_slots import FixedSlots, budget_for
 from qsun.engine.decode.slot_memory import free_tokens
 from tests.engine.decode.test_slot_cache import CONFIG, check, step
@@ -22,17 +22,29 @@ class Model(torch.nn.Module):
 
 
 def test_buckets():
-    assert column_buckets(2000) == [256, 384, 512, 768, 1024, 1536, 2000]
+    assert column_buckets(2000) == [256, 384, 512, 768, 1024, 1280, 1536, 1792, 2000]
     assert column_buckets(256) == [256]
     assert column_buckets(100) == [100]
-    assert [columns_bucket(n, 2000) for n in (1, 256, 257, 1500, 1537, 2000, 3000)] == [
+    assert [columns_bucket(n, 2000) for n in (1, 256, 257, 1500, 1793, 2000, 3000)] == [
         *(256, 256, 384, 1536, 2000, 2000, 2000)
     ]
     assert [row_buckets(n) for n in (1, 2, 5, 8)] == [[1], [1, 2], [1, 2, 4, 5], [1, 2, 4, 8]]
     assert [rows_bucket(n) for n in (1, 2, 3, 8, 9)] == [1, 2, 4, 8, 16]
-    assert seen_columns(2000, own_only=True) == [2000]
-    assert seen_columns(2000, own_only=False) == [256, 1024, 2000]
+    assert seen_columns(2000, own_only=True, coarse=False) == [2000]
+    assert seen_columns(2000, own_only=False, coarse=True) == [256, 1024, 2000]
+    assert seen_columns(2000, own_only=False, coarse=False) == column_buckets(2000)
     assert all(a < b for a, b in zip(column_buckets(131072), column_buckets(131072)[1:], strict=False))
+    assert widened([256, 384, 600], 1500) == [288, 368, 496, 600]
+    assert widened([100], 100) == [100]
+
+
+@pytest.mark.parametrize(("budget", "most"), [(100_000, 100_000), (12_345, 12_345), (1_000_000, 131_072)])
+def test_rounded_columns_cost_a_fifth_of_the_rows_at_most(budget, most):
+    sizes = widened(column_buckets(most), budget)
+    assert sizes == sorted(set(sizes))
+    for need in [*range(1024, most, 3), most]:
+        rows, exact = budget // next(size for size in sizes if size >= need), budget // min(need + 15, most)
+        assert rows >= exact if exact <= 8 else rows >= 0.8 * exact, need
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -61,12 +73,20 @@ def test_rows_keep_their_own_columns_and_addresses_stay(seed):
         rows, columns = cache.capacity
         shapes.add(columns)
         assert rows * columns <= 4000
-        assert columns in column_buckets(4000)
+        assert columns in cache.column_sizes
         assert rows >= len(expected)
         assert max(needs, default=0) <= columns
         check(cache, expected)
     assert len(shapes) > 2
     assert {keys.untyped_storage().data_ptr() for keys, _ in cache.buffers} == addresses
+
+
+def test_two_requests_of_half_the_budget_fit():
+    cache = FixedSlots(Model(), 100_000)
+    assert cache.fits([50_000, 50_000])
+    cache.place([], 0, 50_000)
+    cache.place([], 0, 50_000)
+    assert cache.capacity == (2, 50_000)
 
 
 def test_one_request_of_the_whole_budget_fits():
