@@ -83,11 +83,15 @@ def _deploy(cluster: Any, planned: Any, address: str) -> None:
 
 
 def _serve_here(file: Path, logs: Path, as_json: bool) -> None:
-    cluster, planned = _planned(file, logs)
-    from qsun.serve.ray.engine.environment import check_environment
+    def read() -> tuple[Any, Any]:
+        from qsun.serve.ray.engine.environment import check_environment
 
-    launch = cluster.launch
-    check_environment(launch.python or sys.executable, launch.kernels, dict(os.environ) | launch.environment)
+        cluster, planned = _planned(file, logs)
+        launch = cluster.launch
+        check_environment(launch.python or sys.executable, launch.kernels, dict(os.environ) | launch.environment)
+        return cluster, planned
+
+    cluster, planned = read()
     if importlib.util.find_spec("ray") is None:
         raise ModuleNotFoundError("No module named 'ray'", name="ray")  # before Ray's variables are set
     _keep_ray_private()
@@ -99,7 +103,7 @@ def _serve_here(file: Path, logs: Path, as_json: bool) -> None:
         typer.echo(json.dumps(found) if as_json else f"qsun up: {url}")
 
     try:
-        serve_here(cluster, planned, ray_token(os.environ), lambda: _planned(file, logs), ready, screen.note)
+        serve_here(cluster, planned, ray_token(os.environ), read, ready, screen.note)
     except KeyboardInterrupt:
         screen.interrupted("the cluster was not warm yet, and all replicas have ended")
 

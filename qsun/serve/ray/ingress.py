@@ -4,18 +4,29 @@ Its workers are replicas instead of URLs. Nothing else differs: pairs warm up, c
 the same code (qsun/serve/router).
 """
 
-from collections.abc import Mapping, Sequence
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.types import Message, Receive, Scope, Send
 
+from qsun.errors import QsunError
 from qsun.serve.cluster.file import parse_cluster
 from qsun.serve.cluster.names import ServedNames
 from qsun.serve.http.keys import read_keys
 from qsun.serve.ray.engine.logs import log_to_serve
 from qsun.serve.ray.members import Members
+from qsun.serve.ray.plan import LAST_SECONDS
 from qsun.serve.ray.transport import ReplicaTransport
 from qsun.serve.router.app import Router
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.1
+_KEYS_SECONDS = 1.0
+_PASSED_ON_SECONDS = 1.0  # by then Serve's proxies have passed on what the ingress has sent
 
 
 class Ingress:
@@ -33,18 +44,56 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> "WithoutRequestId":
         """Return the application, once Serve has made this object."""
         transport = ReplicaTransport()
-        keys = read_keys(self._cluster.listen.api_keys)
-        router = Router(self._cluster, ServedNames("", {}), keys, transport, self._follow)
+        self._keys = read_keys(self._cluster.listen.api_keys)
+        self._router = router = Router(self._cluster, ServedNames("", {}), self._keys, transport, self._follow)
+        self._state = router.state
         self._members = Members(router.state, transport, self._pools)
         return WithoutRequestId(router)
 
     async def _follow(self) -> None:
-        await self._members.follow()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._members.follow())
+            group.create_task(self._follow_keys())
+
+    async def _follow_keys(self) -> None:
+        """Use other API keys soon after their file has changed. A faulty file changes nothing, and is logged once."""
+        path, fault = self._cluster.listen.api_keys, ""
+        while path is not None:
+            await asyncio.sleep(_KEYS_SECONDS)
+            try:
+                found = await asyncio.to_thread(read_keys, path)
+                if found != self._keys:
+                    self._router.use_keys(found)
+                    self._keys = found
+                    logger.info("the API keys of %s are in use", path)
+                fault = ""
+            except QsunError as error:
+                if str(error) != fault:
+                    logger.error("%s; the previous API keys stay", error)
+                fault = str(error)
+
+    async def drain(self) -> None:
+        """Refuse new requests. Return once the others are over: after `limits.drain_seconds` they end with an error."""
+        state = self._state
+        state.draining = True
+        if not await _within(self._cluster.limits.drain_seconds, lambda: not state.busy):
+            logger.warning("%d requests are cut off", state.admission.running)
+            state.cut_off.set()
+            await _within(LAST_SECONDS - _PASSED_ON_SECONDS, lambda: not state.busy)
+        await asyncio.sleep(_PASSED_ON_SECONDS)
 
     async def check_health(self) -> None:
         """Raise if this process no longer hears of replicas."""
         if self._members.failed:
             raise RuntimeError("the ingress no longer follows the replicas")
+
+
+async def _within(seconds: float, condition: Callable[[], bool]) -> bool:
+    """Wait until something holds, but no longer than this. Return whether it does."""
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        await asyncio.sleep(_POLL_SECONDS)
+    return condition()
 
 
 class WithoutRequestId:

@@ -15,13 +15,14 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from qsun.errors import QsunError
-from qsun.serve.cluster.schema import Cluster
+from qsun.serve.cluster.schema import Cluster, Listen
 from qsun.serve.http.server import listen, url_of
+from qsun.serve.ray.calls import CALL_FAILURES
 from qsun.serve.ray.config import put_config, serve_config
 from qsun.serve.ray.engine.command import free_ports
 from qsun.serve.ray.engine.guard import GRACE_SECONDS
 from qsun.serve.ray.engine.logs import wait_until_unused
-from qsun.serve.ray.plan import INGRESS_APP, PlannedApp, needed_resources
+from qsun.serve.ray.plan import INGRESS, INGRESS_APP, LAST_SECONDS, PlannedApp, needed_resources
 from qsun.serve.ray.signals import UpSignals
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,6 @@ _POLL_SECONDS = 0.5
 _REPORT_SECONDS = 5.0
 _REASON_CHARACTERS = 1000
 _OUR_ERROR = f"{QsunError.__name__}: "
-
 
 Report = Callable[[str], None]
 Planned = Sequence[PlannedApp]
@@ -53,32 +53,74 @@ def serve_here(
         KeyboardInterrupt: there was a signal before that.
         QsunError: the address is taken, resources are too few, or an application cannot be deployed.
     """
+    assert cluster.ray.logs is not None
     url, port = _free_address(cluster)
-    with UpSignals() as signals, local_ray(planned, Path(cluster.ray.logs or "."), signals) as dashboard:
-
-        def apply(cluster: Cluster, planned: Planned) -> None:
-            listening = cluster.replace(listen=cluster.listen.model_copy(update={"port": port}))
-            put_config(dashboard, serve_config(listening, planned), token)
-            wait_until_running(planned, url, cluster.launch.start_seconds, report)
-
-        def reload() -> None:
-            cluster, planned = read()
-            _check_room(planned)
-            apply(cluster, planned)
-            report("the changed file is applied")
-
+    with UpSignals() as signals, local_ray(planned, Path(cluster.ray.logs), signals) as dashboard:
+        served = LocalServe(dashboard, url, cluster.listen.model_copy(update={"port": port}), token, report)
         report(f"starting {len(planned)} applications on Ray; logs of vLLM in {cluster.ray.logs}")
-        apply(cluster, planned)
+        served.apply(cluster, planned)
         on_ready(url)
-        until_interrupted(signals, reload)
-        report("ending the replicas")
+        until_interrupted(signals, lambda: served.reload(read))
+        report("finishing running requests, and ending the replicas")
+        served.drain()
+
+
+class LocalServe:
+    """The applications on this machine's Ray.
+
+    Args:
+        dashboard, url: addresses of Ray's dashboard and of the ingress. listen: where it listens, whatever files say.
+        token, report: as for `serve_here`.
+    """
+
+    def __init__(self, dashboard: str, url: str, listen: Listen, token: str | None, report: Report):
+        self._dashboard, self._url, self._listen, self._token, self._report = dashboard, url, listen, token, report
+        self._running: tuple[Cluster, Planned] | None = None
+
+    def apply(self, cluster: Cluster, planned: Planned) -> None:
+        """Deploy, and return once every application runs and every model has a warm pair of replicas."""
+        listening = cluster.replace(listen=self._listen)
+        put_config(self._dashboard, serve_config(listening, planned), self._token)
+        wait_until_running(planned, self._url, cluster.launch.start_seconds, self._report)
+        self._running = cluster, planned
+
+    def reload(self, read: Callable[[], tuple[Cluster, Planned]]) -> None:
+        """Apply a changed file. If that fails, deploy what ran before.
+
+        Raises:
+            QsunError: the file has a fault, or what it describes does not run.
+        """
+        assert self._running is not None
+        before = self._running
+        cluster, planned = read()
+        _check_room(planned)
+        try:
+            self.apply(cluster, planned)
+        except Exception as error:
+            self._report("the changed file does not run; the previous one is applied again")
+            self.apply(*before)
+            raise QsunError(f"the changed file is not applied: {_line(error)}") from error
+        old, new = before[0].listen, cluster.listen
+        if (old.host, old.port) != (new.host, new.port):
+            self._report(f"listen.host and listen.port are those of {self._url} until a restart")
+        self._report("the changed file is applied")
+
+    def drain(self) -> None:
+        """Have the ingress refuse new requests, and return once it has finished the running ones or cut them off."""
+        assert self._running is not None
+        seconds = self._running[0].limits.drain_seconds + LAST_SECONDS
+        try:
+            handle = serve.get_deployment_handle(INGRESS, app_name=INGRESS_APP)
+            handle.broadcast("drain").results(timeout_s=seconds + LAST_SECONDS)
+        except (TimeoutError, *CALL_FAILURES) as error:
+            logger.warning("running requests may be cut off: %s", type(error).__name__)
 
 
 @contextmanager
 def local_ray(planned: Planned, logs: Path, signals: UpSignals) -> Iterator[str]:
     """Have a Ray of this machine in the block, which gets its dashboard's URL; every process of it ends with the block.
 
-    Running requests end first, unless the block raises.
+    Replicas end in order, unless the block raises.
 
     It counts as many CPUs and `ray.resources` as the applications ask for: on one machine, how many share a core is the
     user's choice.
@@ -213,7 +255,13 @@ def until_interrupted(signals: UpSignals, reload: Callable[[], None]) -> None:
                 signals.hangup.clear()
                 try:
                     reload()
-                except (QsunError, OSError) as error:
-                    logger.error("%s", error)
+                except Exception as error:  # Ray has many, and what runs goes on
+                    logger.error("%s", _line(error))
     except KeyboardInterrupt:
         return
+
+
+def _line(error: Exception) -> str:
+    if isinstance(error, QsunError | OSError):
+        return str(error)
+    return f"{type(error).__name__}: {' '.join(str(error).split())[-_REASON_CHARACTERS:]}"

@@ -18,6 +18,7 @@ from qsun.serve.cluster.schema import Cluster, Pool
 
 DECODE_APP, ADAPTERS_APP, INGRESS_APP = "qsun-decode", "qsun-prefill", "qsun"
 ENGINE, INGRESS = "Engine", "Ingress"  # the deployments in them
+LAST_SECONDS = 5.0  # of the ingress beside `limits.drain_seconds`, for errors to reach clients
 _BUILDERS = "qsun.serve.ray.apps"
 _START_SECONDS = 30.0  # beside the drain, for vLLM to end
 
@@ -186,6 +187,6 @@ def _ingress(cluster: Cluster) -> dict[str, Any]:
         "ray_actor_options": {"num_cpus": 1.0},
         "max_ongoing_requests": cluster.guard_config(()).max_requests + 64,
         "health_check_period_s": cluster.health.interval_seconds,
-        "graceful_shutdown_timeout_s": limits.drain_seconds + 5.0,
+        "graceful_shutdown_timeout_s": limits.drain_seconds + LAST_SECONDS,
         "graceful_shutdown_wait_loop_s": 0.5,
     }

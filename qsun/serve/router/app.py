@@ -62,6 +62,10 @@ class Router:
         self.state.apply(cluster, names)
         self._guard = guard
 
+    def use_keys(self, api_keys: tuple[str, ...]) -> None:
+        """Take other API keys from the next request on. Raises QsunError for an invalid one; nothing has changed."""
+        self._guard = Guard(self._inner, self.state.cluster.guard_config(api_keys))
+
     def _routes(self) -> list[Route]:
         generate = GenerationEndpoint(self.state)
         return [

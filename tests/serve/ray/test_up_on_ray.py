@@ -115,7 +115,7 @@ def test_from_cold_to_warm_two_deaths_a_new_module_and_down_again(root):
         for role in ("decode", "prefill"):
             an_engine_that_dies_under_load_comes_back(up, root, role)
         a_hangup_applies_the_file(up, root, values)
-        a_signal_takes_all_down(up, root, signal.SIGTERM)
+        a_signal_lets_requests_finish_and_takes_all_down(up, root, signal.SIGTERM)
 
 
 def each_model_answers_with_its_own_module(up):
@@ -187,9 +187,16 @@ def workers_of(up, model):
     return {worker["url"] for worker in ready(up.url)["workers"] if worker["model"] == model}
 
 
-def a_signal_takes_all_down(up, root, number):
+def a_signal_lets_requests_finish_and_takes_all_down(up, root, number):
     assert len(engines(root)) == PAIRS
-    up.send_signal(number)
+
+    async def signalled_under_load():
+        load = asyncio.ensure_future(many(up.url, range(400, 416), tokens=200))
+        await asyncio.to_thread(until, lambda: sum(worker["in_flight"] for worker in ready(up.url)["workers"]) == 16)
+        up.send_signal(number)
+        return await load
+
+    assert asyncio.run(signalled_under_load()) == {"right": 16}
     assert up.wait(timeout=DEADLINE_SECONDS) == 0
     nothing_is_left(root)
 

@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from qsun.cli import up as command
-from qsun.errors import QsunError
 from qsun.serve.ray.signals import UpSignals
 
 VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
@@ -109,6 +108,23 @@ def test_an_environment_without_vllm(cluster_file, cli, tmp_path):
     assert "cannot be run: No such file" in cli("up", cluster_file(launch={"python": "/nowhere/python"})).err
 
 
+def test_the_environment_is_checked_again_when_the_file_has_changed(cluster_file, cli, monkeypatch, tmp_path):
+    pytest.importorskip("ray.serve", reason="needs Ray: pip install 'qsun[ray]'")
+    checked = []
+
+    def serve_here(_cluster, _planned, _token, read, *_):
+        cluster_file(launch={"device": "cpu", "kernels": "vllm", "python": "/other/python"})
+        read()
+
+    monkeypatch.setattr(command, "_keep_ray_private", lambda: None)
+    monkeypatch.setattr("qsun.serve.ray.local.serve_here", serve_here)
+    monkeypatch.setattr(
+        "qsun.serve.ray.engine.environment.check_environment", lambda python, *_: checked.append(python)
+    )
+    assert cli("up", cluster_file(), "--logs", tmp_path / "logs").code == 0
+    assert checked == [sys.executable, "/other/python"]
+
+
 def test_an_invalid_key_is_reported_before_anything_starts(cluster_file, cli, tmp_path):
     (tmp_path / "keys").write_text("short\n")
     answer = cli("up", cluster_file(listen={"port": 0, "api_keys": "keys"}), "--logs", tmp_path / "logs")
@@ -135,23 +151,3 @@ def test_the_first_signal_interrupts_and_later_ones_do_nothing(first):
         for number in numbers:
             signal.raise_signal(number)
     assert [signal.getsignal(number) for number in numbers] == before
-
-
-def test_sighup_reloads_and_a_fault_changes_nothing(caplog):
-    pytest.importorskip("ray.serve", reason="needs Ray: pip install 'qsun[ray]'")
-    from qsun.serve.ray.local import until_interrupted
-
-    reloads = []
-
-    def reload():
-        reloads.append(len(reloads))
-        if len(reloads) == 1:
-            signals.hangup.set()
-            raise QsunError("no such module")
-        raise KeyboardInterrupt
-
-    signals = UpSignals()
-    signals.hangup.set()
-    until_interrupted(signals, reload)
-    assert reloads == [0, 1]
-    assert "no such module" in caplog.text
