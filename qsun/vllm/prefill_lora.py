@@ -70,6 +70,15 @@ def install() -> None:
             setattr(target, name, changed)
 
 
+def installed() -> bool:
+    """Return whether `install` has replaced all functions in this process."""
+    try:
+        found = [getattr(_find(module, owner), name, None) for module, owner, name, *_ in _REPLACEMENTS]
+    except QsunError:
+        return False
+    return all(getattr(function, "qsun", False) for function in found)
+
+
 def _check(target: Any, name: str, parameters: str, path: str) -> None:
     original = getattr(target, name, None)
     found = [] if original is None else list(inspect.signature(original).parameters)

@@ -66,6 +66,7 @@ class FakeWorker:
         module: the weights. served_name: under which it serves them. adapters: on these weights, by their names.
         statuses: of the next answers, instead of 200.
         without_params: how many of the next prefills answer without transfer parameters; bad_params: with these.
+        max_model_len, max_new_tokens: of prompt and answer, and of an answer whose request leaves it open.
         first_seconds, token_seconds, check_seconds: how slow it is; the last one at /health and /v1/models each.
         gate: an event that each token waits for.
         cut_after, abort_after, error_after, no_done: tokens after which a stream breaks, in four ways.
@@ -89,7 +90,7 @@ class FakeWorker:
         self.prefix_caching, self.prefix_cache = False, {}
         self.healthy, self.extra_prompt_tokens = True, 0
         self.unreachable, self.hides_tools = set(), False
-        self.max_model_len = 4096
+        self.max_model_len, self.max_new_tokens = 4096, 64
         self.handshakes = {}
         self.seen, self.started, self.finished, self.cancelled = [], 0, 0, 0
         self.engine_id = uuid.uuid4().hex
@@ -213,7 +214,9 @@ class FakeWorker:
                 await answer(send, {"error": {"message": "KV load failed: no route"}}, 500)
                 return
         source = self._source(body, prompt)
-        count = body.get("max_completion_tokens") or body["max_tokens"]
+        count = body.get("max_completion_tokens") or body.get("max_tokens")
+        if count is None:  # vLLM fills its context, up to the server's max_new_tokens
+            count = min(self.max_new_tokens, self.max_model_len - token_count(prompt))
         words = [GARBAGE if source is None else word(source, prompt, place) for place in range(count)]
         if body.get("stream"):
             await self._stream(scope, body, prompt, words, send)

@@ -1,5 +1,7 @@
 """Which tokens an adapter of vLLM acts on, and which blocks of a prefix cache it may share. Without vLLM."""
 
+import os
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from qsun.errors import QsunError
 from qsun.vllm import prefill_lora
+from qsun.vllm.lora_guard import RequirePrefillLora
 from qsun.vllm.prefill_lora import boundary_keys, install, prompt_mask
 
 
@@ -74,9 +77,16 @@ def test_another_version_with_the_same_functions_is_warned_of(version, warns, mo
     monkeypatch.setattr(prefill_lora, "_REPLACEMENTS", [("vllm.batch", "Batch", "make", "self count", changed)])
     monkeypatch.setattr(prefill_lora, "_find", lambda module, owner: Batch)
     monkeypatch.setattr(prefill_lora, "import_module", lambda name: SimpleNamespace(__version__=version))
+    signals = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: signals.append((pid, number)))
+    with pytest.raises(QsunError, match="adapters would act on answers too"):
+        RequirePrefillLora(None)
+    assert signals == [(os.getpid(), signal.SIGTERM)]
+    caplog.clear()
     install()
     install()  # vLLM may load its plugins more than once
     assert Batch().make(5) == 6
+    RequirePrefillLora(None)
     assert bool(caplog.messages) is warns
     assert all("tested with vLLM 0.32, and this is 0.33.0" in message for message in caplog.messages)
 
@@ -84,3 +94,8 @@ def test_another_version_with_the_same_functions_is_warned_of(version, warns, mo
 def test_a_vllm_without_the_function_is_refused():
     with pytest.raises(QsunError, match="unset QSUN_PREFILL_LORA"):
         prefill_lora._find("no_such_module", "")
+
+
+def test_where_there_is_no_vllm_nothing_is_replaced(monkeypatch):
+    monkeypatch.setattr(prefill_lora, "_REPLACEMENTS", [("no_such_module", "", "make", "self", None)])
+    assert not prefill_lora.installed()

@@ -45,7 +45,8 @@ class EngineReplica:
         self._client = httpx.AsyncClient(
             base_url=command.url, trust_env=False, timeout=httpx.Timeout(None), limits=limits
         )
-        self._load = OutstandingTokens(prompts_only=engine["role"] == "prefill")
+        longest = min(filter(None, (engine["max_tokens"], launch.max_model_len)), default=0)
+        self._load = OutstandingTokens(prompts_only=engine["role"] == "prefill", longest=longest)
         self._attempts: OrderedDict[str, None] = OrderedDict()
         self._last_prefill = 0.0
 

@@ -31,12 +31,13 @@ class OutstandingTokens:
 
     Args:
         prompts_only: of a prefill replica, which generates nothing.
+        longest: tokens that a request which leaves its length open may generate.
     Attributes:
         tokens: outstanding now.
     """
 
-    def __init__(self, prompts_only: bool):
-        self._prompts_only = prompts_only
+    def __init__(self, prompts_only: bool, longest: int = 0):
+        self._prompts_only, self._longest = prompts_only, longest
         self.tokens = 0
 
     @contextmanager
@@ -51,7 +52,7 @@ class OutstandingTokens:
 
     def _needed(self, path: str, body: bytes) -> int:
         values: dict[str, Any] = json.loads(body)
-        return prompt_tokens(path, values) + (0 if self._prompts_only else int(values["max_tokens"]))
+        return prompt_tokens(path, values) + (0 if self._prompts_only else int(values.get("max_tokens", self._longest)))
 
 
 class RequestLoad:

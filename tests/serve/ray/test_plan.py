@@ -128,6 +128,9 @@ def test_adapters_without_a_pool_are_served_by_one_engine():
     assert decode.args["engine"]["role"] == "aggregated"
     assert list(decode.args["engine"]["adapters"]) == ["x", "y"]
     assert ingress.args["pools"] == [DECODE_APP]
+    limited = plan_apps(cluster(models=ADAPTERS, limits={"max_tokens": 77}), names)
+    assert limited[0].args["engine"]["max_tokens"] == 77
+    assert planned(limits={"max_tokens": 77})[DECODE_APP] == planned()[DECODE_APP]
 
 
 @pytest.mark.parametrize(
@@ -184,6 +187,13 @@ def test_tokens_are_outstanding_until_they_have_come():
         request.arrived(b"data: {}\n\ndata: {}\n\n")
         assert load.tokens == 11
     assert load.tokens == 0
+
+
+def test_a_request_that_leaves_its_length_open_may_take_all():
+    load = OutstandingTokens(prompts_only=False, longest=50)
+    body = json.dumps({"messages": [{"role": "user", "content": "x" * 36}]}).encode()
+    with load.counted("/v1/chat/completions", body):
+        assert load.tokens == 10 + 50
 
 
 def test_a_prefill_replica_counts_prompts_only():

@@ -114,14 +114,73 @@ def test_a_worker_that_lacks_an_adapter_serves_the_others():
     run(scenario)
 
 
-def test_a_chat_that_leaves_its_length_open_fits_into_the_context():
-    """Nobody has counted the prompt's tokens, of which there may be as many as characters."""
+@pytest.mark.parametrize("characters", [1000, 4000])
+def test_a_chat_that_leaves_its_length_open_gets_what_the_engine_has_room_for(characters):
+    """Only the engine knows how many tokens the prompt has, which may be as many as characters, or far fewer."""
 
     async def scenario():
         async with one_engine(1) as r:
-            body = {"model": "poem", "messages": [{"role": "user", "content": "x" * 1000}]}
-            assert (await r.client.post("/v1/chat/completions", json=body)).status_code == 200
+            body = {"model": "poem", "messages": [{"role": "user", "content": "x" * characters}]}
+            answer = await r.client.post("/v1/chat/completions", json=body)
+            assert answer.json()["usage"]["completion_tokens"] == r.shared[0].max_new_tokens
             (seen,) = r.shared[0].seen
-            assert 0 < seen["max_tokens"] <= r.shared[0].max_model_len - 1000
+            assert "max_tokens" not in seen and "max_completion_tokens" not in seen
+            assert (await r.client.post("/v1/chat/completions", json=body | {"max_tokens": 3})).status_code == 200
+            assert r.shared[0].seen[1]["max_tokens"] == 3
 
     run(scenario)
+
+
+def test_a_stream_may_wait_for_its_first_token_as_long_as_for_a_prefill():
+    """In the queue of the engine, and while it reads the prompt, which counts as load until then."""
+
+    async def scenario():
+        async with one_engine(1, limits={"stall_seconds": 0.4, "prefill_seconds": 20.0}) as r:
+            (worker,), (known,) = r.shared, r.state.fleet
+            worker.gate = asyncio.Event()
+            answer = asyncio.create_task(r.stream("poem", prompt="w " * 200))
+            await until(lambda: worker.started == 1)
+            await asyncio.sleep(1.0)
+            assert known.outstanding_tokens >= 100
+            worker.gate.set()
+            assert text_of(await answer) == expected("poem", "w " * 200, 4)
+            assert await r.metric("qsun_router_retries_total") == 0
+            assert known.outstanding_tokens == 0
+
+    run(scenario)
+
+
+def test_a_stream_that_stalls_after_its_first_token_ends_with_an_error():
+    async def scenario():
+        async with one_engine(1, limits={"stall_seconds": 0.4, "prefill_seconds": 60.0, "attempts": 1}) as r:
+            (worker,) = r.shared
+            gate = worker.gate = Gate(2)
+            events = await asyncio.wait_for(r.stream("poem"), 20.0)
+            assert "[DONE]" not in events
+            assert events[-1]["error"]["code"] == 502
+            assert text_of(events[:-1]) == expected("poem", "a b c d", 2)
+            gate.open.set()
+
+    run(scenario)
+
+
+class Gate:
+    """Lets so many tokens pass before it is open."""
+
+    def __init__(self, tokens):
+        self.left, self.open = tokens, asyncio.Event()
+
+    async def wait(self):
+        self.left -= 1
+        if self.left < 0:
+            await self.open.wait()
+
+
+def test_an_engine_with_adapters_has_no_name_for_another_model():
+    worker = Worker("http://a", "aggregated", "base", Breaker(3, 1.0), adapters={"poem": "qsun-poem"})
+    assert worker.name_of("poem") == "qsun-poem"
+    for adapters in ({"poem": "qsun-poem"}, {}):
+        worker.serve_adapters(adapters)
+        with pytest.raises(KeyError):
+            worker.name_of("gone")
+    assert Worker("http://a", "decode", "base", Breaker(3, 1.0)).name_of("any") == "base"

@@ -89,6 +89,20 @@ def test_an_adapter_that_a_reload_adds_is_used_once_the_workers_list_it():
     run(scenario)
 
 
+def test_a_reload_while_a_prompt_is_read_does_not_rename_its_kv_cache():
+    async def scenario():
+        async with rig(models=(), decode=1, adapters=("poem",)) as r:
+            (known,) = r.state.fleet.prefill["poem"]
+            r.shared[0].first_seconds = 0.5
+            task = asyncio.create_task(r.complete("poem"))
+            await until(lambda: r.shared[0].started == 1)
+            known.serve_adapters({"poem": "qsun-newer"})
+            assert (await task).json()["choices"][0]["text"] == expected("poem", "a b c d", 4)
+            assert r.decode[0].seen[0]["cache_salt"] == name_of("poem")
+
+    run(scenario)
+
+
 def test_a_pool_on_other_weights_is_refused():
     def prepare(worker):
         worker.served_name = name_of("other") if worker.role == "prefill" else worker.served_name

@@ -19,6 +19,7 @@ LOOPBACK = "127.0.0.1"
 LOOPBACK_DEVICE = "lo"  # its name on Linux, the only system on which vLLM runs workers
 API_SERVER = "vllm.entrypoints.openai.api_server"
 KV_GUARD = "qsun.vllm.kv_guard.RequireKvCache"
+LORA_GUARD = "qsun.vllm.lora_guard.RequirePrefillLora"
 PREFILL_LORA = "QSUN_PREFILL_LORA"  # the switch of qsun/vllm/prefill_lora.py
 EngineRole = Literal["prefill", "decode", "aggregated"]  # see router/workers/worker.py
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank takes
@@ -57,12 +58,18 @@ class EngineModule:
 
 
 def engine_command(
-    name: str, role: EngineRole, module: EngineModule, launch: LaunchSettings, ports: tuple[int, int]
+    name: str,
+    role: EngineRole,
+    module: EngineModule,
+    launch: LaunchSettings,
+    ports: tuple[int, int],
+    max_tokens: int | None = None,
 ) -> EngineCommand:
     """Return the command of one server.
 
     Args:
         ports: of its API and of NIXL's side channel, on the loopback address.
+        max_tokens: that no answer exceeds; None: as many as there is room for.
     Raises:
         QsunError: an adapter's rank is more than vLLM serves.
     """
@@ -78,6 +85,7 @@ def engine_command(
         *_sizes(launch),
         *(["--enforce-eager"] if launch.runs_eager else []),
         *(_lora_options(module.adapters, launch.max_loras) if module.adapters else []),
+        *(["--override-generation-config", json.dumps({"max_new_tokens": max_tokens})] if max_tokens else []),
     ]
     if launch.kernels == "qsun" and read_json(directory / "config.json").get("quantization_config"):
         argv += ["--quantization", "qsun"]
@@ -90,6 +98,7 @@ def engine_command(
 
 def _kv_options(role: EngineRole, launch: LaunchSettings) -> Iterator[str]:
     if role == "aggregated":
+        yield from ("--middleware", LORA_GUARD)
         return
     yield from ("--kv-transfer-config", json.dumps(kv_transfer_config(role, launch.device)))
     if role == "decode":

@@ -37,6 +37,7 @@ def command_on_node(engine: Mapping[str, Any], replica: str, node_address: str) 
         EngineModule(engine["module"], engine["served_name"], adapters),
         launch.model_copy(update={"environment": settings}),
         (port, side_channel),
+        engine["max_tokens"],
     )
 
 

@@ -130,35 +130,41 @@ class Exchange:
         request = self._request
         self._asked, self.tokens = None, 0
         source = await self._prefill_worker()
-        filled = Prefilled(None, None, None) if source.role == "aggregated" else await self._prefill(source, attempt_id)
+        name = source.name_of(request.model)  # now: a reload may change it while the prompt is read
+        alone = source.role == "aggregated"
+        filled = Prefilled(None, None, None) if alone else await self._prefill(source, name, attempt_id)
         self.prompt_tokens = prompt_tokens = filled.prompt_tokens or request.prompt_tokens
         target = self._fleet.choose_decode(source, Demand(request.model, prompt_tokens), self._tried)
         if target is None:
             raise WorkerFailed(source, "no_decode_worker", "no decode worker is left that is warm with it")
         self._asked, self._asked_at = target, time.monotonic()
-        longest = filled.prompt_tokens or CHARACTERS_PER_TOKEN * prompt_tokens  # of text that nobody has counted
-        max_tokens = request.max_tokens or self._most_tokens(target, longest)
-        served, salt = target.name_of(request.model), source.name_of(request.model)
-        body = decode_body(request, served, salt, filled.params, max_tokens)
-        load = stack.enter_context(target.handling(prompt_tokens + max_tokens))
-        read_seconds = min(self._limits.stall_seconds, self._left) if request.stream else self._left
-        timeout = httpx.Timeout(read_seconds, connect=min(10.0, self._left))
+        # of text that nobody has counted, an engine that answers alone gives as much as its context has left
+        longest = filled.prompt_tokens or (prompt_tokens if alone else CHARACTERS_PER_TOKEN * prompt_tokens)
+        most = request.max_tokens or self._most_tokens(target, longest)
+        served, max_tokens = (name, request.max_tokens) if alone else (target.name_of(request.model), most)
+        body = decode_body(request, served, name, filled.params, max_tokens)
+        load = stack.enter_context(target.handling(prompt_tokens + most))
+        first_seconds = self._limits.prefill_seconds if alone else self._limits.stall_seconds
+        timeout = httpx.Timeout(
+            min(first_seconds, self._left) if request.stream else self._left, connect=min(10.0, self._left)
+        )
         stack.enter_context(worker_span("decode", worker=target.url, attempt=attempt_id, prompt_tokens=prompt_tokens))
         try:
             opening = opened(self._state.client, target, request.path, body, attempt_id, timeout)
             response = await stack.enter_async_context(opening)
-            load.done(prompt_tokens)
+            if not alone:
+                load.done(prompt_tokens)
             return await self._first(stack, _Transfer(source, target, filled, load), response)
         except WorkerFailed as failed:
             failed.source = source
             raise
 
-    async def _prefill(self, source: Worker, attempt_id: str) -> Prefilled:
+    async def _prefill(self, source: Worker, name: str, attempt_id: str) -> Prefilled:
         request = self._request
         self._asked, self._asked_at = source, time.monotonic()
         with source.handling(request.prompt_tokens), worker_span("prefill", worker=source.url, attempt=attempt_id):
             seconds = min(self._limits.prefill_seconds, self._left)
-            filled = await prefill(self._state.client, source, request, attempt_id, seconds)
+            filled = await prefill(self._state.client, source, request, name, attempt_id, seconds)
         self._health.report_success(source, filled.engine_id)
         return filled
 
@@ -176,7 +182,7 @@ class Exchange:
         return chosen
 
     def _most_tokens(self, worker: Worker, prompt_tokens: int) -> int:
-        """Return max_tokens for a chat that leaves it open: the limit, or what the worker's context has left."""
+        """Return max_tokens for a request that leaves it open: the limit, or what the worker's context has left."""
         room = (worker.max_model_len or prompt_tokens + self._limits.max_tokens) - prompt_tokens
         return max(1, min(self._limits.max_tokens, room))
 
@@ -194,6 +200,8 @@ class Exchange:
             if event is None:
                 raise WorkerFailed(transfer.target, "broken", "its stream ended before a token came")
             opening.append(event)
+        if transfer.source is transfer.target:
+            transfer.load.done(self.prompt_tokens)
         mark("first token")
         self._health.report_success(transfer.target)
         return WorkerAnswer(events=self._relay(transfer, opening, events))
@@ -221,11 +229,16 @@ class Exchange:
 
     async def _following(self, transfer: _Transfer, events: AsyncIterator[bytes]) -> dict[str, Any] | None:
         """Return the next event after the opening; None at [DONE]."""
+        stall_seconds = self._limits.stall_seconds
         try:
-            async with asyncio.timeout(self._left):
+            async with asyncio.timeout(min(stall_seconds, self._left)):
                 return await self._next(transfer, events)
         except TimeoutError:
-            raise self._late() from None
+            if time.monotonic() >= self._deadline:
+                raise self._late() from None
+            stalled = WorkerFailed(transfer.target, "timeout", f"no event within {stall_seconds:g} seconds")
+            stalled.source = transfer.source
+            raise stalled from None
         except WorkerFailed as failed:
             failed.source = transfer.source
             raise

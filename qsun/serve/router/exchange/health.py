@@ -166,7 +166,8 @@ class HealthChecks:
             missing = ", ".join(sorted(worker.lacking)) or "none"
             logger.log(
                 logging.WARNING if worker.lacking else logging.INFO,
-                "prefill worker %s lacks the adapters of: %s",
+                "%s worker %s lacks the adapters of: %s",
+                worker.role,
                 worker.url,
                 missing,
             )
@@ -242,7 +243,7 @@ class HealthChecks:
         try:
             params = None
             if source is not target:
-                asked = prefill(self._client, source, _WARM_UP, request_id, seconds)
+                asked = prefill(self._client, source, _WARM_UP, source.served_name, request_id, seconds)
                 filled = await _within(seconds, source, asked)
                 self.report_success(source, filled.engine_id)
                 params = filled.params

@@ -98,15 +98,19 @@ def _has_blocks(ids: object) -> bool:
 
 
 def decode_body(
-    request: RoutedRequest, served_name: str, prefill_name: str, params: dict[str, Any] | None, max_tokens: int
+    request: RoutedRequest, served_name: str, prefill_name: str, params: dict[str, Any] | None, max_tokens: int | None
 ) -> dict[str, Any]:
     """Return the body for the decode worker: the client's request and the prompt's KV cache.
+
+    Args:
+        max_tokens: None leaves the length to the worker.
 
     The cache salt separates the modules in a prefix cache: the same prompt has another KV cache in each of them.
     """
     body = dict(request.body) | {"model": served_name, "cache_salt": prefill_name[:_SALT_CHARACTERS]}
     body.pop(_NEVER, None)
-    body["max_tokens"] = max_tokens
+    if max_tokens is not None:
+        body["max_tokens"] = max_tokens
     if request.path == CHAT and "max_completion_tokens" in body:
         body["max_completion_tokens"] = max_tokens
     if params is not None:

@@ -59,14 +59,14 @@ class Prefilled:
 
 
 async def prefill(
-    client: httpx.AsyncClient, worker: Worker, request: RoutedRequest, request_id: str, seconds: float
+    client: httpx.AsyncClient, worker: Worker, request: RoutedRequest, served_name: str, request_id: str, seconds: float
 ) -> Prefilled:
-    """Have a prefill worker compute a prompt within a time.
+    """Have a prefill worker compute a prompt within a time, under this name of a model.
 
     Raises:
         WorkerFailed, RequestRefused
     """
-    body = prefill_body(request, worker.name_of(request.model))
+    body = prefill_body(request, served_name)
     async with opened(client, worker, request.path, body, request_id, httpx.Timeout(seconds)) as response:
         answer = await read_json(worker, response)
     try:

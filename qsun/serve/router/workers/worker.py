@@ -84,8 +84,12 @@ class Worker:
         self.engine_ids: set[str] = set()
 
     def name_of(self, model: str) -> str:
-        """Return the name under which it serves a model of the router."""
-        return self.adapters.get(model, self.served_name)
+        """Return the name under which it serves a model of the router.
+
+        Raises:
+            KeyError: it serves adapters, and none of that model: under its own name it would answer as the base.
+        """
+        return self.adapters[model] if self.adapters or self.role == "aggregated" else self.served_name
 
     def serve_adapters(self, adapters: Mapping[str, str]) -> None:
         """Take the adapters of another file; those that it had not before are lacking until a check has found them."""

@@ -123,11 +123,19 @@ def test_servers_of_adapters_have_all_of_them(adapters):
 
 def test_one_engine_transfers_nothing_and_keeps_adapters_to_prompts(adapters, quantized):
     one = command("aggregated", quantized, adapters, decode_arguments=["--seed", "1"])
-    assert not {"--kv-transfer-config", "--middleware", "--no-enable-prefix-caching"} & set(one.argv)
+    assert not {"--kv-transfer-config", "--no-enable-prefix-caching"} & set(one.argv)
+    module, _, name = value(one, "--middleware").rpartition(".")
+    assert hasattr(importlib.import_module(module), name)
     assert value(one, "--quantization") == "qsun"
     assert "--enable-lora" in one.argv
     assert one.environment["QSUN_PREFILL_LORA"] == "1"
     assert one.argv[-2:] == ("--seed", "1")
+
+
+def test_answers_have_a_longest_length_if_one_is_given():
+    one = engine_command("a", "decode", EngineModule("demo", "d"), LaunchSettings(), (1, 2), 99)
+    assert json.loads(value(one, "--override-generation-config")) == {"max_new_tokens": 99}
+    assert "--override-generation-config" not in command().argv
 
 
 def test_a_rank_that_vllm_does_not_serve(adapters, tmp_path):

@@ -22,6 +22,7 @@ def engine(base_directory, tmp_path):
         "adapters": {"math": {"served_name": served_name(adapter_fingerprint(adapter)), "directory": str(adapter)}},
         "launch": {"device": "cpu"},
         "transfer_device": "lo",
+        "max_tokens": 99,
     }
 
 
@@ -30,6 +31,7 @@ def test_the_planned_modules(engine):
     assert command.name == "prefill-abcd"
     assert command.served_name == engine["served_name"]
     assert command.adapters == (engine["adapters"]["math"]["served_name"],)
+    assert '{"max_new_tokens": 99}' in command.argv
     assert command.environment["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "127.0.0.1"
 
 
