@@ -88,7 +88,8 @@ def _serve_here(file: Path, logs: Path, as_json: bool) -> None:
 
         cluster, planned = _planned(file, logs)
         launch = cluster.launch
-        check_environment(launch.python or sys.executable, launch.kernels, dict(os.environ) | launch.environment)
+        environment = dict(os.environ) | launch.environment
+        check_environment(launch.python or sys.executable, launch.kernels, environment, not cluster.one_engine)
         return cluster, planned
 
     cluster, planned = read()

@@ -202,7 +202,7 @@ class LaunchSettings(Section):
         eager: neither torch.compile nor CUDA graphs; None: on a CPU.
         threads: OpenMP threads of a worker on a CPU.
         start_seconds: until all workers must answer.
-        max_loras: different adapters in a batch of a prefill worker.
+        max_loras: different adapters in a batch of a worker.
         prefill_arguments, decode_arguments: further vLLM options.
         environment: variables of every worker, which override those that qsun sets.
     """

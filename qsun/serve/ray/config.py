@@ -109,7 +109,7 @@ def ray_service(cluster: Cluster, planned: Sequence[PlannedApp], ray_version: st
         QsunError: clients could not reach the ingress, or replicas not each other, as a pod's loopback is its own; or
             one volume cannot have all modules, or has the API keys too.
     """
-    if cluster.ray.transfer_device == LOOPBACK_DEVICE:
+    if cluster.ray.transfer_device == LOOPBACK_DEVICE and not cluster.one_engine:
         raise QsunError("ray.transfer_device lo is one pod's own; set the pods' network device, such as eth0")
     if is_loopback(cluster.listen.host):
         raise QsunError(f"listen.host {cluster.listen.host} is one pod's own; set 0.0.0.0, and listen.api_keys")
@@ -145,7 +145,9 @@ def _most_workers(cluster: Cluster) -> list[int]:
 
 
 def _resources(cluster: Cluster) -> dict[str, str]:
-    found = {"cpu": f"{max(1, round(cluster.ray.cpus + 1))}", "memory": "32Gi"}  # an ingress may be beside a worker
+    # ingresses, one more of them during an update, are beside workers
+    ingresses = math.ceil((cluster.ray.ingress_replicas + 1) / sum(_most_workers(cluster)))
+    found = {"cpu": f"{max(1, round(cluster.ray.cpus + ingresses))}", "memory": "32Gi"}
     if cluster.launch.device == "cuda":
         found["nvidia.com/gpu"] = str(cluster.launch.tensor_parallel_size)
     return found

@@ -21,7 +21,7 @@ from qsun.serve.ray.calls import CALL_FAILURES
 from qsun.serve.ray.config import put_config, serve_config
 from qsun.serve.ray.engine.command import free_ports
 from qsun.serve.ray.engine.guard import GRACE_SECONDS
-from qsun.serve.ray.engine.logs import wait_until_unused
+from qsun.serve.ray.engine.logs import logs_in_use, wait_until_unused
 from qsun.serve.ray.plan import INGRESS, INGRESS_APP, LAST_SECONDS, PlannedApp, needed_resources
 from qsun.serve.ray.signals import UpSignals
 
@@ -130,6 +130,7 @@ def local_ray(planned: Planned, logs: Path, signals: UpSignals) -> Iterator[str]
     Raises:
         QsunError: Ray does not start, or there are too few GPUs.
     """
+    others = logs_in_use(logs)  # of another qsun up
     needed = needed_resources(planned, updating=True)
     cpus = math.ceil(needed.pop("CPU", 0))
     needed.pop("GPU", None)  # Ray counts those that are visible
@@ -151,7 +152,7 @@ def local_ray(planned: Planned, logs: Path, signals: UpSignals) -> Iterator[str]
         serve.shutdown()
     finally:
         _shut_down(signals)
-        wait_until_unused(logs, 2 * GRACE_SECONDS)
+        wait_until_unused(logs, 2 * GRACE_SECONDS, others)
 
 
 def _shut_down(signals: UpSignals) -> None:

@@ -74,6 +74,10 @@ def _check(cluster: Cluster) -> None:
             f"models.{next(iter(cluster.adapters))} is an adapter without prefill workers, and launch.kernels vllm is "
             "without our plugin, which keeps adapters to prompts; drop it, or give prefill: {module: ..., workers: ...}"
         )
+    if cluster.one_engine and cluster.launch.prefill_arguments:
+        raise QsunError(
+            "launch.prefill_arguments is for prefill workers, and there are none; use launch.decode_arguments"
+        )
 
 
 def _pools(cluster: Cluster, names: ServedNames) -> Iterator[tuple[str, Pool, dict[str, Any]]]:
@@ -191,4 +195,5 @@ def _ingress(cluster: Cluster) -> dict[str, Any]:
         "health_check_period_s": cluster.health.interval_seconds,
         "graceful_shutdown_timeout_s": limits.drain_seconds + LAST_SECONDS,
         "graceful_shutdown_wait_loop_s": 0.5,
+        "max_surge_percent": 1,  # rounded up: one new ingress starts before an old one stops
     }

@@ -62,6 +62,13 @@ def test_pods_mount_the_modules_and_the_secret_with_the_keys():
         assert [volume["name"] for volume in pod["volumes"]] == ["modules"]
 
 
+def test_adapters_of_one_engine_transfer_nothing_and_their_pod_has_room_for_an_ingress_and_its_successor():
+    models = {"math": {"adapter": "/m/math"}, "code": {"adapter": "/m/code"}}
+    spec = printed(models=models, decode={"module": "demo", "workers": 1}, ray={})
+    assert pods(spec)[1]["containers"][0]["resources"]["limits"]["cpu"] == "3"
+    assert pods(printed())[1]["containers"][0]["resources"]["limits"]["cpu"] == "2"
+
+
 def test_worker_pods_have_the_resources_that_replicas_take():
     """KubeRay pastes the parameter into the command line of `ray start`, which reads JSON."""
     spec = printed(ray={"transfer_device": "eth0", "resources": {"a100": 0.5, "b": 2.0}})

@@ -71,13 +71,21 @@ def test_the_ingress_reads_its_part_as_a_cluster_file():
     assert list(part.models) == list(whole.models)
 
 
+def test_an_ingress_starts_before_the_one_that_it_replaces_stops():
+    many = planned(ray={"ingress_replicas": 3})["qsun"].args["deployment"]
+    assert many["num_replicas"] == 3
+    assert -(-many["num_replicas"] * many["max_surge_percent"] // 100) == 1  # as Serve rounds
+    apps = plan_apps(cluster(ray={"ingress_replicas": 3, "cpus": 0.0}), NAMES)
+    assert (needed_resources(apps)["CPU"], needed_resources(apps, updating=True)["CPU"]) == (3, 4)
+
+
 def test_a_ray_of_this_machine_has_all_that_replicas_take():
     decode = {"module": "demo", "workers": 1, "scale": {"workers": 3, "tokens": 500}}
     apps = plan_apps(cluster(decode=decode, ray={"resources": {"a100": 0.5, "fast": 2.0}}), NAMES)
     assert needed_resources(apps) == {"CPU": 3 + 1 + 3 + 1, "a100": 3.5, "fast": 2 * (3 + 1 + 3)}
     gpus = plan_apps(cluster(launch={"tensor_parallel_size": 2}, ray={"cpus": 0.5, "surge_percent": 50}), NAMES)
     assert needed_resources(gpus) == {"CPU": 6 / 2 + 1, "GPU": 12}
-    assert needed_resources(gpus, updating=True) == {"CPU": 9.5 / 2 + 0.25 + 1, "GPU": 2 * (3 + 2 + 5)}
+    assert needed_resources(gpus, updating=True) == {"CPU": 9.5 / 2 + 0.25 + 2, "GPU": 2 * (3 + 2 + 5)}
 
 
 def test_arguments_are_json():
@@ -139,6 +147,10 @@ def test_adapters_without_a_pool_are_served_by_one_engine():
         (
             {"models": ADAPTERS, "launch": {"kernels": "vllm"}},
             "models.x is an adapter without prefill workers, and launch.kernels vllm is without our plugin",
+        ),
+        (
+            {"models": ADAPTERS, "launch": {"prefill_arguments": ["--seed", "1"]}},
+            "launch.prefill_arguments is for prefill workers, and there are none; use launch.decode_arguments",
         ),
         (
             {"decode": {"module": "demo", "workers": ["http://a:1"]}},

@@ -105,6 +105,7 @@ def of_this_test(root):
 
 def test_from_cold_to_warm_two_deaths_a_new_module_and_down_again(root):
     values = cluster_values(root, token_seconds=0.02)
+    values["limits"]["drain_seconds"] = 120.0  # other tests may take most of the machine
     values["ray"]["resources"] = {"slot": 0.5}  # of which this machine's Ray must say that it has enough
     with warm_cluster(root, values) as up:
         each_model_answers_with_its_own_module(up)
@@ -137,6 +138,9 @@ def errors_are_openais(up):
 def all_listen_on_the_loopback_address(root):
     """But for the port at which a replica takes gRPC calls, which wants Ray's token."""
     replicas = processes("ray::ServeReplica")
+    for pid in replicas:
+        outside = [port for address, port in listening_addresses([pid]) if not is_loopback(address)]
+        assert len(outside) <= 1, outside
     others = [pid for pid in of_this_test(root) if pid not in replicas]
     found = listening_addresses([*others, *engines(root)])
     assert len(found) > 10
@@ -192,9 +196,12 @@ def a_signal_lets_requests_finish_and_takes_all_down(up, root, number):
 
     async def signalled_under_load():
         load = asyncio.ensure_future(many(up.url, range(400, 416), tokens=200))
-        await asyncio.to_thread(until, lambda: sum(worker["in_flight"] for worker in ready(up.url)["workers"]) == 16)
+        await asyncio.to_thread(until, lambda: in_flight() == 16)
         up.send_signal(number)
         return await load
+
+    def in_flight():
+        return sum(worker["in_flight"] for worker in (ready(up.url) or {"workers": ()})["workers"])
 
     assert asyncio.run(signalled_under_load()) == {"right": 16}
     assert up.wait(timeout=DEADLINE_SECONDS) == 0

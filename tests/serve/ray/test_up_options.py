@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from qsun.cli import up as command
+from qsun.errors import QsunError
+from qsun.serve.ray.engine.environment import check_environment
 from qsun.serve.ray.signals import UpSignals
 
 VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
@@ -100,6 +102,15 @@ def test_without_ray_one_line_names_the_extra(cluster_file, cli, monkeypatch, tm
     assert not (tmp_path / "logs").exists()
 
 
+def test_an_environment_without_nixl_is_enough_for_engines_that_transfer_nothing(tmp_path):
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").touch()
+    environment = {"PYTHONPATH": str(tmp_path)}
+    check_environment(sys.executable, "vllm", environment, transfers=False)
+    with pytest.raises(QsunError, match="has no nixl"):
+        check_environment(sys.executable, "vllm", environment, transfers=True)
+
+
 def test_an_environment_without_vllm(cluster_file, cli, tmp_path):
     file = cluster_file(launch={"device": "cpu", "environment": {"PYTHONPATH": ""}})
     answer = cli("up", file, "--logs", tmp_path / "logs")
@@ -119,10 +130,10 @@ def test_the_environment_is_checked_again_when_the_file_has_changed(cluster_file
     monkeypatch.setattr(command, "_keep_ray_private", lambda: None)
     monkeypatch.setattr("qsun.serve.ray.local.serve_here", serve_here)
     monkeypatch.setattr(
-        "qsun.serve.ray.engine.environment.check_environment", lambda python, *_: checked.append(python)
+        "qsun.serve.ray.engine.environment.check_environment", lambda python, *rest: checked.append((python, rest[-1]))
     )
     assert cli("up", cluster_file(), "--logs", tmp_path / "logs").code == 0
-    assert checked == [sys.executable, "/other/python"]
+    assert checked == [(sys.executable, True), ("/other/python", True)]
 
 
 def test_an_invalid_key_is_reported_before_anything_starts(cluster_file, cli, tmp_path):

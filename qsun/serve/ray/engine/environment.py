@@ -15,8 +15,8 @@ _PROBE = (
 )
 
 
-def check_environment(python: str, kernels: str, environment: Mapping[str, str]) -> None:
-    """Raise QsunError if the servers' Python lacks vLLM, NIXL or, for our kernels, our plugin."""
+def check_environment(python: str, kernels: str, environment: Mapping[str, str], transfers: bool) -> None:
+    """Raise QsunError if the servers' Python lacks vLLM, NIXL for transfers or, for our kernels, our plugin."""
     probe = [python, "-c", _PROBE]
     try:
         done = subprocess.run(  # noqa: S603 - an argument list, no shell
@@ -27,7 +27,7 @@ def check_environment(python: str, kernels: str, environment: Mapping[str, str])
         raise QsunError(f"launch.python {python} cannot be run: {error.strerror}") from None
     except (subprocess.TimeoutExpired, ValueError):
         raise QsunError(f"launch.python {python} does not work as a Python interpreter") from None
-    fixes = {"vllm": "install vLLM there", "nixl": "pip install nixl there"}
+    fixes = {"vllm": "install vLLM there"} | ({"nixl": "pip install nixl there"} if transfers else {})
     if kernels == "qsun":
         fixes["qsun"] = "pip install qsun there, or set launch.kernels: vllm"
     for name, fix in fixes.items():

@@ -65,10 +65,15 @@ def hold_log(log: Path) -> BinaryIO:
     return file
 
 
-def wait_until_unused(directory: Path, seconds: float) -> None:
-    """Return once no server writes to a log of this directory any more, or after this time."""
+def logs_in_use(directory: Path) -> frozenset[Path]:
+    """Return the logs of this directory that servers write to."""
+    return frozenset(filter(_in_use, directory.glob("*.log")))
+
+
+def wait_until_unused(directory: Path, seconds: float, others: frozenset[Path] = frozenset()) -> None:
+    """Return once no server writes to a log of this directory any more, or after this time. others: not to wait for."""
     deadline = time.monotonic() + seconds
-    while any(map(_in_use, directory.glob("*.log"))) and time.monotonic() < deadline:
+    while logs_in_use(directory) - others and time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
 
 

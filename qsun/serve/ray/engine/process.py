@@ -68,7 +68,9 @@ class EngineProcess:
 
     def _tell_guard(self) -> None:
         assert self._guard.stdin is not None
-        started = {"argv": self._command.argv, "environment": dict(os.environ) | self._command.environment}
+        # Ray's token, by which code can be run here, is none of vLLM's business
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_TOKEN")}
+        started = {"argv": self._command.argv, "environment": inherited | self._command.environment}
         with contextlib.suppress(BrokenPipeError):  # it was killed, which waiting for the server finds out
             self._guard.stdin.write(json.dumps(started).encode() + b"\n")
             self._guard.stdin.flush()
@@ -77,9 +79,12 @@ class EngineProcess:
         """Return once the server answers /health and lists all of its names."""
         deadline = time.monotonic() + seconds
         with httpx.Client(timeout=_ANSWER_SECONDS, trust_env=False) as client:
-            while not _serves(client, self._command):
-                if self._guard.poll() is not None:
+            while True:
+                answers = _serves(client, self._command)
+                if self._guard.poll() is not None:  # also if another one has taken the port, and answers there
                     raise QsunError(self._death())
+                if answers:
+                    return
                 if time.monotonic() > deadline:
                     raise QsunError(
                         f"{self._command.name} is not ready after {seconds:g} s; read {self._path}, or raise "

@@ -10,7 +10,7 @@ import pytest
 
 from qsun.errors import QsunError
 from qsun.serve.ray.engine.command import EngineCommand
-from qsun.serve.ray.engine.logs import KEPT, drop_old_logs, hold_log, log_directory, wait_until_unused
+from qsun.serve.ray.engine.logs import KEPT, drop_old_logs, hold_log, log_directory, logs_in_use, wait_until_unused
 from qsun.serve.ray.engine.process import EngineProcess
 
 
@@ -64,6 +64,8 @@ def test_waiting_until_no_log_is_in_use(temporary):
         started = time.monotonic()
         wait_until_unused(temporary, 0.3)
         assert time.monotonic() - started >= 0.3
+        others = logs_in_use(temporary)
+        wait_until_unused(temporary, 60.0, others)  # of another qsun up
     wait_until_unused(temporary, 60.0)
     assert time.monotonic() - started < 30.0
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from qsun.errors import QsunError
+from qsun.serve.ray.engine import process
 from qsun.serve.ray.engine.command import EngineCommand, free_ports
 from qsun.serve.ray.engine.process import EngineProcess, last_lines
 
@@ -65,6 +66,34 @@ def test_a_server_and_its_children_are_ended(tmp_path):
         assert os.getpgid(processes[0]) == running.pid != os.getpgid(0)
     assert not any(map(alive, [*processes, running.pid]))
     assert (tmp_path / f"{NAME}.log").read_text().splitlines()[0].endswith("set")
+
+
+def test_it_does_not_get_the_token_of_ray(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/secret")
+    monkeypatch.setenv("TEST_OTHER", "passed on")
+    with engine(tmp_path) as (_, (server,)):
+        environment = Path(f"/proc/{server}/environ").read_text()
+    assert "TEST_OTHER=passed on" in environment
+    assert "RAY_AUTH_TOKEN" not in environment
+
+
+def test_a_server_that_dies_while_another_one_answers_at_its_port(tmp_path, monkeypatch):
+    guards = []
+
+    class Popen(subprocess.Popen):
+        def __init__(self, *arguments, **named):
+            super().__init__(*arguments, **named)
+            guards.append(self.pid)
+
+    def answers(*_):
+        wait_for(lambda: not alive(guards[0]))
+        return True
+
+    monkeypatch.setattr(process.subprocess, "Popen", Popen)
+    monkeypatch.setattr(process, "_serves", answers)
+    with pytest.raises(QsunError, match="ended with code 1"):
+        EngineProcess(command("die"), str(tmp_path), DEADLINE_SECONDS, print)
 
 
 def test_its_signals_are_not_ignored(tmp_path):
