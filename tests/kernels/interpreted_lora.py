@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from qsun.kernels.lora_triton import MOST_RANK, add_lora_rows, row_tiles, table_entry
+from tests.kernels.lora_oracle import Draw, check
 
 HALF, SINGLE = torch.float16, torch.float32
-EPS = {HALF: 2.0**-11, SINGLE: 2.0**-24}
 
 
 @pytest.fixture(autouse=True)
@@ -14,77 +14,15 @@ def empty_is_nan():
     torch.use_deterministic_algorithms(True)  # torch.empty is filled with NaN
 
 
-def aligned(shape, dtype, generator, scale):
-    """A random tensor at a multiple of 16 bytes, inside a larger one of NaN."""
-    count = torch.Size(shape).numel()
-    around = torch.full((count + 32,), float("nan"), dtype=dtype)
-    first = 8 + (-(around.data_ptr() // dtype.itemsize + 8)) % (16 // dtype.itemsize)
-    values = around[first : first + count].view(shape)
-    values.copy_(torch.randn(shape, generator=generator) * scale)
-    return values
-
-
-class Case:
-    """Segments with an adapter each, ranks 0 for one that lacks the layer; rows of x outside of all are NaN."""
-
-    def __init__(self, ranks, lengths, N, K, dtype, gap=0, first=0, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        self.segments, row = [], first
-        for length in lengths:
-            self.segments.append((row, row + length))
-            row += length
-        M = row + 2
-        self.pairs = [
-            (aligned((rank, K), dtype, generator, K**-0.5), aligned((rank, N), dtype, generator, 0.3)) for rank in ranks
-        ]
-        held = torch.full((M, K + gap), float("nan"), dtype=dtype)
-        for begin, end in self.segments:
-            held[begin:end, :K] = torch.randn(end - begin, K, generator=generator)
-        self.x = held[:, :K]
-        self.y = torch.randn(M, 2 * N + gap, generator=generator).to(dtype)[:, N : 2 * N]  # as the half of two fused
-        self.exact, self.bound = self.y.double(), EPS[dtype] * self.y.double().abs()
-        for (begin, end), pair in zip(self.segments, self.pairs, strict=True):
-            x, a, b = self.x[begin:end].double(), *(part.double() for part in pair)
-            low = x @ a.t()
-            rounding = EPS[dtype] * low.abs() + 2.0**-22 * (x.abs() @ a.abs().t())
-            self.exact[begin:end] += low @ b
-            self.bound[begin:end] += rounding @ b.abs() + 2.0**-22 * (low.abs() @ b.abs())
-        self.bound += EPS[dtype] * self.exact.abs()
-
-    def run(self):
-        table = torch.tensor([table_entry(a, b) if len(a) else (0, 0, 0) for a, b in self.pairs])
-        most = max(len(a) for a, _ in self.pairs)
-        y = self.y.clone()
-        wide = torch.full((len(y), 3 * y.shape[1]), float("nan"), dtype=y.dtype)
-        target = wide[:, y.shape[1] : 2 * y.shape[1]]
-        target.copy_(y)
-        add_lora_rows(target, self.x, table, row_tiles(self.segments, most, torch.device("cpu")))
-        assert wide[:, : y.shape[1]].isnan().all()  # nothing beside it is written
-        assert wide[:, 2 * y.shape[1] :].isnan().all()
-        return target
-
-
-def check(case):
-    found = case.run()
-    assert torch.equal(found, case.run())
-    error = (found.double() - case.exact).abs()
-    assert (error <= case.bound).all(), float((error / case.bound).max())
-    outside = torch.ones(len(found), dtype=torch.bool)
-    for (begin, end), (a, _) in zip(case.segments, case.pairs, strict=True):
-        if len(a):
-            outside[begin:end] = False
-    assert torch.equal(found[outside], case.y[outside])
-
-
 @pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
 @pytest.mark.parametrize("rank", [1, 4, 8, 15, 16, 17, 32, 64])
 def test_ranks(rank, dtype):
-    check(Case([rank, rank], [19, 33], 80, 96, dtype, seed=rank))
+    check(Draw([rank, rank], [19, 33], 80, 96, dtype, seed=rank))
 
 
 @pytest.mark.parametrize("rank", [65, 200, MOST_RANK])
 def test_large_ranks(rank):
-    check(Case([rank, 4], [40, 3], 48, 64, HALF, seed=rank))
+    check(Draw([rank, 4], [40, 3], 48, 64, HALF, seed=rank))
 
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
@@ -103,17 +41,17 @@ def test_large_ranks(rank):
     ids=str,
 )
 def test_shapes(lengths, N, K, dtype):
-    check(Case([4, 16, 7, 33][: len(lengths)], lengths, N, K, dtype, gap=8, first=3, seed=N + K))
+    check(Draw([4, 16, 7, 33][: len(lengths)], lengths, N, K, dtype, gap=8, first=3, seed=N + K))
 
 
 def test_adapters_that_lack_the_layer():
-    check(Case([0, 8, 0], [5, 6, 7], 48, 64, HALF))
-    check(Case([0, 0], [5, 6], 48, 64, HALF))
+    check(Draw([0, 8, 0], [5, 6, 7], 48, 64, HALF))
+    check(Draw([0, 0], [5, 6], 48, 64, HALF))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_an_infinite_row_stays_in_its_row():
-    case = Case([8, 3], [4, 20], 32, 64, SINGLE)
+    case = Draw([8, 3], [4, 20], 32, 64, SINGLE)
     case.x[2, 5] = float("inf")
     found = case.run()
     fine = [i for i in range(24) if i != 2]
@@ -122,7 +60,7 @@ def test_an_infinite_row_stays_in_its_row():
 
 
 def test_one_adapter_in_several_segments():
-    case = Case([8, 5, 8], [4, 20, 9], 32, 64, SINGLE)
+    case = Draw([8, 5, 8], [4, 20, 9], 32, 64, SINGLE)
     case.pairs[2] = case.pairs[0]
     a, b = (part.double() for part in case.pairs[0])
     case.exact[24:33] = case.y[24:33].double() + case.x[24:33].double() @ a.t() @ b
@@ -130,7 +68,7 @@ def test_one_adapter_in_several_segments():
 
 
 def test_what_does_not_fit():
-    case = Case([8], [4], 32, 64, HALF)
+    case = Draw([8], [4], 32, 64, HALF)
     (a, b), tiles = case.pairs[0], row_tiles(case.segments, 8, torch.device("cpu"))
     table = torch.tensor([table_entry(a, b)])
     for y, x, entries in (
