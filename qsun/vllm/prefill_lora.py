@@ -63,7 +63,7 @@ def install() -> None:
             "%s=1 was tested with vLLM %s, and this is %s; check its answers first", SWITCH, TESTED_WITH, version
         )
     for target, name, _, replacement in found:
-        original = getattr(target, name)
+        original = vars(target)[name]
         if not getattr(original, "qsun", False):
             changed: Any = replacement(original)
             changed.qsun = True
@@ -80,7 +80,7 @@ def installed() -> bool:
 
 
 def _check(target: Any, name: str, parameters: str, path: str) -> None:
-    original = getattr(target, name, None)
+    original = vars(target).get(name)  # its own, not one that it inherits
     found = [] if original is None else list(inspect.signature(original).parameters)
     if found != parameters.split() and not getattr(original, "qsun", False):
         raise QsunError(
@@ -189,6 +189,25 @@ def _shrink_without_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     return bgmv_shrink
 
 
+def _nothing_without_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+    """In a step without adapters vLLM's CPU product still allocates and calls for every layer."""
+
+    def add_lora_linear(self: Any, *args: Any, **kwargs: Any) -> None:
+        if not (self.is_prefill and self.no_lora):  # is_prefill: no_lora is of this step
+            original(self, *args, **kwargs)
+
+    return add_lora_linear
+
+
+def _no_adapter_of_the_head(_: Callable[..., Any]) -> Callable[..., Any]:
+    """Tokens are chosen by the base, and vLLM's CPU product copies a vocabulary of zeros for each row."""
+
+    def add_lora_logits(self: Any, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    return add_lora_logits
+
+
 _SHRINK = "inputs lora_b_weights output_tensor lora_indices_tensor scaling"
 _REPLACEMENTS: list[tuple[str, str, str, str, Callable[..., Callable[..., Any]]]] = [
     (
@@ -226,6 +245,20 @@ _REPLACEMENTS: list[tuple[str, str, str, str, Callable[..., Callable[..., Any]]]
         "__init__",
         "self max_num_batched_tokens max_batches device kwargs",
         _room_for_two_runs,
+    ),
+    (
+        "vllm.lora.punica_wrapper.punica_cpu",
+        "PunicaWrapperCPU",
+        "add_lora_linear",
+        "self y x lora_a_stacked lora_b_stacked scale output_slices buffer kwargs",
+        _nothing_without_adapter,
+    ),
+    (
+        "vllm.lora.punica_wrapper.punica_cpu",
+        "PunicaWrapperCPU",
+        "add_lora_logits",
+        "self y x lora_a_stacked lora_b_stacked scale buffer kwargs",
+        _no_adapter_of_the_head,
     ),
     ("vllm.lora.ops.torch_ops.lora_ops", "", "bgmv_shrink", _SHRINK, _shrink_without_adapter),
     ("vllm.lora.ops.torch_ops", "", "bgmv_shrink", _SHRINK, _shrink_without_adapter),

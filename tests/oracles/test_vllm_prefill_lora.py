@@ -4,7 +4,8 @@ Every engine has prefix caching and chunked prefill on, and a KV cache so small 
 """
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from tests.oracles.prefill_lora import (
     second_wave,
     write_adapters,
 )
+from tests.places import ROOT
 
 pytestmark = pytest.mark.oracle
 
@@ -50,7 +52,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-def ask(probe: Probe, root, model, adapters, waves, **engine):
+def ask(probe: Probe, root, model, adapters, waves, script="vllm_prefill_lora.py", **engine):
     """(answers of each request, preemptions, prefix-cache hits)"""
     job = {
         "model": str(model),
@@ -60,7 +62,7 @@ def ask(probe: Probe, root, model, adapters, waves, **engine):
         "engine": ENGINE | engine,
     }
     (root / "job.json").write_text(json.dumps(job))
-    *tokens, preemptions, hits = probe("vllm", "vllm_prefill_lora.py", root / "job.json").tolist()
+    *tokens, preemptions, hits = probe("vllm", script, root / "job.json").tolist()
     found, rest = [], np.array(tokens).reshape(-1, NEW_TOKENS).tolist()
     for asked in (asked for wave in waves for asked in wave):
         found.append(rest[: asked.n])
@@ -126,6 +128,28 @@ def test_int4_on_vllms_own_kernels(quantized, probe: Probe, tmp_path, switched_o
     record("vllm prefill-only LoRA, its kernels", clear=clear, wrong=wrong, preemptions=preemptions, hits=hits)
     assert clear > 100
     assert wrong == 0
+
+
+def test_the_second_model_runner(probe: Probe, tmp_path, switched_on, monkeypatch):
+    """vLLM's environment has no Triton, so it borrows ours, interpreted: slow, hence short prompts and no sampling."""
+    triton = pytest.importorskip("triton")
+    (tmp_path / "lent").mkdir()
+    (tmp_path / "lent" / "triton").symlink_to(Path(triton.__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{tmp_path / 'lent'}")
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    base = make_base(tmp_path / "base", torch.float32)
+    adapters = write_adapters(tmp_path / "adapters", base, NAMES[:3])
+    reference = Reference(base, adapters)
+    first = [replace(asked, n=1) for asked in first_wave([*adapters], 16) if len(asked.tokens) < 100]
+    expected = [reference.answer(asked) for asked in first]
+    second = second_wave(first, expected)
+    expected += [reference.answer(asked) for asked in second]
+    engine = {"max_model_len": 512, "max_num_seqs": 8, "max_loras": 3, "max_num_batched_tokens": 64}
+    engine |= {"kv_cache_memory_bytes": 4 << 20}
+    script = "vllm_second_runner.py"
+    found, _, hits = ask(probe, tmp_path, base, adapters, [first, second], script, **engine)
+    assert (found, hits > 0) == ([[answer] for answer in expected], True)
 
 
 def test_a_vllm_whose_internals_moved_is_refused_at_start(probe: Probe, tmp_path, switched_on):

@@ -1,8 +1,8 @@
 """vllm_prefill_lora.py OUT JOB: tokens of one vLLM engine whose adapters act on prompt tokens only.
 
 JOB is JSON: model, adapters (name -> directory), waves (lists of {adapter or null, tokens, n}), new_tokens, engine
-(more arguments of LLM). Each wave is one call, so that a later one meets the prefix cache that earlier ones left. vLLM
-refuses n > 1 with temperature 0, so each token is sampled from the first choice alone.
+(more arguments of LLM). Each wave is one call, so that a later one meets the prefix cache that earlier ones left. For
+n > 1, which vLLM refuses with temperature 0, each token is sampled from the first choice alone.
 OUT holds, in turn: the answers of all requests, new_tokens for each of their n; preemptions; prefix-cache hits, in
 tokens.
 """
@@ -32,11 +32,13 @@ def main(out, job):
         **job["engine"],
     )
     adapters = {name: LoRARequest(name, i, path) for i, (name, path) in enumerate(job["adapters"].items(), 1)}
-    always = {"temperature": 1, "top_k": 1, "max_tokens": job["new_tokens"], "ignore_eos": True, "detokenize": False}
+    always = {"max_tokens": job["new_tokens"], "ignore_eos": True, "detokenize": False}
     found = []
     for wave in job["waves"]:
         prompts = [TokensPrompt(prompt_token_ids=request["tokens"]) for request in wave]
-        sampling = [SamplingParams(n=request["n"], **always) for request in wave]
+        sampling = [
+            SamplingParams(n=request["n"], temperature=int(request["n"] > 1), top_k=1, **always) for request in wave
+        ]
         chosen = [adapters.get(request["adapter"]) for request in wave]
         for result in engine.generate(prompts, sampling, lora_request=chosen, use_tqdm=False):
             for output in result.outputs:
