@@ -283,7 +283,8 @@ def _needs_op(x: Tensor) -> bool:
 
 def _gate_then_up(y: Tensor) -> Tensor:
     """Return a product (..., N) of interleaved rows with gate's columns first, contiguous: adapters add to it."""
-    return y.unflatten(-1, (-1, 2, INTERLEAVED_ROWS)).transpose(-3, -2).reshape(y.shape)
+    blocks = y.reshape(*y.shape[:-1], y.shape[-1] // (2 * INTERLEAVED_ROWS), 2, INTERLEAVED_ROWS)
+    return blocks.transpose(-3, -2).reshape(y.shape)
 
 
 def _dense(weights: Quantized, dtype: torch.dtype) -> Tensor:
