@@ -73,7 +73,7 @@ def install() -> None:
 def installed() -> bool:
     """Return whether `install` has replaced all functions in this process."""
     try:
-        found = [getattr(_find(module, owner), name, None) for module, owner, name, *_ in _REPLACEMENTS]
+        found = [vars(_find(module, owner)).get(name) for module, owner, name, *_ in _REPLACEMENTS]
     except QsunError:
         return False
     return all(getattr(function, "qsun", False) for function in found)

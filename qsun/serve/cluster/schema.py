@@ -145,7 +145,8 @@ class RequestLimits(Section):
         body_bytes, prompt_tokens, max_tokens: of one request; 4 characters of text count as a token.
         concurrent_requests: running at once; queued_requests wait for at most queue_seconds, and more get 429.
         deadline_seconds: from a request's arrival to its last byte.
-        prefill_seconds: of one attempt at a prefill worker.
+        prefill_seconds: of one attempt at a prefill worker; of a stream of an engine that answers alone, until its
+            first token.
         stall_seconds: between two pieces of a stream.
         attempts: times that a request starts from prefill.
         no_worker_seconds: that a request waits for a usable pair of workers.
