@@ -144,7 +144,7 @@ def local_ray(planned: Planned, logs: Path, signals: UpSignals) -> Iterator[str]
             configure_logging=False,
         )
     except Exception as error:  # its own class, as it gives up after 30 s on a busy machine
-        raise QsunError(f"Ray does not start on this machine: {error}") from error
+        raise QsunError(f"Ray does not start on this machine: {str(error)[:_REASON_CHARACTERS]}") from error
     try:
         _check_room(planned)
         signals.take()  # again: Ray has set a handler of SIGTERM that exits at once

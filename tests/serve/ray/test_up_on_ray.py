@@ -4,14 +4,17 @@ Few tests of many steps: a Ray takes long to start, and tests of a module may ru
 """
 
 import asyncio
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -48,6 +51,14 @@ SETTINGS = {
     "RAY_worker_niceness": "0",  # 15 would have other tests starve it
 }
 DEADLINE_SECONDS = 300
+
+
+@pytest.fixture(autouse=True)
+def one_at_a_time():
+    """Ray gives up on a node that takes 30 s to start, as on two cores two may."""
+    with (Path(tempfile.gettempdir()) / f"qsun-tests-{os.getuid()}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture
