@@ -22,12 +22,10 @@ import yaml
 
 from tests.places import ROOT
 from tests.serve.ray.rig import (
-    MODELS,
     cluster_values,
     engines,
     environment,
     kill,
-    make_adapters,
     make_modules,
     many,
     processes,
@@ -217,32 +215,6 @@ def a_signal_lets_requests_finish_and_takes_all_down(up, root, number):
     assert asyncio.run(signalled_under_load()) == {"right": 16}
     assert up.wait(timeout=DEADLINE_SECONDS) == 0
     nothing_is_left(root)
-
-
-def with_adapters(root, values, pooled):
-    """cluster.yaml's values with adapters as models, in a pool or in one engine."""
-    models = make_adapters(root / "adapters", MODELS)
-    if not pooled:
-        return values | {"models": models, "launch": values["launch"] | {"kernels": "qsun"}}
-    return values | {"models": models, "prefill": {"module": "demo", "workers": 1}}
-
-
-def test_adapters_of_one_pool_and_then_of_one_engine(root):
-    """A hangup turns the pool into engines that answer by themselves."""
-    values = cluster_values(root)
-    with warm_cluster(root, with_adapters(root, values, pooled=True), pairs=2) as up:
-        each_model_answers_with_its_own_module(up)
-        assert len(engines(root, "prefill")) == 1
-        shutil.rmtree(root / "adapters")
-        (root / "cluster.yaml").write_text(yaml.safe_dump(with_adapters(root, values, pooled=False)))
-        up.send_signal(signal.SIGHUP)
-        until(lambda: "the changed file is applied" in up.said(), DEADLINE_SECONDS)
-        until(lambda: engines(root, "prefill") == engines(root, "decode") == [], DEADLINE_SECONDS)
-        until(lambda: warm(up.url, 2))
-        each_model_answers_with_its_own_module(up)
-        up.send_signal(signal.SIGINT)
-        assert up.wait(timeout=DEADLINE_SECONDS) == 0
-        nothing_is_left(root)
 
 
 def test_a_worker_that_cannot_start_shows_why(root):
