@@ -19,9 +19,11 @@ def int4_linear(
     residual: Tensor | None,
     out_features: int,
     group_size: int,
+    bits: int,
     silu_mul: bool,
 ) -> Tensor:
-    """Implement torch.ops.qsun.int4_linear on a CPU; qsun/runtime/ops.py has the schema."""
+    """Implement torch.ops.qsun.packed_linear on a CPU, where every weight takes 4 bits; qsun/runtime/ops.py has the
+    schema."""
     rows = (x if order is None else x[..., order]).reshape(-1, x.shape[-1])
     M = rows.shape[0]
     if x.dtype == torch.bfloat16 and not (M and _dense_wins(M, dense)):
@@ -49,6 +51,7 @@ def int4_input_grad(
     dense: Tensor | None,
     in_features: int,
     group_size: int,
+    bits: int,
 ) -> Tensor:
     """Return the gradient of the product's input: grad (..., N) times the dequantized weights."""
     if dense is not None:

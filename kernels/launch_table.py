@@ -1,9 +1,9 @@
-"""Launch parameters of the int4 kernels: read from tables, never searched for while a model runs.
+"""Launch parameters of the product kernels: read from tables, never searched for while a model runs.
 
 ``configs/<GPU name>.json`` holds what was timed on that GPU, ``configs/default.json`` computed launches for all others.
-A table has ``buckets``: launches for M up to ``max_m`` and, where given, groups up to ``max_group``. The first bucket
-that matches applies, and a rule adds split K. It may have ``shapes``, keyed ``"<N>x<K>g<group>"`` and then by the
-``max_m`` of a bucket, with complete launches.
+A table has ``buckets`` for 2, 3, 4 and 8 bits: launches for M up to ``max_m`` and, where given, groups up to
+``max_group``. The first bucket that matches applies, and a rule adds split K. It may have ``shapes``, keyed
+``"<N>x<K>w<bits>g<group>"`` and then by the ``max_m`` of a bucket, with complete launches.
 """
 
 import json
@@ -13,12 +13,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from qsun.kernels.layout import COLUMNS, ROWS, ceil_div, padded_rows, tile_group
+from qsun.kernels.layout import ROWS, TILES, Tile, ceil_div, padded_rows, tile_group
 
 _CONFIGS = Path(__file__).parent / "configs"
-_FEWEST_TILES = 4  # of 128 columns in a split: with fewer, filling the pipeline costs as much as the work
-_OVERHEAD_TILES = 2  # what starting and finishing a program costs, in tiles of work
-_WORD_BYTES = 64  # of one row in one tile
+_FEWEST_COLUMNS = 512  # in a split: with fewer, filling the pipeline costs as much as the work
+_OVERHEAD_BYTES = 128  # a row: what starting and finishing a program costs, as bytes of weights
 _ANY_GROUP = 1 << 30
 
 
@@ -27,7 +26,7 @@ class KernelLaunch:
     """The launch parameters of one product.
 
     block_n: weight rows a program; block_m: rows of x a program; split_k: programs that share the columns;
-    fold: take zero points off the accumulator instead of off every weight (matmul_triton.int4_matmul).
+    fold: take zero points off the accumulator instead of off every weight (matmul_triton.packed_matmul).
     """
 
     block_n: int
@@ -49,25 +48,30 @@ class Bucket:
 
 @dataclass(frozen=True)
 class LaunchTable:
-    """A GPU's launch parameters. dequantize_above_m: for larger M the matrix is dequantized and cuBLAS multiplies."""
+    """A GPU's launch parameters.
+
+    dequantize_above_m: for larger M the matrix is dequantized and cuBLAS multiplies.
+    buckets: by the bits of a weight.
+    """
 
     processors: int
     bytes_in_flight: int
     dequantize_above_m: int
-    buckets: tuple[Bucket, ...]
+    buckets: dict[int, tuple[Bucket, ...]]
     shapes: dict[str, dict[int, KernelLaunch]]
 
 
 @lru_cache(maxsize=1 << 14)
-def choose_launch(M: int, N: int, K: int, group_size: int, gpu: str) -> KernelLaunch:
+def choose_launch(M: int, N: int, K: int, group_size: int, gpu: str, bits: int = 4) -> KernelLaunch:
     """Return the launch for x (M, K) and weights (N, K) on the named GPU, always the same for the same arguments."""
     table = load_launch_table(gpu)
     group = tile_group(group_size, K) or K
-    bucket = next((b for b in table.buckets if b.max_m >= M and group <= b.max_group), table.buckets[-1])
-    tuned = table.shapes.get(shape_key(N, K, group_size), {}).get(bucket.max_m)
+    buckets = table.buckets[bits]
+    bucket = next((b for b in buckets if b.max_m >= M and group <= b.max_group), buckets[-1])
+    tuned = table.shapes.get(shape_key(N, K, group_size, bits), {}).get(bucket.max_m)
     if tuned is not None:
         return tuned
-    return _split(M, N, K, bucket.launch, table)
+    return _split(M, N, K, bucket.launch, table, TILES[bits])
 
 
 def dequantize_above_m(gpu: str) -> int:
@@ -75,43 +79,45 @@ def dequantize_above_m(gpu: str) -> int:
     return load_launch_table(gpu).dequantize_above_m
 
 
-def shape_key(N: int, K: int, group_size: int) -> str:
+def shape_key(N: int, K: int, group_size: int, bits: int = 4) -> str:
     """Return the key of a table's "shapes"."""
-    return f"{N}x{K}g{tile_group(group_size, K) or -1}"
+    return f"{N}x{K}w{bits}g{tile_group(group_size, K) or -1}"
 
 
-def _split(M: int, N: int, K: int, launch: KernelLaunch, table: LaunchTable) -> KernelLaunch:
+def _split(M: int, N: int, K: int, launch: KernelLaunch, table: LaunchTable, tile: Tile) -> KernelLaunch:
     """Return the cheapest launch over all split_k, with fewer rows a program where that keeps the processors busier."""
     launches = []
     while launch.block_n >= ROWS:
         if padded_rows(N) % launch.block_n == 0:
-            launches += [replace(launch, split_k=s) for s in _splits(K)]
+            launches += [replace(launch, split_k=s) for s in _splits(K, tile)]
         launch = replace(launch, block_n=launch.block_n // 2, warps=max(2, launch.warps // 2))
-    return min(launches, key=lambda each: _cost(M, N, K, each, table))
+    return min(launches, key=lambda each: _cost(M, N, K, each, table, tile))
 
 
-def _splits(K: int) -> list[int]:
-    """Return the values of split_k that leave every split at least 4 tiles, or else one split."""
-    tiles = ceil_div(K, COLUMNS)
-    return [s for s in range(1, max(1, tiles // _FEWEST_TILES) + 1) if ceil_div(tiles, ceil_div(tiles, s)) == s]
+def _splits(K: int, tile: Tile) -> list[int]:
+    """Return the values of split_k that leave every split at least 512 columns, or else one split."""
+    tiles = ceil_div(K, tile.columns)
+    most = max(1, tiles * tile.columns // _FEWEST_COLUMNS)
+    return [s for s in range(1, most + 1) if ceil_div(tiles, ceil_div(tiles, s)) == s]
 
 
-def _cost(M: int, N: int, K: int, launch: KernelLaunch, table: LaunchTable) -> float:
+def _cost(M: int, N: int, K: int, launch: KernelLaunch, table: LaunchTable, tile: Tile) -> float:
     """Return the bytes that the busiest processor waits for; x and partial sums come from L2 and count half."""
     batch = min(M, launch.block_m)
     programs = ceil_div(N, launch.block_n) * launch.split_k * ceil_div(M, launch.block_m)
-    tile = launch.block_n * _WORD_BYTES
-    work = ceil_div(ceil_div(K, COLUMNS), launch.split_k) * (tile + batch * COLUMNS * 2 / 2)
+    weights = launch.block_n * 2 * tile.words
+    work = ceil_div(ceil_div(K, tile.columns), launch.split_k) * (weights + batch * tile.columns * 2 / 2)
     partials = 0.0 if launch.split_k == 1 else 2 * 4 * launch.block_n * batch / 2
-    in_flight = programs / table.processors * tile * (launch.stages - 1)
+    in_flight = programs / table.processors * weights * (launch.stages - 1)
     starved = max(1.0, table.bytes_in_flight / in_flight)
-    return ceil_div(programs, table.processors) * (work + partials + _OVERHEAD_TILES * tile) * starved
+    overhead = _OVERHEAD_BYTES * launch.block_n
+    return ceil_div(programs, table.processors) * (work + partials + overhead) * starved
 
 
-def candidates(M: int, N: int, K: int, group_size: int) -> Iterator[KernelLaunch]:
+def candidates(M: int, N: int, K: int, group_size: int, bits: int = 4) -> Iterator[KernelLaunch]:
     """Yield the launches worth timing for a shape on a GPU."""
     tile_group(group_size, K)
-    tiles = ceil_div(K, COLUMNS)
+    tiles = ceil_div(K, TILES[bits].columns)
     splits = [s for s in (1, 2, 3, 4, 5, 6, 8, 10, 12, 16) if s == 1 or tiles // s >= 2]
     smallest = next((b for b in (8, 16, 32, 64, 128) if b >= M), 128)
     for block_m in sorted({smallest, min(2 * smallest, 128), max(smallest // 2, 8)}):
@@ -124,12 +130,13 @@ def candidates(M: int, N: int, K: int, group_size: int) -> Iterator[KernelLaunch
                     yield from (KernelLaunch(block_n, block_m, s, warps, stages, fold) for s in splits)
 
 
-def workspace_bytes(M: int, N: int, K: int, group_size: int, gpu: str) -> tuple[int, int]:
+def workspace_bytes(M: int, N: int, K: int, group_size: int, gpu: str, bits: int = 4) -> tuple[int, int]:
     """Return (bytes, counters) that a Workspace needs for products of up to M rows."""
     limit = dequantize_above_m(gpu)
     dequantized = 2 * N * K if limit < M else 0
     needs = [
-        product_workspace_bytes(m, N, choose_launch(m, N, K, group_size, gpu)) for m in range(1, min(M, limit) + 1)
+        product_workspace_bytes(m, N, choose_launch(m, N, K, group_size, gpu, bits))
+        for m in range(1, min(M, limit) + 1)
     ]
     partials, counters = (max(sizes) for sizes in zip(*needs, strict=True))
     return max(dequantized, partials), counters
@@ -159,7 +166,7 @@ def parse_launch_table(data: dict[str, Any]) -> LaunchTable:
         processors=data["processors"],
         bytes_in_flight=data["bytes_in_flight"],
         dequantize_above_m=data["dequantize_above_m"],
-        buckets=tuple(_parse_bucket(**row) for row in data["buckets"]),
+        buckets={int(bits): tuple(_parse_bucket(**row) for row in rows) for bits, rows in data["buckets"].items()},
         shapes={
             key: {int(m): KernelLaunch(**launch) for m, launch in rows.items()}
             for key, rows in data.get("shapes", {}).items()

@@ -1,15 +1,23 @@
 # mypy: ignore-errors
-"""The W4A16 product: one kernel for every M, group size and zero point."""
+"""The product with packed weights and 16-bit activations: one kernel for all bits, M, group sizes and zero points."""
 
 import triton
 import triton.language as tl
 
-from qsun.kernels.nibbles_triton import (
+from qsun.kernels.fields_triton import (
+    any_plane,
     centred_weights,
+    columns_of,
     decode_group_values,
+    factor_of,
+    lanes_of,
     load_group_values,
+    load_words,
+    minus_of,
     offset_of,
+    parts_of,
     raw_weights,
+    slabs_of,
     unit_of,
 )
 
@@ -23,8 +31,20 @@ def _load_tile(pointers, stride, COUNT: tl.constexpr, ASM: tl.constexpr):
     return values
 
 
+@triton.jit
+def _add_high(low, high, FIRST: tl.constexpr, PLANES: tl.constexpr, BITS: tl.constexpr):
+    """Return low + high / factor, the sums of planes without and with a factor; either may have no planes."""
+    FACTOR: tl.constexpr = 1 << BITS
+    if not any_plane(BITS, FIRST, PLANES, True):
+        return low
+    elif any_plane(BITS, FIRST, PLANES, False):
+        return low + high * (1.0 / FACTOR)
+    else:
+        return high * (1.0 / FACTOR)
+
+
 @triton.jit(do_not_specialize=["M"])
-def int4_matmul(
+def packed_matmul(
     x_ptr,
     words_ptr,
     scales_ptr,
@@ -39,6 +59,7 @@ def int4_matmul(
     K,
     padded_n,
     stride_x,
+    BITS: tl.constexpr,
     BN: tl.constexpr,
     B: tl.constexpr,
     GROUP: tl.constexpr,
@@ -55,82 +76,123 @@ def int4_matmul(
 ):
     """Compute y (M, N or N / 2) = x (M, K) @ w.T, transposed in the tensor cores: BN weight rows by B rows of x.
 
-    Grid: (N / BN rounded up, SPLIT_K, M / B rounded up). GROUP 0 is one group a row.
+    Grid: (N / BN rounded up, SPLIT_K, M / B rounded up). GROUP 0 is one group a row. EVEN_K: K is a multiple of the
+    columns of a tile.
 
-    FOLD multiplies the undecoded ``(OFFSET + q) * UNIT`` and subtracts ``(OFFSET + zero) * UNIT * sum(x)`` from the
-    float32 accumulator; the sums come from a product with ones, the same for all rows of a warp. Otherwise each weight
-    is centred before the product, which costs an instruction for two weights instead of a product.
+    FOLD multiplies the undecoded ``(OFFSET + factor * q) * UNIT`` and subtracts the rest from the float32 accumulator.
+    What it subtracts comes from products of x with constants, the same for all rows of a warp: with
+    ``(OFFSET / factor + zero) * UNIT`` where all zero points are the middle of the grid, else with ones. Planes with a
+    factor have an accumulator of their own. Otherwise each weight is centred before the product, which costs an
+    instruction for two weights instead of a product.
     """
     DTYPE: tl.constexpr = (tl.bfloat16 if BF16 else tl.float16) if ASM else tl.float32
-    OFFSET: tl.constexpr = offset_of(BF16)
+    OFFSET: tl.constexpr = offset_of(BITS, BF16)
     UNIT: tl.constexpr = unit_of(BF16)
-    PLANES: tl.constexpr = GROUP // 32 if GROUP else 4
-    GROUPS: tl.constexpr = 4 // PLANES
+    MIDDLE: tl.constexpr = 1 << (BITS - 1)
+    HIGH: tl.constexpr = 1 << BITS  # the factor of planes that have one
+    COLUMNS: tl.constexpr = columns_of(BITS)
+    LANES: tl.constexpr = lanes_of(BITS)
+    WIDTH: tl.constexpr = slabs_of(BITS) * LANES
+    PLANES: tl.constexpr = (GROUP if GROUP else COLUMNS) // LANES
+    GROUPS: tl.constexpr = COLUMNS // GROUP if GROUP else 1
     LOAD_ZEROS: tl.constexpr = ASYM and GROUP > 0 and FOLD
-    tiles = tl.cdiv(K, 128)
+    tiles = tl.cdiv(K, COLUMNS)
     share = tl.cdiv(tiles, SPLIT_K)
     first = tl.minimum(tl.program_id(1) * share, tiles)
     last = tl.minimum(first + share, tiles)
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     batch = tl.program_id(2) * B + tl.arange(0, B)
-    lane = tl.arange(0, 32)
+    lane = tl.arange(0, LANES)
     in_batch = batch[None, :] < M
-    words_at = words_ptr + ((rows // 64) * tiles * 2048 + (rows % 64) * 32)[:, None] + first * 2048 + lane[None, :]
-    x_at = x_ptr + batch[None, :] * stride_x + first * 128 + lane[:, None]
+    row_at = (rows // 64) * tiles * (64 * WIDTH) + (rows % 64) * WIDTH
+    words_at = words_ptr + row_at[:, None] + first * (64 * WIDTH) + lane[None, :]
+    x_at = x_ptr + batch[None, :] * stride_x + first * COLUMNS + lane[:, None]
     scales_at = scales_ptr + rows
     zeros_at = zeros_ptr + rows
-    ones = tl.full((BN, 32), 1.0, DTYPE)
     acc = tl.zeros((BN, B), tl.float32)
+    acc_high = tl.zeros((BN, B), tl.float32)
     sum_x = tl.zeros((BN, B), tl.float32)
+    sum_high = tl.zeros((BN, B), tl.float32)
     if GROUP:
         scales = _load_tile(scales_at + tl.minimum(first, tiles - 1) * GROUPS * padded_n, padded_n, GROUPS, ASM)
     if LOAD_ZEROS:
         zeros = _load_tile(zeros_at + tl.minimum(first, tiles - 1) * GROUPS * padded_n, padded_n, GROUPS, ASM)
     if not FOLD:
-        minus = tl.full((BN, 32), -(OFFSET + 8.0) * UNIT, DTYPE)
-        zeros_of = tl.broadcast_to(zeros_at[:, None], (BN, 32))
+        minus = tl.full((BN, LANES), minus_of(MIDDLE, 1, BITS, BF16), DTYPE)
+        minus_high = tl.full((BN, LANES), minus_of(MIDDLE, HIGH, BITS, BF16), DTYPE)
+        zeros_of = tl.broadcast_to(zeros_at[:, None], (BN, LANES))
         if ASYM and GROUP == 0:
             z = decode_group_values(load_group_values(zeros_of, ASM), BF16, ASM)
-            minus = (-(z + OFFSET) * UNIT).to(DTYPE)
+            minus = minus_of(z, 1, BITS, BF16).to(DTYPE)
+            minus_high = minus_of(z, HIGH, BITS, BF16).to(DTYPE)
     for t in tl.range(first, last, num_stages=STAGES):
-        words = tl.load(words_at, eviction_policy="evict_first")
+        words = load_words(words_at, BITS)
         following = tl.minimum(t + 1, tiles - 1) * GROUPS * padded_n
         for g in tl.static_range(GROUPS):
             if GROUP:
                 part = tl.zeros((BN, B), tl.float32)
+                high = tl.zeros((BN, B), tl.float32)
                 sum_x = tl.zeros((BN, B), tl.float32)
+                sum_high = tl.zeros((BN, B), tl.float32)
                 if ASYM and not FOLD:
                     at = zeros_of + (t * GROUPS + g) * padded_n
                     z = decode_group_values(load_group_values(at, ASM), BF16, ASM)
-                    minus = (-(z + OFFSET) * UNIT).to(DTYPE)
+                    minus = minus_of(z, 1, BITS, BF16).to(DTYPE)
+                    minus_high = minus_of(z, HIGH, BITS, BF16).to(DTYPE)
             else:
                 part = acc
+                high = acc_high
             for p in tl.static_range(g * PLANES, (g + 1) * PLANES):
-                inside = in_batch if EVEN_K else in_batch & (t * 128 + p * 32 + lane[:, None] < K)
-                x = tl.load(x_at + p * 32, mask=inside, other=0.0).to(DTYPE)
+                inside = in_batch if EVEN_K else in_batch & (t * COLUMNS + p * LANES + lane[:, None] < K)
+                x = tl.load(x_at + p * LANES, mask=inside, other=0.0).to(DTYPE)
                 if FOLD:
-                    sum_x = tl.dot(ones, x, sum_x, input_precision="ieee")
-                    part = tl.dot(raw_weights(words, p, BF16, ASM), x, part, input_precision="ieee")
+                    known = 1.0 if ASYM else (OFFSET / factor_of(BITS, p) + MIDDLE) * UNIT
+                    constant = tl.full((BN, LANES), known, DTYPE)
+                    if ASYM and factor_of(BITS, p) > 1:
+                        sum_high = tl.dot(constant, x, sum_high, input_precision="ieee")
+                    else:
+                        sum_x = tl.dot(constant, x, sum_x, input_precision="ieee")
+                    for i in tl.static_range(parts_of(BITS, BF16)):
+                        weights = raw_weights(words, p, i, BITS, BF16, ASM)
+                        if factor_of(BITS, p) > 1:
+                            high = tl.dot(weights, x, high, input_precision="ieee")
+                        else:
+                            part = tl.dot(weights, x, part, input_precision="ieee")
                 else:
-                    part = tl.dot(centred_weights(words, minus, p, BF16, ASM), x, part, input_precision="ieee")
+                    weights = centred_weights(
+                        words, minus_high if factor_of(BITS, p) > 1 else minus, p, BITS, BF16, ASYM, ASM
+                    )
+                    part = tl.dot(weights, x, part, input_precision="ieee")
             if GROUP:
-                if LOAD_ZEROS:
-                    z = decode_group_values(zeros[0], BF16, ASM)
-                    part -= sum_x * ((z + OFFSET) * UNIT)[:, None]
-                    # the next tile's value goes into the register that this one frees
-                    zeros = zeros[1:] + (load_group_values(zeros_at + following + g * padded_n, ASM),)  # noqa: RUF005
-                elif FOLD:
-                    part -= sum_x * ((OFFSET + 8.0) * UNIT)
+                if FOLD:
+                    part = _add_high(part, high, g * PLANES, PLANES, BITS)
+                    if ASYM:
+                        z = decode_group_values(zeros[0], BF16, ASM)
+                        if any_plane(BITS, g * PLANES, PLANES, False):
+                            part -= sum_x * ((z + OFFSET) * UNIT)[:, None]
+                        if any_plane(BITS, g * PLANES, PLANES, True):
+                            part -= sum_high * ((z + OFFSET / HIGH) * UNIT)[:, None]
+                        # the next tile's value goes into the register that this one frees
+                        zeros = zeros[1:] + (load_group_values(zeros_at + following + g * padded_n, ASM),)  # noqa: RUF005
+                    else:
+                        part -= sum_x
                 acc += part * decode_group_values(scales[0], BF16, ASM)[:, None]
                 scales = scales[1:] + (load_group_values(scales_at + following + g * padded_n, ASM),)  # noqa: RUF005
             else:
                 acc = part
-        words_at += 2048
-        x_at += 128
+                acc_high = high
+        words_at += 64 * WIDTH
+        x_at += COLUMNS
     if GROUP == 0:
         if FOLD:
-            z = decode_group_values(load_group_values(zeros_at, ASM), BF16, ASM)[:, None] if ASYM else 8.0
-            acc -= sum_x * ((z + OFFSET) * UNIT)
+            acc = _add_high(acc, acc_high, 0, PLANES, BITS)
+            if ASYM:
+                z = decode_group_values(load_group_values(zeros_at, ASM), BF16, ASM)[:, None]
+                acc -= sum_x * ((z + OFFSET) * UNIT)
+                if any_plane(BITS, 0, PLANES, True):
+                    acc -= sum_high * ((z + OFFSET / HIGH) * UNIT)
+            else:
+                acc -= sum_x
         acc *= decode_group_values(load_group_values(scales_at, ASM), BF16, ASM)[:, None]
     acc *= 1.0 / UNIT
     _finish(

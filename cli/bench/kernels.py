@@ -1,4 +1,4 @@
-"""`qsun bench kernels` and `qsun bench tune-kernels`: the int4 product, timed and tuned."""
+"""`qsun bench kernels` and `qsun bench tune-kernels`: the product with packed weights, timed and tuned."""
 
 from pathlib import Path
 
@@ -21,6 +21,7 @@ def kernels(
     rows: str = typer.Option(
         "", "--rows", "-m", help="Values of M, comma-separated. Default: 1,4,16,64,256; on a GPU all powers of 2."
     ),
+    bits: int = typer.Option(4, help="2, 3, 4 or 8."),
     group_size: int = typer.Option(128, help="-1, 32, 64 or 128."),
     asym: bool = typer.Option(False, "--asym", help="With zero points."),
     device: str = typer.Option("", help="cpu or cuda. Default: a GPU where there is one."),
@@ -31,7 +32,7 @@ def kernels(
     out: Path | None = typer.Option(None, "--out", "-o", help="Folder for kernels.json and kernels.png."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
 ) -> None:
-    """Time the int4 product against F.linear in bfloat16 and against the installed peers.
+    """Time the product with packed weights against F.linear in bfloat16 and against the installed peers.
 
     Contenders take turns on copies of their matrices that exceed the caches, in CUDA graphs on a GPU. Prints medians.
 
@@ -64,12 +65,12 @@ def kernels(
     result = bench_kernels(
         layers_of(model, shape),
         whole_numbers("rows", wanted),
-        KernelVariant(group_size, not asym, torch.bfloat16, where),
+        KernelVariant(group_size, not asym, torch.bfloat16, where, bits),
         Patience(rounds, seconds, minutes),
         screen.note,
     )
     result |= machine(where)
-    title = f"int4, group {group_size}, {result['machine']}"
+    title = f"int{bits}, group {group_size}, {result['machine']}"
     results.save(out, "kernels", result, lambda: kernel_figure(result, title))
     results.show(result, as_json, report_text)
 
@@ -77,11 +78,12 @@ def kernels(
 def tune_kernels(
     model: list[str] = typer.Option([], help="Known model whose layer shapes to tune; repeatable. Default: all."),
     shape: list[str] = typer.Option([], help="Another shape, NxK; repeatable."),
+    bits: int = typer.Option(4, help="2, 3, 4 or 8."),
     group_size: int = typer.Option(128, help="-1, 32, 64 or 128."),
     asym: bool = typer.Option(False, "--asym", help="With zero points."),
     out: Path | None = typer.Option(None, "--out", "-o", help="Table to write or extend. Default: the package's own."),
 ) -> None:
-    """Search launch parameters of the int4 kernel on this GPU, and write the table that qsun reads from then on.
+    """Search launch parameters of the product kernel on this GPU, and write the table that qsun reads from then on.
 
     Takes minutes a shape, because every launch is compiled. An existing table is extended.
 
@@ -103,7 +105,7 @@ def tune_kernels(
         raise QsunError("launch parameters are timed on a GPU, and torch sees no CUDA device")
     layers = layers_of(model or ([] if shape else list(MODEL_SHAPES)), shape)
     gpu = torch.cuda.get_device_name()
-    kind = KernelVariant(group_size, not asym, torch.bfloat16, torch.device("cuda"))
+    kind = KernelVariant(group_size, not asym, torch.bfloat16, torch.device("cuda"), bits)
     path = out or table_file(gpu)
     search_launches(layers, kind, gpu, gpu_timer, screen.note, lambda shapes: write_table(shapes, gpu, path))
     typer.echo(f"{path}: launches for {gpu}")

@@ -1,4 +1,4 @@
-"""`qsun bench kernels`: the int4 product against full precision and other int4 products, at real layer shapes."""
+"""`qsun bench kernels`: packed weights against full precision and other kernels, at real layer shapes."""
 
 import math
 import time
@@ -15,6 +15,7 @@ from qsun.eval.speed.clock import copy_bandwidth, interleaved
 from qsun.eval.speed.kernel_peers import CPU_CONTENDERS, CUDA_CONTENDERS, Product
 from qsun.eval.speed.model_shapes import MODEL_SHAPES
 from qsun.figure import new_figure, tidy
+from qsun.kernels.layout import TILES
 from qsun.model.quantized import Quantized
 from qsun.progress import Note
 
@@ -26,7 +27,7 @@ _COLUMNS = {
     "x bf16": "{ratio_to_bf16:.2f}",
     "% copy": "{bandwidth_percent:.1f}",
 }
-_BEYOND_CACHES_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # of packed int4 weights, in all copies of a matrix
+_BEYOND_CACHES_BYTES = {"cpu": 64 << 20, "cuda": 256 << 20}  # of packed weights, in all copies of a matrix
 _WRONG = 0.2  # relative error beyond rounding; humming quantizes the weights itself
 
 
@@ -47,12 +48,13 @@ class KernelTiming:
 
 @dataclass(frozen=True)
 class KernelVariant:
-    """The 4-bit grid that is timed, and the dtype and device of the activations."""
+    """The grid that is timed, and the dtype and device of the activations."""
 
     group_size: int = 128
     sym: bool = True
     dtype: torch.dtype = torch.bfloat16
     device: torch.device = CPU
+    bits: int = 4
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,10 @@ def bench_kernels(
     Returns:
         {"copy_gb_per_s", "rows": [KernelTiming as dict], "geometric_mean": {kernel: {M: ratio to bf16}}}.
     Raises:
-        QsunError: our product is wrong, or bfloat16's. A peer's leaves it out.
+        QsunError: bits that no kernel has; our product is wrong, or bfloat16's. A peer's leaves it out.
     """
     device, group_size = kind.device, kind.group_size
+    check_bits(kind.bits)
     bandwidth = copy_bandwidth(device, (1 << 30) if device.type == "cuda" else (128 << 20))
     found: list[KernelTiming] = []
     started = time.perf_counter()
@@ -101,7 +104,7 @@ def bench_kernels(
             found += [
                 KernelTiming(
                     *(model, layer, N, K, M, kernel, 1e6 * taken, medians["bf16"] / taken),
-                    100 * moved["bf16" if kernel == "bf16" else "int4"] / taken / bandwidth,
+                    100 * moved["bf16" if kernel == "bf16" else "packed"] / taken / bandwidth,
                 )
                 for kernel, taken in medians.items()
             ]
@@ -111,6 +114,12 @@ def bench_kernels(
         "rows": [asdict(row) for row in found],
         "geometric_mean": mean_ratios(found),
     }
+
+
+def check_bits(bits: int) -> None:
+    """Raise QsunError for bits that no kernel has."""
+    if bits not in TILES:
+        raise QsunError(f"bits {bits} has no kernel; use 2, 3, 4 or 8")
 
 
 def layers_of(models: Sequence[str], shapes: Sequence[str]) -> list[tuple[str, str, int, int]]:
@@ -132,22 +141,23 @@ def random_weights(N: int, K: int, kind: KernelVariant) -> Quantized:
     """Draw integers and scales of a realistic layer: outputs of about unit variance."""
     device = kind.device
     G = 1 if kind.group_size == -1 else K // kind.group_size
-    q = torch.randint(0, 16, (N, K), dtype=torch.uint8, device=device)
-    scales = (torch.rand(G, N, device=device) + 0.5) * (0.2 / math.sqrt(K))
-    drawn = torch.randint(1, 16, (G, N), dtype=torch.uint8, device=device)
-    return Quantized(q, scales.bfloat16().float(), torch.full_like(drawn, 8) if kind.sym else drawn)
+    steps = 1 << kind.bits
+    q = torch.randint(0, steps, (N, K), dtype=torch.uint8, device=device)
+    scales = (torch.rand(G, N, device=device) + 0.5) * (3.2 / steps / math.sqrt(K))
+    drawn = torch.randint(1, steps, (G, N), dtype=torch.uint8, device=device)
+    return Quantized(q, scales.bfloat16().float(), torch.full_like(drawn, steps // 2) if kind.sym else drawn)
 
 
 def _contenders(N: int, K: int, kind: KernelVariant, note: Note) -> Iterator[tuple[str, list[Product]]]:
     """Yield each contender's products with copies of one matrix, once its result is checked."""
     weights = random_weights(N, K, kind)
     device = kind.device
-    copies = max(2, math.ceil(_BEYOND_CACHES_BYTES[device.type] / (N * K / 2)))
+    copies = max(2, math.ceil(_BEYOND_CACHES_BYTES[device.type] / (N * K * kind.bits / 8)))
     x = torch.randn(3, K, device=device).to(kind.dtype)
     wanted = x.float() @ weights.dequantize().t()
     for name, builder in (CUDA_CONTENDERS if device.type == "cuda" else CPU_CONTENDERS).items():
         try:
-            build = builder(weights, kind.group_size, kind.dtype)
+            build = builder(weights, kind.group_size, kind.dtype, kind.bits)
             products = [build() for _ in range(copies)]
             error = float((products[-1](x).float() - wanted).norm() / wanted.norm())
         except Exception as reason:
@@ -173,7 +183,7 @@ def _moved_bytes(M: int, N: int, K: int, kind: KernelVariant) -> dict[str, float
     G = 1 if kind.group_size == -1 else K // kind.group_size
     size = kind.dtype.itemsize
     ends = (M * K + M * N) * size
-    return {"bf16": N * K * size + ends, "int4": N * K / 2 + (1 if kind.sym else 2) * G * N * size + ends}
+    return {"bf16": N * K * size + ends, "packed": N * K * kind.bits / 8 + (1 if kind.sym else 2) * G * N * size + ends}
 
 
 def mean_ratios(rows: Sequence[KernelTiming]) -> dict[str, dict[int, float]]:

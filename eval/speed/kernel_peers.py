@@ -1,4 +1,4 @@
-"""Our int4 matrix product and its alternatives behind one signature; those that are not installed are left out."""
+"""Our product with packed weights and its alternatives behind one signature, those that are installed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,15 +11,15 @@ from qsun.model.quantized import Quantized
 from qsun.runtime.quant_linear import QuantLinear
 
 Product = Callable[[Tensor], Tensor]
-Builder = Callable[[Quantized, int, torch.dtype], Callable[[], Product]]
+Builder = Callable[[Quantized, int, torch.dtype, int], Callable[[], Product]]
 
 
-def ours(weights: Quantized, group_size: int, dtype: torch.dtype) -> Callable[[], Product]:
+def ours(weights: Quantized, group_size: int, dtype: torch.dtype, bits: int) -> Callable[[], Product]:
     """Build QuantLinear as load_decode does."""
-    return lambda: QuantLinear(weights, None, 4, dtype, keep_dense=weights.q.device.type == "cpu")
+    return lambda: QuantLinear(weights, None, bits, dtype, keep_dense=weights.q.device.type == "cpu")
 
 
-def full_precision(weights: Quantized, group_size: int, dtype: torch.dtype) -> Callable[[], Product]:
+def full_precision(weights: Quantized, group_size: int, dtype: torch.dtype, bits: int) -> Callable[[], Product]:
     """Build F.linear with the dequantized weights: the full-precision decode module."""
     dense = weights.dequantize().to(dtype)
 
@@ -30,10 +30,11 @@ def full_precision(weights: Quantized, group_size: int, dtype: torch.dtype) -> C
     return build
 
 
-def tinygemm(weights: Quantized, group_size: int, dtype: torch.dtype) -> Callable[[], Product]:
+def tinygemm(weights: Quantized, group_size: int, dtype: torch.dtype, bits: int) -> Callable[[], Product]:
     """Build torch.ops.aten._weight_int4pack_mm: bfloat16 on CUDA only. It adds (8 - z) * scale to (q - 8) * scale."""
-    if dtype != torch.bfloat16 or weights.q.device.type != "cuda" or group_size not in (32, 64, 128, 256):
-        raise NotImplementedError("bfloat16 on CUDA, groups of 32 to 256")
+    fits = dtype == torch.bfloat16 and weights.q.device.type == "cuda" and group_size in (32, 64, 128, 256)
+    if not fits or bits != 4:
+        raise NotImplementedError("4 bits, bfloat16 on CUDA, groups of 32 to 256")
     nibbles = (weights.q[:, ::2] << 4) | weights.q[:, 1::2]
     pairs = torch.stack([weights.scales, (8 - weights.zeros.float()) * weights.scales], -1).to(dtype).contiguous()
 
@@ -45,7 +46,7 @@ def tinygemm(weights: Quantized, group_size: int, dtype: torch.dtype) -> Callabl
     return build
 
 
-def gemlite(weights: Quantized, group_size: int, dtype: torch.dtype) -> Callable[[], Product]:
+def gemlite(weights: Quantized, group_size: int, dtype: torch.dtype, bits: int) -> Callable[[], Product]:
     """Build gemlite's GemLiteLinear, packed as its helper packs HQQ weights."""
     from gemlite.core import DType, GemLiteLinear
 
@@ -55,19 +56,19 @@ def gemlite(weights: Quantized, group_size: int, dtype: torch.dtype) -> Callable
     scales, zeros = (t.t().contiguous().to(dtype) for t in (weights.scales, weights.zeros))
 
     def build() -> Product:
-        layer = GemLiteLinear(4, size, K, N, input_dtype=kind, output_dtype=kind)
+        layer = GemLiteLinear(bits, size, K, N, input_dtype=kind, output_dtype=kind)
         layer.pack(weights.q.clone(), scales, zeros, None)
         return layer.forward
 
     return build
 
 
-def humming(weights: Quantized, group_size: int, dtype: torch.dtype) -> Callable[[], Product]:
+def humming(weights: Quantized, group_size: int, dtype: torch.dtype, bits: int) -> Callable[[], Product]:
     """Build humming-kernels' HummingLayer, which quantizes the dense weights itself (symmetric)."""
     from humming.layer import HummingLayer
 
     N, K = weights.q.shape
-    config: dict[str, Any] = {"dtype": "int4"} | ({} if group_size == -1 else {"group_size": group_size})
+    config: dict[str, Any] = {"dtype": f"int{bits}"} | ({} if group_size == -1 else {"group_size": group_size})
     dense = weights.dequantize().to(dtype)
 
     def build() -> Product:

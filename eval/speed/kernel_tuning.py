@@ -1,4 +1,4 @@
-"""`qsun bench tune-kernels`: time launches of the int4 kernel on this GPU and write the table that it then reads.
+"""`qsun bench tune-kernels`: time launches of the product kernel on this GPU and write the table that it then reads.
 
 All candidates would take hours to compile, so the search changes one setting at a time, starting from the launch in
 use, until no change is faster.
@@ -14,7 +14,7 @@ import torch
 
 from qsun.errors import QsunError
 from qsun.eval.speed.clock import interleaved
-from qsun.eval.speed.kernel_bench import KernelVariant, random_weights
+from qsun.eval.speed.kernel_bench import KernelVariant, check_bits, random_weights
 from qsun.kernels.launch_table import (
     Bucket,
     KernelLaunch,
@@ -25,7 +25,7 @@ from qsun.kernels.launch_table import (
     product_workspace_bytes,
     shape_key,
 )
-from qsun.kernels.layout import PackedInt4, pack_int4
+from qsun.kernels.layout import PackedWeights, pack_weights
 from qsun.kernels.workspace import Workspace
 from qsun.progress import Note
 
@@ -73,28 +73,29 @@ def tune_kernels(
         timer_for: makes a timer for (M, N, K, kind); `gpu_timer` on a GPU.
         save: called with all launches so far whenever one is found.
     """
+    check_bits(kind.bits)
     shapes: Shapes = {}
     for _model, _layer, N, K in layers:
-        key = shape_key(N, K, kind.group_size)
+        key = shape_key(N, K, kind.group_size, kind.bits)
         if key in shapes:
             continue
         shapes[key] = {}
-        for bucket in _buckets(gpu, kind.group_size, K):
+        for bucket in _buckets(gpu, kind, K):
             M = bucket.max_m
-            start = choose_launch(M, N, K, kind.group_size, gpu)
+            start = choose_launch(M, N, K, kind.group_size, gpu, kind.bits)
             timer = timer_for(M, N, K, kind)
-            best, seconds, before = search(start, candidates(M, N, K, kind.group_size), timer)
+            best, seconds, before = search(start, candidates(M, N, K, kind.group_size, kind.bits), timer)
             shapes[key][str(M)] = dataclasses.asdict(best)
             save(shapes)
             note(f"{key} M={M}: {1e6 * before:.1f} -> {1e6 * seconds:.1f} us, {best}")
     return shapes
 
 
-def _buckets(gpu: str, group_size: int, K: int) -> list[Bucket]:
-    """Return the buckets that apply to a group size: the first of each max_m that allows it."""
-    size = K if group_size == -1 else group_size
+def _buckets(gpu: str, kind: KernelVariant, K: int) -> list[Bucket]:
+    """Return the buckets that apply to a grid: the first of each max_m that allows its group size."""
+    size = K if kind.group_size == -1 else kind.group_size
     found: dict[int, Bucket] = {}
-    for bucket in load_launch_table(gpu).buckets:
+    for bucket in load_launch_table(gpu).buckets[kind.bits]:
         if size <= bucket.max_group:
             found.setdefault(bucket.max_m, bucket)
     return list(found.values())
@@ -102,19 +103,21 @@ def _buckets(gpu: str, group_size: int, K: int) -> list[Bucket]:
 
 def gpu_timer(M: int, N: int, K: int, kind: KernelVariant) -> Timer:
     """Time launches in CUDA graphs over copies of a matrix; those that fail or compute a wrong result are left out."""
-    from qsun.kernels import int4_triton
+    from qsun.kernels import packed_triton
 
     weights = random_weights(N, K, kind)
-    packed = pack_int4(*weights[:3], kind.group_size, kind.dtype)
+    packed = pack_weights(*weights[:3], kind.group_size, kind.dtype, kind.bits)
     copies = [
-        PackedInt4(packed.words.clone(), packed.scales.clone(), None if packed.zeros is None else packed.zeros.clone())
-        for _ in range(max(2, _COPIES_BYTES // (N * K // 2)))
+        PackedWeights(
+            packed.words.clone(), packed.scales.clone(), None if packed.zeros is None else packed.zeros.clone()
+        )
+        for _ in range(max(2, _COPIES_BYTES // (N * K * kind.bits // 8)))
     ]
     x = torch.randn(M, K, device=kind.device).to(kind.dtype)
     wanted = x.float() @ weights.dequantize().t()
 
-    def product(launch: KernelLaunch, held: PackedInt4, space: Workspace) -> torch.Tensor:
-        return int4_triton.int4_product(x, *held, N, kind.group_size, workspace=space, launch=launch)
+    def product(launch: KernelLaunch, held: PackedWeights, space: Workspace) -> torch.Tensor:
+        return packed_triton.packed_product(x, *held, N, kind.group_size, kind.bits, workspace=space, launch=launch)
 
     def timer(launches: Sequence[KernelLaunch]) -> dict[KernelLaunch, float]:
         needs = [product_workspace_bytes(M, N, launch) for launch in launches]
@@ -162,11 +165,12 @@ def write_table(shapes: Shapes, gpu: str, path: Path) -> None:
 
 def _as_json(gpu: str) -> dict[str, Any]:
     table = load_launch_table(gpu)
-    buckets = []
-    for bucket in table.buckets:
-        row = {"max_m": bucket.max_m, "max_group": bucket.max_group, **dataclasses.asdict(bucket.launch)}
-        row.pop("split_k")
-        buckets.append(row)
+    buckets: dict[str, list[dict[str, Any]]] = {}
+    for bits, held in table.buckets.items():
+        rows = [{"max_m": b.max_m, "max_group": b.max_group, **dataclasses.asdict(b.launch)} for b in held]
+        for row in rows:
+            row.pop("split_k")
+        buckets[str(bits)] = rows
     return {
         "processors": table.processors,
         "bytes_in_flight": table.bytes_in_flight,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsun.kernels import int4_cuda
+from qsun.kernels import packed_cuda
 from qsun.model.architectures import Architecture, architecture_of
 from qsun.runtime.fused_projections import GatedMLP, MergedPart
 from qsun.runtime.quant_linear import QuantLinear
@@ -101,7 +101,7 @@ def fuse_blocks(model: Any, config: Any) -> None:
     or with heads that the kernels do not support stay as they are.
     """
     architecture = architecture_of(config.model_type)
-    if not architecture.output_added or not int4_cuda.available():
+    if not architecture.output_added or not packed_cuda.available():
         return
     for layer, block in enumerate(model.model.layers):
         if _fusible(block):

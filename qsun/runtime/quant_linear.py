@@ -9,14 +9,15 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from qsun.errors import QsunError
-from qsun.kernels import int4_cpu, int4_cuda, int4pack_cpu
+from qsun.kernels import int4_cpu, int4pack_cpu, packed_cuda
 from qsun.kernels.layout import (
     INTERLEAVED_ROWS,
-    PackedInt4,
+    PackedWeights,
     interleave_gate_up,
-    pack_int4,
+    pack_weights,
+    packable,
     separate_gate_up,
-    unpack_int4,
+    unpack_weights,
 )
 from qsun.kernels.reference import dequantize
 from qsun.model.quantized import Quantized
@@ -34,7 +35,7 @@ class QuantLinear(nn.Module):
 
     * "bytes": q (out, in) uint8, scales (groups, out) float32, zeros (groups, out) uint8. Any bits and shape.
     * "cpu_int4": two weights a byte as torch's int4 op reads them; at most 4 bits, bfloat16 activations, on a CPU.
-    * "triton_int4": two weights a byte as the Triton kernels read them; at most 4 bits, 16-bit activations, on a GPU.
+    * "triton": packed as the Triton kernels read them, `bits` a weight; 16-bit activations, on a GPU.
 
     Attributes:
         storage: one of these names.
@@ -135,7 +136,7 @@ class QuantLinear(nn.Module):
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         """Return this layer's product plus the residual, in one kernel where the storage has one."""
-        if self.storage == "triton_int4" and not self.gated:
+        if self.storage == "triton" and not self.gated:
             return self._product(x, silu_mul=False, residual=residual)
         return residual + self(x)
 
@@ -151,20 +152,20 @@ class QuantLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         dense = self._dense_for(x)
         if x.is_cuda and dense is None and (self.storage == "bytes" or x.dtype != self.dtype):
-            _warn_of_dequantizing(self.storage, self.bits, self.dtype, x.dtype)
+            _warn_of_dequantizing(self.storage, self.dtype, x.dtype)
         if self.storage == "bytes":
             return torch.ops.qsun.bytes_linear.default(x, self.q, self.scales, self.zeros, self.g_idx, dense, bias)
         weights = (self.words, self.scales, self.zeros, self.order, dense, bias, residual)
-        product: Any = torch.ops.qsun.int4_linear.default
+        product: Any = torch.ops.qsun.packed_linear.default
         if self.storage == "cpu_int4" and not _needs_op(x):
             product = int4_cpu.int4_linear
-        y = product(x, *weights, self.out_features, self.group_size, silu_mul)
+        y = product(x, *weights, self.out_features, self.group_size, self.bits, silu_mul)
         return y if silu_mul or not self._interleaved else _gate_then_up(y)
 
     @property
     def _interleaved(self) -> bool:
         """Whether gate and up rows alternate, as the Triton kernels read them."""
-        return self.gated and self.storage == "triton_int4"
+        return self.gated and self.storage == "triton"
 
     def _store(self, weights: Quantized) -> None:
         weights, order = by_group(weights)
@@ -183,34 +184,34 @@ class QuantLinear(nn.Module):
             rows = [t.t() for t in (weights.q.t(), weights.scales, weights.zeros)]
             if self.gated:
                 rows = [interleave_gate_up(*t.chunk(2)) for t in rows]
-            packed = pack_int4(rows[0], rows[1].t(), rows[2].t(), self.group_size, self.dtype)
+            packed = pack_weights(rows[0], rows[1].t(), rows[2].t(), self.group_size, self.dtype, self.bits)
             buffers = {**packed._asdict(), "order": order}
             self._reserve_workspace(weights.q.device)
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
 
     def _reserve_workspace(self, device: torch.device) -> None:
-        int4_cuda.reserve_workspace(self.out_features, self.in_features, self.group_size, device)
+        packed_cuda.reserve_workspace(self.out_features, self.in_features, self.group_size, self.bits, device)
 
     def _choose_storage(self, weights: Quantized) -> str:
         N, K, device = self.out_features, self.in_features, weights.q.device.type
-        if self.bits > 4 or weights.g_idx is not None or device not in ("cpu", "cuda"):
+        if weights.g_idx is not None or device not in ("cpu", "cuda"):
             return "bytes"
         if device == "cpu":
-            fits = self.dtype == torch.bfloat16 and int4pack_cpu.usable(N, K, self.group_size)
+            fits = self.bits <= 4 and self.dtype == torch.bfloat16 and int4pack_cpu.usable(N, K, self.group_size)
             return "cpu_int4" if fits else "bytes"
-        fits = self.dtype in (torch.bfloat16, torch.float16) and N % 16 == 0 and K % 32 == 0
-        if fits and not int4_cuda.available():
-            logger.warning("triton is not installed: int4 products on the GPU dequantize first; pip install triton")
+        fits = self.dtype in (torch.bfloat16, torch.float16) and packable(N, K, self.group_size)
+        if fits and not packed_cuda.available():
+            logger.warning("triton is not installed: products on the GPU dequantize first; pip install triton")
             return "bytes"
-        return "triton_int4" if fits else "bytes"
+        return "triton" if fits else "bytes"
 
     def _unpacked(self) -> Quantized:
         """Return the integers, columns in stored order and rows in their original order."""
         if self.storage == "cpu_int4":
             return Quantized(*int4pack_cpu.unpack(self.words, self.scales, self.in_features, self.groups))
-        packed = PackedInt4(self.words, self.scales, self.zeros)
-        q, scales, zeros = unpack_int4(packed, self.out_features, self.in_features, self.group_size)
+        packed = PackedWeights(self.words, self.scales, self.zeros)
+        q, scales, zeros = unpack_weights(packed, self.out_features, self.in_features, self.group_size, self.bits)
         if self._interleaved:
             q, scales, zeros = (torch.cat(separate_gate_up(t)) for t in (q, scales.t(), zeros.t()))
             scales, zeros = scales.t(), zeros.t()
@@ -225,7 +226,7 @@ class QuantLinear(nn.Module):
 
     def _wants_dense(self, x: Tensor) -> bool:
         """Return whether a kept dequantized matrix is faster for this input, and may be kept."""
-        if self.storage == "triton_int4":
+        if self.storage == "triton":
             return False
         if not self.keep_dense or self.storage == "bytes" or x.dtype != torch.bfloat16:
             return self.keep_dense
@@ -256,7 +257,7 @@ class QuantLinear(nn.Module):
         elif device != self.scales.device:
             for name, tensor in list(self._buffers.items()):
                 self._buffers[name] = None if tensor is None else tensor.to(device)
-            if self.storage == "triton_int4":
+            if self.storage == "triton":
                 self._reserve_workspace(device)
         return self
 
@@ -268,10 +269,12 @@ class QuantLinear(nn.Module):
 
 
 @cache
-def _warn_of_dequantizing(storage: str, bits: int, packed_for: torch.dtype, dtype: torch.dtype) -> None:
+def _warn_of_dequantizing(storage: str, packed_for: torch.dtype, dtype: torch.dtype) -> None:
     """Warn once that a GPU dequantizes a matrix for every product."""
     if storage == "bytes":
-        logger.warning("%d-bit layers are dequantized for every product on this GPU; load with keep_dense=True", bits)
+        logger.warning(
+            "layers that no GPU kernel supports are dequantized for every product; load with keep_dense=True"
+        )
     else:
         logger.warning("%s inputs of layers packed for %s are slow; cast the model or its inputs", dtype, packed_for)
 

@@ -11,10 +11,10 @@ from tests.places import ROOT
 pytest.importorskip("triton")
 
 
-SLOW = pytest.param("interpreted_int4.py", "slow", marks=pytest.mark.slow)
+SLOW = pytest.param("interpreted_products.py", "slow", marks=pytest.mark.slow)
 
 
-FAST = [(f"interpreted_{name}.py", "not slow") for name in ("int4", "decode", "lora")]
+FAST = [(f"interpreted_{name}.py", "not slow") for name in ("products", "decode", "lora")]
 
 
 @pytest.mark.parametrize(("name", "marker"), [*FAST, SLOW])

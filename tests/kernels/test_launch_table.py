@@ -16,42 +16,46 @@ from qsun.kernels.launch_table import (
     shape_key,
     workspace_bytes,
 )
+from qsun.kernels.layout import TILES
 
 LLAMA_8B = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 SHAPES = [*LLAMA_8B, (2048, 2048), (16, 32), (176, 416), (128256, 4096), (64, 14336), (192, 1056)]
 
 
+@pytest.mark.parametrize("bits", TILES)
 @pytest.mark.parametrize("M", [1, 5, 8, 9, 16, 17, 32, 64, 65, 300, 512])
 @pytest.mark.parametrize(("N", "K"), SHAPES)
-def test_a_choice_fits_the_shape(M, N, K):
+def test_a_choice_fits_the_shape(M, N, K, bits):
     for group_size in (32, -1):
-        launch = choose_launch(M, N, K, group_size, "no such GPU")
-        tiles = math.ceil(K / 128)
+        launch = choose_launch(M, N, K, group_size, "no such GPU", bits)
+        tiles = math.ceil(K / TILES[bits].columns)
         assert math.ceil(N / 64) * 64 % launch.block_n == 0
         assert launch.block_m & (launch.block_m - 1) == 0
         assert launch.block_m >= 8
         assert (launch.split_k - 1) * math.ceil(tiles / launch.split_k) < tiles  # no split is empty
-        assert launch.split_k == 1 or tiles / launch.split_k >= 3
+        assert launch.split_k == 1 or tiles * TILES[bits].columns / launch.split_k >= 384
 
 
+@pytest.mark.parametrize("bits", TILES)
 @pytest.mark.parametrize(("N", "K"), LLAMA_8B)
-def test_the_processors_are_busy_at_batch_1(N, K):
-    launch = choose_launch(1, N, K, 128, "default")
+def test_the_processors_are_busy_at_batch_1(N, K, bits):
+    launch = choose_launch(1, N, K, 128, "default", bits)
     programs = math.ceil(N / launch.block_n) * launch.split_k
-    in_flight = programs / 132 * launch.block_n * 64 * (launch.stages - 1)
+    in_flight = programs / 132 * launch.block_n * 2 * TILES[bits].words * (launch.stages - 1)
     assert 24 * 1024 <= in_flight <= 96 * 1024
     assert programs / 132 / math.ceil(programs / 132) > 0.8  # the last round is nearly full
 
 
+@pytest.mark.parametrize("bits", TILES)
 @pytest.mark.parametrize("M", [1, 40, 600])
 @pytest.mark.parametrize(("N", "K"), SHAPES)
-def test_the_workspace_is_enough(M, N, K):
-    size, counters = workspace_bytes(M, N, K, -1, "default")
+def test_the_workspace_is_enough(M, N, K, bits):
+    size, counters = workspace_bytes(M, N, K, -1, "default", bits)
     for m in {1, M // 2 + 1, M}:
         if m > load_launch_table("default").dequantize_above_m:
             assert size >= 2 * N * K
         else:
-            launch = choose_launch(m, N, K, -1, "default")
+            launch = choose_launch(m, N, K, -1, "default", bits)
             assert size >= (4 * launch.split_k * m * N if launch.split_k > 1 else 0)
             assert counters >= math.ceil(N / launch.block_n) * math.ceil(m / launch.block_m)
 
@@ -73,7 +77,7 @@ def test_a_tuned_shape_is_taken_from_its_table(tmp_path, monkeypatch):
 
 def test_a_table_with_an_unknown_key_is_refused():
     table = json.loads((Path(launch_table.__file__).parent / "configs" / "default.json").read_text())
-    table["buckets"][0]["wraps"] = 2
+    table["buckets"]["4"][0]["wraps"] = 2
     with pytest.raises(TypeError, match="wraps"):
         parse_launch_table(table)
 

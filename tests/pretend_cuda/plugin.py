@@ -14,10 +14,10 @@ def pretend_cuda(monkeypatch):
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs triton, whose launches it replaces")
     import qsun.runtime.ops  # noqa: F401  (defines the operators that are replaced)
-    from qsun.kernels import int4_triton
+    from qsun.kernels import packed_triton
     from tests.pretend_cuda import attention, cuda_api, tensors, triton_launches
 
-    int4_triton.gpu_name.cache_clear()
+    packed_triton.gpu_name.cache_clear()
     for module in (cuda_api, triton_launches, attention):
         for owner, name, stand_in in module.patches():
             monkeypatch.setattr(owner, name, stand_in)
@@ -27,4 +27,4 @@ def pretend_cuda(monkeypatch):
     with torch.no_grad(), tensors.PretendMode():
         yield tensors.STATE.log
     torch.__future__.set_overwrite_module_params_on_conversion(overwrites)
-    int4_triton.gpu_name.cache_clear()
+    packed_triton.gpu_name.cache_clear()

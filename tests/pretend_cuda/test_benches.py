@@ -10,7 +10,7 @@ from qsun.eval.speed.contenders import SUN, made_contenders
 from qsun.eval.speed.decode_speed import filled_batch
 from qsun.eval.speed.kernel_bench import KernelVariant, Patience, bench_kernels
 from qsun.eval.speed.model_shapes import ModelShape
-from qsun.kernels import int4_triton
+from qsun.kernels import packed_triton
 from qsun.kernels.launch_table import choose_launch
 
 N, K = 256, 256
@@ -28,7 +28,7 @@ def test_timed_graphs_hold_the_products_alone(pretend_cuda, kind):
     result = bench_kernels([("", "", N, K)], [1, 40], kind, Patience(3, 1.0))
     assert {"bf16", "ours"} <= {row["kernel"] for row in result["rows"]}
     held = [dict(graph.kernels) for graph in pretend_cuda.graphs]
-    assert held.count({"triton::int4_matmul": 3}) == 2
+    assert held.count({"triton::packed_matmul": 3}) == 2
     assert sum(set(kernels) <= {"aten::linear", "aten::mm"} for kernels in held) == 2
 
 
@@ -36,7 +36,7 @@ def test_the_tuning_timer_times_the_product_alone(pretend_cuda, kind):
     start = choose_launch(1, N, K, 128, "default")
     times = kernel_tuning.gpu_timer(1, N, K, kind)([start])
     assert times[start] > 0
-    assert pretend_cuda.graphs[-1].kernels == {"triton::int4_matmul": 3}
+    assert pretend_cuda.graphs[-1].kernels == {"triton::packed_matmul": 3}
 
 
 def test_a_graph_is_replayed_several_times_a_turn(pretend_cuda, monkeypatch):
@@ -55,7 +55,7 @@ def test_a_graph_is_replayed_several_times_a_turn(pretend_cuda, monkeypatch):
 def test_launches_that_do_not_fit_are_left_out(pretend_cuda, kind, monkeypatch, error):
     start = choose_launch(1, N, K, 128, "default")
     large = next(launch for launch in kernel_tuning.candidates(1, N, K, 128) if launch.stages == 6)
-    kernel = int4_triton.int4_matmul
+    kernel = packed_triton.packed_matmul
 
     class Limited:
         def __getitem__(self, grid):
@@ -66,12 +66,12 @@ def test_launches_that_do_not_fit_are_left_out(pretend_cuda, kind, monkeypatch, 
 
             return launch
 
-    monkeypatch.setattr(int4_triton, "int4_matmul", Limited())
+    monkeypatch.setattr(packed_triton, "packed_matmul", Limited())
     assert list(kernel_tuning.gpu_timer(1, N, K, kind)([start, large])) == [start]
 
 
 def test_other_errors_end_the_tuning(pretend_cuda, kind, monkeypatch):
-    monkeypatch.setattr(int4_triton, "int4_product", lambda *_, **__: {}["missing"])
+    monkeypatch.setattr(packed_triton, "packed_product", lambda *_, **__: {}["missing"])
     with pytest.raises(KeyError, match="missing"):
         kernel_tuning.gpu_timer(1, N, K, kind)([choose_launch(1, N, K, 128, "default")])
 
@@ -98,6 +98,6 @@ def layer_kernels(pretend_cuda, monkeypatch):
 
 def test_both_sides_merge_their_projections(layer_kernels):
     products = {name: kernels["aten::linear"] + kernels["aten::mm"] for name, kernels in layer_kernels.items()}
-    int4 = {name: kernels["triton::int4_matmul"] for name, kernels in layer_kernels.items()}
+    int4 = {name: kernels["triton::packed_matmul"] for name, kernels in layer_kernels.items()}
     assert products == {SUN: 4, "qsun": 0}
     assert int4 == {SUN: 0, "qsun": 4}

@@ -52,12 +52,17 @@ INPUTS = {
 @pytest.mark.parametrize("name", INPUTS)
 def test_inputs_that_a_linear_layer_accepts(pretend_cuda, name):
     x = INPUTS[name]()
-    assert "triton::int4_matmul" in kernels(pretend_cuda, layer(), x)
+    assert "triton::packed_matmul" in kernels(pretend_cuda, layer(), x)
 
 
-def test_one_kernel_a_product(pretend_cuda):
+@pytest.mark.parametrize(("bits", "read"), [(2, 64), (3, 96), (4, 128), (8, 256)])
+def test_one_kernel_a_product_of_any_bits(pretend_cuda, bits, read):
     x = torch.randn(1, K, device="cuda", dtype=torch.bfloat16)
-    assert kernels(pretend_cuda, layer(), x) == {"triton::int4_matmul": 1}
+    product = layer(bits)
+    assert kernels(pretend_cuda, product, x) == {"triton::packed_matmul": 1}
+    assert pretend_cuda.launches[-1]["BITS"] == bits
+    assert product.read_bytes(1) == N * read + 2 * N * 2  # words, and bfloat16 scales of two groups
+    assert torch.equal(product.quantized().q.cpu(), weights(bits).q.cpu())
 
 
 def test_no_rows(pretend_cuda):
@@ -68,7 +73,7 @@ def test_a_layer_that_moves_reserves_a_workspace_there(pretend_cuda):
     moved = layer().to("cuda:1")
     assert reserved(torch.device("cuda:1")) is not None
     x = torch.randn(1, K, device="cuda:1").bfloat16()
-    assert kernels(pretend_cuda, moved, x) == {"triton::int4_matmul": 1}
+    assert kernels(pretend_cuda, moved, x) == {"triton::packed_matmul": 1}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -79,7 +84,7 @@ def test_a_layer_that_is_cast_keeps_its_kernel(pretend_cuda, dtype):
     assert torch.equal(cast.quantized().q, before.q)
     assert torch.equal(cast.quantized().scales, before.scales)
     assert kernels(pretend_cuda, cast, torch.randn(1, K, device="cuda", dtype=torch.bfloat16).to(dtype)) == {
-        "triton::int4_matmul": 1
+        "triton::packed_matmul": 1
     }
 
 
@@ -104,18 +109,24 @@ def test_an_input_of_another_dtype_is_slow_and_says_so_once(pretend_cuda, caplog
     ]
 
 
-def test_8_bits_keep_a_dense_copy(pretend_cuda, caplog):
+def unpackable():
+    """A layer whose rows no kernel supports."""
+    held = weights()
+    return Quantized(held.q[:120], held.scales[:, :120], held.zeros[:, :120])
+
+
+def test_shapes_without_a_kernel_keep_a_dense_copy(pretend_cuda, caplog):
     x = torch.randn(1, K, device="cuda", dtype=torch.bfloat16)
-    product = QuantLinear(weights(8), None, 8, torch.bfloat16, keep_dense=True)
+    product = QuantLinear(unpackable(), None, 4, torch.bfloat16, keep_dense=True)
     assert sum(kernels(pretend_cuda, product, x).values()) == 1
-    assert product.read_bytes(1) == N * K * 2
+    assert product.read_bytes(1) == 120 * K * 2
     assert not caplog.records
 
 
-def test_8_bits_without_room_for_a_copy_warn_once(pretend_cuda, caplog):
-    product = layer(8)
+def test_shapes_without_a_kernel_or_room_for_a_copy_warn_once(pretend_cuda, caplog):
+    product = QuantLinear(unpackable(), None, 4, torch.bfloat16)
     for _ in range(2):
         kernels(pretend_cuda, product, torch.randn(1, K, device="cuda", dtype=torch.bfloat16))
     assert [record.message for record in caplog.records] == [
-        "8-bit layers are dequantized for every product on this GPU; load with keep_dense=True"
+        "layers that no GPU kernel supports are dequantized for every product; load with keep_dense=True"
     ]

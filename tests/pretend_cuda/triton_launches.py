@@ -5,8 +5,8 @@ import ctypes
 import torch
 from torch.nn.functional import silu
 
-from qsun.kernels import bytes_product, decode_cuda, int4_cuda, int4_triton, lora_triton, workspace
-from qsun.kernels.layout import INTERLEAVED_ROWS, PackedInt4, unpack_int4
+from qsun.kernels import bytes_product, decode_cuda, lora_triton, packed_cuda, packed_triton, workspace
+from qsun.kernels.layout import INTERLEAVED_ROWS, PackedWeights, unpack_weights
 from qsun.kernels.reference import dequantize
 from tests.pretend_cuda.tensors import STATE, PretendMode, PretendTensor
 
@@ -33,8 +33,10 @@ class Kernel:
         return launch
 
 
-def int4_matmul(x, words, scales, zeros, bias, residual, y, partials, counters, M, N, K, padded_n, stride_x, **options):
-    weight = weights(words, scales, zeros if options["ASYM"] else None, N, K, options["GROUP"])
+def packed_matmul(
+    x, words, scales, zeros, bias, residual, y, partials, counters, M, N, K, padded_n, stride_x, **options
+):
+    weight = weights(words, scales, zeros if options["ASYM"] else None, N, K, options["GROUP"], options["BITS"])
     product = x.float() @ weight.t()
     product = product + bias.float() if options["BIAS"] else product
     if options["SILU"]:
@@ -43,8 +45,8 @@ def int4_matmul(x, words, scales, zeros, bias, residual, y, partials, counters, 
     y.copy_(product + residual.float() if options["RESIDUAL"] else product)
 
 
-def dequantize_tiles(words, scales, zeros, out, N, K, padded_n, GROUP, ASYM, **options):
-    out.copy_(weights(words, scales, zeros if ASYM else None, N, K, GROUP))
+def dequantize_tiles(words, scales, zeros, out, N, K, padded_n, BITS, GROUP, ASYM, **options):
+    out.copy_(weights(words, scales, zeros if ASYM else None, N, K, GROUP, BITS))
 
 
 def rms_norm_rows(x, residual, weight, out, total, width, eps, offset, ADD, ROUND, **_):
@@ -119,23 +121,23 @@ def memory_at(address, shape, dtype):
     return torch.frombuffer(held, dtype=dtype).view(shape)
 
 
-def weights(words, scales, zeros, N, K, group):
-    q, scale, zero = unpack_int4(PackedInt4(words, scales, zeros), N, K, group or -1)
+def weights(words, scales, zeros, N, K, group, bits):
+    q, scale, zero = unpack_weights(PackedWeights(words, scales, zeros), N, K, group or -1, bits)
     return dequantize(q, scale, zero, None, torch.float32)
 
 
 def patches():
     """Yield (object, attribute, stand-in)."""
-    yield int4_triton, "int4_matmul", Kernel("int4_matmul", int4_matmul)
-    yield int4_triton, "dequantize_tiles", Kernel("dequantize_tiles", dequantize_tiles)
+    yield packed_triton, "packed_matmul", Kernel("packed_matmul", packed_matmul)
+    yield packed_triton, "dequantize_tiles", Kernel("dequantize_tiles", dequantize_tiles)
     for compute in (shrink_rows, expand_rows):
         yield lora_triton, compute.__name__, Kernel(compute.__name__, compute)
     yield workspace, "_of_devices", {}
     for compute in (rms_norm_rows, silu_mul_rows, rotate_and_store, split_attention):
         yield decode_cuda, compute.__name__, Kernel(compute.__name__, compute)
     operators = {
-        "qsun::int4_linear": int4_cuda.int4_linear,
-        "qsun::int4_input_grad": int4_cuda.int4_input_grad,
+        "qsun::packed_linear": packed_cuda.packed_linear,
+        "qsun::packed_input_grad": packed_cuda.packed_input_grad,
         "qsun::bytes_linear": bytes_product.bytes_linear,
         "qsun::bytes_input_grad": bytes_product.bytes_input_grad,
     }

@@ -28,10 +28,10 @@ def test_schema_fake_and_autograd_agree(weights, dtype):
         inner = (grad, layer.q, layer.scales, layer.zeros, layer.g_idx, None)
         torch.library.opcheck(torch.ops.qsun.bytes_input_grad.default, inner)
         return
-    arguments = (x, layer.words, layer.scales, None, layer.order, None, None, None, 32, 32, False)
-    torch.library.opcheck(torch.ops.qsun.int4_linear.default, arguments)
-    inner = (torch.randn(3, 32, dtype=dtype), layer.words, layer.scales, None, layer.order, None, 64, 32)
-    torch.library.opcheck(torch.ops.qsun.int4_input_grad.default, inner)
+    arguments = (x, layer.words, layer.scales, None, layer.order, None, None, None, 32, 32, 4, False)
+    torch.library.opcheck(torch.ops.qsun.packed_linear.default, arguments)
+    inner = (torch.randn(3, 32, dtype=dtype), layer.words, layer.scales, None, layer.order, None, 64, 32, 4)
+    torch.library.opcheck(torch.ops.qsun.packed_input_grad.default, inner)
 
 
 @pytest.mark.parametrize(("weights", "dtype"), layers())
@@ -68,9 +68,9 @@ def test_epilogues():
         pytest.skip("this CPU has no int4 op")
     x, residual = torch.randn(2, 64).bfloat16(), torch.randn(2, 32).bfloat16()
     fixed = (x, layer.words, layer.scales, None, None, None, None)
-    y = torch.ops.qsun.int4_linear(*fixed, residual, 64, 32, True)
+    y = torch.ops.qsun.packed_linear(*fixed, residual, 64, 32, 4, True)
     gate, up = (x.double() @ weights.dequantize(torch.float64).t()).chunk(2, -1)
     wanted = torch.nn.functional.silu(gate) * up + residual.double()
     assert ((y.double() - wanted).abs() <= 0.03 * (1 + gate.abs()) * (1 + up.abs())).all()
     with pytest.raises(NotImplementedError, match="epilogues"):
-        torch.ops.qsun.int4_linear(x.requires_grad_(), *fixed[1:], residual, 64, 32, True)
+        torch.ops.qsun.packed_linear(x.requires_grad_(), *fixed[1:], residual, 64, 32, 4, True)

@@ -37,7 +37,7 @@ def test_only_the_gpu_tests_are_collected():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     files = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
-    assert files == {"tests/gpu/test_decode.py", "tests/gpu/test_int4.py", "tests/gpu/test_lora.py"}
+    assert files == {"tests/gpu/test_decode.py", "tests/gpu/test_lora.py", "tests/gpu/test_products.py"}
     assert "tests/gpu/test_generation.py" in done.stdout
     assert "could not import 'accelerate'" in done.stdout
     assert "error" not in done.stdout.lower()

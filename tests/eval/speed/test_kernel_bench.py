@@ -28,8 +28,9 @@ def test_shapes_add_up_to_the_model(name):
     assert blocks + embeddings == pytest.approx(PARAMETERS[name], rel=0.005)
 
 
-def run(group_size=32, minutes=1.0, note=lambda _: None):
-    return bench_kernels(layers_of([], ["96x64"]), [1, 20], KernelVariant(group_size), Patience(3, 1.0, minutes), note)
+def run(minutes=1.0, note=lambda _: None, bits=4):
+    kind = KernelVariant(32, bits=bits)
+    return bench_kernels(layers_of([], ["96x64"]), [1, 20], kind, Patience(3, 1.0, minutes), note)
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +46,18 @@ def test_every_contender_at_every_point():
         assert ours["ratio_to_bf16"] == pytest.approx(full["microseconds"] / ours["microseconds"])
 
 
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_other_bits(bits):
+    assert {row["kernel"] for row in run(bits=bits)["rows"]} == {"bf16", "ours"}
+
+
+def test_bits_without_a_kernel():
+    with pytest.raises(QsunError, match="bits 5 has no kernel; use 2, 3, 4 or 8"):
+        run(bits=5)
+
+
 def test_a_wrong_product_is_not_timed(monkeypatch):
-    def wrong(weights, group_size, dtype):
+    def wrong(weights, group_size, dtype, bits):
         return lambda: lambda x: x @ weights.dequantize().to(dtype).t() * 1.1
 
     monkeypatch.setitem(kernel_bench.CPU_CONTENDERS, "ours", wrong)
@@ -75,7 +86,7 @@ def test_gptq_words_of_marlin():
 
 
 def test_a_peer_that_fails_is_left_out_with_its_reason(monkeypatch):
-    def broken(weights, group_size, dtype):
+    def broken(weights, group_size, dtype, bits):
         raise RuntimeError("no such device")
 
     notes = []

@@ -46,19 +46,19 @@ def test_launches_that_are_wrong_are_never_chosen():
 def test_a_table_is_written_added_to_and_read(tmp_path, monkeypatch):
     kind = KernelVariant(128, True, torch.bfloat16)
     shapes = tune_kernels(LAYERS, kind, "Some GPU", lambda *_: timer)
-    assert list(shapes) == ["512x1024g128", "64x256g128"]
+    assert list(shapes) == ["512x1024w4g128", "64x256w4g128"]
     path = tmp_path / "Some-GPU.json"
     write_table(dict([shapes.popitem()]), "Some GPU", path)
     write_table(shapes, "Some GPU", path)
     table = parse_launch_table(json.loads(path.read_text()))
-    assert set(table.shapes) == {"512x1024g128", "64x256g128"}
+    assert set(table.shapes) == {"512x1024w4g128", "64x256w4g128"}
     assert table.buckets == launch_table.load_launch_table("default").buckets
     monkeypatch.setattr(launch_table, "_CONFIGS", tmp_path)
     launch_table.load_launch_table.cache_clear()
     choose_launch.cache_clear()
     try:
         chosen = choose_launch(8, 512, 1024, 128, "Some GPU")
-        assert chosen == table.shapes["512x1024g128"][8]
+        assert chosen == table.shapes["512x1024w4g128"][8]
         assert isinstance(chosen, KernelLaunch)
     finally:
         launch_table.load_launch_table.cache_clear()
@@ -84,7 +84,7 @@ def test_launches_found_so_far_survive_a_failure(tmp_path):
             LAYERS, KernelVariant(), "Some GPU", timer_for, save=lambda shapes: write_table(shapes, "Some GPU", path)
         )
     table = parse_launch_table(json.loads(path.read_text()))
-    assert list(table.shapes["512x1024g128"]) == [4, 8, 16]
+    assert list(table.shapes["512x1024w4g128"]) == [4, 8, 16]
     assert list(tmp_path.iterdir()) == [path]
 
 

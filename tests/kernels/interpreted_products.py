@@ -1,4 +1,4 @@
-"""The int4 kernels in Triton's interpreter against float64. Run by test_interpreter.py in a process of its own.
+"""The product kernels in Triton's interpreter against float64. Run by test_interpreter.py in a process of its own.
 
 float32 runs bfloat16's algebra, offset and all: the interpreter computes bfloat16 itself wrongly.
 """
@@ -6,14 +6,15 @@ float32 runs bfloat16's algebra, offset and all: the interpreter computes bfloat
 import pytest
 import torch
 
-from qsun.kernels.int4_triton import int4_dequantize, int4_product
 from qsun.kernels.launch_table import KernelLaunch, choose_launch
-from qsun.kernels.layout import pack_int4
+from qsun.kernels.layout import pack_weights
+from qsun.kernels.packed_triton import packed_dequantize, packed_product
 from qsun.kernels.reference import dequantize
 from qsun.kernels.workspace import Workspace
 from tests.kernels.oracle import draw
 
 HALF, SINGLE = torch.float16, torch.float32
+BITS = [2, 3, 4, 8]
 
 
 @pytest.fixture(autouse=True)
@@ -29,15 +30,16 @@ def check(product, launch):
     results = []
     for _ in range(2):
         space.buffer.fill_(255)  # NaN
-        results.append(int4_product(*product.arguments(), **product.options(), workspace=space, launch=launch))
+        results.append(packed_product(*product.arguments(), **product.options(), workspace=space, launch=launch))
         assert not space.counters.any()
     assert torch.equal(*results)
     assert results[0].shape == product.exact.shape
     assert ((results[0].double() - product.exact).abs() <= product.bound).all()
 
 
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("fold", [True, False], ids=["fold", "centred"])
-@pytest.mark.parametrize("zeros", ["8", "random"])
+@pytest.mark.parametrize("zeros", ["middle", "random"])
 @pytest.mark.parametrize(
     ("M", "N", "K", "group_size", "dtype"),
     [
@@ -52,28 +54,31 @@ def check(product, launch):
     ],
     ids=str,
 )
-def test_shapes_groups_and_zero_points(M, N, K, group_size, dtype, zeros, fold):
-    product = draw(M, N, K, group_size, dtype, zeros, seed=M + N + K, gap=0 if fold else 40)
+def test_shapes_groups_and_zero_points(M, N, K, group_size, dtype, zeros, fold, bits):
+    product = draw(M, N, K, group_size, dtype, zeros, seed=M + N + K, gap=0 if fold else 40, bits=bits)
     check(product, KernelLaunch(64, 8 if M <= 8 else 16, 1 + (K > 256), 2, 3, fold))
 
 
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("M", [1, 9, 33, 64])
-def test_the_tables_choice(M):
+def test_the_tables_choice(M, bits):
     N, K, group_size = 192, 1056, 32
-    check(draw(M, N, K, group_size, HALF, seed=M), choose_launch(M, N, K, group_size, "default"))
+    check(draw(M, N, K, group_size, HALF, seed=M, bits=bits), choose_launch(M, N, K, group_size, "default", bits))
 
 
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("split_k", [1, 2, 5])
 @pytest.mark.parametrize("K", [96, 768])
-def test_splits(split_k, K):  # 5 splits of 1 or 6 tiles: some have none
-    check(draw(3, 128, K, 32, SINGLE, epilogue="br", seed=K), KernelLaunch(128, 8, split_k, 2, 3, True))
+def test_splits(split_k, K, bits):  # 5 splits of 1, 3 or 6 tiles: some have none
+    check(draw(3, 128, K, 32, SINGLE, epilogue="br", seed=K, bits=bits), KernelLaunch(128, 8, split_k, 2, 3, True))
 
 
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("fold", [True, False], ids=["fold", "centred"])
-@pytest.mark.parametrize("zeros", ["0", "15"])
+@pytest.mark.parametrize("zeros", ["0", "top"])
 @pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
-def test_extreme_zero_points_and_scales(dtype, zeros, fold):
-    check(draw(3, 64, 256, 64, dtype, zeros, "wild"), KernelLaunch(64, 8, 2, 2, 3, fold))
+def test_extreme_zero_points_and_scales(dtype, zeros, fold, bits):
+    check(draw(3, 64, 256, 64, dtype, zeros, "wild", bits=bits), KernelLaunch(64, 8, 2, 2, 3, fold))
 
 
 @pytest.mark.parametrize("epilogue", ["b", "r", "br", "s", "bs", "brs"])
@@ -88,35 +93,36 @@ def test_several_blocks_of_rows():
 
 def test_no_rows():
     product = draw(0, 64, 128, 128, HALF)
-    assert int4_product(*product.arguments()).shape == (0, 64)
+    assert packed_product(*product.arguments()).shape == (0, 64)
 
 
 @pytest.mark.parametrize("epilogue", ["", "br", "bs", "brs"])
 def test_many_rows_are_dequantized(epilogue):
     product = draw(513, 80, 96, 32, HALF, epilogue=epilogue)
-    y = int4_product(*product.arguments(), **product.options())
+    y = packed_product(*product.arguments(), **product.options())
     weights = 2.0**-10 * product.x.double().abs().sum(1, keepdim=True) * 15 * 0.03  # rounded to half precision
     slack = weights * (1 if "s" not in epilogue else 1 + product.exact.abs().max())
     assert ((y.double() - product.exact).abs() <= product.bound + slack).all()
 
 
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("asym", [False, True])
 @pytest.mark.parametrize(
     ("N", "K", "group_size"), [(16, 32, 32), (80, 416, 32), (176, 320, 64), (64, 256, 128), (80, 96, -1)]
 )
-def test_dequantize(N, K, group_size, asym):
+def test_dequantize(N, K, group_size, asym, bits):
     groups = 1 if group_size == -1 else K // group_size
-    q = torch.randint(0, 16, (N, K), dtype=torch.uint8)
+    q = torch.randint(0, 1 << bits, (N, K), dtype=torch.uint8)
     scales = (torch.rand(groups, N) - 0.5).half()
-    zeros = torch.randint(0, 16, (groups, N)) if asym else torch.full((groups, N), 8)
+    zeros = torch.randint(0, 1 << bits, (groups, N)) if asym else torch.full((groups, N), 1 << (bits - 1))
     out = torch.empty(N, K, dtype=HALF)
-    int4_dequantize(*pack_int4(q, scales, zeros, group_size, HALF), N, K, group_size, out)
+    packed_dequantize(*pack_weights(q, scales, zeros, group_size, HALF, bits), N, K, group_size, out, bits)
     assert torch.equal(out, dequantize(q, scales, zeros, None, torch.float64).half())
 
 
 def test_what_does_not_fit():
     product = draw(2, 64, 128, 128, HALF)
-    x, words, scales, zeros, N, group_size = product.arguments()
+    x, words, scales, zeros, N, group_size, _bits = product.arguments()
     for bad in (
         (x.bfloat16(), words, scales, zeros, N, group_size),
         (x[:, ::2], words, scales, zeros, N, group_size),
@@ -124,21 +130,23 @@ def test_what_does_not_fit():
         (x, words, scales, zeros, 128, group_size),
         (x, words, scales, zeros, 60, group_size),
         (x, words, scales.float(), zeros, N, group_size),
+        (x, words, scales, zeros, N, group_size, 2),
+        (x, words, scales, zeros, N, group_size, 8),
         (x, words, scales, zeros, N, 64),
     ):
         with pytest.raises(ValueError, match=r"want|use"):
-            int4_product(*bad)
+            packed_product(*bad)
     with pytest.raises(ValueError, match="bias"):
-        int4_product(*product.arguments(), bias=torch.zeros(63))
+        packed_product(*product.arguments(), bias=torch.zeros(63))
     with pytest.raises(ValueError, match="residual"):
-        int4_product(*product.arguments(), residual=torch.zeros(2, 32))
+        packed_product(*product.arguments(), residual=torch.zeros(2, 32))
     for small in (Workspace.allocate(8, 64, "cpu"), Workspace.allocate(1 << 20, 0, "cpu")):
         with pytest.raises(ValueError, match="workspace_bytes"):
-            int4_product(*product.arguments(), workspace=small, launch=KernelLaunch(64, 8, 2, 2, 3, True))
+            packed_product(*product.arguments(), workspace=small, launch=KernelLaunch(64, 8, 2, 2, 3, True))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(120))
 def test_random_products(seed):
     def pick(*values):
         return values[int(torch.randint(len(values), (), generator=generator))]
@@ -150,6 +158,7 @@ def test_random_products(seed):
     N = 16 * pick(1, 3, 5, 9, 12) if block_n == 64 else 256 * pick(1, 2)
     M, block_m = pick(1, 3, 8, 9, 16, 17, 33, 64), pick(8, 16, 32, 64)
     launch = KernelLaunch(block_n, block_m, pick(1, 2, 3, 5), 4, 3, pick(True, False))
-    zeros, scales, epilogue = pick("8", "0", "15", "random"), pick("even", "wild"), pick("", "b", "r", "br")
-    product = draw(M, N, K, group_size, pick(HALF, SINGLE), zeros, scales, epilogue, seed=seed, gap=pick(0, 40, 64))
+    zeros, scales, epilogue = pick("middle", "0", "top", "random"), pick("even", "wild"), pick("", "b", "r", "br")
+    gap, bits = pick(0, 40, 64), pick(*BITS)
+    product = draw(M, N, K, group_size, pick(HALF, SINGLE), zeros, scales, epilogue, seed=seed, gap=gap, bits=bits)
     check(product, launch)

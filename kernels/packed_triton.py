@@ -1,4 +1,4 @@
-"""int4 products and dequantization on a GPU, from tensors to tensors.
+"""Products with packed weights and their dequantization on a GPU, from tensors to tensors.
 
 On a CPU the same kernels run in Triton's interpreter (TRITON_INTERPRET=1), in float16 and float32 only: its bfloat16 is
 wrong.
@@ -10,22 +10,23 @@ import torch
 import triton
 from torch import Tensor
 
+from qsun.kernels.fields_triton import dequantize_tiles
 from qsun.kernels.launch_table import KernelLaunch, choose_launch, dequantize_above_m, product_workspace_bytes
-from qsun.kernels.layout import COLUMNS, INTERLEAVED_ROWS, ROWS, ceil_div, padded_rows, tile_group
-from qsun.kernels.matmul_triton import int4_matmul
-from qsun.kernels.nibbles_triton import dequantize_tiles
+from qsun.kernels.layout import INTERLEAVED_ROWS, ROWS, TILES, ceil_div, padded_rows, tile_group
+from qsun.kernels.matmul_triton import packed_matmul
 from qsun.kernels.workspace import Workspace
 
-_INTERPRETED = not isinstance(int4_matmul, triton.runtime.JITFunction)
+_INTERPRETED = not isinstance(packed_matmul, triton.runtime.JITFunction)
 
 
-def int4_product(
+def packed_product(
     x: Tensor,
     words: Tensor,
     scales: Tensor,
     zeros: Tensor | None,
     out_features: int,
     group_size: int,
+    bits: int = 4,
     *,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
@@ -41,9 +42,10 @@ def int4_product(
 
     Args:
         x: (M, in_features) bfloat16 or float16, columns contiguous.
-        words, scales, zeros: of layout.PackedInt4, scales and zeros in the dtype of x.
+        words, scales, zeros: of layout.PackedWeights, scales and zeros in the dtype of x.
         out_features: N, a multiple of 16.
         group_size: 32, 64, 128, a multiple of 128, or -1; in_features is a multiple of 32.
+        bits: of a weight: 2, 3, 4 or 8.
         bias: (N,).
         residual: (M, N), contiguous; with silu_mul (M, N / 2).
         silu_mul: gate and up rows alternate as layout.interleave_gate_up arranges them.
@@ -56,27 +58,28 @@ def int4_product(
         ValueError: incompatible shapes, dtypes or devices.
     """
     N, (M, K) = out_features, x.shape
-    _check(x, words, scales, zeros, N, group_size)
+    _check(x, words, scales, zeros, N, group_size, bits)
     wanted = (M, N // 2 if silu_mul else N)
     _check_epilogue(wanted, N, bias, residual)
     gpu = gpu_name(x.device)
     if launch is None and dequantize_above_m(gpu) < M:
         space = workspace or Workspace.allocate(2 * N * K, 0, x.device)
-        weight = int4_dequantize(words, scales, zeros, N, K, group_size, space.view((N, K), x.dtype))
+        weight = packed_dequantize(words, scales, zeros, N, K, group_size, space.view((N, K), x.dtype), bits)
         return _dense_linear(x, weight, bias, residual, silu_mul)
     y = torch.empty(wanted, dtype=x.dtype, device=x.device)
     if M == 0:
         return y
-    launch = launch or choose_launch(M, N, K, group_size, gpu)
+    launch = launch or choose_launch(M, N, K, group_size, gpu, bits)
     grid = ceil_div(N, launch.block_n), launch.split_k, ceil_div(M, launch.block_m)
     partial_bytes, tickets = product_workspace_bytes(M, N, launch)
     space = workspace or Workspace.allocate(partial_bytes, tickets, x.device)
     scratch = space.view((partial_bytes // 4,), torch.float32), space.tickets(tickets)
     weights = (words, scales, scales if zeros is None else zeros)
     epilogue = (x if bias is None else bias, x if residual is None else residual)  # absent ones are never read
-    int4_matmul[grid](
+    packed_matmul[grid](
         *(x, *weights, *epilogue, y, *scratch),
         *(M, N, K, padded_rows(N), x.stride(0)),
+        BITS=bits,
         GROUP=tile_group(group_size, K),
         BF16=x.dtype != torch.float16,  # the interpreter runs bfloat16's algebra in float32
         ASM=not _INTERPRETED,
@@ -84,7 +87,7 @@ def int4_product(
         BIAS=bias is not None,
         RESIDUAL=residual is not None,
         SILU=y.shape[1] != N,
-        EVEN_K=K % COLUMNS == 0,
+        EVEN_K=K % TILES[bits].columns == 0,
         BN=launch.block_n,
         B=launch.block_m,
         SPLIT_K=launch.split_k,
@@ -96,19 +99,20 @@ def int4_product(
     return y
 
 
-def int4_dequantize(
-    words: Tensor, scales: Tensor, zeros: Tensor | None, N: int, K: int, group_size: int, out: Tensor
+def packed_dequantize(
+    words: Tensor, scales: Tensor, zeros: Tensor | None, N: int, K: int, group_size: int, out: Tensor, bits: int = 4
 ) -> Tensor:
     """Write ``(q - zero) * scale``, rounded once, to out (N, K), contiguous, in the dtype of scales; returns out.
 
     Raises:
         ValueError: incompatible shapes, dtypes or devices.
     """
-    _check(out, words, scales, zeros, N, group_size)
+    _check(out, words, scales, zeros, N, group_size, bits)
     if tuple(out.shape) != (N, K) or not out.is_contiguous():
         raise ValueError(f"out is {tuple(out.shape)}, strides {out.stride()}; want ({N}, {K}), contiguous")
     dequantize_tiles[words.shape[0], words.shape[1]](
         *(words, scales, scales if zeros is None else zeros, out, N, K, padded_rows(N)),
+        BITS=bits,
         GROUP=tile_group(group_size, K),
         ASYM=zeros is not None,
         num_warps=4,
@@ -125,11 +129,11 @@ def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tens
     return y if residual is None else y.add_(residual)
 
 
-def _check(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, N: int, group_size: int) -> None:
+def _check(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, N: int, group_size: int, bits: int) -> None:
     """Raise ValueError where x, or another (..., K) tensor of the product's dtype, does not match the weights."""
-    K = x.shape[1]
+    K, tile = x.shape[1], TILES[bits]
     group = tile_group(group_size, K)
-    tiles = ceil_div(K, COLUMNS)
+    tiles = ceil_div(K, tile.columns)
     dtypes = (torch.float16, torch.float32) if _INTERPRETED else (torch.float16, torch.bfloat16)
     if x.dtype not in dtypes or x.stride(1) != 1:
         raise ValueError(
@@ -137,11 +141,12 @@ def _check(x: Tensor, words: Tensor, scales: Tensor, zeros: Tensor | None, N: in
         )
     if x.is_cuda == _INTERPRETED or x.device != words.device:
         raise ValueError(f"x is on {x.device}, words on {words.device}; the kernels need both on one CUDA device")
-    if N % 16 or tuple(words.shape) != (padded_rows(N) // ROWS, tiles, ROWS, 32) or words.dtype != torch.int16:
+    if N % 16 or tuple(words.shape) != (padded_rows(N) // ROWS, tiles, ROWS, tile.words) or words.dtype != torch.int16:
         raise ValueError(
-            f"words {tuple(words.shape)} {words.dtype} do not hold ({N}, {K}); want pack_int4's and N a multiple of 16"
+            f"words {tuple(words.shape)} {words.dtype} do not hold ({N}, {K}) of {bits} bits; "
+            "want pack_weights' and N a multiple of 16"
         )
-    wanted = (tiles * (COLUMNS // group) if group else 1, padded_rows(N))
+    wanted = (tiles * (tile.columns // group) if group else 1, padded_rows(N))
     for name, values in (("scales", scales), ("zeros", scales if zeros is None else zeros)):
         if tuple(values.shape) != wanted or values.dtype != x.dtype or not values.is_contiguous():
             raise ValueError(f"{name} are {tuple(values.shape)} {values.dtype}; want {wanted} {x.dtype}, contiguous")

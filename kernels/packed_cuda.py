@@ -1,4 +1,4 @@
-"""The int4 product on a GPU: the Triton kernels, their scratch memory, and inputs of another dtype."""
+"""The product with packed weights on a GPU: the Triton kernels, their scratch memory, and inputs of another dtype."""
 
 from importlib.util import find_spec
 
@@ -8,7 +8,7 @@ from torch.nn.functional import silu
 
 from qsun.kernels.bytes_product import bytes_input_grad, bytes_linear, reordered
 from qsun.kernels.launch_table import dequantize_above_m, workspace_bytes
-from qsun.kernels.layout import PackedInt4, separate_gate_up, unpack_int4
+from qsun.kernels.layout import PackedWeights, separate_gate_up, unpack_weights
 from qsun.kernels.workspace import reserve, reserved
 
 
@@ -17,7 +17,7 @@ def available() -> bool:
     return find_spec("triton") is not None
 
 
-def int4_linear(
+def packed_linear(
     x: Tensor,
     words: Tensor,
     scales: Tensor,
@@ -28,21 +28,22 @@ def int4_linear(
     residual: Tensor | None,
     out_features: int,
     group_size: int,
+    bits: int,
     silu_mul: bool,
 ) -> Tensor:
-    """Implement torch.ops.qsun.int4_linear on a GPU; qsun/runtime/ops.py has the schema."""
+    """Implement torch.ops.qsun.packed_linear on a GPU; qsun/runtime/ops.py has the schema."""
     rows = (x if order is None else x[..., order]).reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     wanted = (*x.shape[:-1], out_features // 2 if silu_mul else out_features)
     if x.dtype != scales.dtype:
-        y = _other_dtype(rows, (words, scales, zeros), out_features, group_size, bias, silu_mul)
+        y = _other_dtype(rows, (words, scales, zeros), out_features, group_size, bits, bias, silu_mul)
         y = y.view(wanted)
         return y if residual is None else y.add_(residual)
-    from qsun.kernels import int4_triton
+    from qsun.kernels import packed_triton
 
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        y = int4_triton.int4_product(
-            *(rows, words, scales, zeros, out_features, group_size),
+        y = packed_triton.packed_product(
+            *(rows, words, scales, zeros, out_features, group_size, bits),
             bias=bias,
             residual=None if residual is None else residual.reshape(-1, wanted[-1]),
             silu_mul=silu_mul,
@@ -51,7 +52,7 @@ def int4_linear(
     return y.view(wanted)
 
 
-def int4_input_grad(
+def packed_input_grad(
     grad: Tensor,
     words: Tensor,
     scales: Tensor,
@@ -60,18 +61,19 @@ def int4_input_grad(
     dense: Tensor | None,
     in_features: int,
     group_size: int,
+    bits: int,
 ) -> Tensor:
     """Return the gradient of the product's input: grad (..., N) times the dequantized weights."""
-    q, plain, zero = unpack_int4(PackedInt4(words, scales, zeros), grad.shape[-1], in_features, group_size)
+    q, plain, zero = unpack_weights(PackedWeights(words, scales, zeros), grad.shape[-1], in_features, group_size, bits)
     return reordered(bytes_input_grad(grad, q, plain.float(), zero, None, None), order)
 
 
-def reserve_workspace(N: int, K: int, group_size: int, device: torch.device) -> None:
+def reserve_workspace(N: int, K: int, group_size: int, bits: int, device: torch.device) -> None:
     """Reserve the scratch memory that products with an (N, K) matrix need on a device."""
-    from qsun.kernels.int4_triton import gpu_name
+    from qsun.kernels.packed_triton import gpu_name
 
     limit = dequantize_above_m(gpu_name(device))
-    reserve(device, *workspace_bytes(limit + 1, N, K, group_size, gpu_name(device)))
+    reserve(device, *workspace_bytes(limit + 1, N, K, group_size, gpu_name(device), bits))
 
 
 def _other_dtype(
@@ -79,11 +81,12 @@ def _other_dtype(
     packed: tuple[Tensor, Tensor, Tensor | None],
     N: int,
     group_size: int,
+    bits: int,
     bias: Tensor | None,
     silu_mul: bool,
 ) -> Tensor:
     """Multiply an input whose dtype differs from that of the packed scales."""
-    q, scales, zeros = unpack_int4(PackedInt4(*packed), N, rows.shape[1], group_size)
+    q, scales, zeros = unpack_weights(PackedWeights(*packed), N, rows.shape[1], group_size, bits)
     y = bytes_linear(rows, q, scales.float(), zeros, None, None, bias)
     if silu_mul:
         gate, up = separate_gate_up(y.t())

@@ -1,4 +1,4 @@
-"""The int4 kernels on a CUDA device against float64: the same bits twice, and inside a CUDA graph (`make gpu`)."""
+"""The product kernels on a CUDA device against float64: the same bits twice, and inside a CUDA graph (`make gpu`)."""
 
 from itertools import product
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qsun.kernels.launch_table import candidates, choose_launch, workspace_bytes
-from qsun.kernels.layout import pack_int4
+from qsun.kernels.layout import pack_weights
 from qsun.kernels.reference import dequantize
 from qsun.kernels.workspace import Workspace
 from tests.kernels.oracle import draw
@@ -21,27 +21,27 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 
 @pytest.fixture
-def int4():
+def kernels():
     """The module, imported where there is a device: Triton is optional."""
     pytest.importorskip("triton")
-    from qsun.kernels import int4_triton
+    from qsun.kernels import packed_triton
 
-    return int4_triton
+    return packed_triton
 
 
-def poisoned_workspace(M, N, K, group_size):
-    size, counters = workspace_bytes(M, N, K, group_size, torch.cuda.get_device_name())
+def poisoned_workspace(M, N, K, group_size, bits=4):
+    size, counters = workspace_bytes(M, N, K, group_size, torch.cuda.get_device_name(), bits)
     space = Workspace.allocate(size, counters, "cuda")
     space.buffer.fill_(255)  # NaN
     return space
 
 
-def check(int4, drawn, launch=None):
+def check(kernels, drawn, launch=None):
     M, K = drawn.x.shape
     N = drawn.arguments()[4]
-    space = poisoned_workspace(M, N, K, drawn.group_size) if launch is None else None
+    space = poisoned_workspace(M, N, K, drawn.group_size, drawn.bits) if launch is None else None
     options = drawn.options() | {"workspace": space, "launch": launch}
-    first, second = (int4.int4_product(*drawn.arguments(), **options) for _ in range(2))
+    first, second = (kernels.packed_product(*drawn.arguments(), **options) for _ in range(2))
     assert torch.equal(first, second)
     assert space is None or not space.counters.any()
     # tensor cores truncate where the oracle's bound rounds: twice as far
@@ -49,60 +49,76 @@ def check(int4, drawn, launch=None):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("zeros", ["8", "random"])
+@pytest.mark.parametrize("zeros", ["middle", "random"])
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 @pytest.mark.parametrize("M", [1, 3, 8, 9, 16, 17, 33, 64, 130])
 @pytest.mark.parametrize("gap", GAPS)
-def test_groups_zero_points_and_batches(int4, gap, M, group_size, zeros, dtype):
-    check(int4, draw(M, 208, 640, group_size, dtype, zeros, epilogue="br", device="cuda", seed=M, gap=gap))
+def test_groups_zero_points_and_batches(kernels, gap, M, group_size, zeros, dtype):
+    check(kernels, draw(M, 208, 640, group_size, dtype, zeros, epilogue="br", device="cuda", seed=M, gap=gap))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("zeros", ["middle", "random"])
+@pytest.mark.parametrize("group_size", [32, 128, -1])
+@pytest.mark.parametrize("M", [1, 9, 17, 64])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_other_bits(kernels, bits, M, group_size, zeros, dtype):
+    check(kernels, draw(M, 208, 640, group_size, dtype, zeros, epilogue="br", device="cuda", seed=M, bits=bits))
+
+
+@pytest.mark.parametrize("M", [1, 64])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_llama_shapes_of_other_bits(kernels, bits, M):
+    for N, K in LLAMA_8B:
+        check(kernels, draw(M, N, K, 128, torch.bfloat16, device="cuda", seed=N + K + M, bits=bits))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("M", [1, 7, 16, 32, 64, 128])
 @pytest.mark.parametrize(("N", "K"), LLAMA_8B)
-def test_llama_shapes(int4, N, K, M, dtype):
+def test_llama_shapes(kernels, N, K, M, dtype):
     for gap in GAPS:
-        check(int4, draw(M, N, K, 128, dtype, device="cuda", seed=N + K + M, gap=gap))
+        check(kernels, draw(M, N, K, 128, dtype, device="cuda", seed=N + K + M, gap=gap))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("N", "K", "group_size"), [(16, 32, 32), (80, 416, 32), (176, 320, 64), (48, 224, -1)])
-def test_tails(int4, N, K, group_size, dtype):
+def test_tails(kernels, N, K, group_size, dtype):
     for M, gap in product((1, 9, 40), GAPS):
-        check(int4, draw(M, N, K, group_size, dtype, "random", device="cuda", gap=gap))
+        check(kernels, draw(M, N, K, group_size, dtype, "random", device="cuda", gap=gap))
 
 
 @pytest.mark.parametrize("epilogue", ["b", "r", "s", "brs"])
 @pytest.mark.parametrize("M", [1, 12, 64])
 @pytest.mark.parametrize("gap", GAPS)
-def test_epilogues(int4, gap, M, epilogue):
-    check(int4, draw(M, 2816, 512, 128, torch.bfloat16, epilogue=epilogue, device="cuda", gap=gap))
+def test_epilogues(kernels, gap, M, epilogue):
+    check(kernels, draw(M, 2816, 512, 128, torch.bfloat16, epilogue=epilogue, device="cuda", gap=gap))
 
 
-@pytest.mark.parametrize("zeros", ["0", "15"])
+@pytest.mark.parametrize("zeros", ["0", "top"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_extreme_zero_points_and_scales(int4, dtype, zeros):
-    check(int4, draw(4, 128, 512, 64, dtype, zeros, "wild", device="cuda"))
+def test_extreme_zero_points_and_scales(kernels, dtype, zeros):
+    check(kernels, draw(4, 128, 512, 64, dtype, zeros, "wild", device="cuda"))
 
 
 @pytest.mark.parametrize("M", [1, 16, 64])
-def test_launches_that_tuning_tries(int4, M):
+def test_launches_that_tuning_tries(kernels, M):
     drawn = draw(M, 512, 1024, 64, torch.bfloat16, device="cuda")
     launches = list(candidates(M, 512, 1024, 64))
     for launch in launches[:: len(launches) // 12]:
-        check(int4, drawn, launch)
+        check(kernels, drawn, launch)
 
 
 @pytest.mark.parametrize("M", [1, 8, 64])
-def test_inside_a_cuda_graph(int4, M):
+def test_inside_a_cuda_graph(kernels, M):
     N, K = 6144, 4096
     drawn = draw(M, N, K, 128, torch.bfloat16, epilogue="b", device="cuda")
     assert choose_launch(M, N, K, 128, torch.cuda.get_device_name()).split_k > 1
     options = drawn.options() | {"workspace": poisoned_workspace(M, N, K, 128)}
-    eager = int4.int4_product(*drawn.arguments(), **options)
+    eager = kernels.packed_product(*drawn.arguments(), **options)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = int4.int4_product(*drawn.arguments(), **options)
+        captured = kernels.packed_product(*drawn.arguments(), **options)
     for _ in range(3):
         captured.fill_(float("nan"))
         graph.replay()
@@ -110,18 +126,19 @@ def test_inside_a_cuda_graph(int4, M):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize(("N", "K", "group_size"), [(80, 416, 32), (176, 320, 64), (80, 96, -1), (1024, 4096, 128)])
-def test_dequantize(int4, N, K, group_size, dtype):
+def test_dequantize(kernels, N, K, group_size, bits, dtype):
     groups = 1 if group_size == -1 else K // group_size
-    q = torch.randint(0, 16, (N, K), dtype=torch.uint8, device="cuda")
+    q = torch.randint(0, 1 << bits, (N, K), dtype=torch.uint8, device="cuda")
     scales = (torch.rand(groups, N, device="cuda") - 0.5).to(dtype)
-    zeros = torch.randint(0, 16, (groups, N), device="cuda")
+    zeros = torch.randint(0, 1 << bits, (groups, N), device="cuda")
     out = torch.full((N, K), float("nan"), dtype=dtype, device="cuda")
-    int4.int4_dequantize(*pack_int4(q, scales, zeros, group_size, dtype), N, K, group_size, out)
+    kernels.packed_dequantize(*pack_weights(q, scales, zeros, group_size, dtype, bits), N, K, group_size, out, bits)
     assert torch.equal(out, dequantize(q, scales, zeros, None, torch.float64).to(dtype))
 
 
-def test_many_rows_are_dequantized(int4):
+def test_many_rows_are_dequantized(kernels):
     drawn = draw(700, 1024, 1024, 128, torch.bfloat16, epilogue="b", device="cuda")
-    y = int4.int4_product(*drawn.arguments(), **drawn.options())
+    y = kernels.packed_product(*drawn.arguments(), **drawn.options())
     assert (y.double() - drawn.exact).norm() < 2.0**-7 * drawn.exact.norm()

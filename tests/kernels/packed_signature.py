@@ -1,13 +1,14 @@
-"""The int4 kernel as its launcher calls it, for compiling without a GPU."""
+"""The packed product as its launcher calls it, for compiling without a GPU."""
 
-from qsun.kernels.matmul_triton import int4_matmul
+from qsun.kernels.layout import TILES
+from qsun.kernels.matmul_triton import packed_matmul
 from tests.kernels.offline import compile_kernel
 
 _POINTERS = ("x", "scales", "zeros", "bias", "residual", "y")
 
 
-def compile_int4(launch, group, asym, *, bf16=True, epilogue="br", even_k=True, capability=90):
-    """Machine code of int4_matmul.
+def compile_product(launch, bits, group, asym, *, bf16=True, epilogue="br", even_k=True, capability=90):
+    """Machine code of packed_matmul.
 
     Args:
         launch: launch_table.KernelLaunch.
@@ -18,6 +19,7 @@ def compile_int4(launch, group, asym, *, bf16=True, epilogue="br", even_k=True, 
     types |= {"words_ptr": "*i16", "partials_ptr": "*fp32", "counters_ptr": "*i32"}
     types |= {"M": "i32", "N": "i32!", "K": "i32!", "padded_n": "i32!", "stride_x": "i32!"}
     constants = {
+        "BITS": bits,
         "BN": launch.block_n,
         "B": launch.block_m,
         "GROUP": group,
@@ -32,9 +34,9 @@ def compile_int4(launch, group, asym, *, bf16=True, epilogue="br", even_k=True, 
         "EVEN_K": even_k,
         "STAGES": launch.stages,
     }
-    return compile_kernel(int4_matmul, types, constants, capability, launch.warps)
+    return compile_kernel(packed_matmul, types, constants, capability, launch.warps)
 
 
-def lane_instructions(code, launch):
+def lane_instructions(code, launch, bits):
     """Of one weight in the main loop."""
-    return code.lane_instructions(launch.warps, launch.block_n * 128)
+    return code.lane_instructions(launch.warps, launch.block_n * TILES[bits].columns)
