@@ -52,16 +52,16 @@ def slab_of(bits, plane):
 
 
 @triton.constexpr_function
-def factor_of(bits, plane):
-    """Return the factor of q in a decoded field."""
+def factor_of(bits, plane, paired=True):
+    """Return the factor of q in a decoded field. paired: every second field shares the shift of the one before."""
     field = plane % 5 if bits == 3 else plane
-    return 1 << bits if bits < 4 and field % 2 and plane != 15 else 1
+    return 1 << bits if paired and bits < 4 and field % 2 and plane != 15 else 1
 
 
 @triton.constexpr_function
-def any_plane(bits, first, count, high):
+def any_plane(bits, first, count, high, paired):
     """Return whether any of `count` planes has a factor (high), or none."""
-    return any((factor_of(bits, plane) > 1) == high for plane in range(first, first + count))
+    return any((factor_of(bits, plane, paired) > 1) == high for plane in range(first, first + count))
 
 
 @triton.constexpr_function
@@ -89,7 +89,7 @@ def _pair(half):
 
 
 @triton.constexpr_function
-def _take_asm(bits, plane, part, bf16):
+def _take_asm(bits, plane, part, bf16, paired=True):
     """Return PTX that decodes a plane of two words into t. Its inputs are $1, or $1 to $3 where a plane is spread."""
     magic = 0x4300 if bf16 else 0
     if bits == 3 and plane == 15:
@@ -97,8 +97,8 @@ def _take_asm(bits, plane, part, bf16):
         code += f"shr.b32 u, $2, 14; lop3.b32 t, u, {_pair(2)}, t, 0xea;"
         return code + f"shr.b32 u, $3, 13; lop3.b32 t, u, {_pair(4)}, t, 0xea;"
     shift = _bit_of(bits, plane)
-    shift -= bits if factor_of(bits, plane) > 1 else 0
-    mask = ((1 << bits) - 1) * factor_of(bits, plane)
+    shift -= bits if factor_of(bits, plane, paired) > 1 else 0
+    mask = ((1 << bits) - 1) * factor_of(bits, plane, paired)
     if parts_of(bits, bf16) == 2:
         mask = 0x80 if part else 0x7F
     take = f"lop3.b32 t, t, {_pair(mask)}, {_pair(magic)}, 0xea;" if bf16 else f"and.b32 t, t, {_pair(mask)};"
@@ -106,8 +106,8 @@ def _take_asm(bits, plane, part, bf16):
 
 
 @triton.constexpr_function
-def _raw_asm(bits, plane, part, bf16):
-    return "{ .reg .b32 t, u; " + _take_asm(bits, plane, part, bf16) + "mov.b32 $0, t; }"
+def _raw_asm(bits, plane, part, bf16, paired):
+    return "{ .reg .b32 t, u; " + _take_asm(bits, plane, part, bf16, paired) + "mov.b32 $0, t; }"
 
 
 @triton.constexpr_function
@@ -149,16 +149,22 @@ def _integers(words, PLANE: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def raw_weights(
-    words, PLANE: tl.constexpr, PART: tl.constexpr, BITS: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr
+    words,
+    PLANE: tl.constexpr,
+    PART: tl.constexpr,
+    BITS: tl.constexpr,
+    PAIRED: tl.constexpr,
+    BF16: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Decode one part of (OFFSET + factor * q) * UNIT of a plane; words: the slabs, int16."""
-    CODE: tl.constexpr = _raw_asm(BITS, PLANE, PART, BF16)
+    CODE: tl.constexpr = _raw_asm(BITS, PLANE, PART, BF16, PAIRED)
     if not ASM:
         q = _integers(words, PLANE, BITS)
         if parts_of(BITS, BF16) == 2:
             high = (q >= 128).to(tl.float32) * 128
             return 128.0 + (high if PART else q - high)
-        return (offset_of(BITS, BF16) + factor_of(BITS, PLANE) * q) * unit_of(BF16)
+        return (offset_of(BITS, BF16) + factor_of(BITS, PLANE, PAIRED) * q) * unit_of(BF16)
     elif spread(BITS, PLANE):
         return tl.inline_asm_elementwise(
             CODE,

@@ -32,12 +32,12 @@ def _load_tile(pointers, stride, COUNT: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def _add_high(low, high, FIRST: tl.constexpr, PLANES: tl.constexpr, BITS: tl.constexpr):
+def _add_high(low, high, FIRST: tl.constexpr, PLANES: tl.constexpr, BITS: tl.constexpr, PAIRED: tl.constexpr):
     """Return low + high / factor, the sums of planes without and with a factor; either may have no planes."""
     FACTOR: tl.constexpr = 1 << BITS
-    if not any_plane(BITS, FIRST, PLANES, True):
+    if not any_plane(BITS, FIRST, PLANES, True, PAIRED):
         return low
-    elif any_plane(BITS, FIRST, PLANES, False):
+    elif any_plane(BITS, FIRST, PLANES, False, PAIRED):
         return low + high * (1.0 / FACTOR)
     else:
         return high * (1.0 / FACTOR)
@@ -95,6 +95,8 @@ def packed_matmul(
     WIDTH: tl.constexpr = slabs_of(BITS) * LANES
     PLANES: tl.constexpr = (GROUP if GROUP else COLUMNS) // LANES
     GROUPS: tl.constexpr = COLUMNS // GROUP if GROUP else 1
+    # a second accumulator pays unless many small groups each add theirs to it
+    PAIRED: tl.constexpr = not FOLD or B <= 8 or GROUP == 0 or GROUP == 128
     LOAD_ZEROS: tl.constexpr = ASYM and GROUP > 0 and FOLD
     tiles = tl.cdiv(K, COLUMNS)
     share = tl.cdiv(tiles, SPLIT_K)
@@ -146,31 +148,31 @@ def packed_matmul(
                 inside = in_batch if EVEN_K else in_batch & (t * COLUMNS + p * LANES + lane[:, None] < K)
                 x = tl.load(x_at + p * LANES, mask=inside, other=0.0).to(DTYPE)
                 if FOLD:
-                    known = 1.0 if ASYM else (OFFSET / factor_of(BITS, p) + MIDDLE) * UNIT
+                    known = 1.0 if ASYM else (OFFSET / factor_of(BITS, p, PAIRED) + MIDDLE) * UNIT
                     constant = tl.full((BN, LANES), known, DTYPE)
-                    if ASYM and factor_of(BITS, p) > 1:
+                    if ASYM and factor_of(BITS, p, PAIRED) > 1:
                         sum_high = tl.dot(constant, x, sum_high, input_precision="ieee")
                     else:
                         sum_x = tl.dot(constant, x, sum_x, input_precision="ieee")
                     for i in tl.static_range(parts_of(BITS, BF16)):
-                        weights = raw_weights(words, p, i, BITS, BF16, ASM)
-                        if factor_of(BITS, p) > 1:
+                        weights = raw_weights(words, p, i, BITS, PAIRED, BF16, ASM)
+                        if factor_of(BITS, p, PAIRED) > 1:
                             high = tl.dot(weights, x, high, input_precision="ieee")
                         else:
                             part = tl.dot(weights, x, part, input_precision="ieee")
                 else:
                     weights = centred_weights(
-                        words, minus_high if factor_of(BITS, p) > 1 else minus, p, BITS, BF16, ASYM, ASM
+                        words, minus_high if factor_of(BITS, p, PAIRED) > 1 else minus, p, BITS, BF16, ASYM, ASM
                     )
                     part = tl.dot(weights, x, part, input_precision="ieee")
             if GROUP:
                 if FOLD:
-                    part = _add_high(part, high, g * PLANES, PLANES, BITS)
+                    part = _add_high(part, high, g * PLANES, PLANES, BITS, PAIRED)
                     if ASYM:
                         z = decode_group_values(zeros[0], BF16, ASM)
-                        if any_plane(BITS, g * PLANES, PLANES, False):
+                        if any_plane(BITS, g * PLANES, PLANES, False, PAIRED):
                             part -= sum_x * ((z + OFFSET) * UNIT)[:, None]
-                        if any_plane(BITS, g * PLANES, PLANES, True):
+                        if any_plane(BITS, g * PLANES, PLANES, True, PAIRED):
                             part -= sum_high * ((z + OFFSET / HIGH) * UNIT)[:, None]
                         # the next tile's value goes into the register that this one frees
                         zeros = zeros[1:] + (load_group_values(zeros_at + following + g * padded_n, ASM),)  # noqa: RUF005
@@ -185,11 +187,11 @@ def packed_matmul(
         x_at += COLUMNS
     if GROUP == 0:
         if FOLD:
-            acc = _add_high(acc, acc_high, 0, PLANES, BITS)
+            acc = _add_high(acc, acc_high, 0, PLANES, BITS, PAIRED)
             if ASYM:
                 z = decode_group_values(load_group_values(zeros_at, ASM), BF16, ASM)[:, None]
                 acc -= sum_x * ((z + OFFSET) * UNIT)
-                if any_plane(BITS, 0, PLANES, True):
+                if any_plane(BITS, 0, PLANES, True, PAIRED):
                     acc -= sum_high * ((z + OFFSET / HIGH) * UNIT)
             else:
                 acc -= sum_x

@@ -55,7 +55,8 @@ def test_a_module_computes_the_same(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
-    "options", [{"sym": True}, {"sym": False}, {"bits": 2}, {"bits": 3}, {"bits": 8}, {"desc_act": True, "static_groups": False}]
+    "options",
+    [{"sym": True}, {"sym": False}, {"bits": 2}, {"bits": 3}, {"bits": 8}, {"desc_act": True, "static_groups": False}],
 )
 @torch.no_grad()
 def test_kernels_in_a_whole_model(tmp_path, dtype, options):
