@@ -96,7 +96,7 @@ def packed_matmul(
     PLANES: tl.constexpr = (GROUP if GROUP else COLUMNS) // LANES
     GROUPS: tl.constexpr = COLUMNS // GROUP if GROUP else 1
     # a second accumulator pays unless many small groups each add theirs to it
-    PAIRED: tl.constexpr = not FOLD or B <= 8 or GROUP == 0 or GROUP == 128
+    PAIRED: tl.constexpr = not FOLD or B <= 8 or GROUP % 128 == 0
     LOAD_ZEROS: tl.constexpr = ASYM and GROUP > 0 and FOLD
     tiles = tl.cdiv(K, COLUMNS)
     share = tl.cdiv(tiles, SPLIT_K)

@@ -80,10 +80,10 @@ def humming(weights: Quantized, group_size: int, dtype: torch.dtype, bits: int) 
     return build
 
 
-def marlin(weights: Quantized, group_size: int, dtype: torch.dtype) -> Callable[[], Product]:
+def marlin(weights: Quantized, group_size: int, dtype: torch.dtype, bits: int) -> Callable[[], Product]:
     """Build vLLM's Marlin product, symmetric only, as its linear kernel for GPTQ does."""
-    if not bool((weights.zeros == 8).all()):
-        raise NotImplementedError("zero points of 8")
+    if bits != 4 or not bool((weights.zeros == 8).all()):
+        raise NotImplementedError("4 bits and zero points of 8")
     from vllm import _custom_ops as ops
     from vllm.model_executor.layers.quantization.utils import marlin_utils as utils
     from vllm.scalar_type import scalar_types

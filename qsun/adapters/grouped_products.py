@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qsun.adapters.adapter_weights import AdapterWeights, Run
-from qsun.kernels import int4_cuda
+from qsun.kernels import packed_cuda
 
 if TYPE_CHECKING:
     from qsun.kernels.lora_triton import RowTiles
@@ -31,7 +31,7 @@ class GroupedProducts:
     @staticmethod
     def serves(runs: Sequence[Run], device: torch.device) -> bool:
         """Return whether there is a kernel for these adapters on a device."""
-        if not runs or device.type != "cuda" or not int4_cuda.available():
+        if not runs or device.type != "cuda" or not packed_cuda.available():
             return False
         from qsun.kernels.lora_triton import MOST_RANK
 
@@ -40,7 +40,7 @@ class GroupedProducts:
     @staticmethod
     def warm(rank: int, dtype: torch.dtype, device: torch.device) -> None:
         """Compile what passes launch where this is the largest rank of their adapters, if there is a kernel for it."""
-        if device.type != "cuda" or not int4_cuda.available():
+        if device.type != "cuda" or not packed_cuda.available():
             return
         from qsun.kernels.lora_triton import MOST_RANK, warm_lora_rows
 

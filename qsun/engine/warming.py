@@ -42,10 +42,8 @@ def _warm_products(model: Any, most: int) -> None:
     products: dict[Any, tuple[QuantLinear, Any]] = {}
     for layer in model.modules():
         if isinstance(layer, QuantLinear):
-            shape, gated = (
-                (layer.out_features, layer.in_features, layer.group_size),
-                layer.gated and layer not in adapted,
-            )
+            shape = (layer.out_features, layer.in_features, layer.group_size, layer.bits)
+            gated = layer.gated and layer not in adapted
             product = layer.silu_mul if gated else layer
             products[*shape, gated, layer.zeros is None, layer.storage] = layer, product
     for layer, product in products.values():
@@ -55,12 +53,12 @@ def _warm_products(model: Any, most: int) -> None:
 
 def _rows_of_launches(layer: QuantLinear, most: int) -> list[int]:
     """Return a number of rows for each launch, and one that is dequantized for."""
-    if layer.storage != "triton_int4":
+    if layer.storage != "triton":
         return []
-    from qsun.kernels.int4_triton import gpu_name
+    from qsun.kernels.packed_triton import gpu_name
 
     gpu = gpu_name(layer.scales.device)
     limit = dequantize_above_m(gpu)
     shape = (layer.out_features, layer.in_features, layer.group_size)
-    launches = {choose_launch(rows, *shape, gpu): rows for rows in range(1, min(most, limit) + 1)}
+    launches = {choose_launch(rows, *shape, gpu, layer.bits): rows for rows in range(1, min(most, limit) + 1)}
     return [*launches.values(), *([limit + 1] if most > limit else [])]
