@@ -26,7 +26,8 @@ class KernelLaunch:
     """The launch parameters of one product.
 
     block_n: weight rows a program; block_m: rows of x a program; split_k: programs that share the columns;
-    fold: take zero points off the accumulator instead of off every weight (matmul_triton.packed_matmul).
+    fold: take zero points off the accumulator instead of off every weight (matmul_triton.packed_matmul);
+    tiles: in a pass of its loop.
     """
 
     block_n: int
@@ -35,6 +36,7 @@ class KernelLaunch:
     warps: int
     stages: int
     fold: bool
+    tiles: int = 1
 
 
 @dataclass(frozen=True)
@@ -89,24 +91,27 @@ def _split(M: int, N: int, K: int, launch: KernelLaunch, table: LaunchTable, til
     launches = []
     while launch.block_n >= ROWS:
         if padded_rows(N) % launch.block_n == 0:
-            launches += [replace(launch, split_k=s) for s in _splits(K, tile)]
+            launches += [replace(launch, split_k=s) for s in _splits(K, launch.tiles * tile.columns)]
         launch = replace(launch, block_n=launch.block_n // 2, warps=max(2, launch.warps // 2))
     return min(launches, key=lambda each: _cost(M, N, K, each, table, tile))
 
 
-def _splits(K: int, tile: Tile) -> list[int]:
-    """Return the values of split_k that leave every split at least 512 columns, or else one split."""
-    tiles = ceil_div(K, tile.columns)
-    most = max(1, tiles * tile.columns // _FEWEST_COLUMNS)
-    return [s for s in range(1, most + 1) if ceil_div(tiles, ceil_div(tiles, s)) == s]
+def _splits(K: int, columns: int) -> list[int]:
+    """Return the values of split_k that leave every split at least 512 columns, or else one split.
+
+    columns: of a pass, which splits share out whole.
+    """
+    passes = ceil_div(K, columns)
+    most = max(1, passes * columns // _FEWEST_COLUMNS)
+    return [s for s in range(1, most + 1) if ceil_div(passes, ceil_div(passes, s)) == s]
 
 
 def _cost(M: int, N: int, K: int, launch: KernelLaunch, table: LaunchTable, tile: Tile) -> float:
     """Return the bytes that the busiest processor waits for; x and partial sums come from L2 and count half."""
     batch = min(M, launch.block_m)
     programs = ceil_div(N, launch.block_n) * launch.split_k * ceil_div(M, launch.block_m)
-    weights = launch.block_n * 2 * tile.words
-    work = ceil_div(ceil_div(K, tile.columns), launch.split_k) * (weights + batch * tile.columns * 2 / 2)
+    weights, columns = launch.block_n * 2 * tile.words * launch.tiles, tile.columns * launch.tiles  # of a pass
+    work = ceil_div(ceil_div(K, columns), launch.split_k) * (weights + batch * columns * 2 / 2)
     partials = 0.0 if launch.split_k == 1 else 2 * 4 * launch.block_n * batch / 2
     in_flight = programs / table.processors * weights * (launch.stages - 1)
     starved = max(1.0, table.bytes_in_flight / in_flight)
@@ -127,7 +132,8 @@ def candidates(M: int, N: int, K: int, group_size: int, bits: int = 4) -> Iterat
             folds = (True, False) if block_m <= 32 else (False,)
             for fold in folds:
                 for stages in (3, 4, 5, 6):
-                    yield from (KernelLaunch(block_n, block_m, s, warps, stages, fold) for s in splits)
+                    for passed in (1, 2) if block_m <= 16 and stages <= 4 else (1,):
+                        yield from (KernelLaunch(block_n, block_m, s, warps, stages, fold, passed) for s in splits)
 
 
 def workspace_bytes(M: int, N: int, K: int, group_size: int, gpu: str, bits: int = 4) -> tuple[int, int]:

@@ -23,12 +23,40 @@ from qsun.kernels.fields_triton import (
 
 
 @triton.jit
-def _load_tile(pointers, stride, COUNT: tl.constexpr, ASM: tl.constexpr):
-    """Load the group values of one tile of 128 columns: a tuple of COUNT."""
-    values = (load_group_values(pointers, ASM),)
+def _group_row(start, g: tl.constexpr, last_group, padded_n, EXACT: tl.constexpr):
+    """Return where the values of a group begin; those past the last one are not used, and its own are as good."""
+    return (start + g if EXACT else tl.minimum(start + g, last_group)) * padded_n
+
+
+@triton.jit
+def _load_pass(pointers, start, last_group, padded_n, COUNT: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr):
+    """Load the group values of one pass: a tuple of COUNT."""
+    values = (load_group_values(pointers + _group_row(start, 0, last_group, padded_n, EXACT), ASM),)
     for g in tl.static_range(1, COUNT):
-        values = values + (load_group_values(pointers + g * stride, ASM),)  # noqa: RUF005
+        at = pointers + _group_row(start, g, last_group, padded_n, EXACT)
+        values = values + (load_group_values(at, ASM),)  # noqa: RUF005
     return values
+
+
+@triton.jit
+def _decode_pass(raw, COUNT: tl.constexpr, BF16: tl.constexpr, ASM: tl.constexpr):
+    """Convert the result of `_load_pass` to float32."""
+    values = (decode_group_values(raw[0], BF16, ASM),)
+    for g in tl.static_range(1, COUNT):
+        values = values + (decode_group_values(raw[g], BF16, ASM),)  # noqa: RUF005
+    return values
+
+
+@triton.jit
+def _prefetch(values_ptr, start, last_group, padded_n, BN: tl.constexpr):
+    """Bring the values of the next 64 groups into the L2 cache, so that later passes do not wait for DRAM."""
+    LINES: tl.constexpr = BN // 64  # of 128 bytes in a row of values
+    i = tl.arange(0, 64 * LINES)
+    row = tl.minimum(start + i // LINES, last_group)
+    at = values_ptr + row * padded_n + tl.program_id(0) * BN + i % LINES * 64
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -72,12 +100,14 @@ def packed_matmul(
     RESIDUAL: tl.constexpr,
     SILU: tl.constexpr,
     EVEN_K: tl.constexpr,
+    TILES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Compute y (M, N or N / 2) = x (M, K) @ w.T, transposed in the tensor cores: BN weight rows by B rows of x.
 
-    Grid: (N / BN rounded up, SPLIT_K, M / B rounded up). GROUP 0 is one group a row. EVEN_K: K is a multiple of the
-    columns of a tile.
+    Grid: (N / BN rounded up, SPLIT_K, M / B rounded up). GROUP 0 is one group a row. A pass of the loop takes TILES
+    tiles: scales are loaded one pass ahead, straight into registers, so a pass waits for memory at most once, however
+    long it is. EVEN_K: K is a multiple of the columns of a pass.
 
     FOLD multiplies the undecoded ``(OFFSET + factor * q) * UNIT`` and subtracts the rest from the float32 accumulator.
     What it subtracts comes from products of x with constants, the same for all rows of a warp: with
@@ -93,22 +123,27 @@ def packed_matmul(
     COLUMNS: tl.constexpr = columns_of(BITS)
     LANES: tl.constexpr = lanes_of(BITS)
     WIDTH: tl.constexpr = slabs_of(BITS) * LANES
-    PLANES: tl.constexpr = (GROUP if GROUP else COLUMNS) // LANES
-    GROUPS: tl.constexpr = COLUMNS // GROUP if GROUP else 1
+    PLANES: tl.constexpr = (GROUP if GROUP else TILES * COLUMNS) // LANES
+    GROUPS: tl.constexpr = TILES * COLUMNS // GROUP if GROUP else 1
+    EXACT: tl.constexpr = EVEN_K or TILES == 1  # no pass has tiles past the last one
+    IN_TILE: tl.constexpr = COLUMNS // LANES
+    SLABS: tl.constexpr = slabs_of(BITS)
     # a second accumulator pays unless many small groups each add theirs to it
     PAIRED: tl.constexpr = not FOLD or B <= 8 or GROUP % 128 == 0
     LOAD_ZEROS: tl.constexpr = ASYM and GROUP > 0 and FOLD
     tiles = tl.cdiv(K, COLUMNS)
-    share = tl.cdiv(tiles, SPLIT_K)
-    first = tl.minimum(tl.program_id(1) * share, tiles)
-    last = tl.minimum(first + share, tiles)
+    passes = tl.cdiv(K, TILES * COLUMNS)
+    share = tl.cdiv(passes, SPLIT_K)
+    first = tl.minimum(tl.program_id(1) * share, passes)
+    last = tl.minimum(first + share, passes)
+    last_group = tiles * (COLUMNS // GROUP) - 1 if GROUP else 0
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     batch = tl.program_id(2) * B + tl.arange(0, B)
     lane = tl.arange(0, LANES)
     in_batch = batch[None, :] < M
     row_at = (rows // 64) * tiles * (64 * WIDTH) + (rows % 64) * WIDTH
-    words_at = words_ptr + row_at[:, None] + first * (64 * WIDTH) + lane[None, :]
-    x_at = x_ptr + batch[None, :] * stride_x + first * COLUMNS + lane[:, None]
+    words_at = words_ptr + row_at[:, None] + first * (TILES * 64 * WIDTH) + lane[None, :]
+    x_at = x_ptr + batch[None, :] * stride_x + first * (TILES * COLUMNS) + lane[:, None]
     scales_at = scales_ptr + rows
     zeros_at = zeros_ptr + rows
     acc = tl.zeros((BN, B), tl.float32)
@@ -116,9 +151,14 @@ def packed_matmul(
     sum_x = tl.zeros((BN, B), tl.float32)
     sum_high = tl.zeros((BN, B), tl.float32)
     if GROUP:
-        scales = _load_tile(scales_at + tl.minimum(first, tiles - 1) * GROUPS * padded_n, padded_n, GROUPS, ASM)
+        start = tl.minimum(first, passes - 1) * GROUPS
+        next_scales = _load_pass(scales_at, start, last_group, padded_n, GROUPS, EXACT, ASM)
+        if ASM:
+            _prefetch(scales_ptr, start, last_group, padded_n, BN)
     if LOAD_ZEROS:
-        zeros = _load_tile(zeros_at + tl.minimum(first, tiles - 1) * GROUPS * padded_n, padded_n, GROUPS, ASM)
+        next_zeros = _load_pass(zeros_at, start, last_group, padded_n, GROUPS, EXACT, ASM)
+        if ASM:
+            _prefetch(zeros_ptr, start, last_group, padded_n, BN)
     if not FOLD:
         minus = tl.full((BN, LANES), minus_of(MIDDLE, 1, BITS, BF16), DTYPE)
         minus_high = tl.full((BN, LANES), minus_of(MIDDLE, HIGH, BITS, BF16), DTYPE)
@@ -129,7 +169,16 @@ def packed_matmul(
             minus_high = minus_of(z, HIGH, BITS, BF16).to(DTYPE)
     for t in tl.range(first, last, num_stages=STAGES):
         words = load_words(words_at, BITS)
-        following = tl.minimum(t + 1, tiles - 1) * GROUPS * padded_n
+        for i in tl.static_range(1, TILES):
+            next_tile = i if EVEN_K else tl.minimum(i, tiles - 1 - t * TILES)
+            words = words + load_words(words_at + next_tile * (64 * WIDTH), BITS)
+        following = tl.minimum(t + 1, passes - 1) * GROUPS
+        if GROUP:
+            scales = _decode_pass(next_scales, GROUPS, BF16, ASM)
+            next_scales = _load_pass(scales_at, following, last_group, padded_n, GROUPS, EXACT, ASM)
+        if LOAD_ZEROS:
+            zeros = _decode_pass(next_zeros, GROUPS, BF16, ASM)
+            next_zeros = _load_pass(zeros_at, following, last_group, padded_n, GROUPS, EXACT, ASM)
         for g in tl.static_range(GROUPS):
             if GROUP:
                 part = tl.zeros((BN, B), tl.float32)
@@ -137,7 +186,7 @@ def packed_matmul(
                 sum_x = tl.zeros((BN, B), tl.float32)
                 sum_high = tl.zeros((BN, B), tl.float32)
                 if ASYM and not FOLD:
-                    at = zeros_of + (t * GROUPS + g) * padded_n
+                    at = zeros_of + _group_row(t * GROUPS, g, last_group, padded_n, EXACT)
                     z = decode_group_values(load_group_values(at, ASM), BF16, ASM)
                     minus = minus_of(z, 1, BITS, BF16).to(DTYPE)
                     minus_high = minus_of(z, HIGH, BITS, BF16).to(DTYPE)
@@ -145,46 +194,50 @@ def packed_matmul(
                 part = acc
                 high = acc_high
             for p in tl.static_range(g * PLANES, (g + 1) * PLANES):
-                inside = in_batch if EVEN_K else in_batch & (t * COLUMNS + p * LANES + lane[:, None] < K)
+                inside = in_batch if EVEN_K else in_batch & (t * (TILES * COLUMNS) + p * LANES + lane[:, None] < K)
+                slabs = words[p // IN_TILE * SLABS : (p // IN_TILE + 1) * SLABS]
                 x = tl.load(x_at + p * LANES, mask=inside, other=0.0).to(DTYPE)
                 if FOLD:
-                    known = 1.0 if ASYM else (OFFSET / factor_of(BITS, p, PAIRED) + MIDDLE) * UNIT
+                    known = 1.0 if ASYM else (OFFSET / factor_of(BITS, p % IN_TILE, PAIRED) + MIDDLE) * UNIT
                     constant = tl.full((BN, LANES), known, DTYPE)
-                    if ASYM and factor_of(BITS, p, PAIRED) > 1:
+                    if ASYM and factor_of(BITS, p % IN_TILE, PAIRED) > 1:
                         sum_high = tl.dot(constant, x, sum_high, input_precision="ieee")
                     else:
                         sum_x = tl.dot(constant, x, sum_x, input_precision="ieee")
                     for i in tl.static_range(parts_of(BITS, BF16)):
-                        weights = raw_weights(words, p, i, BITS, PAIRED, BF16, ASM)
-                        if factor_of(BITS, p, PAIRED) > 1:
+                        weights = raw_weights(slabs, p % IN_TILE, i, BITS, PAIRED, BF16, ASM)
+                        if factor_of(BITS, p % IN_TILE, PAIRED) > 1:
                             high = tl.dot(weights, x, high, input_precision="ieee")
                         else:
                             part = tl.dot(weights, x, part, input_precision="ieee")
                 else:
                     weights = centred_weights(
-                        words, minus_high if factor_of(BITS, p, PAIRED) > 1 else minus, p, BITS, BF16, ASYM, ASM
+                        slabs,
+                        minus_high if factor_of(BITS, p % IN_TILE, PAIRED) > 1 else minus,
+                        p % IN_TILE,
+                        BITS,
+                        BF16,
+                        ASYM,
+                        ASM,
                     )
                     part = tl.dot(weights, x, part, input_precision="ieee")
             if GROUP:
                 if FOLD:
-                    part = _add_high(part, high, g * PLANES, PLANES, BITS, PAIRED)
+                    part = _add_high(part, high, g * PLANES % IN_TILE, PLANES, BITS, PAIRED)
                     if ASYM:
-                        z = decode_group_values(zeros[0], BF16, ASM)
-                        if any_plane(BITS, g * PLANES, PLANES, False, PAIRED):
+                        z = zeros[g]
+                        if any_plane(BITS, g * PLANES % IN_TILE, PLANES, False, PAIRED):
                             part -= sum_x * ((z + OFFSET) * UNIT)[:, None]
-                        if any_plane(BITS, g * PLANES, PLANES, True, PAIRED):
+                        if any_plane(BITS, g * PLANES % IN_TILE, PLANES, True, PAIRED):
                             part -= sum_high * ((z + OFFSET / HIGH) * UNIT)[:, None]
-                        # the next tile's value goes into the register that this one frees
-                        zeros = zeros[1:] + (load_group_values(zeros_at + following + g * padded_n, ASM),)  # noqa: RUF005
                     else:
                         part -= sum_x
-                acc += part * decode_group_values(scales[0], BF16, ASM)[:, None]
-                scales = scales[1:] + (load_group_values(scales_at + following + g * padded_n, ASM),)  # noqa: RUF005
+                acc += part * scales[g][:, None]
             else:
                 acc = part
                 acc_high = high
-        words_at += 64 * WIDTH
-        x_at += COLUMNS
+        words_at += TILES * 64 * WIDTH
+        x_at += TILES * COLUMNS
     if GROUP == 0:
         if FOLD:
             acc = _add_high(acc, acc_high, 0, PLANES, BITS, PAIRED)

@@ -32,7 +32,7 @@ from qsun.progress import Note
 Shapes = dict[str, dict[str, dict[str, Any]]]  # of a launch table
 # Seconds of each launch that computes the right product.
 Timer = Callable[[Sequence[KernelLaunch]], dict[KernelLaunch, float]]
-_SETTINGS = (("split_k",), ("block_n", "warps"), ("stages",), ("fold",), ("block_m",))
+_SETTINGS = (("split_k",), ("block_n", "warps"), ("stages",), ("tiles",), ("fold",), ("block_m",))
 _COPIES_BYTES = 256 << 20  # of packed weights, beyond any L2
 _GAIN = 0.99  # a launch replaces the best one if it takes less than this fraction of its time
 

@@ -67,6 +67,14 @@ def test_the_tables_choice(M, bits):
 
 
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("fold", [True, False], ids=["fold", "centred"])
+@pytest.mark.parametrize(("K", "group_size", "split_k"), [(640, 128, 2), (96, 32, 1), (1056, 32, 2), (512, -1, 3)])
+def test_two_tiles_a_pass(K, group_size, split_k, fold, bits):  # the last pass has one, or part of one
+    launch = KernelLaunch(64, 8, split_k, 2, 3, fold, 2)
+    check(draw(3, 80, K, group_size, SINGLE, epilogue="r", seed=K, bits=bits), launch)
+
+
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("split_k", [1, 2, 5])
 @pytest.mark.parametrize("K", [96, 768])
 def test_splits(split_k, K, bits):  # 5 splits of 1, 3 or 6 tiles: some have none
@@ -157,7 +165,7 @@ def test_random_products(seed):
     block_n = pick(64, 128, 256)
     N = 16 * pick(1, 3, 5, 9, 12) if block_n == 64 else 256 * pick(1, 2)
     M, block_m = pick(1, 3, 8, 9, 16, 17, 33, 64), pick(8, 16, 32, 64)
-    launch = KernelLaunch(block_n, block_m, pick(1, 2, 3, 5), 4, 3, pick(True, False))
+    launch = KernelLaunch(block_n, block_m, pick(1, 2, 3, 5), 4, 3, pick(True, False), pick(1, 2))
     zeros, scales, epilogue = pick("middle", "0", "top", "random"), pick("even", "wild"), pick("", "b", "r", "br")
     gap, bits = pick(0, 40, 64), pick(*BITS)
     product = draw(M, N, K, group_size, pick(HALF, SINGLE), zeros, scales, epilogue, seed=seed, gap=gap, bits=bits)

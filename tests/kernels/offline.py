@@ -21,7 +21,12 @@ _INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-
 
 @dataclass(frozen=True)
 class MachineCode:
-    """What ptxas made of a kernel. Loop: the instructions of the longest backward branch."""
+    """What ptxas made of a kernel.
+
+    loop: the instructions of the longest backward branch.
+    slack: the fewest instructions, around the loop, from one of its loads into registers to the first use of what it
+        loaded; None without such loads.
+    """
 
     registers: int
     stack_bytes: int
@@ -29,6 +34,7 @@ class MachineCode:
     listing: str
     instructions: Counter[str]
     loop: Counter[str]
+    slack: int | None
 
     def spills(self) -> bool:
         return self.stack_bytes > 0 or any(name.startswith(("LDL", "STL")) for name in self.instructions)
@@ -73,6 +79,7 @@ def compile_kernel(kernel, types, constants, capability, warps):
         listing=listing,
         instructions=Counter(name for _, name, _ in code),
         loop=Counter(name for address, name, _ in code if first <= address <= last),
+        slack=_slack([(name, operands) for address, name, operands in code if first <= address <= last]),
     )
 
 
@@ -89,3 +96,14 @@ def _main_loop(code):
         if target and address - int(target[1], 16) > max(0, best[1] - best[0]):
             best = (int(target[1], 16), address)
     return best
+
+
+def _slack(loop):
+    found = []
+    for at, (name, operands) in enumerate(loop):
+        if name.startswith("LDG.E"):
+            register = re.match(r"R\d+", operands)[0]
+            later = [*loop[at + 1 :], *loop[: at + 1]]
+            uses = (i for i, (_, text) in enumerate(later) if re.search(rf",.*\b{register}\b", text))
+            found.append(1 + next(uses, len(loop)))
+    return min(found, default=None)

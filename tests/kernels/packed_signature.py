@@ -32,6 +32,7 @@ def compile_product(launch, bits, group, asym, *, bf16=True, epilogue="br", even
         "RESIDUAL": "r" in epilogue,
         "SILU": "s" in epilogue,
         "EVEN_K": even_k,
+        "TILES": launch.tiles,
         "STAGES": launch.stages,
     }
     return compile_kernel(packed_matmul, types, constants, capability, launch.warps)
@@ -39,4 +40,4 @@ def compile_product(launch, bits, group, asym, *, bf16=True, epilogue="br", even
 
 def lane_instructions(code, launch, bits):
     """Of one weight in the main loop."""
-    return code.lane_instructions(launch.warps, launch.block_n * TILES[bits].columns)
+    return code.lane_instructions(launch.warps, launch.block_n * launch.tiles * TILES[bits].columns)

@@ -68,4 +68,4 @@ def test_tuning_stops_in_time_with_a_whole_table(pretend_cuda, tmp_path, monkeyp
     (table,) = tmp_path.glob("*.json")
     import json
 
-    assert len(parse_launch_table(json.loads(table.read_text())).shapes["256x256g128"]) == 1
+    assert len(parse_launch_table(json.loads(table.read_text())).shapes["256x256w4g128"]) == 1
