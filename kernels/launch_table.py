@@ -18,6 +18,7 @@ from qsun.kernels.layout import ROWS, TILES, Tile, ceil_div, padded_rows, tile_g
 _CONFIGS = Path(__file__).parent / "configs"
 _FEWEST_COLUMNS = 512  # in a split: with fewer, filling the pipeline costs as much as the work
 _OVERHEAD_BYTES = 128  # a row: what starting and finishing a program costs, as bytes of weights
+_BUSY_WARPS = 6  # of a processor, so that its four schedulers have one to issue from
 _ANY_GROUP = 1 << 30
 
 
@@ -114,7 +115,8 @@ def _cost(M: int, N: int, K: int, launch: KernelLaunch, table: LaunchTable, tile
     work = ceil_div(ceil_div(K, columns), launch.split_k) * (weights + batch * columns * 2 / 2)
     partials = 0.0 if launch.split_k == 1 else 2 * 4 * launch.block_n * batch / 2
     in_flight = programs / table.processors * weights * (launch.stages - 1)
-    starved = max(1.0, table.bytes_in_flight / in_flight)
+    warps = programs / table.processors * launch.warps
+    starved = max(1.0, table.bytes_in_flight / in_flight, _BUSY_WARPS / warps)
     overhead = _OVERHEAD_BYTES * launch.block_n
     return ceil_div(programs, table.processors) * (work + partials + overhead) * starved
 
