@@ -134,7 +134,7 @@ def candidates(M: int, N: int, K: int, group_size: int, bits: int = 4) -> Iterat
             folds = (True, False) if block_m <= 32 else (False,)
             for fold in folds:
                 for stages in (3, 4, 5, 6):
-                    for passed in (1, 2) if block_m <= 16 and stages <= 4 else (1,):
+                    for passed in (1, 2) if block_m <= 16 else (1,):
                         yield from (KernelLaunch(block_n, block_m, s, warps, stages, fold, passed) for s in splits)
 
 
