@@ -211,15 +211,8 @@ def packed_matmul(
                         else:
                             part = tl.dot(weights, x, part, input_precision="ieee")
                 else:
-                    weights = centred_weights(
-                        slabs,
-                        minus_high if factor_of(BITS, p % IN_TILE, PAIRED) > 1 else minus,
-                        p % IN_TILE,
-                        BITS,
-                        BF16,
-                        ASYM,
-                        ASM,
-                    )
+                    shift = minus_high if factor_of(BITS, p % IN_TILE, PAIRED) > 1 else minus
+                    weights = centred_weights(slabs, shift, p % IN_TILE, BITS, BF16, ASYM, ASM)
                     part = tl.dot(weights, x, part, input_precision="ieee")
             if GROUP:
                 if FOLD:

@@ -272,9 +272,7 @@ class QuantLinear(nn.Module):
 def _warn_of_dequantizing(storage: str, packed_for: torch.dtype, dtype: torch.dtype) -> None:
     """Warn once that a GPU dequantizes a matrix for every product."""
     if storage == "bytes":
-        logger.warning(
-            "layers that no GPU kernel supports are dequantized for every product; load with keep_dense=True"
-        )
+        logger.warning("layers without a GPU kernel are dequantized for every product; load with keep_dense=True")
     else:
         logger.warning("%s inputs of layers packed for %s are slow; cast the model or its inputs", dtype, packed_for)
 

@@ -128,5 +128,5 @@ def test_shapes_without_a_kernel_or_room_for_a_copy_warn_once(pretend_cuda, capl
     for _ in range(2):
         kernels(pretend_cuda, product, torch.randn(1, K, device="cuda", dtype=torch.bfloat16))
     assert [record.message for record in caplog.records] == [
-        "layers that no GPU kernel supports are dequantized for every product; load with keep_dense=True"
+        "layers without a GPU kernel are dequantized for every product; load with keep_dense=True"
     ]
