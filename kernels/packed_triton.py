@@ -5,6 +5,7 @@ wrong.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -88,14 +89,7 @@ def packed_product(
         RESIDUAL=residual is not None,
         SILU=y.shape[1] != N,
         EVEN_K=K % (launch.tiles * TILES[bits].columns) == 0,
-        TILES=launch.tiles,
-        BN=launch.block_n,
-        B=launch.block_m,
-        SPLIT_K=launch.split_k,
-        FOLD=launch.fold,
-        STAGES=launch.stages,
-        num_warps=launch.warps,
-        enable_fp_fusion=True,  # Triton 3.10 changes the default
+        **_launch_options(launch),
     )
     return y
 
@@ -120,6 +114,14 @@ def packed_dequantize(
         enable_fp_fusion=True,
     )
     return out
+
+
+def _launch_options(launch: KernelLaunch) -> dict[str, Any]:
+    return {
+        **{"BN": launch.block_n, "B": launch.block_m, "SPLIT_K": launch.split_k, "FOLD": launch.fold},
+        **{"TILES": launch.tiles, "STAGES": launch.stages, "num_warps": launch.warps},
+        "enable_fp_fusion": True,  # Triton 3.10 changes the default
+    }
 
 
 def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, silu_mul: bool) -> Tensor:
