@@ -8,6 +8,9 @@ import pytest
 
 pytest.importorskip("ray.serve", reason="needs Ray: pip install 'qsun[ray]'")
 
+from ray import serve
+
+from qsun.serve.ray import apps
 from qsun.serve.ray import ingress as module
 from qsun.serve.router.workers.worker import Breaker, Worker
 from tests.serve.fake_vllm import FakeWorker, listening
@@ -102,3 +105,12 @@ def test_a_key_that_is_removed_from_its_file_opens_nothing_any_more(ingress, tmp
             assert await status(client, "added-key") == 200
 
     run(scenario)
+
+
+def test_serve_can_ask_every_ingress_to_drain(monkeypatch):
+    """In Serve's own mode for tests, which needs no Ray."""
+    monkeypatch.setattr(module, "log_to_serve", lambda: None)
+    values = {"decode": {"module": "demo", "workers": 1}, "models": {"poem": {"module": "demo", "workers": 1}}}
+    app = apps.ingress({"deployment": {"max_surge_percent": 1}, "cluster": values, "pools": []})
+    handle = serve.run(app, name="qsun", _local_testing_mode=True)
+    assert handle.broadcast("drain").results(timeout_s=30) == [None]
