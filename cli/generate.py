@@ -54,6 +54,9 @@ def generate(
     seed: int = typer.Option(0, help="Random seed; each prompt draws its own numbers."),
     stop: list[str] = typer.Option([], help="Text that ends an answer, which ends before it; may be repeated."),
     batch_size: int = typer.Option(64, help="Prompts that are decoded together."),
+    kv_dtype: str = typer.Option(
+        "auto", help="Of the decode batch's KV: auto is the activations', fp8 half of 16 bits."
+    ),
     speculate: int = typer.Option(
         0, help="Tokens that a prompt drafts from its own text and checks in one step; pays where text repeats."
     ),
@@ -73,6 +76,7 @@ def generate(
         "stop": tuple(stop),
         "batch_size": batch_size,
         "speculate": speculate,
+        "kv_dtype": kv_dtype,
         "detokenize": True,
     }
     from qsun.engine.config import GenerateConfig

@@ -50,6 +50,9 @@ def serve(
     ),
     max_batch: int = typer.Option(64, min=1, help="Requests that prefill or decode at a time."),
     kv_memory: str = typer.Option("auto", help="Memory for KV, such as 2GiB. Default: a quarter of what is free."),
+    kv_dtype: str = typer.Option(
+        "auto", help="Of the decode batch's KV: auto is the activations', fp8 half of 16 bits."
+    ),
     prefix_cache: str = typer.Option("256MiB", help="Memory for KV of prompt prefixes; 0: none."),
     prefill_tokens: int = typer.Option(512, min=1, help="Prompt tokens read between two decode steps."),
     speculate: int = typer.Option(
@@ -99,6 +102,7 @@ def serve(
         max_waiting=max_waiting,
         max_adapters=max_adapters,
         speculate=speculate,
+        kv_dtype=kv_dtype,
         partitioned=partitioned,
     )
     screen.show_warnings()

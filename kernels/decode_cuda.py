@@ -56,6 +56,7 @@ def rotate_and_store_kv(
     keys: Tensor,
     values: Tensor,
     columns: Tensor,
+    kv_scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Rotate the queries and keys of one token a row, write its keys and values, and return the queries.
 
@@ -65,6 +66,7 @@ def rotate_and_store_kv(
         norms: weights of the RMS norms of query and key heads, and their eps; None: none.
         keys, values: (rows, kv_heads, columns, head_dim), each head contiguous; written to.
         columns: (rows,) int64, where each row's token goes.
+        kv_scales: written to as well where keys and values are float8_e4m3fn: float32, (rows, kv_heads, columns, 1).
     Returns:
         (rows, heads, head_dim).
     """
@@ -73,16 +75,26 @@ def rotate_and_store_kv(
     q = qkv.new_empty((rows, heads, width))
     cos, sin = rotation or (qkv, qkv)
     q_norm, k_norm, eps = norms or (qkv, qkv, 0.0)
+    scales, scale_strides = _scales(kv_scales, q)
     rotate_and_store[rows, heads + 2 * kv_heads](
-        *(qkv, cos, sin, q_norm, k_norm, columns, q, keys, values),
-        *(qkv.stride(0), *keys.stride()[:2], *values.stride()[:2], eps, heads, kv_heads),
+        *(qkv, cos, sin, q_norm, k_norm, columns, q, keys, values, *scales),
+        *(qkv.stride(0), *keys.stride()[:2], *values.stride()[:2], *scale_strides, eps, heads, kv_heads),
         D=width,
         BLOCK_D=triton.next_power_of_2(width),
         ROTATE=rotation is not None,
         NORM=norms is not None,
+        FP8=kv_scales is not None,
         num_warps=1,
     )
     return q
+
+
+def _scales(kv_scales: tuple[Tensor, Tensor] | None, unused: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[int, ...]]:
+    """Return the scales of keys and values and the strides of both; where there are none, what is not read."""
+    if kv_scales is None:
+        return (unused, unused), (0, 0)
+    assert kv_scales[0].stride() == kv_scales[1].stride()
+    return kv_scales, kv_scales[0].stride()[:2]
 
 
 def decode_attention(
@@ -94,6 +106,7 @@ def decode_attention(
     window: int | None = None,
     softcap: float | None = None,
     workspace: Workspace | None = None,
+    kv_scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention of one token a row to its own columns; the same bits whatever the other rows are.
 
@@ -103,6 +116,7 @@ def decode_attention(
         columns: (rows,) int64, the token's own column: it sees 0 .. columns, or the last `window` of them.
         softcap: scores become softcap * tanh(scores / softcap).
         workspace: at least attention_workspace_bytes; None takes the device's own, and makes it larger where needed.
+        kv_scales: of keys and values in float8_e4m3fn: float32, (rows, kv_heads, capacity, 1) with equal strides.
     Returns:
         (rows, heads * head_dim).
     Raises:
@@ -116,10 +130,11 @@ def decode_attention(
     space = workspace or reserve(q.device, partial_bytes, counters)
     out = torch.empty_like(q)
     block_d = triton.next_power_of_2(width)
+    scales, scale_strides = _scales(kv_scales, q)
     split_attention[rows * kv_heads, splits](
-        *(q, keys, values, columns, out),
+        *(q, keys, values, *scales, columns, out),
         *(space.view((partial_bytes // 4,), torch.float32), space.tickets(counters)),
-        *(*keys.stride()[:2], *values.stride()[:2], kv_heads, scale, softcap or 0.0, window or 0),
+        *(*keys.stride()[:2], *values.stride()[:2], *scale_strides, kv_heads, scale, softcap or 0.0, window or 0),
         GROUP=group,
         G=_padded_group(group),
         D=width,
@@ -129,6 +144,7 @@ def decode_attention(
         MOST_SPLITS=_MOST_SPLITS,
         SOFTCAP=softcap is not None,
         WINDOW=window is not None,
+        FP8=kv_scales is not None,
         num_warps=4,
         num_stages=2,
     )

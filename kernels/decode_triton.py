@@ -55,10 +55,31 @@ def _head(at, norm_ptr, d, width, rstd, NORM: tl.constexpr):
 
 
 @triton.jit
+def _store_head(at, scale_at, x, d, inside, FP8: tl.constexpr):
+    """Store a head of one token; FP8: as e4m3 over its own scale (448 is the largest).
+
+    Rounded here, to 3 bits or to the step of subnormals: the cast of Triton's interpreter loses carries.
+    """
+    if FP8:
+        x = x.to(tl.float32)
+        scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-12) / 448.0
+        x /= scale
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000
+        small = (x + 24576.0) - 24576.0  # float32's step there is 2^-9
+        x = tl.where(tl.abs(x) < 0.015625, small, bits.to(tl.float32, bitcast=True))
+        tl.store(at + d, x.to(at.dtype.element_ty), mask=inside)
+        tl.store(scale_at, scale)
+    else:
+        tl.store(at + d, x.to(at.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def rotate_and_store(
-    qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, columns_ptr, q_ptr, keys_ptr, values_ptr,
-    stride_qkv, key_row, key_head, value_row, value_head, eps, heads, kv_heads,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr,
+    qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, columns_ptr, q_ptr,
+    keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr,
+    stride_qkv, key_row, key_head, value_row, value_head, scale_row, scale_head, eps, heads, kv_heads,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """Rotate the queries and keys of one token a row, and write its keys and values into column columns[row].
 
@@ -68,10 +89,12 @@ def rotate_and_store(
     at = qkv_ptr + row * stride_qkv + head * D
     d = tl.arange(0, BLOCK_D)
     inside = d < D
-    column = tl.load(columns_ptr + row).to(tl.int64) * D
+    column = tl.load(columns_ptr + row).to(tl.int64)
     if head >= heads + kv_heads:
-        out = values_ptr + row * value_row + (head - heads - kv_heads).to(tl.int64) * value_head + column
-        tl.store(out + d, tl.load(at + d, mask=inside, other=0.0), mask=inside)
+        kv_head = (head - heads - kv_heads).to(tl.int64)
+        out = values_ptr + row * value_row + kv_head * value_head + column * D
+        scale_at = value_scales_ptr + row * scale_row + kv_head * scale_head + column
+        _store_head(out, scale_at, tl.load(at + d, mask=inside, other=0.0), d, inside, FP8)
     else:
         is_query = head < heads
         rstd = 1.0
@@ -92,22 +115,27 @@ def rotate_and_store(
         if is_query:
             tl.store(q_ptr + (row * heads + head) * D + d, x.to(q_ptr.dtype.element_ty), mask=inside)
         else:
-            out = keys_ptr + row * key_row + (head - heads).to(tl.int64) * key_head + column
-            tl.store(out + d, x.to(keys_ptr.dtype.element_ty), mask=inside)
+            kv_head = (head - heads).to(tl.int64)
+            out = keys_ptr + row * key_row + kv_head * key_head + column * D
+            scale_at = key_scales_ptr + row * scale_row + kv_head * scale_head + column
+            _store_head(out, scale_at, x.to(qkv_ptr.dtype.element_ty), d, inside, FP8)
 
 
 @triton.jit
 def split_attention(
-    q_ptr, keys_ptr, values_ptr, columns_ptr, out_ptr, partials_ptr, counters_ptr,
-    key_row, key_head, value_row, value_head, kv_heads, scale, softcap, window,
+    q_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, columns_ptr, out_ptr, partials_ptr, counters_ptr,
+    key_row, key_head, value_row, value_head, scale_row, scale_head, kv_heads, scale, softcap, window,
     GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
-    SHARE: tl.constexpr, MOST_SPLITS: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr,
+    SHARE: tl.constexpr, MOST_SPLITS: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
     """Attention of one token a row to its columns 0 .. columns[row], of the last `window` where WINDOW is set.
 
     Grid: (rows * kv_heads, splits). GROUP query heads share a KV head; G is GROUP padded for the tensor cores. How a
     row is split depends on its own length alone, so that its result does not depend on the rows beside it. The last
     program to arrive adds the splits in their order; no atomic touches data.
+
+    FP8: keys and values are e4m3, which one instruction for two turns into float16, exactly; bfloat16 would take three.
+    So products are in float16, with q over its largest and values' scales times 448, and the rest in float32.
     """
     pair, split = tl.program_id(0), tl.program_id(1)
     row, head = (pair // kv_heads).to(tl.int64), pair % kv_heads
@@ -124,8 +152,13 @@ def split_attention(
         q_at = ((row * kv_heads + head) * GROUP + g)[:, None] * D + d[None, :]
         q_inside = (g < GROUP)[:, None] & (d < D)[None, :]
         q = tl.load(q_ptr + q_at, mask=q_inside, other=0.0)
+        if FP8:
+            largest = tl.maximum(tl.max(tl.abs(q.to(tl.float32)), 1), 1e-30)
+            q = (q.to(tl.float32) / largest[:, None]).to(tl.float16 if q.dtype == tl.bfloat16 else q.dtype)
         keys_at = keys_ptr + row * key_row + head.to(tl.int64) * key_head
         values_at = values_ptr + row * value_row + head.to(tl.int64) * value_head
+        key_scales_at = key_scales_ptr + row * scale_row + head.to(tl.int64) * scale_head
+        value_scales_at = value_scales_ptr + row * scale_row + head.to(tl.int64) * scale_head
         most = tl.full((G,), float("-inf"), tl.float32)
         total = tl.zeros((G,), tl.float32)
         acc = tl.zeros((G, BLOCK_D), tl.float32)
@@ -133,18 +166,24 @@ def split_attention(
             n = t + lane
             at = n.to(tl.int64)[:, None] * D + d[None, :]
             inside = (n < end)[:, None] & (d < D)[None, :]
-            keys = tl.load(keys_at + at, mask=inside, other=0.0)
+            keys = tl.load(keys_at + at, mask=inside, other=0.0).to(q.dtype)
             scores = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
+            if FP8:
+                scores *= largest[:, None] * tl.load(key_scales_at + n, mask=n < end, other=0.0)[None, :]
             if SOFTCAP:
                 scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
             scores = tl.where((n < end)[None, :], scores * 1.4426950408889634, float("-inf"))
             above = tl.maximum(most, tl.max(scores, 1))
             weights = tl.exp2(scores - above[:, None])
             fade = tl.exp2(most - above)
-            values = tl.load(values_at + at, mask=inside, other=0.0)
+            values = tl.load(values_at + at, mask=inside, other=0.0).to(q.dtype)
             total = total * fade + tl.sum(weights, 1)
+            if FP8:
+                weights *= 448.0 * tl.load(value_scales_at + n, mask=n < end, other=0.0)[None, :]
             acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision="ieee")
             most = above
+        if FP8:
+            acc /= 448.0
         if used == 1:
             tl.store(out_ptr + q_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=q_inside)
         else:

@@ -1,7 +1,7 @@
 """Settings of the engine, of one request's tokens, and of a call of `qsun.generate`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -22,6 +22,7 @@ _Biases = Annotated[
     tuple[tuple[_Natural, Annotated[float, Field(allow_inf_nan=False)]], ...],
     BeforeValidator(lambda given: tuple(given.items() if isinstance(given, Mapping) else given)),
 ]
+_KVDtype = Literal["auto", "fp8"]
 _Logprobs = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None
 _BY_PROMPT = {"seed", "logprobs", "prompt_logprobs", "constraint"}
 
@@ -93,6 +94,8 @@ class EngineConfig(Settings):
         partitioned: decode each model's requests in a batch of their own, in turns: conventional serving, to compare.
         static: fixed shapes of a decode step, as CUDA graphs need; None: on a GPU.
         speculate: most tokens that a row drafts in a step (drafts.py); 0: none. Steps then have no fixed shapes.
+        kv_dtype: of the decode batch's KV. fp8 (e4m3, a scale for each head of each token) takes about half the bytes
+            of 16 bits; steps that our GPU kernels do not compute dequantize all of it. Prompts' KV before is not.
     """
 
     max_batch: _Positive = 64
@@ -105,6 +108,12 @@ class EngineConfig(Settings):
     static: bool | None = None
     pass_tokens: _Positive = 2048
     speculate: Annotated[int, Field(ge=0, le=MOST_DRAFTED)] = 0
+    kv_dtype: _KVDtype = "auto"
+
+    @property
+    def of_batches(self) -> tuple[bool | None, int, str]:
+        """The settings of a DecodeBatch."""
+        return self.static, self.speculate, self.kv_dtype
 
 
 class GenerateConfig(Settings):
@@ -117,7 +126,7 @@ class GenerateConfig(Settings):
         batch_size: prompts that are decoded together.
         prefill_chunk: tokens that a prefill module reads at a time.
         static: decode from a cache of fixed size, as a CUDA graph needs; None: on a GPU.
-        speculate: most tokens that a row drafts in a step; see EngineConfig.
+        speculate, kv_dtype: see EngineConfig.
     """
 
     sampling: Sampling = Sampling()
@@ -127,6 +136,7 @@ class GenerateConfig(Settings):
     prefill_chunk: _Positive = 2048
     static: bool | None = None
     speculate: Annotated[int, Field(ge=0, le=MOST_DRAFTED)] = 0
+    kv_dtype: _KVDtype = "auto"
 
     @classmethod
     def of(cls, settings: dict[str, Any]) -> "GenerateConfig":

@@ -19,17 +19,26 @@ class DecodeBatch:
     Args:
         model: the decode module's causal LM. budget_tokens: of KV, rows x columns.
         static: compute with fixed shapes, as CUDA graphs need; None: on a GPU.
-        speculate: most tokens that a row drafts in a step.
+        speculate: most tokens that a row drafts in a step. kv_dtype: see SlotCache.
 
     Attributes:
         drafted, accepted: tokens so far, and those of them that rows chose too.
     """
 
-    def __init__(self, model: Any, budget_tokens: int, static: bool | None = None, speculate: int = 0):
+    def __init__(
+        self,
+        model: Any,
+        budget_tokens: int,
+        static: bool | None = None,
+        speculate: int = 0,
+        kv_dtype: str = "auto",
+    ):
         weight = model.model.embed_tokens.weight
         fixed = has_fixed_shapes(model, static)
         self.cache: SlotCache = (
-            FixedSlots(model, budget_tokens) if fixed else SlotCache(model.config, weight, budget_tokens, speculate)
+            FixedSlots(model, budget_tokens, kv_dtype)
+            if fixed
+            else SlotCache(model.config, weight, budget_tokens, speculate, kv_dtype)
         )
         self.rows: list[Row] = []
         self._step = DecodeStep(model, self.cache)

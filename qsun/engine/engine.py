@@ -49,7 +49,7 @@ class Engine:
         self.positions: int = model.config.max_position_embeddings
         self.dtype: torch.dtype = model.model.embed_tokens.weight.dtype
         self.device: torch.device = model.model.embed_tokens.weight.device
-        per_token = kv_bytes_per_token(model.config, self.dtype)
+        per_token = kv_bytes_per_token(model.config, self.dtype, self.config.kv_dtype)
         self.budget_tokens = (self.config.kv_bytes or available_after_release(self.device) // 4) // per_token
         if self.budget_tokens < 1:
             raise QsunError(f"kv_bytes {self.config.kv_bytes} is too small; one token takes {per_token} bytes")
@@ -252,7 +252,7 @@ class Engine:
         name = model if self.config.partitioned else _SHARED
         if name not in self._batches:
             share = self.budget_tokens // (len(self.modules) if self.config.partitioned else 1)
-            self._batches[name] = DecodeBatch(self.decode.model, share, self.config.static, self.config.speculate)
+            self._batches[name] = DecodeBatch(self.decode.model, share, *self.config.of_batches)
         return self._batches[name]
 
     def _prefill(self) -> list[Update]:

@@ -112,8 +112,10 @@ def _engine(decode: DecodeModule, requests: Sequence[Request], config: GenerateC
     weight = model.model.embed_tokens.weight
     longest = max((request.kv_tokens for request in requests), default=1) + config.speculate
     wanted = budget_for(model, max(1, min(config.batch_size, len(requests))), longest, config.static)
-    per_token = kv_bytes_per_token(model.config, weight.dtype)
-    tokens = min(wanted, max(longest, free_tokens(model), available_bytes(weight.device) // 2 // per_token))
+    per_token = kv_bytes_per_token(model.config, weight.dtype, config.kv_dtype)
+    tokens = min(
+        wanted, max(longest, free_tokens(model, config.kv_dtype), available_bytes(weight.device) // 2 // per_token)
+    )
     limits = EngineConfig(
         max_batch=config.batch_size,
         kv_bytes=max(1, tokens) * per_token,
@@ -122,6 +124,7 @@ def _engine(decode: DecodeModule, requests: Sequence[Request], config: GenerateC
         max_waiting=max(1, len(requests)),
         static=config.static,
         speculate=config.speculate,
+        kv_dtype=config.kv_dtype,
         pass_tokens=config.prefill_chunk,
     )
     engine = Engine(decode, limits)

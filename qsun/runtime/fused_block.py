@@ -52,13 +52,16 @@ class FusedBlock(nn.Module):
         if not x.is_cuda or x.shape[1] != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         slots = hasattr(cache, "lengths") and hasattr(cache, "buffers") and cache.view[0] == x.shape[0]
-        return slots and x.dtype == cache.buffers[self.layer][0].dtype and rotation[0].shape[-1] == self.width
+        return slots and x.dtype == cache.dtype and rotation[0].shape[-1] == self.width
 
     def _step(self, x: Tensor, cache: Any, rotation: tuple[Tensor, Tensor]) -> Tensor:
         from qsun.kernels import decode_cuda
 
         rows, columns = cache.view
-        keys, values = (buffer[:rows, :, :columns] for buffer in cache.buffers[self.layer])
+        keys, values, *scales = (buffer[:rows, :, :columns] for buffer in cache.buffers[self.layer])
+        kv_scales = (scales[0], scales[1]) if scales else None
+        if scales:
+            keys, values = keys.view(torch.float8_e4m3fn), values.view(torch.float8_e4m3fn)
         attention: Any = self.self_attn
         norms = None
         if hasattr(attention, "q_norm"):
@@ -66,8 +69,9 @@ class FusedBlock(nn.Module):
         cos, sin = (part.expand(rows, 1, self.width).reshape(rows, self.width).contiguous() for part in rotation)
         qkv = attention.q_proj.merged.layer(self._norm(x, self.input_layernorm))
         at = cache.lengths[:rows]
-        q = decode_cuda.rotate_and_store_kv(qkv, (cos, sin) if self.rotates else None, norms, keys, values, at)
-        seen = decode_cuda.decode_attention(q, keys, values, at, self.scale, self.window)
+        turned = (cos, sin) if self.rotates else None
+        q = decode_cuda.rotate_and_store_kv(qkv, turned, norms, keys, values, at, kv_scales)
+        seen = decode_cuda.decode_attention(q, keys, values, at, self.scale, self.window, kv_scales=kv_scales)
         normed, x = self._add_and_norm(attention.o_proj, seen, x, self.post_attention_layernorm)
         mlp: Any = self.mlp
         inner = self._gated(mlp.gate_up, normed)

@@ -82,8 +82,11 @@ def test_rotation_and_the_kv_write(heads, kv_heads, width, rotate, with_norms, d
         assert torch.equal(cache, old)  # nothing else was touched
 
 
-def check(lengths, heads, kv_heads, width, dtype, window=None, softcap=None, capacity=None, scale=None):
-    """Close to float64; twice with one poisoned workspace: the same bits, counters back at zero."""
+def check(lengths, heads, kv_heads, width, dtype, window=None, softcap=None, capacity=None, scale=None, fp8=False):
+    """Close to float64; twice with one poisoned workspace: the same bits, counters back at zero.
+
+    fp8: keys and values are e4m3 with scales; the oracle sees the numbers that those stand for.
+    """
     capacity = capacity or max(lengths)
     rows, columns = len(lengths), torch.tensor(lengths) - 1
     keys, values = (torch.randn(rows + 1, kv_heads, capacity, width).to(dtype) for _ in range(2))
@@ -92,17 +95,75 @@ def check(lengths, heads, kv_heads, width, dtype, window=None, softcap=None, cap
             cache[row, :, column + 1 :] = float("nan")  # what is beyond a row's end is never read
     q = torch.randn(rows, heads, width).to(dtype)
     keys, values = keys[:rows], values[:rows]
+    stored, kv_scales = (keys, values), None
+    if fp8:
+        spread = 2.0 ** torch.randint(-6, 1, (*keys.shape[:3], 1))
+        (k, k_scales), (v, v_scales) = encoded(keys * spread), encoded(values * spread)
+        stored, kv_scales = (k, v), (k_scales, v_scales)
+        keys, values = k.double() * k_scales.double(), v.double() * v_scales.double()
     space = Workspace.allocate(*attention_workspace_bytes(rows, heads, kv_heads, width, capacity), "cpu")
     results = []
     for _ in range(2):
         space.buffer.fill_(255)
-        options = {"window": window, "softcap": softcap, "workspace": space}
-        results.append(decode_attention(q, keys, values, columns, scale or width**-0.5, **options))
+        options = {"window": window, "softcap": softcap, "workspace": space, "kv_scales": kv_scales}
+        results.append(decode_attention(q, *stored, columns, scale or width**-0.5, **options))
         assert not space.counters.any()
     assert torch.equal(*results)
     wanted = attended(q, keys, values, columns, scale or width**-0.5, window, softcap)
     assert_close(results[0], wanted, 2 if dtype == HALF else 8 + (softcap or 0))
     return q, keys, values, columns, results[0]
+
+
+def bits_of(x):
+    """e4m3 of heads over their scales, as torch rounds them."""
+    return encoded(x)[0].view(torch.uint8)
+
+
+def encoded(x):
+    """float8_e4m3fn and (..., 1) float32 scales, by definition: the largest of each head becomes 448."""
+    scales = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448
+    return (x.float() / scales).to(torch.float8_e4m3fn), scales
+
+
+@pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(8, 2, 64), (7, 1, 80), (4, 1, 128), (2, 1, 256)])
+def test_fp8_attention(heads, kv_heads, width, dtype):
+    check([1, 63, 65], heads, kv_heads, width, dtype, fp8=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 33}, {"softcap": 5.0}], ids=str)
+def test_fp8_attention_over_several_splits(options):
+    check([300, 1, 257], 4, 2, 64, HALF, capacity=320, fp8=True, **options)
+
+
+@pytest.mark.parametrize("rotate", [False, True], ids=["nope", "rope"])
+@pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
+def test_the_fp8_kv_write(dtype, rotate):
+    """Keys and values within half a step of e4m3 of those of the plain write; a head of zeros; nothing else."""
+    rows, heads, kv_heads, width = 3, 4, 2, 96
+    qkv = (torch.randn(rows, (heads + 2 * kv_heads) * width) * torch.tensor([1e-4, 1.0, 300.0])[:, None]).to(dtype)
+    qkv[1, -width:] = 0
+    angles = torch.randn(rows, width // 2).repeat(1, 2)
+    rotation = (angles.cos().to(dtype), angles.sin().to(dtype)) if rotate else None
+    columns, shape = torch.tensor([0, 6, 3]), (rows + 1, kv_heads, 7, width)
+    plain = [torch.zeros(shape, dtype=dtype)[:rows] for _ in range(2)]
+    wanted = rotate_and_store_kv(qkv, rotation, None, *plain, columns)
+    bits = [torch.full(shape, 3, dtype=torch.uint8) for _ in range(2)]
+    scales = [torch.full((*shape[:3], 1), 7.0) for _ in range(2)]
+    stored = [b.view(torch.float8_e4m3fn)[:rows] for b in bits]
+    q = rotate_and_store_kv(qkv, rotation, None, *stored, columns, tuple(s[:rows] for s in scales))
+    assert torch.equal(q, wanted)
+    for b, s, reference in zip(bits, scales, plain, strict=True):
+        for row, column in enumerate(columns):
+            exact = reference[row, :, column].double()
+            got = b.view(torch.float8_e4m3fn)[row, :, column].double() * s[row, :, column].double()
+            largest = exact.abs().amax(-1, keepdim=True)
+            assert torch.allclose(s[row, :, column].double(), largest.clamp(min=1e-12) / 448, rtol=1e-6)
+            half = torch.maximum(exact.abs() / 16, largest / 448 / 1024)  # of a step: 3 bits, or that of subnormals
+            assert ((got - exact).abs() <= 1.001 * half + 1e-12).all()
+            assert torch.equal(b.view(torch.float8_e4m3fn)[row, :, column].view(torch.uint8), bits_of(exact))
+            b[row, :, column], s[row, :, column] = 3, 7.0
+        assert (b == 3).all() and (s == 7).all()
 
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)

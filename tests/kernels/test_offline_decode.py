@@ -8,14 +8,16 @@ from qsun.kernels.decode_triton import rms_norm_rows, rotate_and_store, silu_mul
 from tests.kernels.offline import compile_kernel
 
 
-def compile_attention(width, capability=90, kind="*bf16", softcap=False, window=False):
-    types = dict.fromkeys(("q_ptr", "keys_ptr", "values_ptr", "out_ptr"), kind)
+def compile_attention(width, capability=90, kind="*bf16", softcap=False, window=False, fp8=False):
+    types = dict.fromkeys(("q_ptr", "out_ptr"), kind)
+    types |= dict.fromkeys(("keys_ptr", "values_ptr"), "*fp8e4nv" if fp8 else kind)
+    types |= dict.fromkeys(("key_scales_ptr", "value_scales_ptr"), "*fp32" if fp8 else kind)
     types |= {"columns_ptr": "*i64", "partials_ptr": "*fp32", "counters_ptr": "*i32"}
-    types |= dict.fromkeys(("key_row", "key_head", "value_row", "value_head"), "i32!")
+    types |= dict.fromkeys(("key_row", "key_head", "value_row", "value_head", "scale_row", "scale_head"), "i32!")
     types |= {"kv_heads": "i32", "scale": "fp32", "softcap": "fp32", "window": "i32"}
     block_d = 1 << (width - 1).bit_length()
     constants = {"GROUP": 4, "G": 16, "D": width, "BLOCK_D": block_d, "BLOCK": 64 if block_d <= 128 else 32}
-    constants |= {"SHARE": 128, "MOST_SPLITS": 64, "SOFTCAP": softcap, "WINDOW": window}
+    constants |= {"SHARE": 128, "MOST_SPLITS": 64, "SOFTCAP": softcap, "WINDOW": window, "FP8": fp8}
     return compile_kernel(split_attention, types, constants, capability, 4)
 
 
@@ -25,6 +27,8 @@ def compile_attention(width, capability=90, kind="*bf16", softcap=False, window=
         (128, {}),
         (64, {"softcap": True, "window": True}),
         (256, {"kind": "*fp16"}),
+        (128, {"fp8": True}),
+        pytest.param(64, {"fp8": True, "window": True}, marks=pytest.mark.slow),
         pytest.param(80, {"window": True}, marks=pytest.mark.slow),
         pytest.param(128, {"capability": 80}, marks=pytest.mark.slow),
         pytest.param(128, {"capability": 100}, marks=pytest.mark.slow),
@@ -38,6 +42,9 @@ def test_attention(width, options):
     assert code.shared_bytes <= 99 * 1024
     assert any(name.startswith(("LDGSTS.E.BYPASS.128", "LDG.E.128")) for name in code.instructions), code.instructions
     assert any(name.startswith(("HMMA", "HGMMA", "UTCHMMA")) for name in code.instructions)
+    converts = any(name.startswith("F2FP.F16.E4M3.UNPACK") for name in code.instructions)
+    assert converts == options.get("fp8", False)
+    assert not any(name.startswith("F2F.") for name in code.instructions)  # a quarter of the speed, one at a time
 
 
 @pytest.mark.parametrize("add", [False, True])
@@ -50,13 +57,16 @@ def test_norms(add):
     assert any(name.startswith("STG.E.128") for name in code.instructions)
 
 
+@pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("normed", [False, True])
-def test_rotation(normed):
-    names = ("qkv", "cos", "sin", "q_norm", "k_norm", "q", "keys", "values")
+def test_rotation(normed, fp8):
+    names = ("qkv", "cos", "sin", "q_norm", "k_norm", "q")
     types = {f"{name}_ptr": "*bf16" for name in names} | {"columns_ptr": "*i64", "eps": "fp32"}
-    types |= dict.fromkeys(("stride_qkv", "key_row", "key_head", "value_row", "value_head"), "i32!")
-    types |= {"heads": "i32", "kv_heads": "i32"}
-    constants = {"D": 128, "BLOCK_D": 128, "ROTATE": True, "NORM": normed}
+    types |= dict.fromkeys(("keys_ptr", "values_ptr"), "*fp8e4nv" if fp8 else "*bf16")
+    types |= dict.fromkeys(("key_scales_ptr", "value_scales_ptr"), "*fp32")
+    strides = ("stride_qkv", "key_row", "key_head", "value_row", "value_head", "scale_row", "scale_head")
+    types |= dict.fromkeys(strides, "i32!") | {"heads": "i32", "kv_heads": "i32"}
+    constants = {"D": 128, "BLOCK_D": 128, "ROTATE": True, "NORM": normed, "FP8": fp8}
     assert not compile_kernel(rotate_and_store, types, constants, 90, 1).spills()
 
 

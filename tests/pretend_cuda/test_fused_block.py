@@ -39,7 +39,7 @@ class Slots:
         shape = (2, len(LENGTHS), config.num_key_value_heads, columns, config.head_dim)
         generator = torch.Generator().manual_seed(0)
         layers = [torch.randn(shape, generator=generator).to("cuda", dtype) for _ in range(config.num_hidden_layers)]
-        self.buffers = [(layer[0], layer[1]) for layer in layers]
+        self.buffers, self.dtype = [(layer[0], layer[1]) for layer in layers], dtype
         self.lengths, self.view = torch.tensor(LENGTHS, device="cuda"), (len(LENGTHS), columns)
 
     def update(self, keys, values, layer, *_, **__):

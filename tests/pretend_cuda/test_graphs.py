@@ -10,7 +10,7 @@ import torch
 
 import qsun
 from qsun.engine.config import EngineConfig, Sampling
-from qsun.engine.decode import graph_pool
+from qsun.engine.decode import graph_pool, slot_memory
 from qsun.engine.decode.slot_memory import free_tokens
 from qsun.engine.engine import Engine
 from qsun.engine.requests import Request
@@ -214,3 +214,30 @@ def test_threads_capture_one_after_the_other(pretend_cuda):
         for each in [threads.submit(graph_pool.capture, torch.device("cuda", 0), body) for _ in range(2)]:
             each.result()
     assert most == [1] * 4
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_fp8_gives_the_cpus_tokens(fuse, tiny_model, pretend_cuda):
+    """A pretended kernel computes its definition; how the real one does is in tests/kernels."""
+    directory, found = tiny_model("llama"), []
+    for device in ("cpu", "cuda"):
+        decode = qsun.load_decode(directory, device, torch.float32, fuse=fuse)
+        found.append(generate((qsun.load_prefill(directory, decode), decode), kv_dtype="fp8"))
+    assert found[0] == found[1]
+    held = {flat.dtype for memory in slot_memory._of_models[decode.model] for flat in memory.layers[0]}
+    assert held == {torch.uint8, torch.float32}
+
+
+def test_fp8_in_fused_blocks(tiny_model, pretend_cuda, tmp_path):
+    """The tokens of blocks that dequantize all KV first."""
+    directory, found = tiny_model("llama", head_dim=64), []
+    qsun.quantize(directory, tmp_path / "q", qsun.QuantConfig(method="rtn", group_size=32, dtype="bfloat16"))
+    for fuse in (False, True):
+        pretend_cuda.clear()
+        decode = qsun.load_decode(tmp_path / "q", "cuda", torch.bfloat16, fuse=fuse)
+        found.append(generate((qsun.load_prefill(directory, decode), decode), max_new_tokens=3, kv_dtype="fp8"))
+        kinds = {
+            each["FP8"] for each in pretend_cuda.launches if each["kernel"] in ("split_attention", "rotate_and_store")
+        }
+        assert kinds == ({True} if fuse else set())
+    assert found[0] == found[1]

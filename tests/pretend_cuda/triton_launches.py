@@ -8,6 +8,7 @@ from torch.nn.functional import silu
 from qsun.kernels import bytes_product, decode_cuda, lora_triton, packed_cuda, packed_triton, workspace
 from qsun.kernels.layout import INTERLEAVED_ROWS, PackedWeights, unpack_weights
 from qsun.kernels.reference import dequantize
+from qsun.runtime.kv_cache import encode_kv
 from tests.pretend_cuda.tensors import STATE, PretendMode, PretendTensor
 
 
@@ -64,12 +65,14 @@ def silu_mul_rows(gate_up, out, width, **_):
 
 
 def rotate_and_store(
-    qkv, cos, sin, q_norm, k_norm, columns, q, keys, values,
-    stride_qkv, key_row, key_head, value_row, value_head, eps, heads, kv_heads, D, ROTATE, NORM, **_,
+    qkv, cos, sin, q_norm, k_norm, columns, q, keys, values, key_scales, value_scales,
+    stride_qkv, key_row, key_head, value_row, value_head, scale_row, scale_head, eps, heads, kv_heads,
+    D, ROTATE, NORM, FP8, **_,
 ):  # fmt: skip
     rows = len(qkv)
     parts = qkv.view(rows, -1, D).split([heads, kv_heads, kv_heads], 1)
-    for part, norm, cache in zip(parts, (q_norm, k_norm, None), (None, keys, values), strict=True):
+    caches = ((None, None), (keys, key_scales), (values, value_scales))
+    for part, norm, (cache, scales) in zip(parts, (q_norm, k_norm, None), caches, strict=True):
         x = part.float()
         if NORM and norm is not None:
             x = (x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()).to(qkv.dtype).float() * norm.float()
@@ -78,14 +81,21 @@ def rotate_and_store(
             x = x * cos.float()[:, None] + torch.cat([-second, first], -1) * sin.float()[:, None]
         if cache is None:
             q.copy_(x)
+        elif FP8:
+            stored, found = encode_kv(x.to(qkv.dtype))
+            cache.view(torch.uint8)[torch.arange(rows), :, columns] = stored
+            scales[torch.arange(rows), :, columns] = found
         else:
             cache[torch.arange(rows), :, columns] = x.to(cache.dtype)
 
 
 def split_attention(
-    q, keys, values, columns, out, partials, counters,
-    key_row, key_head, value_row, value_head, kv_heads, scale, softcap, window, GROUP, SOFTCAP, WINDOW, **_,
+    q, keys, values, key_scales, value_scales, columns, out, partials, counters,
+    key_row, key_head, value_row, value_head, scale_row, scale_head, kv_heads, scale, softcap, window,
+    GROUP, SOFTCAP, WINDOW, FP8, **_,
 ):  # fmt: skip
+    if FP8:
+        keys, values = keys.float() * key_scales, values.float() * value_scales
     for row, column in enumerate(columns.tolist()):
         first = max(0, column + 1 - window) if WINDOW else 0
         k, v = (x[row, :, first : column + 1].float().repeat_interleave(GROUP, 0) for x in (keys, values))

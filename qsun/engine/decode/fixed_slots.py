@@ -19,12 +19,12 @@ class FixedSlots(SlotCache):
         most_columns: that a row can have: the model's positions, or the budget.
     """
 
-    def __init__(self, model: Any, budget_tokens: int):
+    def __init__(self, model: Any, budget_tokens: int, kv_dtype: str = "auto"):
         positions = getattr(model.config, "max_position_embeddings", budget_tokens)
         self.most_columns = min(budget_tokens, positions)
         rows = budget_tokens // column_buckets(self.most_columns)[0]
-        self.memory = lend_memory(model, budget_tokens, rows, self)
-        super().__init__(model.config, model.model.embed_tokens.weight, budget_tokens)
+        self.memory = lend_memory(model, budget_tokens, rows, kv_dtype, self)
+        super().__init__(model.config, model.model.embed_tokens.weight, budget_tokens, kv_dtype=kv_dtype)
 
     @cached_property
     def column_sizes(self) -> list[int]:

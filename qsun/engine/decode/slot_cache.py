@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsun.runtime.kv_cache import kv_shape
+from qsun.runtime.kv_cache import decode_kv, encode_kv, kv_shape, kv_tensors
 
 _COLUMNS = 64  # buffers' columns are a multiple of this
 
@@ -22,16 +22,21 @@ class SlotCache:
     Args:
         config: of the decode model. like: a tensor of its dtype and device. budget_tokens: most rows x columns.
         spare: columns beyond those that a row needs, for drafted tokens that turn out wrong.
+        kv_dtype: of KV_DTYPES. In fp8, every head of every token has a scale.
 
     Attributes:
+        dtype: of the model. buffers: keys and values of each layer; in fp8 (uint8), their scales follow,
+            (rows, heads, columns, 1).
         rows: in use. lengths: (capacity,) int64, columns filled in each row, on the device.
         tokens: (capacity, 1) int64, to be fed by the step, on the device.
         view: (rows, columns) that attention is given in this step.
     """
 
-    def __init__(self, config: Any, like: Tensor, budget_tokens: int, spare: int = 0):
+    def __init__(self, config: Any, like: Tensor, budget_tokens: int, spare: int = 0, kv_dtype: str = "auto"):
         self._layers, self._heads, self._width = kv_shape(config)
         self._like, self.budget_tokens, self._spare = like, budget_tokens, spare
+        self.dtype, self.fp8 = like.dtype, kv_dtype == "fp8"
+        self._tensors = kv_tensors(self._width, like.dtype, kv_dtype)
         self.rows = 0
         self.view, self._width_of_step = (0, 0), 1
         self._places: Tensor | None = (
@@ -39,7 +44,7 @@ class SlotCache:
         )
         self.needs: list[int] = []
         self.filled: list[int] = []
-        self.buffers: list[tuple[Tensor, Tensor]] = []
+        self.buffers: list[tuple[Tensor, ...]] = []
         self._allocate(0, 0)
 
     @property
@@ -71,7 +76,7 @@ class SlotCache:
         row = self.rows
         self.reserve([need])
         for buffers, new in zip(self.buffers, layers, strict=False):
-            for buffer, tensor in zip(buffers, new, strict=True):
+            for buffer, tensor in zip(buffers, self._stored(*new), strict=True):
                 buffer[row, :, :filled] = tensor
         self.rows += 1
         self.needs.append(need)
@@ -121,11 +126,12 @@ class SlotCache:
         self.lengths[rows] += 1
 
     def _allocate(self, rows: int, columns: int) -> None:
-        shape = (rows, self._heads, columns, self._width)
         self._capacity = (rows, columns)
         kept = min(columns, max(self.filled, default=0))
         for index in range(self._layers):
-            new = (self._like.new_zeros(shape), self._like.new_zeros(shape))
+            new = tuple(
+                self._like.new_zeros((rows, self._heads, columns, width), dtype=dtype) for width, dtype in self._tensors
+            )
             if index == len(self.buffers):
                 self.buffers.append(new)
                 continue
@@ -146,9 +152,20 @@ class SlotCache:
             first = self._starts[:rows] + self.lengths[:rows, None]
             self._places = (first[..., None] + torch.arange(keys.shape[2], device=first.device)).flatten()
         buffers = self.buffers[layer]
-        for buffer, new in zip(buffers, (keys, values), strict=True):
-            buffer.view(-1, self._width).index_copy_(0, self._places, new.reshape(-1, self._width))
-        return buffers[0][:rows, :, :columns], buffers[1][:rows, :, :columns]
+        for buffer, new in zip(buffers, self._stored(keys, values), strict=True):
+            width = buffer.shape[-1]
+            buffer.view(-1, width).index_copy_(0, self._places, new.reshape(-1, width))
+        seen = [buffer[:rows, :, :columns] for buffer in buffers]
+        if not self.fp8:
+            return seen[0], seen[1]
+        return decode_kv(seen[0], seen[2], self.dtype), decode_kv(seen[1], seen[3], self.dtype)
+
+    def _stored(self, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+        """Return what the buffers hold of keys and values."""
+        if not self.fp8:
+            return keys, values
+        (k, k_scales), (v, v_scales) = encode_kv(keys), encode_kv(values)
+        return k, v, k_scales, v_scales
 
     def get_seq_length(self, *_: Any) -> int:
         """Return the columns before this step's; transformers calls it."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qsun.memory import available_bytes
-from qsun.runtime.kv_cache import kv_shape
+from qsun.runtime.kv_cache import kv_shape, kv_tensors
 
 _lock = threading.Lock()
 _of_models: "WeakKeyDictionary[Any, list[SlotMemory]]" = WeakKeyDictionary()
@@ -23,16 +23,17 @@ class SlotMemory:
     """Keys and values of up to `tokens` rows x columns in all layers, and what a step's graphs read and write.
 
     Attributes:
-        layers: (keys, values) of each, flat. lengths, fed: see SlotCache; one for each row there could be.
+        layers: what a cache holds of each, flat. lengths, fed: see SlotCache; one for each row there could be.
         graphs: by (rows, columns of the buffers, columns seen), each with its logits.
     """
 
-    def __init__(self, model: Any, tokens: int, rows: int):
+    def __init__(self, model: Any, tokens: int, rows: int, kv_dtype: str):
         like = model.model.embed_tokens.weight
-        count, self._heads, self._width = kv_shape(model.config)
-        size = tokens * self._heads * self._width
-        self.tokens, self.rows = tokens, rows
-        self.layers = [(like.new_zeros(size), like.new_zeros(size)) for _ in range(count)]
+        count, self._heads, width = kv_shape(model.config)
+        self.tokens, self.rows, self.kv_dtype = tokens, rows, kv_dtype
+        self._tensors = kv_tensors(width, like.dtype, kv_dtype)
+        sizes = [(tokens * self._heads * each, dtype) for each, dtype in self._tensors]
+        self.layers = [tuple(like.new_zeros(size, dtype=dtype) for size, dtype in sizes) for _ in range(count)]
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=like.device)
         self.fed = self.lengths.new_zeros(rows, 1)
         self.graphs: dict[tuple[int, int, int], tuple[Any, Tensor]] = {}
@@ -41,11 +42,13 @@ class SlotMemory:
         self._addresses = _addresses(model)
         self._owner: Any = lambda: None
 
-    def buffers(self, rows: int, columns: int) -> list[tuple[Tensor, Tensor]]:
-        """Return (rows, heads, columns, head_dim) keys and values of each layer."""
-        shape = (rows, self._heads, columns, self._width)
-        size = torch.Size(shape).numel()
-        return [(keys[:size].view(shape), values[:size].view(shape)) for keys, values in self.layers]
+    def buffers(self, rows: int, columns: int) -> list[tuple[Tensor, ...]]:
+        """Return each layer's tensors as (rows, heads, columns, their last dimension)."""
+        shapes = [(rows, self._heads, columns, width) for width, _ in self._tensors]
+        return [
+            tuple(flat[: torch.Size(shape).numel()].view(shape) for flat, shape in zip(layer, shapes, strict=True))
+            for layer in self.layers
+        ]
 
     def starts(self, columns: int) -> Tensor:
         """Return (rows, heads): where each head's columns start in flat buffers of this many columns."""
@@ -65,12 +68,10 @@ class SlotMemory:
         assert self._logits is not None
         return self._logits[:rows]
 
-    def fits(self, model: Any, tokens: int, rows: int) -> bool:
+    def fits(self, model: Any, tokens: int, rows: int, kv_dtype: str) -> bool:
         """Return whether a batch of this size can have it, and its graphs hold the model's present weights."""
-        return self._owner() is None and self.tokens >= tokens and self.rows >= rows and self._is_of(model)
-
-    def _is_of(self, model: Any) -> bool:
-        return self._addresses == _addresses(model)
+        free = self._owner() is None and self.tokens >= tokens and self.rows >= rows
+        return free and self.kv_dtype == kv_dtype and self._addresses == _addresses(model)
 
     def lend_to(self, owner: object) -> None:
         """Give it to a batch, for as long as that exists; it finds zeros."""
@@ -79,23 +80,24 @@ class SlotMemory:
             tensor.zero_()  # a mask does not hide what is NaN
 
 
-def lend_memory(model: Any, tokens: int, rows: int, owner: object) -> SlotMemory:
+def lend_memory(model: Any, tokens: int, rows: int, kv_dtype: str, owner: object) -> SlotMemory:
     """Return memory of at least this size for `owner` alone: what an earlier batch left, or new."""
     with _lock:
         held = _of_models.setdefault(model, [])
-        found = next((memory for memory in held if memory.fits(model, tokens, rows)), None)
+        found = next((memory for memory in held if memory.fits(model, tokens, rows, kv_dtype)), None)
         if found is None:
             held[:] = [memory for memory in held if memory._owner() is not None]  # smaller: its room is needed
-            found = SlotMemory(model, tokens, rows)
+            found = SlotMemory(model, tokens, rows, kv_dtype)
             held.append(found)
         found.lend_to(owner)
         return found
 
 
-def free_tokens(model: Any) -> int:
+def free_tokens(model: Any, kv_dtype: str = "auto") -> int:
     """Return how many rows x columns the largest memory has that an earlier batch of this model left; 0: none."""
     with _lock:
-        return max((memory.tokens for memory in _of_models.get(model, []) if memory._owner() is None), default=0)
+        held = [memory for memory in _of_models.get(model, []) if memory.kv_dtype == kv_dtype]
+        return max((memory.tokens for memory in held if memory._owner() is None), default=0)
 
 
 def available_after_release(device: torch.device) -> int:
