@@ -93,11 +93,10 @@ def serve(
     asked: Any = {"seconds": timeout, "tool_format": tool_format}
     limits = ServeLimits(max_tokens=max_tokens, default_tokens=default_tokens, **asked)
     kv_bytes = 0 if kv_memory == "auto" else byte_count("kv-memory", kv_memory)
-    prefix_bytes = byte_count("prefix-cache", prefix_cache)
     config = EngineConfig(
         max_batch=max_batch,
         kv_bytes=kv_bytes,
-        prefix_bytes=prefix_bytes,
+        prefix_bytes=byte_count("prefix-cache", prefix_cache),
         prefill_tokens=prefill_tokens,
         max_waiting=max_waiting,
         max_adapters=max_adapters,
