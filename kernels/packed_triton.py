@@ -118,8 +118,13 @@ def packed_dequantize(
 
 def _launch_options(launch: KernelLaunch) -> dict[str, Any]:
     return {
-        "BN": launch.block_n, "B": launch.block_m, "SPLIT_K": launch.split_k, "FOLD": launch.fold,
-        "TILES": launch.tiles, "STAGES": launch.stages, "num_warps": launch.warps,
+        "BN": launch.block_n,
+        "B": launch.block_m,
+        "SPLIT_K": launch.split_k,
+        "FOLD": launch.fold,
+        "TILES": launch.tiles,
+        "STAGES": launch.stages,
+        "num_warps": launch.warps,
         "enable_fp_fusion": True,  # Triton 3.10 changes the default
     }
 
