@@ -36,6 +36,7 @@ def tasks(
     methods: str = typer.Option("rtn,awq,gptq,refined", help="Quantization methods, comma-separated."),
     group_size: int = typer.Option(32, help="Of decode modules: -1, 32, 64 or 128."),
     sym: bool = typer.Option(False, "--sym", help="Symmetric decode modules."),
+    samples: int = typer.Option(128, min=1, help="Calibration sequences of each decode module."),
     dtype: str = typer.Option("auto", help="auto, float32, bfloat16 or float16."),
     device: str = typer.Option("cpu", help="cpu, cuda."),
     processes: int = typer.Option(2, min=1, help="Modules to work on at a time; they share the CPU's cores."),

@@ -32,6 +32,7 @@ class Study:
         valid: validation examples of every tuning.
         train, test: examples drawn of an embedded task. Files are used whole, but for `test` if it is not 0.
         bits, methods, group_size, sym: of the decode modules. The last calibrated method, or `refined`, is aligned.
+        samples: calibration sequences of each decode module.
         dtype, device: of all modules, as in qsun tune.
     """
 
@@ -54,6 +55,7 @@ class Study:
     methods: tuple[str, ...] = ("rtn", "awq", "gptq", "refined")
     group_size: int = 32
     sym: bool = False
+    samples: int = 128
     dtype: str = "auto"
     device: str = "cpu"
 
@@ -75,7 +77,7 @@ class Study:
 
     def quant_config(self, method: str, bits: int, seed: int) -> QuantConfig:
         grid = {"method": method, "bits": bits, "group_size": self.group_size, "sym": self.sym}
-        return QuantConfig.from_dict(grid | {"seed": seed, "dtype": self.dtype})
+        return QuantConfig.from_dict(grid | {"samples": self.samples, "seed": seed, "dtype": self.dtype})
 
     def served(self) -> list[str]:
         """Return the names of the tasks that decode modules are calibrated for."""
