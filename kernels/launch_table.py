@@ -7,6 +7,7 @@ A table has ``buckets`` for 2, 3, 4 and 8 bits: launches for M up to ``max_m`` a
 """
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,6 +16,7 @@ from typing import Any
 
 from qsun.kernels.layout import ROWS, TILES, Tile, ceil_div, padded_rows, tile_group
 
+log = logging.getLogger(__name__)
 _CONFIGS = Path(__file__).parent / "configs"
 _FEWEST_COLUMNS = 512  # in a split: with fewer, filling the pipeline costs as much as the work
 _OVERHEAD_BYTES = 128  # a row: what starting and finishing a program costs, as bytes of weights
@@ -158,9 +160,30 @@ def product_workspace_bytes(M: int, N: int, launch: KernelLaunch) -> tuple[int, 
 
 @lru_cache(maxsize=8)
 def load_launch_table(gpu: str) -> LaunchTable:
-    """Return the table of a GPU by its name in the driver, or the default table."""
-    file = table_file(gpu)
-    return parse_launch_table(json.loads((file if file.is_file() else _CONFIGS / "default.json").read_text()))
+    """Return the table of a GPU by its name in the driver, or the default table.
+
+    Of bits that the GPU's table lacks, the default's launches apply; a table that cannot be read is warned of.
+    """
+    default = parse_launch_table(json.loads((_CONFIGS / "default.json").read_text()))
+    own = json_table(table_file(gpu))
+    if own is None:
+        return default
+    table = parse_launch_table(own)
+    return replace(table, buckets=default.buckets | table.buckets)
+
+
+def json_table(file: Path) -> dict[str, Any] | None:
+    """Return what a table's file holds; None if there is none, or if it is another version's, with a warning."""
+    if not file.is_file():
+        return None
+    try:
+        table: dict[str, Any] = json.loads(file.read_text())
+        parse_launch_table(table)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        log.warning("launch table %s is not used (%s); qsun bench tune-kernels writes a new one", file, reason)
+        return None
+    return table
 
 
 def table_file(gpu: str) -> Path:

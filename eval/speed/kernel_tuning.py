@@ -20,6 +20,7 @@ from qsun.kernels.launch_table import (
     KernelLaunch,
     candidates,
     choose_launch,
+    json_table,
     load_launch_table,
     parse_launch_table,
     product_workspace_bytes,
@@ -154,7 +155,7 @@ def unusable_launches() -> tuple[type[Exception], ...]:
 
 def write_table(shapes: Shapes, gpu: str, path: Path) -> None:
     """Add tuned shapes to the table at `path`, or to the one in use where there is no file."""
-    table = json.loads(path.read_text()) if path.exists() else _as_json(gpu)
+    table = json_table(path) or _as_json(gpu)
     table["shapes"] = table.get("shapes", {}) | shapes
     parse_launch_table(table)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -82,6 +82,23 @@ def test_a_table_with_an_unknown_key_is_refused():
         parse_launch_table(table)
 
 
+def test_a_table_of_another_version_gives_way_to_the_default(tmp_path, monkeypatch, caplog):
+    """Tables had one list of buckets, for 4 bits; they lie in the package, where an upgrade finds them."""
+    table = json.loads((Path(launch_table.__file__).parent / "configs" / "default.json").read_text())
+    (tmp_path / "default.json").write_text(json.dumps(table))
+    (tmp_path / "Old.json").write_text(json.dumps(table | {"buckets": table["buckets"]["4"]}))
+    (tmp_path / "Few.json").write_text(json.dumps(table | {"buckets": {"4": table["buckets"]["4"][-1:]}}))
+    monkeypatch.setattr(launch_table, "_CONFIGS", tmp_path)
+    load_launch_table.cache_clear()
+    default = load_launch_table("none")
+    assert not caplog.records
+    assert load_launch_table("Old") == default
+    assert "Old.json is not used (AttributeError" in caplog.text and "tune-kernels writes a new one" in caplog.text
+    few = load_launch_table("Few")
+    assert len(few.buckets[4]) == 1 and few.buckets[2] == default.buckets[2]
+    load_launch_table.cache_clear()
+
+
 def test_candidates_are_many_and_distinct():
     for M, N, K in ((1, 6144, 4096), (64, 28672, 4096), (9, 80, 416)):
         found = list(candidates(M, N, K, 32))
