@@ -10,8 +10,8 @@ It holds as many adjacent columns: a group of 32, or half of one, so the same wo
     4       128        32             4 of 32 columns
     8       128        64             4 of 32 columns: 2 in each half of the words
 
-No bit of a tile is wasted: K * bits / 8 bytes a row, with K padded to whole tiles, and rows to 64. Padding has no effect:
-padded scales are zero, a kernel reads zeros for the columns of x past K, and it does not write rows past N.
+No bit of a tile is wasted: K * bits / 8 bytes a row, with K padded to whole tiles, and rows to 64. Padding has no
+effect: padded scales are zero, a kernel reads zeros for the columns of x past K, and it does not write rows past N.
 """
 
 from collections.abc import Iterator
