@@ -93,15 +93,15 @@ def serve(
     asked: Any = {"seconds": timeout, "tool_format": tool_format}
     limits = ServeLimits(max_tokens=max_tokens, default_tokens=default_tokens, **asked)
     kv_bytes = 0 if kv_memory == "auto" else byte_count("kv-memory", kv_memory)
+    kv: Any = {"kv_bytes": kv_bytes, "kv_dtype": kv_dtype}  # EngineConfig refuses other names
     config = EngineConfig(
         max_batch=max_batch,
-        kv_bytes=kv_bytes,
+        **kv,
         prefix_bytes=byte_count("prefix-cache", prefix_cache),
         prefill_tokens=prefill_tokens,
         max_waiting=max_waiting,
         max_adapters=max_adapters,
         speculate=speculate,
-        kv_dtype=kv_dtype,
         partitioned=partitioned,
     )
     screen.show_warnings()

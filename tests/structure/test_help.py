@@ -31,6 +31,7 @@ COMMANDS = {
     "bench adapters": "",
     "bench speculation": "",
     "bench tasks": "",
+    "bench task-data": "",
     "bench tuning": "",
     "bench speed": "as qsun quantize leaves it",
     "bench serve": "all of /v1/models",
