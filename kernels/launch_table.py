@@ -164,12 +164,12 @@ def load_launch_table(gpu: str) -> LaunchTable:
 
     Of bits that the GPU's table lacks, the default's launches apply; a table that cannot be read is warned of.
     """
-    default = parse_launch_table(json.loads((_CONFIGS / "default.json").read_text()))
     own = json_table(table_file(gpu))
-    if own is None:
-        return default
-    table = parse_launch_table(own)
-    return replace(table, buckets=default.buckets | table.buckets)
+    table = None if own is None else parse_launch_table(own)
+    if table is not None and table.buckets.keys() >= TILES.keys():
+        return table
+    default = parse_launch_table(json.loads((_CONFIGS / "default.json").read_text()))
+    return default if table is None else replace(table, buckets=default.buckets | table.buckets)
 
 
 def json_table(file: Path) -> dict[str, Any] | None:

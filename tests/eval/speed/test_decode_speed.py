@@ -200,7 +200,7 @@ def test_modules_on_disk(on_disk):
     ids = torch.randint(128, (2, 5))
     logits = [model(ids).logits.float() for model in alone.decode.values()]
     assert not any(isinstance(module, QuantLinear) for module in alone.decode["sun"].modules())
-    torch.testing.assert_close(*logits, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(*logits, rtol=0.05, atol=0.1)  # bf16, summed in other orders
 
 
 def test_command(cli, tmp_path):

@@ -28,8 +28,8 @@ def test_shapes_add_up_to_the_model(name):
     assert blocks + embeddings == pytest.approx(PARAMETERS[name], rel=0.005)
 
 
-def run(minutes=1.0, note=lambda _: None, bits=4):
-    kind = KernelVariant(32, bits=bits)
+def run(minutes=1.0, note=lambda _: None, bits=4, group_size=32):
+    kind = KernelVariant(group_size, bits=bits)
     return bench_kernels(layers_of([], ["96x64"]), [1, 20], kind, Patience(3, 1.0, minutes), note)
 
 
@@ -68,7 +68,10 @@ def test_a_wrong_product_is_not_timed(monkeypatch):
 def test_a_wrong_peer_is_left_out(monkeypatch):
     notes = []
     for name, factor in (("peer", 1.1), ("broken", float("nan"))):
-        build = lambda weights, size, dtype, f=factor: lambda: lambda x: x @ weights.dequantize().to(dtype).t() * f  # noqa: E731
+
+        def build(weights, size, dtype, bits, f=factor):
+            return lambda: lambda x: x @ weights.dequantize().to(dtype).t() * f
+
         monkeypatch.setitem(kernel_bench.CPU_CONTENDERS, name, build)
     rows = run(note=notes.append)["rows"]
     assert {row["kernel"] for row in rows} == {"bf16", "ours"}
