@@ -109,7 +109,7 @@ def test_a_chat_without_max_tokens_gets_what_limit_and_context_leave():
 def test_what_a_client_must_not_send_is_dropped():
     async def scenario():
         async with rig(decode=1) as r:
-            first = await r.complete(prompt="somebody's secret")
+            first = await r.complete(prompt="a private prompt")
             stolen = r.decode[0].seen[0]["kv_transfer_params"]
             r.forget()
             answer = await r.complete(
