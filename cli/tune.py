@@ -58,7 +58,7 @@ def tune(
     ),
     eval_data: list[str] | None = typer.Option(None, help="Validation data. Default: part of --data is held out."),
     valid_examples: int | None = typer.Option(None, help="Examples per validation, 0 for all. Default: 256."),
-    baseline: str | None = typer.Option(None, help="'full': a conventional full fine-tune instead, for comparison."),
+    baseline: str | None = typer.Option(None, help="'full': a conventional fine-tune instead, to compare with."),
     lora_rank: int | None = typer.Option(None, help="Tune a LoRA adapter of this rank. Default: tune all weights."),
     lora_alpha: float | None = typer.Option(None, help="Scale of the adapter times its rank. Default: twice the rank."),
     lora_rslora: bool | None = typer.Option(

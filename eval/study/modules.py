@@ -16,7 +16,7 @@ class Tuned:
         name: its folder.
         steps: optimizer steps.
         bits: of the quantized decode module that it is tuned against; 0: the full-precision one.
-        full: a conventional full fine-tune instead of a prefill module.
+        full: a conventional fine-tune instead of a prefill module.
         init, teacher: names of the modules that it starts from and learns from.
         lora_rank: of the adapter that is tuned; 0: all weights.
         weights: what an adapter is tuned on, as in TuneConfig.prefill_weights.
@@ -33,7 +33,7 @@ class Tuned:
 
     def config(self, study: Study, seed: int) -> TuneConfig:
         """Return the settings of tuning it."""
-        rate = study.full_lr if self.full else study.lr * (5 if self.lora_rank else 1)  # as TuneConfig.peak_lr
+        rate = (study.full_lr if self.full else study.lr) * (5 if self.lora_rank else 1)  # as TuneConfig.peak_lr
         values = {"steps": self.steps, "batch_size": study.batch_size, "lr": rate, "seed": seed, "dtype": study.dtype}
         rank = 0 if self.init else self.lora_rank  # an adapter to start from has its own
         values |= {"lora_rank": rank, "prefill_weights": self.weights, "valid_examples": study.valid}
@@ -41,7 +41,7 @@ class Tuned:
 
 
 def before_quantizing(study: Study, seed: int, hard: bool) -> Iterator[Tuned]:
-    """SUN and the full fine-tune with every budget, and SUN's adapters; a hard task has no adapters."""
+    """SUN and the full fine-tune with every budget, and adapters of both; a hard task has none."""
     budgets = {study.steps, *(study.curve if seed == 0 and not hard else ())}
     for steps in sorted(budgets, reverse=True):
         suffix = "" if steps == study.steps else f"-{steps}"
@@ -49,6 +49,7 @@ def before_quantizing(study: Study, seed: int, hard: bool) -> Iterator[Tuned]:
         yield Tuned(f"full{suffix}", steps, full=True)
     for rank in () if hard else study.lora_ranks:
         yield Tuned(f"lora{rank}", study.steps, lora_rank=rank)
+        yield Tuned(f"full-lora{rank}", study.steps, full=True, lora_rank=rank)
 
 
 def after_quantizing(study: Study) -> Iterator[Tuned]:

@@ -82,6 +82,7 @@ def _main(scores: Scores) -> str:
     names = [name for name in scores.right["0"][scores.tasks[0]] if not _detail(scores, name)]
     steps = scores.study["align_steps"]
     labels = {"base": "base, not tuned", "full": "full fine-tune", "sun longer": f"SUN, {steps} steps more"}
+    labels |= {f"full lora{rank}": f"ordinary LoRA, rank {rank}" for rank in scores.study.get("lora_ranks", ())}
     rows = [
         [
             labels.get(v, v.replace("sun", "SUN") if v.startswith("sun") else f"QSUN {v}"),
@@ -119,7 +120,9 @@ def _by_method(scores: Scores) -> str:
 
 def _differences(scores: Scores) -> str:
     lora = [name for name in scores.right["0"][scores.tasks[0]] if " lora" in name]
-    pairs = [("sun", "full"), ("sun longer", "sun"), *((name, "sun") for name in lora if name.startswith("sun"))]
+    pairs = [("sun", "full"), ("sun longer", "sun")]
+    pairs += [(name, reference) for name in lora if name.startswith("sun") for reference in ("sun", "full")]
+    pairs += [(name.replace("sun", "full"), "full") for name in lora if name.startswith("sun") and "dist" not in name]
     for bits in scores.study["bits"]:
         best = f"int{bits} {scores.best}"
         pairs += [(f"{best} {kind}", "sun") for kind in ("text", "decode", "aligned", "distilled")]

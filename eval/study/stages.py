@@ -52,7 +52,7 @@ def check_tasks(study: Study) -> None:
 
 
 def tuning(study: Study, out: Path) -> Iterator[Work]:
-    """SUN, its adapters and the full fine-tune of each task and seed."""
+    """SUN, the full fine-tune, and the adapters of both, of each task and seed."""
     for seed in range(study.seeds):
         for task in study.tasks_of(seed):
             for module in before_quantizing(study, seed, task.hard):
@@ -180,6 +180,7 @@ def variants(
         yield f"full-{steps}", module(f"full-{steps}"), None
         yield f"sun-{steps}", module(f"sun-{steps}"), study.base
     for rank in study.lora_ranks:
+        yield f"full lora{rank}", module(f"full-lora{rank}"), None
         yield f"sun lora{rank}", module(f"lora{rank}"), study.base
         if further and study.distill:
             yield f"sun lora{rank} distilled", module(f"lora{rank}-distilled"), study.base

@@ -82,7 +82,7 @@ class AdapterLibrary:
         warning = uncovered(path, self.decode.directory)
         if warning:
             log.warning("%s", warning)
-        if not made:
+        if made.get("kind") != "prefill_module":
             log.warning("%s", PLAIN_ADAPTER.format(path))
         state = _state(path)
         settings, _ = check_adapter(self._skeleton, path)

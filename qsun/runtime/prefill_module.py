@@ -17,7 +17,7 @@ from qsun.runtime.decode_module import DecodeModule, dequantize_layers, load_dec
 
 log = logging.getLogger(__name__)
 PLAIN_ADAPTER = (
-    "adapter {0} has no qsun.json, so it was not tuned against a frozen decode module: it acts on prompt tokens only, "
+    "adapter {0} was not tuned against a frozen decode module: it acts on prompt tokens only, "
     "and the decode module writes the answer without it; what it taught about answers is lost unless you tune it with "
     "qsun tune --init {0}"
 )
@@ -48,7 +48,7 @@ def load_prefill(
 
     An adapter is merged into its base in float32 and then rounded: prefill then runs at the plain model's speed, and
     what it writes is one model's KV, at the price of one set of weights for each task. One that was tuned on the decode
-    module's own weights is merged into those, dequantized. Logs a warning for an adapter without a qsun.json, which was
+    module's own weights is merged into those, dequantized. Logs a warning for an ordinary adapter, which was
     not tuned against a frozen decode module.
 
     Args:
@@ -69,7 +69,9 @@ def load_prefill(
         device = device or model.model.embed_tokens.weight.device
     if (path / ADAPTER_CONFIG).exists():
         manifest = read_manifest(path)
-        if not manifest:
+        if not manifest or (
+            decode is not None and manifest.get("kind") == "fine_tune"
+        ):  # alone, that is what it is for
             log.warning("%s", PLAIN_ADAPTER.format(path))
         weights = decode.directory if decode is not None and on_decode_weights(path) else adapter_base(path)
         return PrefillModule(load_with_adapter(weights, path, device, dtype), path, manifest)

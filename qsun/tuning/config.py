@@ -44,7 +44,8 @@ class TuneConfig(Settings):
         eval_every: steps between validations; 0: ten in a run.
         valid_fraction: of the training data, held out if no validation data is given.
         valid_examples: of the validation data, drawn once and used in every validation; 0: all.
-        baseline: "full" trains the conventional full fine-tune instead of a prefill module.
+        baseline: "full" trains a conventional fine-tune instead of a prefill module: one model reads and writes. With
+            lora_rank it is an ordinary LoRA on the base.
         dtype: of the forward pass; auto is float32 on a CPU and the base's own on a GPU. Master weights are float32.
     """
 
@@ -77,8 +78,8 @@ class TuneConfig(Settings):
 
     @model_validator(mode="after")
     def _adapter_or_full(self) -> Self:
-        if self.fine_tune and self.lora_rank:
-            raise QsunError(f"baseline full tunes all weights, but lora_rank is {self.lora_rank}; leave one out")
+        if self.fine_tune and self.prefill_weights == "decode":
+            raise QsunError("baseline full tunes the full-precision base; leave prefill_weights decode out")
         without = [key for key in ("lora_alpha", "lora_rslora", "lora_targets") if getattr(self, key)]
         if without and not self.lora_rank:
             raise QsunError(f"{without[0]} has no effect without a LoRA adapter; add lora_rank, or leave it out")
@@ -92,7 +93,7 @@ class TuneConfig(Settings):
 
     @property
     def fine_tune(self) -> bool:
-        """Whether a conventional full fine-tune is trained, to compare with."""
+        """Whether a conventional fine-tune is trained, to compare with."""
         return self.baseline == "full"
 
     def peak_lr(self, hidden_size: int) -> float:

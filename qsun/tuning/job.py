@@ -68,9 +68,16 @@ class TuneJob:
         return self.start.is_adapter or bool(self.config.lora_rank)
 
     @property
+    def kind(self) -> str:
+        """What is tuned, in words."""
+        if self.config.fine_tune:
+            return "ordinary LoRA" if self.tunes_adapter else "full fine-tune"
+        return "prefill module"
+
+    @property
     def one_copy(self) -> bool:
         """Whether an adapter is tuned on the very weights of the decode module, which are then held once."""
-        return self.tunes_adapter and self.start.weights == self.decode
+        return self.tunes_adapter and not self.config.fine_tune and self.start.weights == self.decode
 
     def first_adapter(self, model: Any) -> Adapter | None:
         """Return the first weights of an adapter of this model, which may be on the meta device, if one is tuned."""

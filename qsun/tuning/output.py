@@ -95,7 +95,7 @@ def _card(job: TuneJob) -> str:
     library = "peft" if job.tunes_adapter else "transformers"
     head = f"---\nbase_model: {base}\nlibrary_name: {library}\ntags: [qsun, sun]\n---\n"
     if job.config.fine_tune:
-        return f"{head}# {base}: conventional fine-tune\n\nMade by `qsun tune --baseline full`, to compare with.\n"
+        return f"{head}# {base}: {job.kind}\n\nMade by `qsun tune --baseline full`, to compare with.\n"
     return f"""{head}# {base}: prefill module
 
 A prefill module of SUN (arXiv 2603.02599), tuned by [qsun](https://pypi.org/project/qsun/) against the frozen decode

@@ -65,7 +65,8 @@ class ShardedModels:
     def _joined(self, model: Any) -> nn.Module:
         decode = None if self.fine_tune else self._load(Checkpoint(self.job.decode), (), None, head=True)[0]
         teacher = None if self.job.teacher is None else self._teacher(self.job.teacher)
-        return self._shard(_Seam(model, decode, teacher, self.job.config.teacher_weight), trained=self.fine_tune)
+        trained = self.fine_tune and self.adapter is None
+        return self._shard(_Seam(model, decode, teacher, self.job.config.teacher_weight), trained)
 
     def _teacher(self, plan: TeacherPlan) -> Teacher:
         whole = plan.decode is None

@@ -63,7 +63,7 @@ def _init(init: str, decode: Path, base: Path, config: TuneConfig) -> Path:
         if (base_fingerprint(read_manifest(start)) or files_fingerprint(named_base(start))) != files_fingerprint(base):
             raise QsunError(f"init {init} is an adapter of another base than {base}: their fingerprints differ")
         if config.fine_tune:
-            raise QsunError(f"baseline full tunes all weights, but {init} is an adapter; leave one of them out")
+            raise QsunError(f"baseline full starts from whole weights, but {init} is an adapter; leave one of them out")
     else:
         check_full_precision(Checkpoint(start))
     return start

@@ -284,7 +284,7 @@ class Tuner:
         job = self.job
         return {
             "out": str(job.out),
-            "kind": "full fine-tune" if job.config.fine_tune else "prefill module",
+            "kind": job.kind,
             "base": job.names["base"],
             "decode": job.names["decode"],
             "teacher": job.names.get("teacher"),

@@ -201,7 +201,7 @@ def test_what_is_read_back_takes_the_place_of_what_was_tuned(decoders, dense, fe
     [
         ((), "no lora_rank is given; add lora_rank, or use prefill_weights base"),
         (("--init", "demo"), "init demo is a full module; add lora_rank"),
-        (("--baseline", "full"), "tunes an adapter on them"),
+        (("--baseline", "full", "--lora-rank", 4), "tunes the full-precision base; leave prefill_weights decode out"),
         (("--lora-rank", 4, "--prefill-weights", "int4"), "use base or decode"),
         (
             ("--lora-rank", 4, "--lora-targets", "q_proj,up"),

@@ -55,6 +55,7 @@ CASES = {
     "plain-lora": {"lora_rank": 2},
     "int4-lora": {"lora_rank": 2, "grad_checkpoint": True},
     "plain-full": {"baseline": "full"},
+    "plain-ordinary": {"baseline": "full", "lora_rank": 4},
     "plain-pieces": {"grad_accum": 9, "batch_size": 3},  # more pieces than examples: one process has none left
 }
 

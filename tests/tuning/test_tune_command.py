@@ -117,7 +117,6 @@ def test_a_model_without_tokenizer(refused, tiny_model):
         (("--lr", -1), "lr -1.0 is out of range"),
         (("--batch-size", 0), "batch_size 0 is out of range"),
         (("--baseline", "half"), "baseline 'half' is not supported; use none or full"),
-        (("--baseline", "full", "--lora-rank", 4), "baseline full tunes all weights, but lora_rank is 4"),
         (("--dtype", "int8"), "dtype 'int8' is not supported"),
         (("--device", "tpu:0"), "device 'tpu:0'"),
         (("--base", "nowhere"), "give the base with --base"),

@@ -145,6 +145,23 @@ def test_the_conventional_fine_tune(few, tmp_path):
     assert alone.num_parameters() == report["tuned_weights"]
 
 
+def test_the_ordinary_lora(few, tmp_path, caplog):
+    config = FAST.replace(steps=20, baseline="full", lora_rank=4)
+    report = qsun.tune("demo", tmp_path / "lora", few, config, device="cpu")
+    assert report["kind"] == "ordinary LoRA"
+    assert report["best_valid_loss"] < report["valid_loss"][0][1]
+    learned = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert all(learned[name].any() for name in learned if "lora_B" in name)  # the last layer's as well: it writes too
+    made = json.loads((tmp_path / "lora" / "qsun.json").read_text())
+    assert (made["kind"], made["decode"]) == ("fine_tune", None)
+    with caplog.at_level("WARNING"):
+        qsun.load_prefill(tmp_path / "lora", device="cpu")
+    assert not caplog.records
+    with caplog.at_level("WARNING"):
+        qsun.load_prefill(tmp_path / "lora", qsun.load_decode("demo", device="cpu"))
+    assert "was not tuned against a frozen decode module" in caplog.text
+
+
 # --- the same result, however it is computed
 
 

@@ -136,14 +136,14 @@ def test_a_study_grows_by_adapters_and_distillation(cli, tmp_path):
     written = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     options += ["--lora-ranks", 2, "--distill"]
     assert (
-        cli("bench", "tasks", "-o", out, *options, "--dry-run").out.splitlines()[-1] == "11 pieces, 7 steps of tuning"
+        cli("bench", "tasks", "-o", out, *options, "--dry-run").out.splitlines()[-1] == "13 pieces, 9 steps of tuning"
     )
     second = cli("bench", "tasks", "-o", out, *options, "--json")
     assert second.code == 0, second.err
     before, after = (json.loads(answer.out)["right"]["0"]["mine"] for answer in (first, second))
     assert before == {name: after[name] for name in before}
     assert set(after) - set(before) == {
-        *("sun lora2", "sun lora2 distilled", "int4 gptq distilled", "int4 gptq lora2"),
+        *("full lora2", "sun lora2", "sun lora2 distilled", "int4 gptq distilled", "int4 gptq lora2"),
         *("int4 gptq lora2 on its weights", "int4 gptq lora2 on its weights, distilled"),
     }
     assert written.items() <= {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}.items()
