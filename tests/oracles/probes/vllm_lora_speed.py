@@ -44,6 +44,10 @@ def engine(model, quantization, **options):
     )
 
 
+def targets_of(adapter):
+    return json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
+
+
 def functions():
     """What is in place of each function that prefill_lora replaces."""
     places = [(prefill_lora._find(module, owner), name) for module, owner, name, *_ in prefill_lora._REPLACEMENTS]
@@ -80,8 +84,10 @@ def main(model, folder, quantization=None):
     type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
     prefill_lora.install()  # the engine's buffers have room for its runs
     ours = functions()
-    adapted = engine(model, quantization, enable_lora=True, max_loras=ROWS, max_cpu_loras=ROWS, max_lora_rank=16)
     paths = sorted(path for path in Path(folder).iterdir() if (path / "adapter_config.json").exists())[:ROWS]
+    targets = sorted({layer for path in paths for layer in targets_of(path)})  # as `qsun up` does
+    lora = {"max_loras": ROWS, "max_cpu_loras": ROWS, "max_lora_rank": 16, "lora_target_modules": targets}
+    adapted = engine(model, quantization, enable_lora=True, **lora)
     loras = [LoRARequest(path.name, number, str(path)) for number, path in enumerate(paths, 1)]
     sides = {
         "base": (plain, theirs, [None] * ROWS),

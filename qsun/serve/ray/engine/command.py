@@ -110,7 +110,8 @@ def _kv_options(role: EngineRole, launch: LaunchSettings) -> Iterator[str]:
 
 def _lora_options(adapters: Mapping[str, str], most: int) -> Iterator[str]:
     """Yield vLLM's options for adapters that it loads at its start and holds in the memory of its host."""
-    ranks = [read_json(Path(directory) / ADAPTER)["r"] for directory in adapters.values()]
+    configs = [read_json(Path(directory) / ADAPTER) for directory in adapters.values()]
+    ranks = [config["r"] for config in configs]
     largest = next((rank for rank in _LORA_RANKS if rank >= max(ranks)), None)
     if largest is None:
         raise QsunError(
@@ -118,6 +119,11 @@ def _lora_options(adapters: Mapping[str, str], most: int) -> Iterator[str]:
         )
     yield from ("--enable-lora", "--max-lora-rank", str(largest))
     yield from ("--max-loras", str(min(most, len(adapters))), "--max-cpu-loras", str(len(adapters)))
+    targets = [config.get("target_modules") for config in configs]
+    if all(isinstance(names, list) for names in targets):
+        # otherwise vLLM holds products for the embedding and the head as well, and refuses a large vocabulary
+        layers = {name.rpartition(".")[2] for names in targets for name in names}
+        yield from ("--lora-target-modules", *sorted(layers))
     yield from ("--lora-modules", *(f"{name}={directory}" for name, directory in adapters.items()))
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from pathlib import Path
 
 import pytest
 
@@ -97,9 +98,9 @@ def test_options_and_environment_of_the_file_come_last():
 def adapters(tmp_path):
     """Directories of two adapters by served name."""
     found = {}
-    for name, rank in (("math", 4), ("tool", 24)):
+    for name, rank, targets in (("math", 4, ["q_proj", "v_proj"]), ("tool", 24, ["model.layers.0.mlp.up_proj"])):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"r": rank}))
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"r": rank, "target_modules": targets}))
         found[f"qsun-{name}"] = str(tmp_path / name)
     return found
 
@@ -111,6 +112,8 @@ def test_servers_of_adapters_have_all_of_them(adapters):
     assert (value(one, "--max-loras"), value(one, "--max-cpu-loras")) == ("2", "2")
     at = one.argv.index("--lora-modules")
     assert one.argv[at + 1 : at + 3] == tuple(f"{name}={directory}" for name, directory in adapters.items())
+    at = one.argv.index("--lora-target-modules")  # none but theirs are held for each adapter, not even the head
+    assert one.argv[at + 1 : at + 5] == ("q_proj", "up_proj", "v_proj", "--lora-modules")
     assert one.environment["QSUN_PREFILL_LORA"] == "1"
     assert one.adapters == ("qsun-math", "qsun-tool")
     theirs = command("prefill", adapters=adapters, kernels="vllm", max_loras=1)
@@ -119,6 +122,12 @@ def test_servers_of_adapters_have_all_of_them(adapters):
     for without in (command("decode"), command("prefill")):
         assert "--enable-lora" not in without.argv
         assert "QSUN_PREFILL_LORA" not in without.environment
+
+
+def test_an_adapter_that_names_its_layers_by_a_pattern_may_have_any(adapters):
+    config = {"r": 4, "target_modules": "all-linear"}
+    (Path(adapters["qsun-math"]) / "adapter_config.json").write_text(json.dumps(config))
+    assert "--lora-target-modules" not in command("prefill", adapters=adapters).argv
 
 
 def test_one_engine_transfers_nothing_and_keeps_adapters_to_prompts(adapters, quantized):
