@@ -1,13 +1,12 @@
 """`qsun simulate`: a discrete-event simulation of conventional disaggregation, SUN and QSUN."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 import typer
 
 from qsun.cli.terminal import results, screen
-from qsun.errors import QsunError
+from qsun.cli.terminal.options import numbers
 
 
 def simulate(
@@ -62,7 +61,7 @@ def simulate(
     from qsun.eval.simulate.sweep import by_count, simulation_result
 
     found = load_curves(curves)
-    skews = _numbers("skew", skew) or [0.0]
+    skews = numbers("skew", skew) or [0.0]
     replayed = read_trace(trace) if trace else None
     names = _names(models) if replayed is None else by_count(replayed)
     workload = Workload(names, skews[0], Lengths.parse(prompt), Lengths.parse(output), seed)
@@ -81,7 +80,7 @@ def simulate(
     level = default_level(workload, found, max_batch, slo_ttft, slo_tpot)
     scenario = Scenario(workload, found, deployment, level, target, requests)
     with screen.progress(quiet=as_json) as progress:
-        rates = _numbers("rate", rate)
+        rates = numbers("rate", rate)
         result = simulation_result(scenario, decode_workers, skews, rates, need or None, replayed, progress)
     _show(result, out, as_json)
 
@@ -99,13 +98,3 @@ def _names(models: str) -> tuple[str, ...]:
     if models.isdigit():
         return tuple(f"model-{number + 1}" for number in range(int(models)))
     return tuple(name.strip() for name in models.split(",") if name.strip())
-
-
-def _numbers(name: str, text: str) -> list[float]:
-    try:
-        found = [float(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise QsunError(f"{name} {text!r} is not a comma-separated list of numbers") from None
-    if not all(math.isfinite(number) for number in found):
-        raise QsunError(f"{name} {text!r} has a number that is not finite")
-    return found

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import typer
 
-from qsun.cli.bench.speed import whole_numbers
 from qsun.cli.terminal import results, screen
 from qsun.cli.terminal.device import check_device
+from qsun.cli.terminal.options import whole_numbers
 from qsun.device import default_device
 from qsun.errors import QsunError
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import typer
 
-from qsun.cli.bench.speed import whole_numbers
 from qsun.cli.terminal import results, screen
 from qsun.cli.terminal.device import check_device
+from qsun.cli.terminal.options import whole_numbers
 from qsun.errors import QsunError
 
 

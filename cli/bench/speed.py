@@ -6,6 +6,7 @@ import typer
 
 from qsun.cli.terminal import results, screen
 from qsun.cli.terminal.device import check_device
+from qsun.cli.terminal.options import whole_numbers
 from qsun.device import default_device
 from qsun.errors import QsunError
 
@@ -65,12 +66,3 @@ def speed(
     result = bench_speed(contenders, points, screen.note) | machine(where)
     results.save(out, "speed", result, lambda: speed_figure(result))
     results.show(result, as_json, report_text)
-
-
-def whole_numbers(name: str, text: str) -> list[int]:
-    """Parse a comma-separated option. Raises QsunError for anything but whole numbers."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    wrong = [part for part in parts if not part.isdigit()]
-    if wrong:
-        raise QsunError(f"{name} has {wrong[0]!r}; use whole numbers from 1 up, such as 1,4,16")
-    return [int(part) for part in parts]

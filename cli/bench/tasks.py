@@ -6,9 +6,9 @@ from typing import Any
 
 import typer
 
-from qsun.cli.bench.speed import whole_numbers
 from qsun.cli.terminal import results, screen
 from qsun.cli.terminal.device import check_device
+from qsun.cli.terminal.options import numbers, whole_numbers
 
 
 def tasks(
@@ -16,8 +16,8 @@ def tasks(
     base: str = typer.Option("demo", help="Full-precision base: directory, hub id or 'demo'."),
     task: list[str] = typer.Option(
         [],
-        help="NAME=TRAIN,VALID,TEST[,SCORER]; repeatable. SCORER: exact, json, expression or module:function. "
-        "Default: the embedded tasks.",
+        help="NAME=TRAIN,VALID,TEST[,SCORER], or the name of an embedded task; repeatable. SCORER: exact, json, "
+        "expression or module:function. Default: the embedded tasks.",
     ),
     seeds: int = typer.Option(3, min=1, help="Number of seeds of data, order and calibration."),
     steps: int = typer.Option(1000, min=1, help="Budget of SUN and of the full fine-tune alike."),
@@ -29,6 +29,7 @@ def tasks(
     batch_size: int = typer.Option(32, min=1, help="Examples a step."),
     lr: float | None = typer.Option(None, help="Peak rate of prefill modules. Default: 3e-3 for demo, else by width."),
     full_lr: float | None = typer.Option(None, help="Peak rate of full fine-tunes. Default: as --lr."),
+    lora_lr: str = typer.Option("", help="Peak rate of adapters, or one for each rank. Default: by width."),
     train: int = typer.Option(8192, min=1, help="Training examples of each embedded task."),
     valid: int = typer.Option(256, min=1, help="Examples of each validation."),
     test: int | None = typer.Option(None, min=1, help="Test examples. Default: 500 embedded ones, or all of a file."),
@@ -80,15 +81,17 @@ def _study(options: dict[str, Any]) -> Any:
     check_one_of("--dtype", options["dtype"], DTYPES)
     lr, steps, own = options["lr"], options["steps"], options["task"]
     rate = lr if lr is not None else (3e-3 if options["base"] == "demo" else 0.0)
+    tasks = tuple(map(StudyTask.parse, own)) or EMBEDDED
     parsed = {
-        "tasks": tuple(map(StudyTask.parse, own)) or EMBEDDED,
+        "tasks": tasks,
         "curve": tuple(sorted({c for c in whole_numbers("curve", options["curve"]) if c < steps})),
         "lora_ranks": tuple(whole_numbers("lora-ranks", options["lora_ranks"])),
+        "lora_lr": tuple(numbers("lora-lr", options["lora_lr"])),
         "bits": tuple(whole_numbers("bits", options["bits"])),
         "methods": tuple(name.strip() for name in options["methods"].split(",")),
         "lr": rate,
         "full_lr": rate if options["full_lr"] is None else options["full_lr"],
-        "test": (0 if own else 500) if options["test"] is None else options["test"],
+        "test": 500 * any(t.embedded for t in tasks) if options["test"] is None else options["test"],
     }
     return Study(**{field.name: options[field.name] for field in fields(Study) if field.name in options} | parsed)
 

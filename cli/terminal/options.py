@@ -1,5 +1,6 @@
 """From a command's options, and the YAML file that --config names, to the settings object of what it calls."""
 
+import math
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
@@ -44,3 +45,23 @@ def _texts(name: str, value: Any, kind: type) -> Any:
         raise QsunError(f"{name}: {value!r} is not a string{' or a list of strings' if kind is list else ''}")
     texts = [str(Path(text).expanduser()) if text.startswith("~/") else text for text in texts]
     return texts if kind is list else texts[0]
+
+
+def whole_numbers(name: str, text: str) -> list[int]:
+    """Parse a comma-separated option. Raises QsunError for anything but whole numbers."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    wrong = [part for part in parts if not part.isdigit()]
+    if wrong:
+        raise QsunError(f"{name} has {wrong[0]!r}; use whole numbers from 1 up, such as 1,4,16")
+    return [int(part) for part in parts]
+
+
+def numbers(name: str, text: str) -> list[float]:
+    """Parse a comma-separated option. Raises QsunError for anything but finite numbers."""
+    try:
+        found = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise QsunError(f"{name} {text!r} is not a comma-separated list of numbers") from None
+    if not all(math.isfinite(number) for number in found):
+        raise QsunError(f"{name} {text!r} has a number that is not finite")
+    return found

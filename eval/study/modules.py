@@ -33,7 +33,10 @@ class Tuned:
 
     def config(self, study: Study, seed: int) -> TuneConfig:
         """Return the settings of tuning it."""
-        rate = (study.full_lr if self.full else study.lr) * (5 if self.lora_rank else 1)  # as TuneConfig.peak_lr
+        rate = study.full_lr if self.full else study.lr
+        if self.lora_rank:
+            rates = study.lora_lr or (0.0,)
+            rate = rates[study.lora_ranks.index(self.lora_rank) % len(rates)]
         values = {"steps": self.steps, "batch_size": study.batch_size, "lr": rate, "seed": seed, "dtype": study.dtype}
         rank = 0 if self.init else self.lora_rank  # an adapter to start from has its own
         values |= {"lora_rank": rank, "prefill_weights": self.weights, "valid_examples": study.valid}

@@ -28,7 +28,8 @@ class Study:
         distill: take further steps on the distributions of the SUN pair too.
         lora_ranks: of adapters, tuned on the base's weights and on each quantized decode module's.
         text: calibrate every decode module with the packaged text too.
-        lr, full_lr: peak rates of prefill modules and full fine-tunes, chosen on validation data; 0: by width.
+        lr, full_lr, lora_lr: peak rates of prefill modules, full fine-tunes, adapters, chosen on validation data; 0: by
+            width. Of adapters, one for each rank, or one for all; none: by width.
         valid: validation examples of every tuning.
         train, test: examples drawn of an embedded task. Files are used whole, but for `test` if it is not 0.
         bits, methods, group_size, sym: of the decode modules. The last calibrated method, or `refined`, is aligned.
@@ -48,6 +49,7 @@ class Study:
     batch_size: int = 32
     lr: float = 3e-3
     full_lr: float = 3e-3
+    lora_lr: tuple[float, ...] = ()
     train: int = 8192
     test: int = 500
     valid: int = 256
@@ -65,6 +67,9 @@ class Study:
                 self.quant_config(method, bits, 0)  # validates them
         if not any(method != "rtn" for method in self.methods):
             raise QsunError(f"methods {', '.join(self.methods)} use no calibration; add one, such as refined")
+        if self.lora_lr and len(self.lora_lr) not in {1, len(self.lora_ranks)}:
+            counts = f"{len(self.lora_lr)} rates for {len(self.lora_ranks)} adapter ranks"
+            raise QsunError(f"lora_lr has {counts}; give one, or one for each")
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise QsunError(f"tasks {', '.join(names)} contain a duplicate; give each its own name")

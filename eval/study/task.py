@@ -33,11 +33,14 @@ class StudyTask:
 
     @classmethod
     def parse(cls, text: str) -> "StudyTask":
-        """Parse NAME=TRAIN,VALID,TEST[,SCORER]. Raises QsunError for anything else."""
+        """Parse NAME=TRAIN,VALID,TEST[,SCORER], or the name of an embedded task. Raises QsunError for anything else."""
         name, equals, rest = text.partition("=")
+        if text in {*TASKS, *HARD_TASKS}:
+            return cls(text, hard=text in HARD_TASKS)
         parts = [part.strip() for part in rest.split(",")]
         if not equals or not 3 <= len(parts) <= 4 or not all(parts):
-            raise QsunError(f"task {text!r} is not of the form NAME=TRAIN,VALID,TEST[,SCORER]")
+            embedded = ", ".join((*TASKS, *HARD_TASKS))
+            raise QsunError(f"task {text!r} is not of the form NAME=TRAIN,VALID,TEST[,SCORER], nor one of {embedded}")
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
             raise QsunError(f"task name {name!r} is not a folder name; use letters, digits, '-', '_' and '.'")
         train, valid, test, *scorer = parts
