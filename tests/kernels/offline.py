@@ -23,6 +23,7 @@ _INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-
 class MachineCode:
     """What ptxas made of a kernel.
 
+    names: of all instructions, in order.
     loop: the instructions of the longest backward branch.
     slack: the fewest instructions, around the loop, from one of its loads into registers to the first use of what it
         loaded; None without such loads.
@@ -32,9 +33,22 @@ class MachineCode:
     stack_bytes: int
     shared_bytes: int
     listing: str
-    instructions: Counter[str]
+    names: list[str]
     loop: Counter[str]
     slack: int | None
+
+    @property
+    def instructions(self) -> Counter[str]:
+        return Counter(self.names)
+
+    def place(self, *prefixes: str) -> list[int]:
+        """Where instructions whose name starts so are among all."""
+        return [at for at, name in enumerate(self.names) if name.startswith(prefixes)]
+
+    def waits_first(self) -> bool:
+        """Whether it waits for the kernels before it ahead of all that it reads and writes; prefetches are neither."""
+        waits = self.place("ACQBULK")
+        return len(waits) == 1 and waits[0] < min(self.place("LDG", "STG", "ATOM", "RED", "LD.", "ST."))
 
     def spills(self) -> bool:
         return self.stack_bytes > 0 or any(name.startswith(("LDL", "STL")) for name in self.instructions)
@@ -77,7 +91,7 @@ def compile_kernel(kernel, types, constants, capability, warps):
         stack_bytes=stack,
         shared_bytes=compiled.metadata.shared,
         listing=listing,
-        instructions=Counter(name for _, name, _ in code),
+        names=[name for _, name, _ in code],
         loop=Counter(name for address, name, _ in code if first <= address <= last),
         slack=_slack([(name, operands) for address, name, operands in code if first <= address <= last]),
     )
