@@ -111,12 +111,12 @@ def ready(url):
         return None
 
 
-def until(condition, seconds=120.0):
-    """Return after how many seconds something holds."""
+def until(condition, seconds=120.0, every=0.05):
+    """Return after how many seconds something holds. every: how often to look."""
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < seconds, f"not within {seconds} s"
-        time.sleep(0.05)
+        time.sleep(every)
     return time.monotonic() - started
 
 

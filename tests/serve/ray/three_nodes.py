@@ -24,7 +24,8 @@ from tests.serve.ray.rig import engines, kill, ready, until, warm
 
 PAIRS = 3 * 3
 ENGINES = 3 + 3
-AT_ONCE, LIGHT = 64, 8  # requests in flight: before an event, and until all replicas are back
+EVERY = 0.5  # seconds
+AT_ONCE, LIGHT = 64, 2  # requests in flight: before an event, and until all replicas are back
 CLEAR = {"right", "cut off", "status 502", "status 503", "status 504"}
 UNHARMED = ("nothing killed", "module replaced", "scaling")
 
@@ -59,7 +60,7 @@ class ThreeNodes:
 
     def start(self) -> None:
         self.deploy(workers=3)
-        seconds = until(lambda: warm(self.nodes.url, PAIRS), START_SECONDS)
+        seconds = until(lambda: warm(self.nodes.url, PAIRS), START_SECONDS, EVERY)
         self.note("warm", {"seconds": round(seconds, 1), "ended": {}})
         began = time.monotonic()
         ended = self.asked(4 * AT_ONCE)
@@ -75,7 +76,7 @@ class ThreeNodes:
     def killed(self, event: Callable[[], None]) -> None:
         def lost_and_back() -> None:
             until(lambda: not self.all_back())
-            until(self.all_back, START_SECONDS)
+            until(self.all_back, START_SECONDS, EVERY)
 
         part = asyncio.run(self.under_load(event, lost_and_back))
         self.note(f"{event.__name__.replace('_', ' ')} killed", part | {"after": self.asked()})
@@ -115,8 +116,8 @@ class ThreeNodes:
         self.fleet.accepted["math"] += (UPDATED,)
 
         def over() -> None:
-            until(lambda: self.workers_of_math() and not self.workers_of_math() & old, START_SECONDS)
-            until(lambda: warm(self.nodes.url, PAIRS), START_SECONDS)
+            until(lambda: self.workers_of_math() and not self.workers_of_math() & old, START_SECONDS, EVERY)
+            until(lambda: warm(self.nodes.url, PAIRS), START_SECONDS, EVERY)
 
         part = asyncio.run(self.under_load(lambda: self.deploy(workers=3), over))
         self.fleet.accepted["math"] = (UPDATED,)
@@ -131,7 +132,7 @@ class ThreeNodes:
         """The decode pool grows to 3 replicas under load and shrinks to 1 under a light one."""
         scale = {"workers": 3, "tokens": self.fleet.scale_tokens, "up_seconds": 2.0, "down_seconds": 20.0}
         self.deploy(workers=1, scale=scale)
-        until(lambda: warm(self.nodes.url, 3) and len(self.nodes.decode_workers()) == 1, START_SECONDS)
+        until(lambda: warm(self.nodes.url, 3) and len(self.nodes.decode_workers()) == 1, START_SECONDS, EVERY)
         self.note("scaling", asyncio.run(self.grown_and_shrunk()))
 
     async def grown_and_shrunk(self) -> dict:
@@ -144,9 +145,9 @@ class ThreeNodes:
             return count == wanted
 
         load.start()
-        until_three = await asyncio.to_thread(until, lambda: seen(3), START_SECONDS)
+        until_three = await asyncio.to_thread(until, lambda: seen(3), START_SECONDS, EVERY)
         load.at_once = 2
-        until_one = await asyncio.to_thread(until, lambda: seen(1), START_SECONDS)
+        until_one = await asyncio.to_thread(until, lambda: seen(1), START_SECONDS, EVERY)
         await asyncio.sleep(2.0)
         await load.stop()
         times = {"seconds_to_3": round(until_three, 1), "seconds_to_1": round(until_one, 1)}

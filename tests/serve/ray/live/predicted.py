@@ -100,7 +100,7 @@ def run(root: Path) -> dict:
     values["launch"]["environment"]["FAKE_TIMES"] = json.dumps(dataclasses.asdict(TIMES))
     with three_nodes(root) as nodes:
         nodes.deploy(values)
-        until(lambda: warm(nodes.url, PAIRS), START_SECONDS)
+        until(lambda: warm(nodes.url, PAIRS), START_SECONDS, 0.5)
         found["hop_ms"] = round(1000 * (hop := asyncio.run(hop_seconds(nodes.url))), 1)
         for name in LOADS:
             records = asyncio.run(measured(nodes.url, name))

@@ -29,7 +29,7 @@ class Times:
         return self.step + self.row * rows
 
     def of_prompt(self, tokens: int) -> float:
-        return self.prefill + self.prompt_token * tokens
+        return self.prefill + self.prompt_token * tokens if tokens else 0.0
 
 
 class Row:
