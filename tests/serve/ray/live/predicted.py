@@ -27,11 +27,11 @@ from tests.serve.ray.live.nodes import temporary_root, three_nodes
 from tests.serve.ray.live.steps import Times
 from tests.serve.ray.rig import MODELS, until, warm
 
-TIMES = Times(step=0.1, row=0.01, most_rows=12, prefill=0.05, prompt_token=0.002)
+TIMES = Times(step=0.5, row=0.05, most_rows=12, prefill=0.25, prompt_token=0.01)  # slow, as Ray's path needs the cores
 DECODE_WORKERS, PAIRS = 3, 9
 POOL = "adapters"  # all of them, for the simulator: they share a prefill worker
-LOADS = {"Poisson arrivals": 1.5, "a burst": math.inf}  # requests a second
-REQUESTS, MOST_OFF = 120, 0.15
+LOADS = {"Poisson arrivals": 0.4, "a burst": math.inf}  # requests a second
+REQUESTS, MOST_OFF = 60, 0.15
 WORKLOAD = Workload(ALL, 0.0, Lengths.parse("uniform:8-64"), Lengths.parse("uniform:16-48"))
 
 
