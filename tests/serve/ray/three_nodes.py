@@ -7,6 +7,7 @@ is killed none may fail. Exit code 1 where that is not so. Prints what happened 
 
 Replicas are pretend vLLMs. --vllm: real ones, in float32 on the CPU, of the environment with this interpreter
 (.oracles/vllm/bin/python, which tests/vllm/run.sh makes); their tokens are compared with those of `qsun.generate`.
+--scaling-only: only the last of these.
 """
 
 import argparse
@@ -39,14 +40,15 @@ class ThreeNodes:
         self.nodes, self.fleet, self.root = nodes, fleet, nodes.root
         self.found: dict[str, dict] = {}
 
-    def run(self) -> None:
-        self.start()
-        for event in (
-            self.a_decode_engine, self.a_decode_replica, self.a_prefill_replica, self.the_prefill_replica_of_adapters,
-            self.a_node,
-        ):  # fmt: skip
-            self.killed(event)
-        self.module_replaced()
+    def run(self, scaling_only: bool) -> None:
+        if not scaling_only:
+            self.start()
+            for event in (
+                self.a_decode_engine, self.a_decode_replica, self.a_prefill_replica,
+                self.the_prefill_replica_of_adapters, self.a_node,
+            ):  # fmt: skip
+                self.killed(event)
+            self.module_replaced()
         self.scaling()
 
     def note(self, name: str, part: dict) -> None:
@@ -157,7 +159,7 @@ class ThreeNodes:
 def faults(found: dict[str, dict]) -> list[str]:
     """Return the phases in which a request was lost."""
     lost = [name for name, part in found.items() if not set(part["ended"]) <= CLEAR]
-    lost += [name for name in UNHARMED if set(found[name]["ended"]) != {"right"}]
+    lost += [name for name in UNHARMED if name in found and set(found[name]["ended"]) != {"right"}]
     return lost + [f"after {name}" for name, part in found.items() if set(part.get("after", ["right"])) != {"right"}]
 
 
@@ -165,6 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("report", nargs="?", type=Path)
     parser.add_argument("--vllm", type=Path)
+    parser.add_argument("--scaling-only", action="store_true")
     chosen = parser.parse_args()
     with temporary_root() as root:
         os.environ |= environment(root)
@@ -172,7 +175,7 @@ def main() -> None:
         with three_nodes(root) as nodes:
             phases = ThreeNodes(nodes, fleet)
             try:
-                phases.run()
+                phases.run(chosen.scaling_only)
             finally:
                 if chosen.report:
                     chosen.report.write_text(json.dumps(phases.found, indent=1) + "\n")

@@ -97,6 +97,7 @@ def run(root: Path) -> dict:
     fleet, found = PretendFleet(root), {}
     values = fleet.values()
     values["decode"]["workers"] = DECODE_WORKERS
+    values["limits"] = dict.fromkeys(("deadline_seconds", "prefill_seconds", "stall_seconds"), 900.0)
     values["launch"]["environment"]["FAKE_TIMES"] = json.dumps(dataclasses.asdict(TIMES))
     with three_nodes(root) as nodes:
         nodes.deploy(values)
