@@ -95,6 +95,7 @@ def _serve_here(file: Path, logs: Path, as_json: bool) -> None:
     cluster, planned = read()
     if importlib.util.find_spec("ray") is None:
         raise ModuleNotFoundError("No module named 'ray'", name="ray")  # before Ray's variables are set
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15, which vLLM inherits, starves it beside other work
     _keep_ray_private()
     from qsun.serve.ray.config import ray_token
     from qsun.serve.ray.local import serve_here

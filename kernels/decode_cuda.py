@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qsun.kernels.decode_triton import rms_norm_rows, rotate_and_store, silu_mul_rows, split_attention
 from qsun.kernels.layout import ceil_div
+from qsun.kernels.packed_triton import pdl_options
 from qsun.kernels.workspace import Workspace, reserve
 
 HEAD_DIMS = range(64, 257, 16)
@@ -36,6 +37,7 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset
             ROUND=offset == 0,
             BLOCK=block,
             num_warps=max(1, min(16, block // 512)),
+            **pdl_options(x.device),
         )
     return out, total
 
@@ -45,7 +47,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     width = gate_up.shape[-1] // 2
     out = gate_up.new_empty((*gate_up.shape[:-1], width))
     if out.numel():
-        silu_mul_rows[out.numel() // width, ceil_div(width, 1024)](gate_up, out, width, BLOCK=1024, num_warps=4)
+        grid = out.numel() // width, ceil_div(width, 1024)
+        silu_mul_rows[grid](gate_up, out, width, BLOCK=1024, num_warps=4, **pdl_options(out.device))
     return out
 
 
@@ -85,6 +88,7 @@ def rotate_and_store_kv(
         NORM=norms is not None,
         FP8=kv_scales is not None,
         num_warps=1,
+        **pdl_options(qkv.device),
     )
     return q
 
@@ -147,6 +151,7 @@ def decode_attention(
         FP8=kv_scales is not None,
         num_warps=4,
         num_stages=2,
+        **pdl_options(q.device),
     )
     return out.view(rows, heads * width)
 

@@ -6,17 +6,30 @@ Sums and rotations are in float32 with one rounding at the end, except where not
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def _follow(PDL: tl.constexpr):
+    """Let the next kernel start, then wait for all before this one: what they write may not be used earlier.
+
+    The next one waits in turn. These kernels are short, so the product after them has this long to fetch its weights.
+    """
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit
 def rms_norm_rows(
     x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, width, eps, offset,
-    ADD: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
+    ADD: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Compute out = norm(x) * (offset + weight), one program a row; ADD: of x + residual, which goes to sum, rounded.
 
     ROUND rounds the normalized row before the weight multiplies it, as Llama's norm does and Gemma's does not.
     """
+    _follow(PDL)
     row = tl.program_id(0).to(tl.int64) * width
     k = tl.arange(0, BLOCK)
     inside = k < width
@@ -34,8 +47,9 @@ def rms_norm_rows(
 
 
 @triton.jit
-def silu_mul_rows(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr):
+def silu_mul_rows(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Compute out (rows, width) = SiLU(gate) * up of gate_up (rows, 2 width)."""
+    _follow(PDL)
     row, k = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = gate_up_ptr + row * 2 * width + k
     gate = tl.load(at, mask=k < width, other=0.0).to(tl.float32)
@@ -80,11 +94,13 @@ def rotate_and_store(
     keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr,
     stride_qkv, key_row, key_head, value_row, value_head, scale_row, scale_head, eps, heads, kv_heads,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr, FP8: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Rotate the queries and keys of one token a row, and write its keys and values into column columns[row].
 
     Grid: (rows, heads + 2 kv_heads). qkv: (rows, (heads + 2 kv_heads) D); cos, sin: (rows, D); q: (rows, heads, D).
     """
+    _follow(PDL)
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = qkv_ptr + row * stride_qkv + head * D
     d = tl.arange(0, BLOCK_D)
@@ -127,6 +143,7 @@ def split_attention(
     key_row, key_head, value_row, value_head, scale_row, scale_head, kv_heads, scale, softcap, window,
     GROUP: tl.constexpr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
     SHARE: tl.constexpr, MOST_SPLITS: tl.constexpr, SOFTCAP: tl.constexpr, WINDOW: tl.constexpr, FP8: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Attention of one token a row to its columns 0 .. columns[row], of the last `window` where WINDOW is set.
 
@@ -137,6 +154,7 @@ def split_attention(
     FP8: keys and values are e4m3, which one instruction for two turns into float16, exactly; bfloat16 would take three.
     So products are in float16, with q over its largest and values' scales times 448, and the rest in float32.
     """
+    _follow(PDL)
     pair, split = tl.program_id(0), tl.program_id(1)
     row, head = (pair // kv_heads).to(tl.int64), pair % kv_heads
     length = tl.load(columns_ptr + row).to(tl.int32) + 1

@@ -3,7 +3,8 @@
 ``configs/<GPU name>.json`` holds what was timed on that GPU, ``configs/default.json`` computed launches for all others.
 A table has ``buckets`` for 2, 3, 4 and 8 bits: launches for M up to ``max_m`` and, where given, groups up to
 ``max_group``. The first bucket that matches applies, and a rule adds split K. It may have ``shapes``, keyed
-``"<N>x<K>w<bits>g<group>"`` and then by the ``max_m`` of a bucket, with complete launches.
+``"<N>x<K>w<bits>g<group>"`` and then by the ``max_m`` of a bucket, with complete launches. With
+``"dependent_launch": false`` no kernel of a decode step starts before the one in front of it has ended.
 """
 
 import json
@@ -56,6 +57,7 @@ class LaunchTable:
     """A GPU's launch parameters.
 
     dequantize_above_m: for larger M the matrix is dequantized and cuBLAS multiplies.
+    dependent_launch: kernels of a decode step start while the one before them ends, where the GPU can.
     buckets: by the bits of a weight.
     """
 
@@ -64,6 +66,7 @@ class LaunchTable:
     dequantize_above_m: int
     buckets: dict[int, tuple[Bucket, ...]]
     shapes: dict[str, dict[int, KernelLaunch]]
+    dependent_launch: bool = True
 
 
 @lru_cache(maxsize=1 << 14)
@@ -202,6 +205,7 @@ def parse_launch_table(data: dict[str, Any]) -> LaunchTable:
             key: {int(m): KernelLaunch(**launch) for m, launch in rows.items()}
             for key, rows in data.get("shapes", {}).items()
         },
+        dependent_launch=data.get("dependent_launch", True),
     )
 
 

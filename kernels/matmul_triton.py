@@ -3,6 +3,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qsun.kernels.fields_triton import (
     any_plane,
@@ -60,6 +61,20 @@ def _prefetch(values_ptr, start, last_group, padded_n, BN: tl.constexpr):
 
 
 @triton.jit
+def _prefetch_words(words_ptr, tile, count, tiles, BN: tl.constexpr, SIZE: tl.constexpr):
+    """Bring `count` tiles of SIZE words of each 64 rows into L2, at most 64 KiB a program; one thread asks."""
+    MOST: tl.constexpr = 65536 // (2 * SIZE * (BN // 64))
+    size = tl.where(tl.program_id(2) == 0, tl.minimum(count, MOST) * (2 * SIZE), 0)
+    for block in tl.static_range(BN // 64):
+        at = words_ptr + ((tl.program_id(0) * (BN // 64) + block) * tiles + tile) * SIZE
+        tl.inline_asm_elementwise(
+            "{ .reg .pred one; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 one, t, 0; setp.gt.and.s32 one, $2, 0, one;"
+            "@one cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+            "=r,l,r", [at.to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
 def _add_high(low, high, FIRST: tl.constexpr, PLANES: tl.constexpr, BITS: tl.constexpr, PAIRED: tl.constexpr):
     """Return low + high / factor, the sums of planes without and with a factor; either may have no planes."""
     FACTOR: tl.constexpr = 1 << BITS
@@ -73,36 +88,13 @@ def _add_high(low, high, FIRST: tl.constexpr, PLANES: tl.constexpr, BITS: tl.con
 
 @triton.jit(do_not_specialize=["M"])
 def packed_matmul(
-    x_ptr,
-    words_ptr,
-    scales_ptr,
-    zeros_ptr,
-    bias_ptr,
-    residual_ptr,
-    y_ptr,
-    partials_ptr,
-    counters_ptr,
-    M,
-    N,
-    K,
-    padded_n,
-    stride_x,
-    BITS: tl.constexpr,
-    BN: tl.constexpr,
-    B: tl.constexpr,
-    GROUP: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    BF16: tl.constexpr,
-    ASM: tl.constexpr,
-    ASYM: tl.constexpr,
-    FOLD: tl.constexpr,
-    BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    SILU: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    TILES: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    x_ptr, words_ptr, scales_ptr, zeros_ptr, bias_ptr, residual_ptr, y_ptr, partials_ptr, counters_ptr,
+    M, N, K, padded_n, stride_x,
+    BITS: tl.constexpr, BN: tl.constexpr, B: tl.constexpr, GROUP: tl.constexpr, SPLIT_K: tl.constexpr,
+    BF16: tl.constexpr, ASM: tl.constexpr, ASYM: tl.constexpr, FOLD: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SILU: tl.constexpr,
+    EVEN_K: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Compute y (M, N or N / 2) = x (M, K) @ w.T, transposed in the tensor cores: BN weight rows by B rows of x.
 
     Grid: (N / BN rounded up, SPLIT_K, M / B rounded up). GROUP 0 is one group a row. A pass of the loop takes TILES
@@ -114,6 +106,9 @@ def packed_matmul(
     ``(OFFSET / factor + zero) * UNIT`` where all zero points are the middle of the grid, else with ones. Planes with a
     factor have an accumulator of their own. Otherwise each weight is centred before the product, which costs an
     instruction for two weights instead of a product.
+
+    PDL: the program starts while the kernels before it still run. Until it waits for them, it only brings its weights
+    and scales into L2; it reads and writes nothing. The next kernel may start once every program is past its wait.
     """
     DTYPE: tl.constexpr = (tl.bfloat16 if BF16 else tl.float16) if ASM else tl.float32
     OFFSET: tl.constexpr = offset_of(BITS, BF16)
@@ -137,6 +132,17 @@ def packed_matmul(
     first = tl.minimum(tl.program_id(1) * share, passes)
     last = tl.minimum(first + share, passes)
     last_group = tiles * (COLUMNS // GROUP) - 1 if GROUP else 0
+    start = tl.minimum(first, passes - 1) * GROUPS
+    if PDL:
+        count = tl.minimum(last * TILES, tiles) - first * TILES
+        _prefetch_words(words_ptr, first * TILES, count, tiles, BN, 64 * WIDTH)
+    if ASM and GROUP:
+        _prefetch(scales_ptr, start, last_group, padded_n, BN)
+        if LOAD_ZEROS:
+            _prefetch(zeros_ptr, start, last_group, padded_n, BN)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     batch = tl.program_id(2) * B + tl.arange(0, B)
     lane = tl.arange(0, LANES)
@@ -151,14 +157,9 @@ def packed_matmul(
     sum_x = tl.zeros((BN, B), tl.float32)
     sum_high = tl.zeros((BN, B), tl.float32)
     if GROUP:
-        start = tl.minimum(first, passes - 1) * GROUPS
         next_scales = _load_pass(scales_at, start, last_group, padded_n, GROUPS, EXACT, ASM)
-        if ASM:
-            _prefetch(scales_ptr, start, last_group, padded_n, BN)
     if LOAD_ZEROS:
         next_zeros = _load_pass(zeros_at, start, last_group, padded_n, GROUPS, EXACT, ASM)
-        if ASM:
-            _prefetch(zeros_ptr, start, last_group, padded_n, BN)
     if not FOLD:
         minus = tl.full((BN, LANES), minus_of(MIDDLE, 1, BITS, BF16), DTYPE)
         minus_high = tl.full((BN, LANES), minus_of(MIDDLE, HIGH, BITS, BF16), DTYPE)

@@ -12,7 +12,13 @@ import triton
 from torch import Tensor
 
 from qsun.kernels.fields_triton import dequantize_tiles
-from qsun.kernels.launch_table import KernelLaunch, choose_launch, dequantize_above_m, product_workspace_bytes
+from qsun.kernels.launch_table import (
+    KernelLaunch,
+    choose_launch,
+    dequantize_above_m,
+    load_launch_table,
+    product_workspace_bytes,
+)
 from qsun.kernels.layout import INTERLEAVED_ROWS, ROWS, TILES, ceil_div, padded_rows, tile_group
 from qsun.kernels.matmul_triton import packed_matmul
 from qsun.kernels.workspace import Workspace
@@ -90,6 +96,7 @@ def packed_product(
         SILU=y.shape[1] != N,
         EVEN_K=K % (launch.tiles * TILES[bits].columns) == 0,
         **_launch_options(launch),
+        **pdl_options(x.device),
     )
     return y
 
@@ -165,6 +172,17 @@ def _check_epilogue(wanted: tuple[int, int], N: int, bias: Tensor | None, residu
         raise ValueError(f"bias is {tuple(bias.shape)}; want ({N},)")
     if residual is not None and (tuple(residual.shape) != wanted or not residual.is_contiguous()):
         raise ValueError(f"residual is {tuple(residual.shape)}; want {wanted}, contiguous")
+
+
+@lru_cache(maxsize=64)
+def pdl_options(device: torch.device) -> dict[str, bool]:
+    """Return the options of a kernel that starts while the one before it ends (programmatic dependent launch).
+
+    From compute capability 9.0 on, unless the GPU's launch table turns it off.
+    """
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    wanted = able and load_launch_table(gpu_name(device)).dependent_launch
+    return {"PDL": True, "launch_pdl": True} if wanted else {"PDL": False}
 
 
 @lru_cache(maxsize=64)

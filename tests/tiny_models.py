@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCAB = 128  # as the packaged demo base, whose tokenizer is lent to the tiny models
 SEQUENCE = 24  # longer than the sliding windows below
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -22,7 +22,6 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
-    "tie_word_embeddings": False,
 }
 _MIXED_LAYERS = ["sliding_attention", "full_attention"]
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -64,7 +63,7 @@ def build_model(
     directory: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any
 ) -> Path:
     """Save a random model of a family; norms and biases are random too, so that none of them can go missing."""
-    config = AutoConfig.for_model(family, **(_SIZES | FAMILIES[family] | changes))
+    config = AutoConfig.for_model(family, **({"tie_word_embeddings": False} | SIZES | FAMILIES[family] | changes))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

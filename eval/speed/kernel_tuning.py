@@ -176,5 +176,6 @@ def _as_json(gpu: str) -> dict[str, Any]:
         "processors": table.processors,
         "bytes_in_flight": table.bytes_in_flight,
         "dequantize_above_m": table.dequantize_above_m,
+        "dependent_launch": table.dependent_launch,
         "buckets": buckets,
     }

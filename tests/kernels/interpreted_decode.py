@@ -19,13 +19,10 @@ from qsun.kernels.decode_cuda import (
 from qsun.kernels.workspace import Workspace
 from tests.kernels.decode_oracle import assert_close, attended, normed, rotated
 
+pytest_plugins = "tests.kernels.interpreter"
+
 HALF, SINGLE = torch.float16, torch.float32
 SHAPES = [(8, 2, 64), (1, 1, 64), (7, 1, 80), (4, 4, 96), (4, 1, 128), (2, 1, 256), (40, 2, 64)]
-
-
-@pytest.fixture(autouse=True)
-def empty_is_nan():
-    torch.use_deterministic_algorithms(True)  # torch.empty is filled with NaN
 
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)

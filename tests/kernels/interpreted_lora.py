@@ -6,12 +6,9 @@ import torch
 from qsun.kernels.lora_triton import MOST_RANK, add_lora_rows, row_tiles, table_entry
 from tests.kernels.lora_oracle import Draw, check
 
+pytest_plugins = "tests.kernels.interpreter"
+
 HALF, SINGLE = torch.float16, torch.float32
-
-
-@pytest.fixture(autouse=True)
-def empty_is_nan():
-    torch.use_deterministic_algorithms(True)  # torch.empty is filled with NaN
 
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)

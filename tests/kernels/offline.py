@@ -8,12 +8,14 @@ import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import triton
 import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.cache import get_cache_manager
 
 _TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
 _INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?);")
@@ -23,6 +25,7 @@ _INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-
 class MachineCode:
     """What ptxas made of a kernel.
 
+    names: of all instructions, in order.
     loop: the instructions of the longest backward branch.
     slack: the fewest instructions, around the loop, from one of its loads into registers to the first use of what it
         loaded; None without such loads.
@@ -32,9 +35,22 @@ class MachineCode:
     stack_bytes: int
     shared_bytes: int
     listing: str
-    instructions: Counter[str]
+    names: list[str]
     loop: Counter[str]
     slack: int | None
+
+    @property
+    def instructions(self) -> Counter[str]:
+        return Counter(self.names)
+
+    def place(self, *prefixes: str) -> list[int]:
+        """Where instructions whose name starts so are among all."""
+        return [at for at, name in enumerate(self.names) if name.startswith(prefixes)]
+
+    def waits_first(self) -> bool:
+        """Whether it waits for the kernels before it ahead of all that it reads and writes; prefetches are neither."""
+        waits = self.place("ACQBULK")
+        return len(waits) == 1 and waits[0] < min(self.place("LDG", "STG", "ATOM", "RED", "LD.", "ST."))
 
     def spills(self) -> bool:
         return self.stack_bytes > 0 or any(name.startswith(("LDL", "STL")) for name in self.instructions)
@@ -64,12 +80,8 @@ def compile_kernel(kernel, types, constants, capability, warps):
     compiled = triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, "enable_fp_fusion": True}
     )
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "kernel.cubin"
-        file.write_bytes(compiled.asm["cubin"])
-        listing = _cuobjdump("-sass", file)
-        usage = _cuobjdump("-res-usage", file)
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    listing = _disassembled(compiled.asm["cubin"])
+    registers, stack = (int(re.search(rf"\b{name}:(\d+)", listing)[1]) for name in ("REG", "STACK"))
     code = [(int(m[1], 16), m[2], m[3]) for m in map(_INSTRUCTION.match, listing.splitlines()) if m]
     first, last = _main_loop(code)
     return MachineCode(
@@ -77,15 +89,26 @@ def compile_kernel(kernel, types, constants, capability, warps):
         stack_bytes=stack,
         shared_bytes=compiled.metadata.shared,
         listing=listing,
-        instructions=Counter(name for _, name, _ in code),
+        names=[name for _, name, _ in code],
         loop=Counter(name for address, name, _ in code if first <= address <= last),
         slack=_slack([(name, operands) for address, name, operands in code if first <= address <= last]),
     )
 
 
-def _cuobjdump(option, file):
-    done = subprocess.run([_TOOLS / "cuobjdump", option, file], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
+def _disassembled(cubin):
+    """Instructions and resources. They take half a second and are kept in Triton's cache, as the cubin itself is."""
+    cache = get_cache_manager(sha256(triton.__version__.encode() + cubin).hexdigest())
+    kept = cache.get_file("listing")
+    if kept:
+        return Path(kept).read_text()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        command = [_TOOLS / "cuobjdump", "-sass", "-res-usage", file]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    listing = done.stdout + done.stderr
+    cache.put(listing, "listing", binary=False)
+    return listing
 
 
 def _main_loop(code):

@@ -7,12 +7,13 @@ from tests.kernels.offline import compile_kernel
 _POINTERS = ("x", "scales", "zeros", "bias", "residual", "y")
 
 
-def compile_product(launch, bits, group, asym, *, bf16=True, epilogue="br", even_k=True, capability=90):
+def compile_product(launch, bits, group, asym, *, bf16=True, epilogue="br", even_k=True, capability=90, pdl=None):
     """Machine code of packed_matmul.
 
     Args:
         launch: launch_table.KernelLaunch.
         group: 32, 64, 128, or 0 for one group a row.
+        pdl: whether it waits for the kernel before it; None: where the GPU can.
         epilogue: any of the letters b(ias), r(esidual), s(ilu_mul).
     """
     types = {f"{name}_ptr": "*bf16" if bf16 else "*fp16" for name in _POINTERS}
@@ -34,6 +35,7 @@ def compile_product(launch, bits, group, asym, *, bf16=True, epilogue="br", even
         "EVEN_K": even_k,
         "TILES": launch.tiles,
         "STAGES": launch.stages,
+        "PDL": capability >= 90 if pdl is None else pdl,
     }
     return compile_kernel(packed_matmul, types, constants, capability, launch.warps)
 

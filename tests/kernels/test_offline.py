@@ -103,6 +103,24 @@ def test_scales_have_a_pass_to_arrive(bits):
         assert any("PF2" in name for name in code.instructions)  # the prefetch of later scales
 
 
+@pytest.mark.parametrize("asym", [False, True])
+@pytest.mark.parametrize("bits", TILES)
+def test_weights_are_fetched_before_the_wait(bits, asym):
+    """Into L2 only, by one instruction for 64 rows: nothing of a kernel before this one is read or written early."""
+    launch = replace(bucket_of(bits, 8, 128).launch, split_k=4)
+    code = compile_product(launch, bits, 128, asym)
+    assert code.waits_first()
+    (wait,), (go,) = code.place("ACQBULK"), code.place("PREEXIT")
+    fetches = code.place("UBLKPF.L2", "CCTL.E.PF2")
+    assert len(fetches) >= launch.block_n // 64 * (2 + asym)
+    assert max(fetches) < wait < go < min(code.place("LDGSTS"))
+
+
+def test_gpus_without_programmatic_launches_do_not_wait():
+    launch = replace(bucket_of(4, 8, 128).launch, split_k=4)
+    assert not compile_product(launch, 4, 128, False, capability=80).place("ACQBULK", "UBLKPF", "PREEXIT")
+
+
 @pytest.mark.parametrize("bits", TILES)
 def test_dequantization_does_not_spill(bits):
     types = {f"{name}_ptr": "*bf16" for name in ("scales", "zeros", "out")} | {"words_ptr": "*i16"}

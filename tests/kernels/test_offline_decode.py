@@ -18,6 +18,7 @@ def compile_attention(width, capability=90, kind="*bf16", softcap=False, window=
     block_d = 1 << (width - 1).bit_length()
     constants = {"GROUP": 4, "G": 16, "D": width, "BLOCK_D": block_d, "BLOCK": 64 if block_d <= 128 else 32}
     constants |= {"SHARE": 128, "MOST_SPLITS": 64, "SOFTCAP": softcap, "WINDOW": window, "FP8": fp8}
+    constants["PDL"] = capability >= 90
     return compile_kernel(split_attention, types, constants, capability, 4)
 
 
@@ -39,6 +40,7 @@ def test_attention(width, options):
     code = compile_attention(width, **options)
     assert not code.spills()
     assert code.registers <= 200
+    assert code.waits_first() == (options.get("capability", 90) >= 90)
     assert code.shared_bytes <= 99 * 1024
     assert any(name.startswith(("LDGSTS.E.BYPASS.128", "LDG.E.128")) for name in code.instructions), code.instructions
     assert any(name.startswith(("HMMA", "HGMMA", "UTCHMMA")) for name in code.instructions)
@@ -47,12 +49,17 @@ def test_attention(width, options):
     assert not any(name.startswith("F2F.") for name in code.instructions)  # a quarter of the speed, one at a time
 
 
+def lets_the_next_start(code):
+    """Before it waits, so that the product behind it has the time of both to fetch weights."""
+    return code.waits_first() and code.place("PREEXIT") < code.place("ACQBULK")
+
+
 @pytest.mark.parametrize("add", [False, True])
 def test_norms(add):
     types = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "out_ptr", "sum_ptr"), "*bf16")
     types |= {"width": "i32!", "eps": "fp32", "offset": "fp32"}
-    code = compile_kernel(rms_norm_rows, types, {"ADD": add, "ROUND": True, "BLOCK": 4096}, 90, 8)
-    assert not code.spills()
+    code = compile_kernel(rms_norm_rows, types, {"ADD": add, "ROUND": True, "BLOCK": 4096, "PDL": True}, 90, 8)
+    assert not code.spills() and lets_the_next_start(code)
     assert any(name.startswith("LDG.E.128") for name in code.instructions)
     assert any(name.startswith("STG.E.128") for name in code.instructions)
 
@@ -66,12 +73,13 @@ def test_rotation(normed, fp8):
     types |= dict.fromkeys(("key_scales_ptr", "value_scales_ptr"), "*fp32")
     strides = ("stride_qkv", "key_row", "key_head", "value_row", "value_head", "scale_row", "scale_head")
     types |= dict.fromkeys(strides, "i32!") | {"heads": "i32", "kv_heads": "i32"}
-    constants = {"D": 128, "BLOCK_D": 128, "ROTATE": True, "NORM": normed, "FP8": fp8}
-    assert not compile_kernel(rotate_and_store, types, constants, 90, 1).spills()
+    constants = {"D": 128, "BLOCK_D": 128, "ROTATE": True, "NORM": normed, "FP8": fp8, "PDL": True}
+    code = compile_kernel(rotate_and_store, types, constants, 90, 1)
+    assert not code.spills() and lets_the_next_start(code)
 
 
 def test_gated_activation():
     types = {"gate_up_ptr": "*bf16", "out_ptr": "*bf16", "width": "i32!"}
-    code = compile_kernel(silu_mul_rows, types, {"BLOCK": 1024}, 90, 4)
-    assert not code.spills()
+    code = compile_kernel(silu_mul_rows, types, {"BLOCK": 1024, "PDL": True}, 90, 4)
+    assert not code.spills() and lets_the_next_start(code)
     assert any(name.startswith("LDG.E.128") for name in code.instructions)

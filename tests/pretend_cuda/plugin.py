@@ -18,6 +18,7 @@ def pretend_cuda(monkeypatch):
     from tests.pretend_cuda import attention, cuda_api, tensors, triton_launches
 
     packed_triton.gpu_name.cache_clear()
+    packed_triton.pdl_options.cache_clear()
     for module in (cuda_api, triton_launches, attention):
         for owner, name, stand_in in module.patches():
             monkeypatch.setattr(owner, name, stand_in)
@@ -28,3 +29,4 @@ def pretend_cuda(monkeypatch):
         yield tensors.STATE.log
     torch.__future__.set_overwrite_module_params_on_conversion(overwrites)
     packed_triton.gpu_name.cache_clear()
+    packed_triton.pdl_options.cache_clear()

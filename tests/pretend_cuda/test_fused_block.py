@@ -1,12 +1,15 @@
 """A fused decode step on a pretended CUDA device: the logits of the blocks themselves, at most ten kernels a layer."""
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoConfig, LlamaModel
 
 from qsun.eval.speed.contenders import quantized_model, random_model
+from qsun.kernels import packed_triton
+from qsun.kernels.launch_table import load_launch_table
 from qsun.runtime.fused_block import FusedBlock, fuse_blocks
 from qsun.runtime.fused_projections import merge_projections
 from qsun.runtime.seam import seam_masks
@@ -126,6 +129,24 @@ def test_kernels_of_a_layer(pretend_cuda, quantized, most):
     fused, plain = (layer_kernels(pretend_cuda, quantized, fused) for fused in (True, False))
     assert sum(fused.values()) <= most, fused
     assert sum(plain.values()) >= 25  # so that the limit above means something
+
+
+@pytest.mark.parametrize("off", ["", "sm_80", "the table"])
+def test_kernels_wait_for_the_ones_before_them(pretend_cuda, monkeypatch, off):
+    """A kernel that starts before its inputs are there waits for them: all kernels of a layer do both, or neither."""
+    table = load_launch_table("NVIDIA H200")
+    if off == "sm_80":
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    if off == "the table":
+        held = replace(table, dependent_launch=False)
+        monkeypatch.setattr(packed_triton, "load_launch_table", lambda _: held)
+    config = config_of("qwen3")
+    model = model_of(config, quantized=True)
+    fuse_blocks(model, config)
+    steps(model, pretend_cuda)
+    options = [(launch["PDL"], launch.get("launch_pdl", False)) for launch in pretend_cuda.launches]
+    assert len(options) >= 8 * config.num_hidden_layers
+    assert set(options) == {(not off, not off)}
 
 
 def test_a_captured_step_follows_its_inputs(pretend_cuda):

@@ -20,36 +20,23 @@ import qsun
 from qsun.model.checkpoint import Checkpoint
 from qsun.model.skeleton import HEAD, read_model_config
 from tests.quantization.test_resume import interrupt_at
-from tests.tiny_models import build_model, random_tokens
+from tests.tiny_models import SIZES, build_model, random_tokens
 
 IDS = torch.from_numpy(random_tokens(2, 20))
 NEAR = qsun.QuantConfig(method="rtn", bits=8, group_size=32)
-TEXT = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "initializer_range": 0.15,
-}
 
 
 def gemma3() -> Any:
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 28, "patch_size": 14}
-    text = TEXT | {"head_dim": 32, "query_pre_attn_scalar": 32}
+    text = SIZES | {"head_dim": 32, "query_pre_attn_scalar": 32}
     return Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
 
 
 def qwen2_vl() -> Any:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
     vision = {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 64}
-    config = Qwen2VLConfig(text_config=TEXT | {"rope_parameters": rope}, vision_config=vision)
+    config = Qwen2VLConfig(text_config=SIZES | {"rope_parameters": rope}, vision_config=vision)
     return Qwen2VLForConditionalGeneration(config)
 
 

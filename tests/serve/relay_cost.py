@@ -1,8 +1,9 @@
-"""CPU microseconds a relayed token: python tests/serve/relay_cost.py [VLLM-ROUTER'S COMMAND]
+"""CPU microseconds a relayed token and a request: python tests/serve/relay_cost.py [VLLM-ROUTER'S COMMAND]
 
 `qsun route`, and vllm-router if its command is given (pip install vllm-router, in an environment of its own), in turns
 before the same two pretend vLLMs, a prefill and a decode worker of one model. 16 streams of 200 tokens, an event every
-20 ms. Counted is the CPU time of the router's processes, and not time on the clock.
+20 ms; and whole answers of one token, 16 at a time. Counted is the CPU time of the router's processes, and not time on
+the clock.
 """
 
 import asyncio
@@ -23,9 +24,10 @@ from qsun.serve.cluster.modules import ModuleChecks
 from qsun.serve.ray.engine.command import free_ports
 from tests.places import ROOT
 from tests.serve.fake_vllm import FakeWorker, answer, expected_text
-from tests.serve.ray.rig import streamed
+from tests.serve.ray.live.load import streamed
 
 STREAMS, TOKENS, ROUNDS, EVENT_SECONDS = 16, 200, 3, 0.02
+SHORT = 320  # requests for one token
 TICKS = os.sysconf("SC_CLK_TCK")
 START_SECONDS = 300
 
@@ -59,18 +61,32 @@ def cpu_seconds(root):
     return sum(spent.get(pid, 0.0) for pid in family)
 
 
-async def relayed(url, model):
-    """Have every stream through a router. Raises where an answer is wrong."""
+async def relayed(url, model, module="demo"):
+    """Have every stream through a router. Raises where an answer is not that of a prefill module."""
     limits = httpx.Limits(max_connections=STREAMS)
     async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=300, limits=limits) as client:
 
         async def one(number):
             body = {"model": model, "prompt": f"{number} of some words", "max_tokens": TOKENS, "stream": True}
             got = await client.post("/v1/completions", json=body)
-            text, complete = streamed(got.text)
-            assert complete and text == expected_text("demo", body["prompt"], TOKENS), got.text[:500]
+            text, end = streamed(got.text, lambda choice: choice["text"], "")
+            assert end == "complete" and text == expected_text(module, body["prompt"], TOKENS), got.text[:500]
 
         await asyncio.gather(*map(one, range(STREAMS)))
+
+
+async def short(url, model, module="demo"):
+    """Have a router answer requests for one token, as many at a time as there are streams."""
+    turns = asyncio.Semaphore(STREAMS)
+    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=300) as client:
+
+        async def one(number):
+            body = {"model": model, "prompt": f"{number} of some words", "max_tokens": 1}
+            async with turns:
+                got = await client.post("/v1/completions", json=body)
+            assert got.json()["choices"][0]["text"] == expected_text(module, body["prompt"], 1), got.text[:500]
+
+        await asyncio.gather(*map(one, range(SHORT)))
 
 
 async def answers(url, model):
@@ -126,10 +142,11 @@ async def main(peer=None):
                 await relayed(url, model)
             for _ in range(ROUNDS):
                 for router, (_, url, model) in routers.items():
-                    before = cpu_seconds(running[router].pid)
-                    await relayed(url, model)
-                    spent = cpu_seconds(running[router].pid) - before
-                    found.setdefault(router, []).append(round(1e6 * spent / STREAMS / TOKENS))
+                    for what, load, count in (("token", relayed, STREAMS * TOKENS), ("request", short, SHORT)):
+                        before = cpu_seconds(running[router].pid)
+                        await load(url, model)
+                        spent = cpu_seconds(running[router].pid) - before
+                        found.setdefault(f"{router}, a {what}", []).append(round(1e6 * spent / count))
         finally:
             for process in running.values():
                 process.terminate()

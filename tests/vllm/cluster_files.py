@@ -32,13 +32,13 @@ _CONFIG = {
 }
 
 
-def make_modules(root: Path) -> dict[str, Path]:
-    """Directories by name: base, decode, and MODELS. Greedy choices are clear: the head is scaled up."""
+def make_modules(root: Path, names: tuple[str, ...] = MODELS) -> dict[str, Path]:
+    """Directories by name: base, decode, and prefill modules. Greedy choices are clear: the head is scaled up."""
     torch.manual_seed(5)
     base = LlamaForCausalLM(LlamaConfig(**_CONFIG))
     base.lm_head.weight.data.mul_(4)
     made = {"base": _save(base, root / "base")}
-    for name in MODELS:
+    for name in names:
         tuned = LlamaForCausalLM(LlamaConfig(**_CONFIG))
         tuned.load_state_dict(base.state_dict())
         with torch.no_grad():
@@ -62,8 +62,15 @@ def _save(model: LlamaForCausalLM, directory: Path) -> Path:
 
 
 def write_cluster(root: Path, python: Path, **changes: Any) -> Path:
-    """cluster.yaml for `qsun up`: one prefill worker a model, two decode workers, all in float32 on the CPU."""
-    values: dict[str, Any] = {
+    """cluster.yaml for `qsun up` with these values, some of them changed."""
+    path = root / "cluster.yaml"
+    path.write_text(yaml.safe_dump(cluster_values(python) | changes))
+    return path
+
+
+def cluster_values(python: Path) -> dict[str, Any]:
+    """Values of cluster.yaml: one prefill worker a model, two decode workers, all in float32 on the CPU."""
+    return {
         "listen": {"port": 0},
         "decode": {"module": "decode", "workers": 2},
         "models": {name: {"module": name, "workers": 1} for name in MODELS},
@@ -73,6 +80,7 @@ def write_cluster(root: Path, python: Path, **changes: Any) -> Path:
             "prefill_seconds": 300.0,
             "no_worker_seconds": 60.0,
         },
+        "health": {"timeout_seconds": 60.0},  # cores are few, and other work may take most of them
         "launch": {
             "python": str(python),
             "device": "cpu",
@@ -82,6 +90,3 @@ def write_cluster(root: Path, python: Path, **changes: Any) -> Path:
             "kv_cache_memory_bytes": 1 << 26,
         },
     }
-    path = root / "cluster.yaml"
-    path.write_text(yaml.safe_dump(values | changes))
-    return path

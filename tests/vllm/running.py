@@ -21,6 +21,8 @@ from tests.places import ROOT
 from tests.serve.ray.rig import engines
 from tests.vllm.asking import DEADLINE_SECONDS, client_of
 
+CALM_PATH = os.pathsep.join([str(ROOT), str(Path(__file__).with_name("calm"))])  # of vLLMs whose NIXL leaves cores free
+
 
 @dataclass
 class Cluster:
@@ -59,7 +61,7 @@ def running_cluster(file: Path, root: Path, pairs: int) -> Iterator[Cluster]:
     """Within, `qsun up` runs and all pairs are warm; logs go to root."""
     said = root / "up.err"
     command = [sys.executable, "-m", "qsun.cli.main", "up", str(file), "--logs", str(root / "logs"), "--json"]
-    environment = os.environ | PROBE_SETTINGS | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = os.environ | PROBE_SETTINGS | {"PYTHONPATH": CALM_PATH, "RAY_USAGE_STATS_ENABLED": "0"}
     environment["TEST_ROOT"] = str(root)
     started = time.monotonic()
     with said.open("w") as errors:

@@ -32,7 +32,13 @@ def serve_config(cluster: Cluster, planned: Sequence[PlannedApp]) -> dict[str, A
         "proxy_location": "EveryNode",
         "http_options": {"host": cluster.listen.host, "port": cluster.listen.port},
         "applications": [
-            {"name": app.name, "import_path": app.import_path, "route_prefix": app.route_prefix, "args": app.args}
+            {
+                "name": app.name,
+                "import_path": app.import_path,
+                "route_prefix": app.route_prefix,
+                "args": app.args,
+                "deployments": [{"name": app.deployment} | app.replicas],
+            }
             for app in planned
         ],
     }

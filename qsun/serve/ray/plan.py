@@ -29,12 +29,16 @@ class PlannedApp:
 
     Attributes:
         import_path: of the function that builds it. args: JSON values for that function.
+        deployment: its name. replicas: Serve's options for their number, which are not among the arguments: if only
+            the number changes, the replicas that there are stay.
         route_prefix: None: it is reached through handles only.
     """
 
     name: str
     import_path: str
     args: dict[str, Any]
+    deployment: str
+    replicas: dict[str, Any]
     route_prefix: str | None = None
 
 
@@ -47,7 +51,8 @@ def plan_apps(cluster: Cluster, names: ServedNames) -> list[PlannedApp]:
     _check(cluster)
     apps = [_pool_app(name, pool, served, cluster) for name, pool, served in _pools(cluster, names)]
     args = {"cluster": _exchange(cluster), "pools": [app.name for app in apps], "deployment": _ingress(cluster)}
-    return [*apps, PlannedApp(INGRESS_APP, f"{_BUILDERS}:ingress", args, "/")]
+    replicas = {"num_replicas": cluster.ray.ingress_replicas}
+    return [*apps, PlannedApp(INGRESS_APP, f"{_BUILDERS}:ingress", args, INGRESS, replicas, "/")]
 
 
 def pool_app(model: str) -> str:
@@ -110,17 +115,18 @@ def _pool_app(name: str, pool: Pool, served: dict[str, Any], cluster: Cluster) -
         "launch": cluster.launch.model_dump(mode="json", exclude_defaults=True),
         # the router leaves the length of open requests to an engine that answers alone
         "max_tokens": cluster.limits.max_tokens if served["role"] == "aggregated" else None,
+        "deadline_seconds": cluster.limits.deadline_seconds,
         "transfer_device": cluster.ray.transfer_device,
         "linger_seconds": cluster.ray.linger_seconds if served["role"] == "prefill" else 0.0,
         "health_seconds": cluster.health.timeout_seconds,
         "logs": cluster.ray.logs,
     }
-    return PlannedApp(name, f"{_BUILDERS}:engines", {"engine": engine, "deployment": dict(_engines(pool, cluster))})
+    args = {"engine": engine, "deployment": dict(_engines(cluster))}
+    return PlannedApp(name, f"{_BUILDERS}:engines", args, ENGINE, _replicas(pool))
 
 
-def _engines(pool: Pool, cluster: Cluster) -> Iterator[tuple[str, Any]]:
+def _engines(cluster: Cluster) -> Iterator[tuple[str, Any]]:
     """Yield Serve's options of a pool's deployment."""
-    assert isinstance(pool.workers, int)
     limits, ray = cluster.limits, cluster.ray
     gpus = ray.gpus
     if gpus is None:
@@ -135,24 +141,24 @@ def _engines(pool: Pool, cluster: Cluster) -> Iterator[tuple[str, Any]]:
     yield "logging_config", {"enable_access_log": False}  # a line for each health check and each half of a request
     yield "max_surge_percent", ray.surge_percent
     yield "request_router_config", {"request_router_class": "qsun.serve.ray.routing:NamedReplica"}
+
+
+def _replicas(pool: Pool) -> dict[str, Any]:
     if pool.scale is None:
-        yield "num_replicas", pool.workers
-    else:
-        yield (
-            "autoscaling_config",
-            {
-                "min_replicas": pool.workers,
-                "max_replicas": pool.scale.workers,
-                "upscale_delay_s": pool.scale.up_seconds,
-                "downscale_delay_s": pool.scale.down_seconds,
-                "metrics_interval_s": min(1.0, pool.scale.up_seconds),
-                "look_back_period_s": min(5.0, pool.scale.up_seconds),
-                "policy": {
-                    "policy_function": "qsun.serve.ray.scaling:ByOutstandingTokens",
-                    "policy_kwargs": {"tokens": pool.scale.tokens},
-                },
-            },
-        )
+        return {"num_replicas": pool.workers}
+    scaling = {
+        "min_replicas": pool.workers,
+        "max_replicas": pool.scale.workers,
+        "upscale_delay_s": pool.scale.up_seconds,
+        "downscale_delay_s": pool.scale.down_seconds,
+        "metrics_interval_s": min(1.0, pool.scale.up_seconds),
+        "look_back_period_s": min(5.0, pool.scale.up_seconds),
+        "policy": {
+            "policy_function": "qsun.serve.ray.scaling:ByOutstandingTokens",
+            "policy_kwargs": {"tokens": pool.scale.tokens},
+        },
+    }
+    return {"autoscaling_config": scaling}
 
 
 def needed_resources(planned: Sequence[PlannedApp], updating: bool = False) -> dict[str, float]:
@@ -164,7 +170,7 @@ def needed_resources(planned: Sequence[PlannedApp], updating: bool = False) -> d
     needed: defaultdict[str, float] = defaultdict(float)
     for app in planned:
         deployment = app.args["deployment"]
-        count = deployment.get("num_replicas") or deployment["autoscaling_config"]["max_replicas"]
+        count = app.replicas.get("num_replicas") or app.replicas["autoscaling_config"]["max_replicas"]
         if updating:
             count += math.ceil(count * deployment.get("max_surge_percent", 0) / 100)
         options = deployment["ray_actor_options"]
@@ -189,7 +195,6 @@ def _exchange(cluster: Cluster) -> dict[str, Any]:
 def _ingress(cluster: Cluster) -> dict[str, Any]:
     limits = cluster.limits
     return {
-        "num_replicas": cluster.ray.ingress_replicas,
         "ray_actor_options": {"num_cpus": 1.0},
         "max_ongoing_requests": cluster.guard_config(()).max_requests + 64,
         "health_check_period_s": cluster.health.interval_seconds,

@@ -10,7 +10,7 @@ import torch
 from qsun.engine.decode.buckets import column_buckets, columns_bucket, row_buckets, rows_bucket, seen_columns, widened
 from qsun.engine.decode.fixed_slots import FixedSlots, budget_for
 from qsun.engine.decode.slot_memory import free_tokens
-from tests.engine.decode.test_slot_cache import CONFIG, check, step
+from tests.engine.decode.test_slot_cache import CONFIG, walk
 
 
 class Model(torch.nn.Module):
@@ -52,31 +52,18 @@ def test_rows_keep_their_own_columns_and_addresses_stay(seed):
     rng, model = random.Random(seed), Model()
     cache = FixedSlots(model, 4000)
     addresses = {keys.untyped_storage().data_ptr() for keys, _ in cache.buffers}
-    expected, needs, shapes = [], [], set()
-    for _ in range(200):
-        need = rng.choice([rng.randrange(1, 100), rng.randrange(1, 900), rng.randrange(1, 4001)])
-        if rng.random() < 0.5 and cache.fits([need]):
-            filled = rng.randrange(min(need, 60))
-            layers = [(torch.randn(2, filled, 8), torch.randn(2, filled, 8)) for _ in range(3 if filled else 0)]
-            assert cache.place(layers, filled, need) == len(expected)
-            expected.append([keys for keys, _ in layers] or [torch.zeros(2, 0, 8)] * 3)
-            needs.append(need)
-        growing = [row for row, keys in enumerate(expected) if keys[0].shape[1] < needs[row]]
-        if expected and len(growing) == len(expected):
-            step(cache, expected)
-        if expected and rng.random() < 0.45:
-            row = rng.randrange(len(expected))
-            cache.release(row)
-            expected[row], needs[row] = expected[-1], needs[-1]
-            expected.pop()
-            needs.pop()
+    shapes = set()
+
+    def draw_need():
+        return rng.randrange(1, rng.choice([100, 900, 4001]))
+
+    for needs in walk(cache, rng, 200, draw_need):
         rows, columns = cache.capacity
         shapes.add(columns)
         assert rows * columns <= 4000
         assert columns in cache.column_sizes
-        assert rows >= len(expected)
+        assert rows >= len(needs)
         assert max(needs, default=0) <= columns
-        check(cache, expected)
     assert len(shapes) > 2
     assert {keys.untyped_storage().data_ptr() for keys, _ in cache.buffers} == addresses
 

@@ -23,28 +23,33 @@ def test_bytes_of_a_token():
 def test_rows_keep_their_own_columns_and_the_budget_holds(seed):
     rng = random.Random(seed)
     cache = SlotCache(CONFIG, torch.zeros(1), budget_tokens=600)
+    for _ in walk(cache, rng, 150, lambda: rng.randrange(1, 130)):
+        rows, columns = cache.capacity
+        assert rows * columns <= 600
+
+
+def walk(cache, rng, turns, draw_need):
+    """Let rows arrive, grow and leave at random. After each turn check the cache, and yield what its rows need."""
     expected, needs = [], []  # a row's keys by layer, (heads, filled, width)
-    for _ in range(150):
-        need = rng.randrange(1, 130)
-        if rng.random() < 0.4 and cache.fits([need]):
-            filled = rng.randrange(need)
+    for _ in range(turns):
+        need = draw_need()
+        if rng.random() < 0.5 and cache.fits([need]):
+            filled = rng.randrange(min(need, 130))
             layers = [(torch.randn(2, filled, 8), torch.randn(2, filled, 8)) for _ in range(3 if filled else 0)]
-            row = cache.place(layers, filled, need)
-            assert row == len(expected)
+            assert cache.place(layers, filled, need) == len(expected)
             expected.append([keys for keys, _ in layers] or [torch.zeros(2, 0, 8)] * 3)
             needs.append(need)
         growing = [row for row, keys in enumerate(expected) if keys[0].shape[1] < needs[row]]
         if expected and len(growing) == len(expected):
             step(cache, expected)
-        if expected and rng.random() < 0.4:
+        if expected and rng.random() < 0.45:
             row = rng.randrange(len(expected))
             cache.release(row)
             expected[row], needs[row] = expected[-1], needs[-1]
             expected.pop()
             needs.pop()
-        rows, columns = cache.capacity
-        assert rows * columns <= 600
         check(cache, expected)
+        yield needs
 
 
 def step(cache, expected):

@@ -21,6 +21,7 @@ from tests.places import ROOT
 
 CPU = {"device": "cpu", "dtype": "float32"}
 QUIET = {"disable_tqdm": True}
+AUTO = {"batch_size": "auto", "max_batch_size": 6}  # HFLM tries them on rows of 512 positions
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -83,7 +84,7 @@ class Recorder:
         {"batch_size": 64, "add_bos_token": True},
         {"batch_size": 5, "max_length": 40},
         {"batch_size": 5, "logits_cache": False},
-        {"batch_size": "auto"},
+        AUTO,
     ],
     ids=str,
 )
@@ -100,7 +101,7 @@ def test_one_model_on_both_sides_scores_as_lm_evals_own(settings):
     assert {greedy for _, greedy in expected} == {True, False}
 
 
-@pytest.mark.parametrize("settings", [{"batch_size": 2}, {"batch_size": 3, "max_length": 33}, {"batch_size": "auto"}])
+@pytest.mark.parametrize("settings", [{"batch_size": 2}, {"batch_size": 3, "max_length": 33}, AUTO])
 def test_rolling(settings):
     lm, reference = both(**settings)
     requests = instances("loglikelihood_rolling", [("calc 12+8>20 " * n,) for n in (1, 9, 60)])
@@ -117,7 +118,7 @@ GENERATIONS = [
 ]
 
 
-@pytest.mark.parametrize("settings", [{"batch_size": 1}, {"batch_size": 6, "max_length": 300}, {"batch_size": "auto"}])
+@pytest.mark.parametrize("settings", [{"batch_size": 1}, {"batch_size": 6, "max_length": 300}, AUTO])
 def test_generations(settings):
     lm, reference = both(**settings)
     requests = instances("generate_until", GENERATIONS)
@@ -199,6 +200,7 @@ def test_modules_of_different_dtypes(perturbed, int4):
 
 
 def test_automatic_batch_sizes(monkeypatch):
+    assert QsunLM(decode="demo", batch_size="auto", **CPU)._detect_batch_size() == CPU_BATCH
     lm = QsunLM(decode="demo", batch_size="auto", max_batch_size=20, **CPU)
     assert lm._detect_batch_size() == 20 < CPU_BATCH
     tried = []

@@ -7,6 +7,8 @@ import pytest
 
 from qsun.demo import base_directory
 
+pytestmark = pytest.mark.usefixtures("short_index")
+
 
 def test_an_embedded_task(cli, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -45,9 +47,8 @@ def test_lm_evals_own_help(cli):
     assert "usage: lm-eval run" in answer.out
 
 
-@pytest.mark.slow
 def test_an_include_path_is_the_users(cli, tmp_path):
     (tmp_path / "mine.yaml").write_text("task: my_own_task\n")
     answer = cli("lm-eval", "ls", "tasks", "--include_path", tmp_path)
-    assert "my_own_task" in answer.out
+    assert "my_own_task" in answer.out and "gsm8k_cot" in answer.out
     assert "qsun_math" not in answer.out

@@ -10,6 +10,7 @@ from qsun.runtime.decode_module import load_decode
 from qsun.runtime.prefill_module import PrefillModule
 
 pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.usefixtures("short_index")
 
 
 @pytest.fixture(autouse=True)

@@ -19,6 +19,7 @@ from qsun.tuning.examples import read_examples
 from qsun.tuning.tuner import tune
 
 pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.usefixtures("short_index")
 
 
 @pytest.fixture(scope="module")

@@ -1,25 +1,30 @@
 """Modules, a cluster file and requests for Ray Serve with pretend vLLMs, and the processes that there are."""
 
-import asyncio
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
-from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from qsun.demo import base_directory
 from tests.adapter_rig import write_adapter
 from tests.places import ROOT
 from tests.serve.fake_vllm import expected_text
+from tests.serve.ray.live import load
+from tests.serve.ray.live.load import Question
 
 MODELS = ("math", "code")
 ENGINE = Path(__file__).with_name("fake_engine")
+SETTINGS = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+DEADLINE_SECONDS = 300
 
 
 def make_modules(root):
@@ -67,50 +72,35 @@ def make_adapters(root, names):
     return {name: {"adapter": str(root / name)} for name in names}
 
 
-def expected(model, prompt, tokens):
-    return expected_text(model, prompt, tokens)
-
-
-async def one(client, number, tokens, models):
-    """Send request `number`. Return "right", "wrong", or its error; streamed and whole answers take turns."""
-    model, prompt, stream = models[number % len(models)], f"{number} of some words", number % 4 < 2
+def question(number, tokens):
+    """Request `number` to pretend vLLMs: models take turns, and so do streams and whole answers."""
+    model, prompt, stream = MODELS[number % len(MODELS)], f"{number} of some words", number % 4 < 2
     body = {"model": model, "prompt": prompt, "max_tokens": tokens, "stream": stream}
-    try:
-        answer = await client.post("/v1/completions", json=body)
-    except httpx.HTTPError as error:
-        return f"{type(error).__name__}"
-    if answer.status_code != 200:
-        return f"status {answer.status_code}"
-    text, complete = streamed(answer.text) if stream else (answer.json()["choices"][0]["text"], True)
-    wanted = expected(model, prompt, tokens)
-    if not complete and wanted.startswith(text):
-        return "cut off"
-    if text != wanted:
-        print(f"WRONG: {model} {prompt!r}: {text[:60]!r} and not {wanted[:60]!r}", file=sys.stderr, flush=True)
-        return "wrong"
-    return "right"
+    return Question(body, (expected_text(model, prompt, tokens),))
 
 
-def streamed(body):
-    """The text of a stream, and whether it is complete: one that broke ends with an error and without [DONE]."""
-    import json
-
-    events = [line[6:] for line in body.splitlines() if line.startswith("data: ")]
-    parsed = [json.loads(event) for event in events if event != "[DONE]"]
-    return "".join(c["text"] for event in parsed for c in event.get("choices", [])), events[-1:] == ["[DONE]"]
-
-
-async def many(url, numbers, tokens=20, at_once=32, models=MODELS):
+async def many(url, numbers, tokens=20, at_once=32):
     """Send requests, so many at a time. Return how many ended in which way."""
-    turns = asyncio.Semaphore(at_once)
+    return await load.many(url, (question(number, tokens) for number in numbers), at_once)
 
-    async def in_turn(client, number):
-        async with turns:
-            return await one(client, number, tokens, models)
 
-    limits = httpx.Limits(max_connections=at_once)
-    async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=180.0, limits=limits) as client:
-        return Counter(await asyncio.gather(*(in_turn(client, number) for number in numbers)))
+@contextmanager
+def started(root, values):
+    """Run `qsun up` in the block; `said` is what it prints on stderr."""
+    file = root / "cluster.yaml"
+    file.write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "qsun.cli.main", "up", str(file), "--json"]
+    settings = os.environ | SETTINGS | {"TEST_ROOT": str(root)}
+    with (root / "said").open("w") as errors:
+        process = subprocess.Popen(command, cwd=root, env=settings, stdout=subprocess.PIPE, stderr=errors, text=True)
+    process.said = (root / "said").read_text
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        process.wait(timeout=DEADLINE_SECONDS)
+        process.stdout.close()
 
 
 def ready(url):
@@ -121,12 +111,12 @@ def ready(url):
         return None
 
 
-def until(condition, seconds=120.0):
-    """Return after how many seconds something holds."""
+def until(condition, seconds=120.0, every=0.05):
+    """Return after how many seconds something holds. every: how often to look."""
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < seconds, f"not within {seconds} s"
-        time.sleep(0.05)
+        time.sleep(every)
     return time.monotonic() - started
 
 

@@ -32,7 +32,7 @@ def test_a_pool_is_an_application_and_clients_reach_the_ingress_only():
     apps = planned()
     assert list(apps) == [DECODE_APP, MATH, AB, "qsun"]
     assert [app.route_prefix for app in apps.values()] == [None, None, None, "/"]
-    assert [apps[name].args["deployment"]["num_replicas"] for name in list(apps)[:3]] == [2, 1, 3]
+    assert [apps[name].replicas["num_replicas"] for name in list(apps)[:3]] == [2, 1, 3]
     assert apps["qsun"].args["pools"] == [DECODE_APP, MATH, AB]
 
 
@@ -59,7 +59,13 @@ def test_a_module_elsewhere_and_more_replicas_leave_the_ingress_alone():
     launch = {"device": "cpu", "max_model_len": 512}
     after = planned(policy="partitioned", models=models, decode=decode, launch=launch)
     assert after["qsun"] == before
-    assert after[DECODE_APP].args["deployment"] != planned()[DECODE_APP].args["deployment"]
+
+
+def test_another_number_of_replicas_restarts_none():
+    """Serve starts all replicas anew whose arguments have changed."""
+    before, after = planned(), planned(decode={"module": "demo", "workers": 5})
+    assert after[DECODE_APP].args == before[DECODE_APP].args
+    assert after[DECODE_APP].replicas != before[DECODE_APP].replicas
 
 
 def test_the_ingress_reads_its_part_as_a_cluster_file():
@@ -72,9 +78,9 @@ def test_the_ingress_reads_its_part_as_a_cluster_file():
 
 
 def test_an_ingress_starts_before_the_one_that_it_replaces_stops():
-    many = planned(ray={"ingress_replicas": 3})["qsun"].args["deployment"]
-    assert many["num_replicas"] == 3
-    assert -(-many["num_replicas"] * many["max_surge_percent"] // 100) == 1  # as Serve rounds
+    many = planned(ray={"ingress_replicas": 3})["qsun"]
+    assert many.replicas == {"num_replicas": 3}
+    assert -(-3 * many.args["deployment"]["max_surge_percent"] // 100) == 1  # as Serve rounds
     apps = plan_apps(cluster(ray={"ingress_replicas": 3, "cpus": 0.0}), NAMES)
     assert (needed_resources(apps)["CPU"], needed_resources(apps, updating=True)["CPU"]) == (3, 4)
 
@@ -103,7 +109,7 @@ def test_tensor_parallel_ranks_share_a_node():
 
 def test_autoscaling():
     decode = {"module": "demo", "workers": 1, "scale": {"workers": 3, "tokens": 500, "up_seconds": 2.0}}
-    options = planned(decode=decode)[DECODE_APP].args["deployment"]
+    options = planned(decode=decode)[DECODE_APP].replicas
     assert "num_replicas" not in options
     assert options["autoscaling_config"]["min_replicas"] == 1
     assert options["autoscaling_config"]["max_replicas"] == 3
@@ -179,6 +185,8 @@ def test_serves_own_schema_takes_the_config():
         assert set(app) <= set(schema.ServeApplicationSchema.model_fields)
         options = schema.DeploymentSchema.model_validate({"name": "x", **app["args"]["deployment"]})
         assert set(app["args"]["deployment"]) <= set(type(options).model_fields)
+        (replicas,) = app["deployments"]
+        assert set(replicas) <= set(type(schema.DeploymentSchema.model_validate(replicas)).model_fields)
 
 
 class Context:

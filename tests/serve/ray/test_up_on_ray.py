@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,8 +19,8 @@ import httpx
 import pytest
 import yaml
 
-from tests.places import ROOT
 from tests.serve.ray.rig import (
+    DEADLINE_SECONDS,
     cluster_values,
     engines,
     environment,
@@ -30,6 +29,7 @@ from tests.serve.ray.rig import (
     many,
     processes,
     ready,
+    started,
     until,
     warm,
 )
@@ -42,13 +42,6 @@ pytestmark = [
 ]
 
 PAIRS = 4
-SETTINGS = {
-    "PYTHONPATH": str(ROOT),
-    "OMP_NUM_THREADS": "1",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "0",  # 15 would have other tests starve it
-}
-DEADLINE_SECONDS = 300
 
 
 @pytest.fixture(autouse=True)
@@ -63,25 +56,6 @@ def one_at_a_time():
 def root(tmp_path):
     make_modules(tmp_path)
     return tmp_path
-
-
-@contextmanager
-def started(root, values):
-    """The running command; `said` is what it prints on stderr."""
-    file = root / "cluster.yaml"
-    file.write_text(yaml.safe_dump(values))
-    command = [sys.executable, "-m", "qsun.cli.main", "up", str(file), "--json"]
-    settings = os.environ | SETTINGS | {"TEST_ROOT": str(root)}
-    with (root / "said").open("w") as errors:
-        process = subprocess.Popen(command, cwd=root, env=settings, stdout=subprocess.PIPE, stderr=errors, text=True)
-    process.said = (root / "said").read_text
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        process.wait(timeout=DEADLINE_SECONDS)
-        process.stdout.close()
 
 
 def with_mode(root, mode):
@@ -121,6 +95,7 @@ def test_from_cold_to_warm_two_deaths_a_new_module_and_down_again(root):
         a_request_keeps_its_id(up)
         errors_are_openais(up)
         all_listen_on_the_loopback_address(root)
+        engines_have_the_priority_of_the_command(up, root)
         a_client_that_leaves_ends_its_request_in_vllm(up, root)
         for role in ("decode", "prefill"):
             an_engine_that_dies_under_load_comes_back(up, root, role)
@@ -154,6 +129,11 @@ def all_listen_on_the_loopback_address(root):
     found = listening_addresses([*others, *engines(root)])
     assert len(found) > 10
     assert [address for address, _ in found if not is_loopback(address)] == []
+
+
+def engines_have_the_priority_of_the_command(up, root):
+    nice = {os.getpriority(os.PRIO_PROCESS, pid) for pid in (up.pid, *engines(root))}
+    assert len(nice) == 1
 
 
 def a_client_that_leaves_ends_its_request_in_vllm(up, root):

@@ -90,7 +90,7 @@ def test_print_shows_what_would_be_deployed(cluster_file, cli):
     decode, math, ingress = shown["applications"]
     assert [app["route_prefix"] for app in (decode, math, ingress)] == [None, None, "/"]
     assert decode["args"]["engine"]["served_name"].startswith("qsun-")
-    assert decode["args"]["deployment"]["num_replicas"] == 2
+    assert decode["deployments"] == [{"name": "Engine", "num_replicas": 2}]
 
 
 def test_without_ray_one_line_names_the_extra(cluster_file, cli, monkeypatch, tmp_path):

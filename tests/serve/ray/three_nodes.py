@@ -1,258 +1,186 @@
-"""Three Ray nodes on this machine under load: python tests/serve/ray/three_nodes.py [REPORT.json]
+"""Three Ray nodes on this machine under load: python tests/serve/ray/three_nodes.py [REPORT.json] [--vllm PYTHON]
 
-Pretend vLLMs; two full modules, each with a prefill replica, and four adapters that share one. Decode replicas, prefill
-replicas and a node are killed while requests run; the decode pool grows from 1 to 3 replicas and shrinks again; a
-module is replaced. Requests are right, or end with an error that says so, and where nothing is killed none may fail.
-Exit code 1 where that is not so. Prints what happened and how long it took.
+Two full modules, each with a prefill replica, and four adapters that share one; three decode replicas for all of them.
+Decode replicas, prefill replicas and a node are killed while 64 requests run; a module is replaced; the decode pool
+grows from 1 to 3 replicas and shrinks again. Requests are right, or end with an error that says so, and where nothing
+is killed none may fail. Exit code 1 where that is not so. Prints what happened and how long it took.
+
+Replicas are pretend vLLMs. --vllm: real ones, in float32 on the CPU, of the environment with this interpreter
+(.oracles/vllm/bin/python, which tests/vllm/run.sh makes); their tokens are compared with those of `qsun.generate`.
+--scaling-only: only the last of these.
 """
 
+import argparse
 import asyncio
 import json
 import os
-import shutil
-import sys
-import tempfile
 import time
-from collections import Counter
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-import ray
-from ray import serve
-from ray.cluster_utils import Cluster
+from tests.serve.ray.live.fleets import START_SECONDS, UPDATED, PretendFleet, RealFleet, environment
+from tests.serve.ray.live.load import Load, many
+from tests.serve.ray.live.nodes import DECODE, Nodes, temporary_root, three_nodes
+from tests.serve.ray.rig import engines, kill, ready, until, warm
 
-from qsun.serve.cluster.file import parse_cluster
-from qsun.serve.cluster.modules import ModuleChecks
-from qsun.serve.ray.config import put_config, serve_config
-from qsun.serve.ray.engine.command import free_ports
-from qsun.serve.ray.plan import plan_apps
-from tests.places import ROOT
-from tests.serve.ray.rig import (
-    MODELS,
-    cluster_values,
-    engines,
-    kill,
-    make_adapters,
-    make_modules,
-    many,
-    processes,
-    ready,
-    until,
-    warm,
-)
-
-START_SECONDS = 900
-ADAPTERS = ("poem", "tool", "chat", "sql")
-ALL = (*MODELS, *ADAPTERS)
 PAIRS = 3 * 3
 ENGINES = 3 + 3
+EVERY = 0.5  # seconds
+AT_ONCE, LIGHT = 64, 2  # requests in flight: before an event, and until all replicas are back
 CLEAR = {"right", "cut off", "status 502", "status 503", "status 504"}
-DECODE = "ray::ServeReplica:qsun-decode"
+UNHARMED = ("nothing killed", "module replaced", "scaling")
+
+Fleet = PretendFleet | RealFleet
 
 
-class Nodes:
-    """A Ray cluster of a head, which clients and the ingress use, and two more nodes."""
+class ThreeNodes:
+    """The phases; `found` is what they find."""
 
-    def __init__(self, root):
-        self.root, self.checks = root, ModuleChecks()
-        port, self.http_port = free_ports(2)
-        head = {"num_cpus": 8, "resources": {"head": 1}, "include_dashboard": True, "dashboard_port": port}
-        self.cluster = patiently(lambda: Cluster(initialize_head=True, connect=True, head_node_args=head))
-        self.adapters = make_adapters(root / "adapters", ADAPTERS)
-        self.workers = [patiently(lambda: self.cluster.add_node(num_cpus=8)) for _ in range(2)]
-        self.dashboard, self.url = f"http://127.0.0.1:{port}", f"http://127.0.0.1:{self.http_port}"
+    def __init__(self, nodes: Nodes, fleet: Fleet):
+        self.nodes, self.fleet, self.root = nodes, fleet, nodes.root
+        self.found: dict[str, dict] = {}
 
-    def deploy(self, math="math", **changes):
-        """math: directory of this model's module."""
-        values = cluster_values(self.root, token_seconds=0.02, listen={"port": self.http_port})
-        values["prefill"] = {"module": "demo", "workers": 1}
-        values["models"]["math"]["module"] = str(self.root / math)
-        values["models"] |= self.adapters
-        values["ray"]["surge_percent"] = 100
-        values["launch"]["start_seconds"] = float(START_SECONDS)
-        cluster = parse_cluster(values | changes)
-        planned = plan_apps(cluster, self.checks.names(cluster))
-        planned[-1].args["deployment"]["ray_actor_options"]["resources"] = {"head": 0.1}
-        config = serve_config(cluster, planned) | {"proxy_location": "HeadOnly"}  # nodes share an address here
-        put_config(self.dashboard, config, None)
+    def run(self, scaling_only: bool) -> None:
+        if not scaling_only:
+            self.start()
+            for event in (
+                self.a_decode_engine, self.a_decode_replica, self.a_prefill_replica,
+                self.the_prefill_replica_of_adapters, self.a_node,
+            ):  # fmt: skip
+                self.killed(event)
+            self.module_replaced()
+        self.scaling()
 
-    def decode_replicas(self):
-        state = ready(self.url)
-        return [] if state is None else [w for w in state["workers"] if w["role"] == "decode"]
+    def note(self, name: str, part: dict) -> None:
+        self.found[name] = part | {"load_average": round(os.getloadavg()[0], 1)}
+        print(name, json.dumps(self.found[name]), flush=True)
 
-    def node_with_decode(self):
-        """A node that is not the head and has a decode replica."""
-        for node in self.workers:
-            raylet = node.all_processes["raylet"][0].process.pid
-            if any(parent(pid) == raylet for pid in processes(DECODE)):
-                return node
-        raise AssertionError("every decode replica is on the head")
+    def deploy(self, **decode) -> None:
+        values = self.fleet.values()
+        values["decode"] = {"module": values["decode"]["module"]} | decode
+        self.nodes.deploy(values)
 
-    def remove(self, node):
-        self.workers.remove(node)
-        self.cluster.remove_node(node, allow_graceful=False)
+    def start(self) -> None:
+        self.deploy(workers=3)
+        seconds = until(lambda: warm(self.nodes.url, PAIRS), START_SECONDS, EVERY)
+        self.note("warm", {"seconds": round(seconds, 1), "ended": {}})
+        began = time.monotonic()
+        ended = self.asked(4 * AT_ONCE)
+        rate = 4 * AT_ONCE * self.fleet.tokens / (time.monotonic() - began)
+        self.note("nothing killed", {"ended": ended, "tokens_a_second": round(rate)})
 
+    def asked(self, count: int = AT_ONCE) -> dict[str, int]:
+        return dict(asyncio.run(many(self.nodes.url, map(self.fleet.question, range(count)), AT_ONCE)))
 
-def patiently(start):
-    """Start a node. Ray gives up after 30 s, which is little on a machine that other work keeps busy."""
-    for attempt in range(5):
-        try:
-            return start()
-        except Exception as error:
-            if attempt == 4 or "timed out during startup" not in str(error):
-                raise
-            print("a node takes long to start; once more", flush=True)
-    return None
+    def all_back(self) -> bool:
+        return warm(self.nodes.url, PAIRS) and len(engines(self.root)) == ENGINES
 
+    def killed(self, event: Callable[[], None]) -> None:
+        def lost_and_back() -> None:
+            until(lambda: not self.all_back())
+            until(self.all_back, START_SECONDS, EVERY)
 
-def parent(pid):
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
+        part = asyncio.run(self.under_load(event, lost_and_back))
+        self.note(f"{event.__name__.replace('_', ' ')} killed", part | {"after": self.asked()})
 
+    async def under_load(self, event: Callable[[], None], over: Callable[[], None]) -> dict:
+        """Run an event under load. Return how requests ended, and the seconds from the event until it was over."""
+        load = Load(self.nodes.url, self.fleet.question, AT_ONCE)
+        load.start()
+        while load.ended.total() < AT_ONCE // 2:
+            await asyncio.sleep(0.05)
+        began = time.monotonic()
+        await asyncio.to_thread(event)
+        load.at_once = LIGHT
+        await asyncio.to_thread(over)
+        seconds = time.monotonic() - began
+        await load.stop()
+        return {"ended": dict(load.ended), "seconds_until_back": round(seconds, 1)}
 
-@contextmanager
-def three_nodes():
-    root = Path(tempfile.mkdtemp(prefix="qsun-ray-"))
-    make_modules(root)
-    nodes = Nodes(root)
-    try:
-        yield nodes
-    finally:
-        serve.shutdown()
-        ray.shutdown()
-        nodes.cluster.shutdown()
-        shutil.rmtree(root, ignore_errors=True)
+    def a_decode_engine(self) -> None:
+        kill(engines(self.root, "decode")[0])
 
+    def a_decode_replica(self) -> None:
+        kill(self.nodes.replicas(DECODE)[0])
 
-async def under_load(nodes, event, requests=192, tokens=30, at_once=48):
-    """Run an event in the middle of a load. Return how requests ended, and the seconds from the event to `back`."""
-    load = asyncio.ensure_future(many(nodes.url, range(requests), tokens, at_once, ALL))
-    await asyncio.sleep(1.0)
-    started = time.monotonic()
-    back = await asyncio.to_thread(event)
-    seconds = await asyncio.to_thread(until, back, START_SECONDS)
-    ended = await load
-    return {"ended": dict(ended), "seconds_until_back": round(seconds, 1), "at": round(time.monotonic() - started, 1)}
+    def a_prefill_replica(self) -> None:
+        kill(self.nodes.replicas("ray::ServeReplica:qsun-prefill-math-")[0])
 
+    def the_prefill_replica_of_adapters(self) -> None:
+        kill(self.nodes.replicas("ray::ServeReplica:qsun-prefill:")[0])
 
-def kills(nodes, found):
-    nodes.deploy(decode={"module": "demo", "workers": 3})
-    started = time.monotonic()
-    until(lambda: warm(nodes.url, PAIRS), START_SECONDS)
-    found["seconds_to_warm"] = round(time.monotonic() - started, 1)
+    def a_node(self) -> None:
+        self.nodes.kill_one_with_decode()
 
-    def back():
-        return warm(nodes.url, PAIRS) and len(engines(nodes.root)) == ENGINES
+    def module_replaced(self) -> None:
+        """A module is replaced: nothing fails, and the decode replicas are the same ones."""
+        before, old = sorted(self.nodes.replicas(DECODE)), self.workers_of_math()
+        self.fleet.accepted["math"] += (UPDATED,)
 
-    def a_decode_engine():
-        kill(engines(nodes.root, "decode")[0])
-        until(lambda: not back())
-        return back
+        def over() -> None:
+            until(lambda: self.workers_of_math() and not self.workers_of_math() & old, START_SECONDS, EVERY)
+            until(lambda: warm(self.nodes.url, PAIRS), START_SECONDS, EVERY)
 
-    def a_decode_replica():
-        kill(processes(DECODE)[0])
-        until(lambda: not back())
-        return back
+        part = asyncio.run(self.under_load(lambda: self.deploy(workers=3), over))
+        self.fleet.accepted["math"] = (UPDATED,)
+        part["same decode replicas"] = sorted(self.nodes.replicas(DECODE)) == before
+        self.note("module replaced", part | {"after": self.asked()})
 
-    def a_prefill_replica():
-        kill(processes("ray::ServeReplica:qsun-prefill-math-")[0])
-        until(lambda: not back())
-        return back
+    def workers_of_math(self) -> set[str]:
+        state = ready(self.nodes.url) or {"workers": ()}
+        return {worker["url"] for worker in state["workers"] if worker["model"] == "math"}
 
-    def the_prefill_replica_of_adapters():
-        kill(processes("ray::ServeReplica:qsun-prefill:")[0])
-        until(lambda: not back())
-        return back
+    def scaling(self) -> None:
+        """The decode pool grows to 3 replicas under load and shrinks to 1 under a light one."""
+        scale = {"workers": 3, "tokens": self.fleet.scale_tokens, "up_seconds": 2.0, "down_seconds": 20.0}
+        self.deploy(workers=1, scale=scale)
+        until(lambda: warm(self.nodes.url, 3) and len(self.nodes.decode_workers()) == 1, START_SECONDS, EVERY)
+        self.note("scaling", asyncio.run(self.grown_and_shrunk()))
 
-    def a_node():
-        nodes.remove(nodes.node_with_decode())
-        until(lambda: not back())
-        return back
+    async def grown_and_shrunk(self) -> dict:
+        load, counts = Load(self.nodes.url, self.fleet.question, AT_ONCE), [1]
 
-    found["no kill"] = {"ended": dict(asyncio.run(many(nodes.url, range(192), 30, 48, ALL)))}
-    for event in (a_decode_engine, a_decode_replica, a_prefill_replica, the_prefill_replica_of_adapters, a_node):
-        name = event.__name__.replace("_", " ")
-        found[f"{name} killed"] = asyncio.run(under_load(nodes, event))
-        print(name, found[f"{name} killed"], flush=True)
+        def seen(wanted: int) -> bool:
+            count = sum(worker["state"] == "ready" for worker in self.nodes.decode_workers())
+            if count and count != counts[-1]:
+                counts.append(count)
+            return count == wanted
+
+        load.start()
+        until_three = await asyncio.to_thread(until, lambda: seen(3), START_SECONDS, EVERY)
+        load.at_once = 2
+        until_one = await asyncio.to_thread(until, lambda: seen(1), START_SECONDS, EVERY)
+        await asyncio.sleep(2.0)
+        await load.stop()
+        times = {"seconds_to_3": round(until_three, 1), "seconds_to_1": round(until_one, 1)}
+        return {"ended": dict(load.ended), "replicas_seen": counts} | times
 
 
-def new_module(nodes, found):
-    """A module is replaced under load: nothing fails, and the decode replicas are the same ones."""
-    before = sorted(processes(DECODE))
-    (nodes.root / "new").mkdir()
-    shutil.copytree(nodes.root / "code", nodes.root / "new" / "math")
-    old = {w["url"] for w in ready(nodes.url)["workers"] if w["model"] == "math"}
-
-    def replaced():
-        state = ready(nodes.url)
-        now = {w["url"] for w in state["workers"] if w["model"] == "math"} if state else old
-        return bool(now) and not now & old and state["ready"]
-
-    def event():
-        nodes.deploy(math="new/math", decode={"module": "demo", "workers": 3})
-        return replaced
-
-    found["module replaced"] = asyncio.run(under_load(nodes, event, requests=768))
-    found["module replaced"]["same decode replicas"] = sorted(processes(DECODE)) == before
+def faults(found: dict[str, dict]) -> list[str]:
+    """Return the phases in which a request was lost."""
+    lost = [name for name, part in found.items() if not set(part["ended"]) <= CLEAR]
+    lost += [name for name in UNHARMED if name in found and set(found[name]["ended"]) != {"right"}]
+    return lost + [f"after {name}" for name, part in found.items() if set(part.get("after", ["right"])) != {"right"}]
 
 
-def scaling(nodes, found):
-    """The decode pool grows to 3 replicas under load and shrinks to 1 under a light one."""
-    scale = {"workers": 3, "tokens": 400, "up_seconds": 2.0, "down_seconds": 4.0}
-    nodes.deploy(decode={"module": "demo", "workers": 1, "scale": scale})
-    until(lambda: warm(nodes.url, 3) and len(nodes.decode_replicas()) == 1, START_SECONDS)
-    ended, counts, until_three, until_one = asyncio.run(grown_and_shrunk(nodes))
-    found["scaling"] = {
-        "ended": dict(ended),
-        "replicas_seen": counts,
-        "seconds_to_3": round(until_three, 1),
-        "seconds_to_1": round(until_one, 1),
-    }
-
-
-async def grown_and_shrunk(nodes):
-    ended, counts, heavy = Counter(), [1], True
-
-    async def load():
-        number = 0
-        while heavy is not None:
-            count = 64 if heavy else 2
-            ended.update(await many(nodes.url, range(number, number + count), 30, count, ALL))
-            number += count
-
-    def seen(wanted):
-        count = sum(worker["state"] == "ready" for worker in nodes.decode_replicas())
-        if count and count != counts[-1]:
-            counts.append(count)
-        return count == wanted
-
-    running = asyncio.ensure_future(load())
-    until_three = await asyncio.to_thread(until, lambda: seen(3), START_SECONDS)
-    heavy = False
-    until_one = await asyncio.to_thread(until, lambda: seen(1), START_SECONDS)
-    await asyncio.sleep(2.0)
-    heavy = None
-    await running
-    return ended, counts, until_three, until_one
-
-
-def main():
-    os.environ |= {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
-    found = {}
-    with three_nodes() as nodes:
-        for phase in (kills, new_module, scaling):
-            phase(nodes, found)
-            print(json.dumps(found), flush=True)
-    text = json.dumps(found, indent=1)
-    print(text)
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(text + "\n")
-    faults = [name for name, part in found.items() if isinstance(part, dict) and not set(part["ended"]) <= CLEAR]
-    faults += [name for name in ("no kill", "module replaced", "scaling") if set(found[name]["ended"]) != {"right"}]
-    if faults:
-        sys.exit(f"requests were lost: {', '.join(faults)}")
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("report", nargs="?", type=Path)
+    parser.add_argument("--vllm", type=Path)
+    parser.add_argument("--scaling-only", action="store_true")
+    chosen = parser.parse_args()
+    with temporary_root() as root:
+        os.environ |= environment(root)
+        fleet = PretendFleet(root) if chosen.vllm is None else RealFleet(root, chosen.vllm.absolute())
+        with three_nodes(root) as nodes:
+            phases = ThreeNodes(nodes, fleet)
+            try:
+                phases.run(chosen.scaling_only)
+            finally:
+                if chosen.report:
+                    chosen.report.write_text(json.dumps(phases.found, indent=1) + "\n")
+    if lost := faults(phases.found):
+        raise SystemExit(f"requests were lost: {', '.join(lost)}")
 
 
 if __name__ == "__main__":

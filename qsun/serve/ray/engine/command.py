@@ -1,6 +1,7 @@
 """The command and environment of a replica's vLLM server, decided before it runs."""
 
 import json
+import math
 import socket
 import sys
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from qsun.errors import QsunError
 from qsun.model.checkpoint import read_json
 from qsun.model.locate import find_model
 from qsun.model.pairing import ADAPTER
-from qsun.serve.cluster.schema import LaunchSettings
+from qsun.serve.cluster.schema import LaunchSettings, RequestLimits
 
 LOOPBACK = "127.0.0.1"
 LOOPBACK_DEVICE = "lo"  # its name on Linux, the only system on which vLLM runs workers
@@ -64,12 +65,14 @@ def engine_command(
     launch: LaunchSettings,
     ports: tuple[int, int],
     max_tokens: int | None = None,
+    deadline_seconds: float = RequestLimits().deadline_seconds,
 ) -> EngineCommand:
     """Return the command of one server.
 
     Args:
         ports: of its API and of NIXL's side channel, on the loopback address.
         max_tokens: that no answer exceeds; None: as many as there is room for.
+        deadline_seconds: of every request.
     Raises:
         QsunError: an adapter's rank is more than vLLM serves.
     """
@@ -81,7 +84,7 @@ def engine_command(
         *("--host", LOOPBACK, "--port", str(ports[0])),
         *("--dtype", launch.dtype),
         *("--load-format", "safetensors"),
-        *(_kv_options(role, launch)),
+        *(_kv_options(role, launch, deadline_seconds)),
         *_sizes(launch),
         *(["--enforce-eager"] if launch.runs_eager else []),
         *(_lora_options(module.adapters, launch.max_loras) if module.adapters else []),
@@ -96,11 +99,11 @@ def engine_command(
     return EngineCommand(name, tuple(argv), environment, url, module.served_name, tuple(module.adapters))
 
 
-def _kv_options(role: EngineRole, launch: LaunchSettings) -> Iterator[str]:
+def _kv_options(role: EngineRole, launch: LaunchSettings, deadline_seconds: float) -> Iterator[str]:
     if role == "aggregated":
         yield from ("--middleware", LORA_GUARD)
         return
-    yield from ("--kv-transfer-config", json.dumps(kv_transfer_config(role, launch.device)))
+    yield from ("--kv-transfer-config", json.dumps(kv_transfer_config(role, launch.device, deadline_seconds)))
     if role == "decode":
         # The prefix cache is keyed by tokens alone: one model would read KV blocks that another model's prefill wrote.
         yield "--no-enable-prefix-caching"
@@ -127,18 +130,26 @@ def _lora_options(adapters: Mapping[str, str], most: int) -> Iterator[str]:
     yield from ("--lora-modules", *(f"{name}={directory}" for name, directory in adapters.items()))
 
 
-def kv_transfer_config(role: EngineRole, device: str) -> dict[str, Any]:
-    """Return vLLM's --kv-transfer-config. Decode servers skip its handshake check, which refuses other model paths."""
+def kv_transfer_config(
+    role: EngineRole, device: str, deadline_seconds: float = RequestLimits().deadline_seconds
+) -> dict[str, Any]:
+    """Return vLLM's --kv-transfer-config. Decode servers skip its handshake check, which refuses other model paths.
+
+    A prefill server's lease on KV blocks lasts as long as a request may. vLLM gives them to another request once its
+    lease has ended, and a decode server that reads them later answers from that one's KV cache.
+    """
     config: dict[str, Any] = {
         "kv_connector": "NixlConnector",
         "kv_role": "kv_consumer" if role == "decode" else "kv_producer",
         "kv_buffer_device": device,
         "kv_load_failure_policy": "fail",
     }
-    extra: dict[str, Any] = {"enforce_handshake_compat": False} if role == "decode" else {}
+    extra: dict[str, Any] = {"kv_lease_duration": math.ceil(deadline_seconds)}
+    if role == "decode":
+        extra["enforce_handshake_compat"] = False
     if device == "cpu":
         extra["num_threads"] = 0  # no transfer threads beside the one that polls: cores are scarce
-    return config | ({"kv_connector_extra_config": extra} if extra else {})
+    return config | {"kv_connector_extra_config": extra}
 
 
 def _sizes(launch: LaunchSettings) -> Iterator[str]:

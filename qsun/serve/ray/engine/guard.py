@@ -3,6 +3,9 @@
 Its stdin, which only the replica holds open, begins with a line of JSON: the server's argv and environment. At the end
 of the input, even after SIGKILL of the replica, the process group, which is this process, the server and its children,
 gets SIGTERM, and SIGKILL after the grace period. If the server ends first, this process ends in the same way.
+
+The process that the replica starts only waits for another one, which does all this: where a node dies or an actor is
+ended by force, Ray kills an actor's children, but not theirs.
 """
 
 import json
@@ -18,12 +21,20 @@ _CANNOT_RUN = 127
 
 
 def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)  # not ignored, which the server would inherit
+    guard = os.fork()
+    if guard:
+        _, status = os.waitpid(guard, 0)
+        _end_as(os.waitstatus_to_exitcode(status))
+    _guard()
+
+
+def _guard() -> None:
     line = sys.stdin.readline()
     if not line:
         return
     started = json.loads(line)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: None)  # not ignored, which the server would inherit
     try:
         server = subprocess.Popen(started["argv"], env=started["environment"], stdin=subprocess.DEVNULL)  # noqa: S603
     except OSError as error:
@@ -36,6 +47,11 @@ def main() -> None:
     if ending.is_set():
         os.killpg(0, signal.SIGKILL)  # what the server has left
     os.killpg(0, signal.SIGTERM)
+    _end_as(code)
+
+
+def _end_as(code: int) -> None:
+    """End with this code; below 0, by the signal of this number."""
     if code < 0:
         signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
         os.kill(os.getpid(), -code)

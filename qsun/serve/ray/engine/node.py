@@ -38,6 +38,7 @@ def command_on_node(engine: Mapping[str, Any], replica: str, node_address: str) 
         launch.model_copy(update={"environment": settings}),
         (port, side_channel),
         engine["max_tokens"],
+        engine["deadline_seconds"],
     )
 
 

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.2
 _ANSWER_SECONDS = 2.0
+_GONE_SECONDS = 2.0  # that processes which were killed may take to be gone
 _LAST_LINES = 12
 _READ_BYTES = 1 << 16
 
@@ -114,12 +115,23 @@ class EngineProcess:
             self._guard.wait(2 * guard.GRACE_SECONDS)
         self._kill()
         self._guard.wait()
+        deadline = time.monotonic() + _GONE_SECONDS  # in a container nobody may reap them
+        while self._is_left() and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
         self._log.close()
 
     def _kill(self) -> None:
         """Kill what the guard may have left: it could have been killed itself."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._guard.pid, signal.SIGKILL)
+
+    def _is_left(self) -> bool:
+        """Return whether any process of the group is there."""
+        try:
+            os.killpg(self._guard.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
 
 
 def last_lines(log: Path) -> list[str]:

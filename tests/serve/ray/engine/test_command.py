@@ -9,7 +9,7 @@ import pytest
 from qsun.demo import base_directory
 from qsun.errors import QsunError
 from qsun.model.checkpoint import read_json
-from qsun.serve.cluster.schema import LaunchSettings
+from qsun.serve.cluster.schema import LaunchSettings, RequestLimits
 from qsun.serve.ray.engine.command import EngineModule, engine_command, free_ports
 
 NETWORKS = ("UCX_NET_DEVICES", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -45,6 +45,9 @@ def test_roles():
     assert transfer["kv_connector_extra_config"]["enforce_handshake_compat"] is False
     assert transfer["kv_connector_extra_config"]["num_threads"] == 0
     assert json.loads(value(prefill, "--kv-transfer-config"))["kv_role"] == "kv_producer"
+    for role in (decode, prefill):
+        leased = json.loads(value(role, "--kv-transfer-config"))["kv_connector_extra_config"]["kv_lease_duration"]
+        assert leased == RequestLimits().deadline_seconds
     assert "--no-enable-prefix-caching" in decode.argv
     assert "--no-enable-prefix-caching" not in prefill.argv
     assert "--enforce-eager" in decode.argv

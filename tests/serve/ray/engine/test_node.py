@@ -23,6 +23,7 @@ def engine(base_directory, tmp_path):
         "launch": {"device": "cpu"},
         "transfer_device": "lo",
         "max_tokens": 99,
+        "deadline_seconds": 77.5,
     }
 
 
@@ -32,6 +33,7 @@ def test_the_planned_modules(engine):
     assert command.served_name == engine["served_name"]
     assert command.adapters == (engine["adapters"]["math"]["served_name"],)
     assert '{"max_new_tokens": 99}' in command.argv
+    assert any('"kv_lease_duration": 78' in argument for argument in command.argv)
     assert command.environment["VLLM_NIXL_SIDE_CHANNEL_HOST"] == "127.0.0.1"
 
 

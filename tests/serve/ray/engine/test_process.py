@@ -111,8 +111,8 @@ def test_a_server_that_dies_while_waited_for(tmp_path):
 
 
 def test_a_server_that_never_answers(tmp_path):
-    with pytest.raises(QsunError, match=rf"^{NAME} is not ready after 1 s; read .*, or raise launch.start_seconds\n"):
-        EngineProcess(command("deaf"), str(tmp_path), 1.0, print)
+    with pytest.raises(QsunError, match=rf"^{NAME} is not ready after 9 s; read .*, or raise launch.start_seconds\n"):
+        EngineProcess(command("deaf"), str(tmp_path), 9.0, print)
     assert not any(map(alive, pids(tmp_path)))
 
 
@@ -154,14 +154,22 @@ sys.stdin.read()
 
 
 @pytest.mark.slow
-def test_servers_end_when_the_replica_is_killed(tmp_path):
-    """The replica cannot handle SIGKILL; the guard ends server and child, though both ignore SIGTERM."""
+@pytest.mark.parametrize("children_first", [False, True])
+def test_servers_end_when_the_replica_is_killed(tmp_path, children_first):
+    """The replica cannot handle SIGKILL; the guard ends server and child, though both ignore SIGTERM.
+
+    Where a node dies, Ray first kills the children of the replica.
+    """
     run = [sys.executable, "-c", REPLICA, str(tmp_path)]
     replica = subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with replica:
         assert replica.stdout.readline() == "ready\n"
         processes = pids(tmp_path)
         assert all(map(alive, processes))
+        if children_first:
+            replica.send_signal(signal.SIGSTOP)
+            for child in Path(f"/proc/{replica.pid}/task/{replica.pid}/children").read_text().split():
+                os.kill(int(child), signal.SIGKILL)
         replica.send_signal(signal.SIGKILL)
         wait_for(lambda: not any(map(alive, processes)))
 

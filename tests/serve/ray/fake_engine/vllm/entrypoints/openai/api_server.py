@@ -1,7 +1,7 @@
 """A worker of tests/serve/fake_vllm.py as a process: KV cache moves between processes through a directory.
 
-FAKE_NETWORK: that directory. FAKE_SECONDS: per token. FAKE_VLLM has words: die (ends at once, with a message), deaf
-(never listens), lingers (leaves 3 s after SIGTERM).
+FAKE_NETWORK: that directory. FAKE_SECONDS: per token. FAKE_TIMES: instead, JSON of tests/serve/ray/live/steps.py.
+FAKE_VLLM has words: die (ends at once, with a message), deaf (never listens), lingers (leaves 3 s after SIGTERM).
 """
 
 import asyncio
@@ -14,7 +14,8 @@ import time
 import uuid
 from pathlib import Path
 
-from tests.serve.fake_vllm import FakeWorker
+from tests.serve.fake_vllm import FakeWorker, prompt_of
+from tests.serve.ray.live.steps import Timed, Times
 
 
 def option(name):
@@ -72,11 +73,26 @@ class EndedEngines:
 
 
 class Worker(FakeWorker):
+    timed = None
+
     async def __call__(self, scope, receive, send):
         before = self.cancelled
         await super().__call__(scope, receive, send)
         if self.cancelled > before:
             print("a request was cancelled", flush=True)
+
+    async def _generate(self, scope, body, send):
+        if self.timed is None:
+            await super()._generate(scope, body, send)
+            return
+        async with self.timed.request(body, prompt_of(body)):
+            await super()._generate(scope, body, send)
+
+    async def _token(self, place):
+        if self.timed is None:
+            await super()._token(place)
+        else:
+            await self.timed.token()
 
 
 async def main():
@@ -90,6 +106,8 @@ async def main():
     worker.unreachable.join(worker.engine_id)
     worker._port = int(option("--port"))
     worker.token_seconds = float(os.environ.get("FAKE_SECONDS", "0"))
+    if "FAKE_TIMES" in os.environ:
+        worker.timed = Timed(Times(**json.loads(os.environ["FAKE_TIMES"])), role)
     await worker.start()
     await asyncio.Event().wait()
 
