@@ -1,6 +1,6 @@
 """CPU microseconds a relayed token and a request: python tests/serve/relay_cost.py [VLLM-ROUTER'S COMMAND]
 
-`qsun route`, and vllm-router if its command is given (pip install vllm-router, in an environment of its own), in turns
+`qsun route` with and without `limits.gather_seconds`, and vllm-router if its command is given (pip install vllm-router, in an environment of its own), in turns
 before the same two pretend vLLMs, a prefill and a decode worker of one model. 16 streams of 200 tokens, an event every
 20 ms; and whole answers of one token, 16 at a time. Counted is the CPU time of the router's processes, and not time on
 the clock.
@@ -27,6 +27,7 @@ from tests.serve.fake_vllm import FakeWorker, answer, expected_text
 from tests.serve.ray.live.load import streamed
 
 STREAMS, TOKENS, ROUNDS, EVENT_SECONDS = 16, 200, 3, 0.02
+GATHER_SECONDS = 0.05  # about three events together
 SHORT = 320  # requests for one token
 TICKS = os.sysconf("SC_CLK_TCK")
 START_SECONDS = 300
@@ -106,13 +107,15 @@ async def answers(url, model):
 
 def commands(directory, prefill, decode, name, peer):
     """By name of the router: its command, its URL, and the model to ask it for."""
-    ports = free_ports(3)
+    ports = free_ports(4)
     pools = {"decode": {"module": "demo", "workers": [decode.url]}}
     pools["models"] = {"math": {"module": "demo", "workers": [prefill.url]}}
-    file = directory / "cluster.yaml"
-    file.write_text(yaml.safe_dump(pools | {"listen": {"port": ports[0]}}))
-    own = [sys.executable, "-m", "qsun.cli.main", "route", str(file)]
-    found = {"qsun route": (own, f"http://127.0.0.1:{ports[0]}", "math")}
+    found = {}
+    for seconds, port in ((0.0, ports[0]), (GATHER_SECONDS, ports[3])):
+        file = directory / f"{port}.yaml"
+        file.write_text(yaml.safe_dump(pools | {"listen": {"port": port}, "limits": {"gather_seconds": seconds}}))
+        own = [sys.executable, "-m", "qsun.cli.main", "route", str(file)]
+        found[f"qsun route, gather_seconds {seconds:g}"] = (own, f"http://127.0.0.1:{port}", "math")
     if peer:
         command = [peer, "--vllm-pd-disaggregation", "--prefill", prefill.url, "--decode", decode.url]
         command += ["--policy", "round_robin", "--port", str(ports[1]), "--prometheus-port", str(ports[2])]

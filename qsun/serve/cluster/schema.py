@@ -148,6 +148,8 @@ class RequestLimits(Section):
         prefill_seconds: of one attempt at a prefill worker; of a stream of an engine that answers alone, until its
             first token.
         stall_seconds: between two pieces of a stream.
+        gather_seconds: events of a stream within this time of the last ones sent are sent together; 0: each by
+            itself.
         attempts: times that a request starts from prefill.
         no_worker_seconds: that a request waits for a usable pair of workers.
         drain_seconds: after SIGTERM, for running requests.
@@ -162,6 +164,7 @@ class RequestLimits(Section):
     deadline_seconds: Seconds = 600.0
     prefill_seconds: Seconds = 120.0
     stall_seconds: Seconds = 60.0
+    gather_seconds: Annotated[float, Field(ge=0, le=1)] = 0.0
     attempts: Annotated[int, Field(ge=1, le=20)] = 4
     no_worker_seconds: Seconds = 10.0
     drain_seconds: Seconds = 30.0

@@ -116,6 +116,7 @@ def _pool_app(name: str, pool: Pool, served: dict[str, Any], cluster: Cluster) -
         # the router leaves the length of open requests to an engine that answers alone
         "max_tokens": cluster.limits.max_tokens if served["role"] == "aggregated" else None,
         "deadline_seconds": cluster.limits.deadline_seconds,
+        "gather_seconds": cluster.limits.gather_seconds,
         "transfer_device": cluster.ray.transfer_device,
         "linger_seconds": cluster.ray.linger_seconds if served["role"] == "prefill" else 0.0,
         "health_seconds": cluster.health.timeout_seconds,

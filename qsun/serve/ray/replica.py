@@ -11,6 +11,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from typing import Any
 
 import httpx
@@ -18,6 +19,7 @@ import ray
 from ray import serve
 
 from qsun.serve.cluster.schema import LaunchSettings
+from qsun.serve.http.gathering import gathered
 from qsun.serve.ray.engine.logs import log_to_serve
 from qsun.serve.ray.engine.node import command_on_node
 from qsun.serve.ray.engine.process import EngineProcess
@@ -70,9 +72,11 @@ class EngineReplica:
         with self._load.counted(path, body) as load:
             async with self._client.stream(method, path, content=body, headers=headers) as response:
                 yield response.status_code, {name: response.headers[name] for name in _KEPT if name in response.headers}
-                async for piece in response.aiter_raw():
-                    load.arrived(piece)
-                    yield piece
+                async with aclosing(gathered(response.aiter_raw(), self._engine["gather_seconds"])) as parts:
+                    async for part in parts:
+                        piece = b"".join(part)
+                        load.arrived(piece)
+                        yield piece
         if body and self._engine["role"] == "prefill":
             self._last_prefill = time.monotonic()
 

@@ -10,6 +10,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from qsun.serve.cluster.schema import RequestLimits
 from qsun.serve.http.errors import HttpError
+from qsun.serve.http.gathering import gathered
 from qsun.serve.http.guard import ClientStalled
 from qsun.serve.http.wire import DONE_EVENT, encode_event
 from qsun.serve.router.exchange.exchange import Exchange, WorkerAnswer
@@ -114,9 +115,11 @@ class GenerationEndpoint:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         outcome, last = "ok", DONE_EVENT
         try:
-            async with aclosing(answer.events) as events:
-                async for event in events:
-                    await send({"type": "http.response.body", "body": encode_event(event), "more_body": True})
+            seconds = self._state.cluster.limits.gather_seconds
+            async with aclosing(answer.events) as events, aclosing(gathered(events, seconds)) as parts:
+                async for part in parts:
+                    body = b"".join(map(encode_event, part))
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
         except WorkerFailed as failed:
             logger.warning("request %s broke off after %d tokens: %s", request_id, exchange.tokens, failed)
             self._state.health.report_failure(failed)

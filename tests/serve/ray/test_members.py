@@ -146,11 +146,12 @@ def test_adapters_of_a_pool_beside_a_full_module():
     run(scenario)
 
 
-def test_one_engine_for_adapters():
+@pytest.mark.parametrize("seconds", [0.0, 0.05])
+def test_one_engine_for_adapters(seconds):
     models = {model: {"adapter": model} for model in ADAPTERS}
 
     async def scenario():
-        async with ingress(models=models) as r:
+        async with ingress(models=models, limits={"gather_seconds": seconds}) as r:
             await all_right(r, models)
             seen = [body for worker in r.pools["qsun-decode"] for body in worker.seen]
             assert not any("kv_transfer_params" in body for body in seen)

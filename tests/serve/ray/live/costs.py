@@ -1,7 +1,7 @@
 """What Ray's path costs, and how long `qsun up` takes: python tests/serve/ray/live/costs.py [REPORT.json]
 
-`qsun up` with a pretend prefill and decode replica, once with Serve's own way of calling replicas and once with its
-gRPC. CPU microseconds of the ingress, Serve's proxy and the replicas for each token of a stream and for each short
+`qsun up` with a pretend prefill and decode replica, once with Serve's own way of calling replicas, once with its gRPC,
+and once with events gathered. CPU microseconds of the ingress, Serve's proxy and the replicas for each token of a stream and for each short
 request, under the load of tests/serve/relay_cost.py, whose figures for `qsun route` are comparable; and the seconds
 from the command to the first token. CPU time only, but for these.
 """
@@ -18,7 +18,7 @@ import httpx
 
 from tests.serve.ray.live.nodes import temporary_root
 from tests.serve.ray.rig import cluster_values, environment, make_modules, processes, started
-from tests.serve.relay_cost import EVENT_SECONDS, ROUNDS, SHORT, STREAMS, TICKS, TOKENS, relayed, short
+from tests.serve.relay_cost import EVENT_SECONDS, GATHER_SECONDS, ROUNDS, SHORT, STREAMS, TICKS, TOKENS, relayed, short
 
 ROLES = {
     "ingress": "ray::ServeReplica:qsun:",
@@ -26,7 +26,11 @@ ROLES = {
     "prefill replica": "ray::ServeReplica:qsun-prefill-",
     "decode replica": "ray::ServeReplica:qsun-decode:",
 }
-WAYS = {"as it comes": {}, "gRPC": {"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"}}
+WAYS = {
+    "as it comes": ({}, 0.0),
+    "gRPC": ({"RAY_SERVE_USE_GRPC_BY_DEFAULT": "1"}, 0.0),
+    "gathered": ({}, GATHER_SECONDS),
+}
 
 
 def spent(root: Path, roles: dict[str, str]) -> dict[str, float]:
@@ -61,9 +65,10 @@ def measured(root: Path, url: str, model: str, module: str, roles: dict[str, str
     return found
 
 
-def run(root: Path, settings: dict[str, str]) -> dict:
+def run(root: Path, settings: dict[str, str], gather_seconds: float) -> dict:
     make_modules(root)
     values = cluster_values(root, token_seconds=EVENT_SECONDS)
+    values["limits"]["gather_seconds"] = gather_seconds
     values["decode"]["workers"], values["models"] = 1, {"math": values["models"]["math"]}
     os.environ |= settings
     began = time.monotonic()
@@ -78,9 +83,9 @@ def run(root: Path, settings: dict[str, str]) -> dict:
 
 def main() -> None:
     found = {}
-    for way, settings in WAYS.items():
+    for way, (settings, gather_seconds) in WAYS.items():
         with temporary_root() as root:
-            found[way] = run(root, settings) | {"load_average": round(os.getloadavg()[0], 1)}
+            found[way] = run(root, settings, gather_seconds) | {"load_average": round(os.getloadavg()[0], 1)}
         print(way, json.dumps(found[way]), flush=True)
     if len(sys.argv) > 1:
         Path(sys.argv[1]).write_text(json.dumps(found, indent=1) + "\n")
