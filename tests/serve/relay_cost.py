@@ -1,9 +1,9 @@
 """CPU microseconds a relayed token and a request: python tests/serve/relay_cost.py [VLLM-ROUTER'S COMMAND]
 
-`qsun route` with and without `limits.gather_seconds`, and vllm-router if its command is given (pip install vllm-router, in an environment of its own), in turns
-before the same two pretend vLLMs, a prefill and a decode worker of one model. 16 streams of 200 tokens, an event every
-20 ms; and whole answers of one token, 16 at a time. Counted is the CPU time of the router's processes, and not time on
-the clock.
+`qsun route` with and without `limits.gather_seconds`, and vllm-router if its command is given (pip install vllm-router,
+in an environment of its own), in turns before the same two pretend vLLMs, a prefill and a decode worker of one model.
+16 streams of 200 tokens, an event every 20 ms; and whole answers of one token, 16 at a time. Counted is the CPU time of
+the router's processes, and not time on the clock.
 """
 
 import asyncio

@@ -1,9 +1,9 @@
 """What Ray's path costs, and how long `qsun up` takes: python tests/serve/ray/live/costs.py [REPORT.json]
 
 `qsun up` with a pretend prefill and decode replica, once with Serve's own way of calling replicas, once with its gRPC,
-and once with events gathered. CPU microseconds of the ingress, Serve's proxy and the replicas for each token of a stream and for each short
-request, under the load of tests/serve/relay_cost.py, whose figures for `qsun route` are comparable; and the seconds
-from the command to the first token. CPU time only, but for these.
+and once with events gathered. CPU microseconds of the ingress, Serve's proxy and the replicas for each token of a
+stream and for each short request, under the load of tests/serve/relay_cost.py, whose figures for `qsun route` are
+comparable; and the seconds from the command to the first token. CPU time only, but for these.
 """
 
 import asyncio
