@@ -113,17 +113,22 @@ def _splits(K: int, columns: int) -> list[int]:
 
 
 def _cost(M: int, N: int, K: int, launch: KernelLaunch, table: LaunchTable, tile: Tile) -> float:
-    """Return the bytes that the busiest processor waits for; x and partial sums come from L2 and count half."""
+    """Return the bytes that the busiest processor waits for; what comes from L2 counts half.
+
+    Partial sums are written, which counts in full as nothing of their program overlaps it; the last program of a tile
+    reads all of them one after the other, when most processors are done.
+    """
     batch = min(M, launch.block_m)
     programs = ceil_div(N, launch.block_n) * launch.split_k * ceil_div(M, launch.block_m)
     weights, columns = launch.block_n * 2 * tile.words * launch.tiles, tile.columns * launch.tiles  # of a pass
     work = ceil_div(ceil_div(K, columns), launch.split_k) * (weights + batch * columns * 2 / 2)
-    partials = 0.0 if launch.split_k == 1 else 2 * 4 * launch.block_n * batch / 2
+    partials = 0 if launch.split_k == 1 else 4 * launch.block_n * batch
     in_flight = programs / table.processors * weights * (launch.stages - 1)
     warps = programs / table.processors * launch.warps
     starved = max(1.0, table.bytes_in_flight / in_flight, _BUSY_WARPS / warps)
     overhead = _OVERHEAD_BYTES * launch.block_n
-    return ceil_div(programs, table.processors) * (work + partials + overhead) * starved
+    rounds = ceil_div(programs, table.processors)
+    return rounds * (work + partials + overhead) * starved + (launch.split_k - 1) * partials / 2
 
 
 def candidates(M: int, N: int, K: int, group_size: int, bits: int = 4) -> Iterator[KernelLaunch]:

@@ -130,10 +130,10 @@ def unpack_weights(
     """
     group, tile = tile_group(group_size, K), TILES[bits]
     slabs = packed.words.view(*packed.words.shape[:3], -1, tile.lanes)
-    planes = packed.words.new_zeros(*packed.words.shape[:3], tile.planes, tile.lanes)
+    planes = slabs.new_zeros(*packed.words.shape[:3], tile.planes, tile.lanes, dtype=torch.uint8)
     for plane, low, width, slab, place in _fields(bits):
-        planes[..., plane, :] |= ((slabs[..., slab, :] >> place) & ((1 << width) - 1)) << low
-    q = planes.to(torch.uint8).permute(0, 2, 1, 3, 4).reshape(packed.words.shape[0] * ROWS, -1)[:N, :K]
+        planes[..., plane, :] |= (((slabs[..., slab, :] >> place) & ((1 << width) - 1)) << low).to(torch.uint8)
+    q = planes.permute(0, 2, 1, 3, 4).reshape(packed.words.shape[0] * ROWS, -1)[:N, :K]
     step = group_size // COLUMNS if group == COLUMNS else 1
     G = 1 if group == 0 else K // group
     scales = packed.scales[:G:step, :N]

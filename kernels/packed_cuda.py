@@ -64,7 +64,15 @@ def packed_input_grad(
     bits: int,
 ) -> Tensor:
     """Return the gradient of the product's input: grad (..., N) times the dequantized weights."""
-    q, plain, zero = unpack_weights(PackedWeights(words, scales, zeros), grad.shape[-1], in_features, group_size, bits)
+    N = grad.shape[-1]
+    if grad.dtype == scales.dtype and grad.is_cuda:
+        from qsun.kernels import packed_triton
+
+        weight = torch.empty(N, in_features, dtype=grad.dtype, device=grad.device)
+        with torch.cuda.device_of(grad):  # Triton launches on the current device
+            packed_triton.packed_dequantize(words, scales, zeros, N, in_features, group_size, weight, bits)
+        return reordered(grad @ weight, order)
+    q, plain, zero = unpack_weights(PackedWeights(words, scales, zeros), N, in_features, group_size, bits)
     return reordered(bytes_input_grad(grad, q, plain.float(), zero, None, None), order)
 
 

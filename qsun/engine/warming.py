@@ -45,7 +45,8 @@ def _warm_products(model: Any, most: int) -> None:
             shape = (layer.out_features, layer.in_features, layer.group_size, layer.bits)
             gated = layer.gated and layer not in adapted
             product = layer.silu_mul if gated else layer
-            products[*shape, gated, layer.zeros is None, layer.storage] = layer, product
+            compiled = gated, layer.zeros is None, layer.bias is None, layer.dtype, layer.storage
+            products[*shape, *compiled] = layer, product
     for layer, product in products.values():
         for rows in _rows_of_launches(layer, most):
             product(torch.zeros(rows, layer.in_features, dtype=layer.dtype, device=layer.scales.device))

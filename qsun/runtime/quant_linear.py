@@ -12,6 +12,7 @@ from qsun.errors import QsunError
 from qsun.kernels import int4_cpu, int4pack_cpu, packed_cuda
 from qsun.kernels.layout import (
     INTERLEAVED_ROWS,
+    TILES,
     PackedWeights,
     interleave_gate_up,
     pack_weights,
@@ -67,7 +68,6 @@ class QuantLinear(nn.Module):
         self.out_features, self.in_features = weights.q.shape
         self.dtype, self.gated = dtype, gated
         self.groups, self.bits, self.keep_dense = weights.scales.shape[0], bits, keep_dense
-        self.storage = ""
         self._dense: Tensor | None = None
         self._store(weights)
         self.register_buffer("bias", None if bias is None else bias.to(dtype))
@@ -82,7 +82,7 @@ class QuantLinear(nn.Module):
         bias: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> "QuantLinear":
-        """Build a layer from its integers.
+        """Build a layer of the fewest bits that hold its integers.
 
         Args:
             q: (out, in) uint8.
@@ -92,19 +92,20 @@ class QuantLinear(nn.Module):
             dtype: of the activations; scales are rounded to it: an engine that computes in bfloat16 holds bfloat16
                 scales.
         Raises:
-            QsunError: incompatible shapes.
+            QsunError: incompatible shapes, or zeros beyond a byte.
         """
-        out_features, in_features = q.shape
-        size = in_features if group_size == -1 else group_size
-        wanted = (in_features // size if size and in_features % size == 0 else 0, out_features)
+        size = q.shape[1] if group_size == -1 else group_size
+        wanted = (q.shape[1] // size if size and q.shape[1] % size == 0 else 0, q.shape[0])
         if q.dtype != torch.uint8 or tuple(scales.shape) != wanted or tuple(zeros.shape) != wanted or 0 in wanted:
             raise QsunError(
                 f"q {tuple(q.shape)} {q.dtype}, scales {tuple(scales.shape)}, zeros {tuple(zeros.shape)} do not fit "
                 f"group_size {group_size}; want uint8 (out, in) and (in / group_size, out)"
             )
-        bits = 8 if int(q.max()) > 15 or int(zeros.max()) > 15 else 4
+        top = max(int(q.max()), int(zeros.max()))
+        if top > 255 or int(zeros.min()) < 0:
+            raise QsunError(f"zeros reach from {int(zeros.min())} to {int(zeros.max())}; want 0 to 255")
         weights = Quantized(q, scales.to(dtype).float(), zeros.to(torch.uint8))
-        return cls(weights, bias, bits, dtype)
+        return cls(weights, bias, next(bits for bits in TILES if top < 1 << bits), dtype)
 
     @property
     def group_size(self) -> int:

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from tests.tiny_models import prompt_rows, write_jsonl
+from tests.warm_process import qsun_process
 
 QSUN = [sys.executable, "-m", "qsun.cli.main"]
 HANGS = 1800  # seconds: only against a test that never ends
@@ -75,14 +76,14 @@ def test_ctrl_c_in_the_middle_keeps_what_is_finished(tmp_path, command):
     data = write_jsonl(tmp_path / "train.jsonl", prompt_rows(200))
     tune = ["--data", data, "--steps", "100000", "--eval-every", "2"]
     more = tune if command == "tune" else ["--samples", "32"]
-    line = [*QSUN, command, "demo", "-o", str(tmp_path / "out"), *map(str, more)]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+    with qsun_process(command, "demo", "-o", tmp_path / "out", *more) as run:
         deadline = time.monotonic() + HANGS
         while not list((tmp_path / "out.partial").glob("**/*.safetensors")) and run.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         run.send_signal(signal.SIGINT)
-        out, err = run.communicate(timeout=HANGS)
+        out, err = run.stdout.read(), run.stderr.read()
+        run.wait(HANGS)
     assert run.returncode == 130, err
     assert out == ""
     assert err.splitlines()[-1].startswith("error: interrupted; ")

@@ -65,8 +65,12 @@ def test_the_tables_choice(M, bits):
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("fold", [True, False], ids=["fold", "centred"])
-@pytest.mark.parametrize(("K", "group_size", "split_k"), [(640, 128, 2), (96, 32, 1), (1056, 32, 2), (512, -1, 3)])
-def test_two_tiles_a_pass(K, group_size, split_k, fold, bits):  # the last pass has one, or part of one
+@pytest.mark.parametrize(
+    ("K", "group_size", "split_k"),
+    [(640, 128, 2), (96, 32, 1), (1056, 32, 2), (512, -1, 3), (512, 64, 1), (1024, 128, 2)],
+)
+def test_two_tiles_a_pass(K, group_size, split_k, fold, bits):
+    """The last pass has two tiles, one, or part of one."""
     launch = KernelLaunch(64, 8, split_k, 2, 3, fold, 2)
     check(draw(3, 80, K, group_size, SINGLE, epilogue="r", seed=K, bits=bits), launch)
 

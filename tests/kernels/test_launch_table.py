@@ -19,6 +19,7 @@ from qsun.kernels.launch_table import (
 from qsun.kernels.layout import TILES
 
 LLAMA_8B = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
+QWEN_7B = [(4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)]
 SHAPES = [*LLAMA_8B, (2048, 2048), (16, 32), (176, 416), (128256, 4096), (64, 14336), (192, 1056)]
 
 
@@ -44,6 +45,21 @@ def test_the_processors_are_busy_at_batch_1(N, K, bits):
     in_flight = programs / 132 * launch.block_n * 2 * TILES[bits].words * launch.tiles * (launch.stages - 1)
     assert 24 * 1024 <= in_flight <= 128 * 1024
     assert programs / 132 / math.ceil(programs / 132) > 0.8  # the last round is nearly full
+
+
+@pytest.mark.parametrize(("layers", "most"), [(LLAMA_8B, 0.55), (QWEN_7B, 0.75)], ids=["llama", "qwen"])
+def test_partial_sums_are_few_and_processors_even(layers, most):
+    """A block's partial sums, written and read, over its weights of 4 bits; and what the busiest processor does."""
+    for M in range(1, 129):
+        moved = 0
+        for N, K in layers:
+            launch = choose_launch(M, N, K, 128, "default")
+            passes = math.ceil(K / 128 / launch.tiles)
+            tiles = math.ceil(N / launch.block_n) * math.ceil(M / launch.block_m)
+            busiest = math.ceil(tiles * launch.split_k / 132) * math.ceil(passes / launch.split_k)
+            assert tiles * passes / 132 >= 0.75 * busiest, (M, N, K)
+            moved += 8 * M * N * launch.split_k if launch.split_k > 1 else 0
+        assert moved <= most * sum(N * K / 2 for N, K in layers), M
 
 
 @pytest.mark.parametrize("bits", TILES)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from qsun.engine.warming import _warm_products
 from qsun.errors import QsunError
 from qsun.kernels.workspace import reserved
 from qsun.model.quantized import Quantized
@@ -63,6 +64,29 @@ def test_one_kernel_a_product_of_any_bits(pretend_cuda, bits, read):
     assert pretend_cuda.launches[-1]["BITS"] == bits
     assert product.read_bytes(1) == N * read + 2 * N * 2  # words, and bfloat16 scales of two groups
     assert torch.equal(product.quantized().q.cpu(), weights(bits).q.cpu())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_gradient_of_the_input(pretend_cuda, bits):
+    """One kernel dequantizes for the product, in the dtype of both; other dtypes unpack."""
+    product = layer(bits)
+    held = (product.words, product.scales, product.zeros, None, None)
+    for dtype, launched in ((torch.bfloat16, ["dequantize_tiles"]), (torch.float32, [])):
+        grad = torch.randn(3, N, device="cuda").to(dtype)
+        pretend_cuda.launches.clear()
+        found = torch.ops.qsun.packed_input_grad(grad, *held, K, GROUP, bits)
+        assert [launch["kernel"] for launch in pretend_cuda.launches] == launched
+        wanted = grad.cpu().double() @ product.weight_in(torch.float32).cpu().double()
+        assert (found.cpu().double() - wanted).norm() <= 0.01 * wanted.norm()
+
+
+def test_layers_that_differ_in_bias_or_dtype_are_all_warmed(pretend_cuda):
+    """A kernel is compiled for each of them."""
+    biases = (None, torch.zeros(N, device="cuda"))
+    dtypes = (torch.bfloat16, torch.float16)
+    layers = [QuantLinear(weights(), bias, 4, dtype) for bias in biases for dtype in dtypes]
+    _warm_products(torch.nn.ModuleList(layers), 1)
+    assert len({(each["BIAS"], each["BF16"]) for each in pretend_cuda.launches}) == 4
 
 
 def test_no_rows(pretend_cuda):

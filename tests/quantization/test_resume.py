@@ -1,7 +1,5 @@
 """A killed run continues where it stopped and writes the same bytes; with other settings it is refused."""
 
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,22 +7,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import qsun
 from qsun.model import output_dir as workdir
 from qsun.model.checkpoint import read_header
 from tests.tiny_models import SEQUENCE, prompt_rows, random_tokens, write_jsonl
+from tests.warm_process import WarmProcess
 
 BLOCK_LAYERS = 7
 STEPS = 2 + 2 * BLOCK_LAYERS  # fingerprint, every layer of two blocks, read back
-# What quantize does, slowed down so that a kill falls into the block after the first.
-SLOW_RUN = """
-import sys, time, torch, qsun
-torch.set_num_threads(1)
-model, out, calibration, method = sys.argv[1:]
-config = qsun.QuantConfig(method=method, group_size=32, samples=6, seq_len=24)
-qsun.quantize(model, out, config, calibration, device="cpu", progress=lambda *_: time.sleep(0.4))
-"""
+
+
+def slow_run(model, out, calibration, method):
+    """Quantize so slowly that a kill falls into the block after the first."""
+    torch.set_num_threads(1)
+    config = qsun.QuantConfig(method=method, group_size=32, samples=6, seq_len=24)
+    qsun.quantize(model, out, config, calibration, device="cpu", progress=lambda *_: time.sleep(0.4))
 
 
 @pytest.fixture
@@ -147,17 +146,13 @@ def test_a_part_without_its_record_is_made_again(calibration, talking_model, tmp
 def test_killed_after_the_first_block_and_resumed(method, kind, cli, talking_model, tmp_path):
     source = tmp_path / "calibration.jsonl"
     write_jsonl(source, prompt_rows(12) if kind == "prompts" else [{"text": "what the demo tokenizer reads " * 20}])
-    process = subprocess.Popen([sys.executable, "-c", SLOW_RUN, talking_model, tmp_path / "out", source, method])
     part = tmp_path / "out.partial" / "parts" / "block-00000.json"
     deadline = time.monotonic() + 120
-    try:
+    with WarmProcess(slow_run, talking_model, tmp_path / "out", source, method) as process:
         while not part.exists():
             assert process.poll() is None and time.monotonic() < deadline, "no part appeared"
             time.sleep(0.01)
         time.sleep(0.6)  # into the next block
-    finally:
-        process.kill()
-        process.wait()
     assert not (tmp_path / "out").exists() and part.exists()
     assert not part.with_name("block-00001.json").exists(), "the run was not slow enough for this test"
 

@@ -75,6 +75,24 @@ def test_moving_to_another_dtype_keeps_scales():
     assert moved.bias.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(("largest", "bits"), [(3, 2), (4, 3), (7, 3), (8, 4), (15, 4), (16, 8), (255, 8)])
+@pytest.mark.parametrize("where", ["q", "zeros"])
+def test_the_fewest_bits_that_hold_the_parts(where, largest, bits):
+    q, scales, zeros = parts(8, 64, 32, 2)
+    {"q": q, "zeros": zeros}[where][0, 0] = largest
+    layer = qsun.QuantLinear.from_parts(q, scales, zeros, 32)
+    assert layer.bits == bits
+    assert torch.equal(layer.quantized().q, q) and torch.equal(layer.quantized().zeros.long(), zeros)
+
+
+@pytest.mark.parametrize("zero", [-1, 256])
+def test_zeros_that_a_byte_does_not_hold(zero):
+    q, scales, zeros = parts(8, 64, 32)
+    zeros[1, 3] = zero
+    with pytest.raises(qsun.QsunError, match="want 0 to 255"):
+        qsun.QuantLinear.from_parts(q, scales, zeros, 32)
+
+
 @pytest.mark.parametrize("group_size", [48, 0, 128])
 def test_parts_that_do_not_fit(group_size):
     q, scales, zeros = parts(8, 64, 32)

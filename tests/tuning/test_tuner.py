@@ -1,11 +1,8 @@
 """`tune` from data to a directory: what is written, what it is worth, and that a stopped run goes on as if never."""
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,9 +14,8 @@ import qsun
 from qsun.demo import base_directory
 from qsun.model.checkpoint import file_sha256
 from qsun.tuning.output import plot_losses
-from tests.places import ROOT
 from tests.tiny_models import write_jsonl
-from tests.tuning.tune_in_parallel import first_gradients, stop_after
+from tests.tuning.tune_in_parallel import by_torchrun, first_gradients, in_two_processes, stop_after
 
 FAST = qsun.TuneConfig(steps=6, batch_size=4, lr=3e-3, eval_every=2)
 LAST = "model.layers.3."  # of the demo base
@@ -274,14 +270,6 @@ def test_prompts_of_one_token_teach_nothing_and_break_nothing(talking_model, tmp
     assert len(report["train_loss"]) == 8
 
 
-def in_two_processes(*runs):
-    """Tuning runs (`tune_in_parallel.run`) one after another, started as `accelerate launch` does with several GPUs."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [Path(__file__).parent / "tune_in_parallel.py", json.dumps(runs, default=str)]
-    here = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=3600, check=False, env=here)
-
-
 def same_curve(report, expected):
     for key in ("train_loss", "valid_loss"):
         for ours, theirs in zip(report[key], expected[key], strict=True):
@@ -290,7 +278,7 @@ def same_curve(report, expected):
 
 def test_two_processes_give_the_gradients_and_the_curve_of_one(small, talking_model, few, tmp_path):
     out, gradients = tmp_path / "out", tmp_path / "g"
-    done = in_two_processes({"base": talking_model, "out": out, "data": few, "gradients": gradients})
+    done = by_torchrun({"base": talking_model, "out": out, "data": few, "gradients": gradients})
     assert done.returncode == 0, done.stderr
     report = json.loads((out / "report.json").read_text())
     assert report["processes"] == 2
@@ -304,8 +292,8 @@ def test_two_processes_give_the_gradients_and_the_curve_of_one(small, talking_mo
 
 
 def test_one_process_goes_on_where_two_stopped(small, talking_model, few, tmp_path):
-    done = in_two_processes({"base": talking_model, "out": tmp_path / "out", "data": few, "stop": 5})
-    assert done.returncode != 0
+    succeeded, said = in_two_processes({"base": talking_model, "out": tmp_path / "out", "data": few, "stop": 5})
+    assert not succeeded and "KeyboardInterrupt" in said
     assert not (tmp_path / "out").exists()
     same_curve(qsun.tune(talking_model, tmp_path / "out", few, FAST, device="cpu", resume=True), small[1])
 

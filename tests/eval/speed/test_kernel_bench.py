@@ -7,7 +7,15 @@ import torch
 
 from qsun.errors import QsunError
 from qsun.eval.speed import kernel_bench
-from qsun.eval.speed.kernel_bench import KernelTiming, KernelVariant, Patience, bench_kernels, layers_of, mean_ratios
+from qsun.eval.speed.kernel_bench import (
+    KernelTiming,
+    KernelVariant,
+    Patience,
+    bench_kernels,
+    layers_of,
+    mean_ratios,
+    report_text,
+)
 from qsun.eval.speed.kernel_peers import gptq_words
 from qsun.eval.speed.model_shapes import MODEL_SHAPES
 
@@ -132,6 +140,12 @@ def test_a_group_that_does_not_divide():
 def test_a_model_that_is_not_known():
     with pytest.raises(QsunError, match="gpt-5 has no known shape"):
         layers_of(["gpt-5"], [])
+
+
+def test_only_a_gpu_has_a_share_of_the_copy_bandwidth():
+    result = run() | {"machine": "a machine", "torch": "2"}
+    assert "% copy" not in report_text(result)
+    assert "% copy" in report_text(result | {"device": "cuda"})
 
 
 def test_command(cli, tmp_path):

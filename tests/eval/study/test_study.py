@@ -16,6 +16,12 @@ from qsun.eval.study.run import run_study
 from qsun.eval.study.stages import STAGES, variants
 from qsun.eval.study.study import Study
 from qsun.eval.study.task import StudyTask
+from tests.warm_process import warm_context
+
+
+@pytest.fixture(autouse=True)
+def warm_processes(monkeypatch):
+    monkeypatch.setattr("qsun.eval.study.run.get_context", lambda _: warm_context())
 
 
 def invented(study, tmp_path, seed=0):

@@ -8,6 +8,7 @@ from qsun.demo.tasks import TASKS
 from qsun.eval.harness.exact_match import Score
 from qsun.eval.study import walkthrough
 from qsun.eval.study.walkthrough import VARIANTS, Effort
+from tests.warm_process import warm_context
 
 
 def test_rate_and_standard_error():
@@ -19,6 +20,7 @@ def test_rate_and_standard_error():
 @pytest.mark.slow
 def test_the_whole_walkthrough(cli, tmp_path, monkeypatch):
     monkeypatch.setattr(walkthrough, "QUICK", Effort(steps=12, batch_size=16, train=200, test=20))
+    monkeypatch.setattr(walkthrough, "get_context", lambda _: warm_context())
     answer = cli("demo", "--quick", "-o", tmp_path / "demo", "--json")
     assert answer.code == 0, answer.err
     result = json.loads(answer.out)

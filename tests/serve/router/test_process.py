@@ -2,10 +2,8 @@
 
 import asyncio
 import json
-import os
 import shutil
 import signal
-import sys
 import time
 from contextlib import asynccontextmanager
 
@@ -15,10 +13,10 @@ import yaml
 
 from qsun.serve.cluster.modules import ModuleChecks
 from qsun.serve.cluster.names import served_name
-from tests.places import ROOT
 from tests.serve.fake_vllm import FakeWorker, expected_text
 from tests.serve.routing import QUICK, run, until
 from tests.tiny_models import build_model
+from tests.warm_process import qsun_process
 
 START_SECONDS = 120  # torch and transformers are imported, on a machine that may be busy
 
@@ -65,26 +63,21 @@ async def fakes(modules, *wanted):
 @asynccontextmanager
 async def routed(file):
     """The process and a client of it; its log is in `process.log`."""
-    command = [sys.executable, "-m", "qsun.cli.main", "route", str(file), "--json"]
-    pipe = asyncio.subprocess.PIPE
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=pipe, stderr=pipe, env=environment)
-    process.log = []
+    with qsun_process("route", file, "--json") as process:
+        process.log = []
 
-    async def follow():
-        async for line in process.stderr:
-            process.log.append(line.decode())
+        def follow():
+            for line in process.stderr:
+                process.log.append(line)
 
-    following = asyncio.create_task(follow())
-    try:
-        url = json.loads(await asyncio.wait_for(process.stdout.readline(), START_SECONDS))["url"]
-        async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=30) as client:
-            yield process, client
-    finally:
-        if process.returncode is None:
+        following = asyncio.create_task(asyncio.to_thread(follow))
+        url = json.loads(await asyncio.wait_for(asyncio.to_thread(process.stdout.readline), START_SECONDS))["url"]
+        try:
+            async with httpx.AsyncClient(base_url=url, trust_env=False, timeout=30) as client:
+                yield process, client
+        finally:
             process.kill()
-        await process.wait()
-        await following
+            await following
 
 
 async def until_ready(client):
@@ -138,7 +131,7 @@ def test_reload_by_sighup_and_drain_by_sigterm(modules):
                 second.gate.set()
                 answer = await running
                 assert answer.json()["choices"][0]["text"] == expected_text("weights of math", "a b c", 5)
-                assert await asyncio.wait_for(process.wait(), 15) == 0
+                assert await asyncio.to_thread(process.wait, 15) == 0
 
     run(scenario, 4 * START_SECONDS)
 
@@ -168,7 +161,7 @@ def test_a_request_that_outlasts_the_drain_is_cut_off(modules):
                 answer = await whole
                 assert answer.status_code == 503
                 assert "shut down" in answer.json()["error"]["message"]
-                assert await asyncio.wait_for(process.wait(), 15) == 0
+                assert await asyncio.to_thread(process.wait, 15) == 0
 
     run(scenario, 4 * START_SECONDS)
 
@@ -216,13 +209,12 @@ def test_check_says_which_worker_is_wrong(modules):
 
     async def scenario():
         async with fakes(modules, "decode", "math") as workers:
-            command = [sys.executable, "-m", "qsun.cli.main", "route", str(write(home, workers)), "--check"]
+            file = write(home, workers)
 
             async def check(*more):
-                pipe = asyncio.subprocess.PIPE
-                process = await asyncio.create_subprocess_exec(*command, *more, cwd=ROOT, stdout=pipe, stderr=pipe)
-                out, _ = await asyncio.wait_for(process.communicate(), START_SECONDS)
-                return process.returncode, out.decode()
+                with qsun_process("route", file, "--check", *more) as process:
+                    out = await asyncio.to_thread(process.stdout.read)
+                    return process.wait(START_SECONDS), out
 
             code, out = await check("--json")
             assert (code, json.loads(out)["ok"]) == (0, True)
