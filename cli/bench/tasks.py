@@ -23,6 +23,7 @@ def tasks(
     steps: int = typer.Option(1000, min=1, help="Budget of SUN and of the full fine-tune alike."),
     curve: str = typer.Option("125,250,500", help="Smaller budgets of the first seed, for accuracy by steps."),
     align_steps: int = typer.Option(250, min=0, help="Further steps against each quantized decode module; 0: none."),
+    align_share: float = typer.Option(1.0, min=0.001, max=1.0, help="Their peak rate, as a share of that before."),
     distill: bool = typer.Option(False, "--distill", help="Take them on the SUN pair's distributions too."),
     lora_ranks: str = typer.Option("", help="Ranks of adapters to tune as well, comma-separated, such as 4,16,64."),
     text: bool = typer.Option(True, help="Calibrate each decode module with the packaged text too."),

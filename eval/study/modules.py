@@ -37,6 +37,8 @@ class Tuned:
         if self.lora_rank:
             rates = study.lora_lr or (0.0,)
             rate = rates[study.lora_ranks.index(self.lora_rank) % len(rates)]
+        if self.init:
+            rate *= study.align_share
         values = {"steps": self.steps, "batch_size": study.batch_size, "lr": rate, "seed": seed, "dtype": study.dtype}
         rank = 0 if self.init else self.lora_rank  # an adapter to start from has its own
         values |= {"lora_rank": rank, "prefill_weights": self.weights, "valid_examples": study.valid}

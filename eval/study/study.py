@@ -24,7 +24,7 @@ class Study:
         seeds: 0 .. seeds - 1; each has its own order and calibration and, for embedded tasks, its own data.
         curve: smaller budgets, for accuracy by steps; complete runs of their own, of the first seed only.
         align_steps: further steps of each prefill module against a quantized decode module and, as a control, against
-            the full-precision one; 0: none.
+            the full-precision one; 0: none. align_share: their peak rate, of that of the steps before.
         distill: take further steps on the distributions of the SUN pair too.
         lora_ranks: of adapters, tuned on the base's weights and on each quantized decode module's.
         text: calibrate every decode module with the packaged text too.
@@ -43,6 +43,7 @@ class Study:
     steps: int = 1000
     curve: tuple[int, ...] = (125, 250, 500)
     align_steps: int = 250
+    align_share: float = 1.0
     distill: bool = False
     lora_ranks: tuple[int, ...] = ()
     text: bool = True
@@ -70,6 +71,8 @@ class Study:
         if self.lora_lr and len(self.lora_lr) not in {1, len(self.lora_ranks)}:
             counts = f"{len(self.lora_lr)} rates for {len(self.lora_ranks)} adapter ranks"
             raise QsunError(f"lora_lr has {counts}; give one, or one for each")
+        if self.align_share != 1 and not (self.lr and (self.lora_lr or not self.lora_ranks)):
+            raise QsunError(f"align_share {self.align_share:g} is a share of lr and lora_lr; give them")
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise QsunError(f"tasks {', '.join(names)} contain a duplicate; give each its own name")

@@ -11,6 +11,7 @@ from qsun.demo.tasks import HARD_TASKS, TASKS, examples, write_jsonl
 from qsun.errors import QsunError
 from qsun.eval.report.variants import from_file
 from qsun.eval.study.matrix import write_matrix
+from qsun.eval.study.modules import after_quantizing, before_quantizing
 from qsun.eval.study.report import Scores, bits_figure, curve_figure, markdown
 from qsun.eval.study.run import run_study
 from qsun.eval.study.stages import STAGES, variants
@@ -80,6 +81,22 @@ def test_a_report_of_own_tasks_names_them_and_what_the_intervals_count(tmp_path)
     assert "somewhat narrow" not in one
 
 
+def test_rates():
+    study = Study(lr=3e-3, full_lr=1e-3, lora_ranks=(4, 64), lora_lr=(6e-3, 2e-3), align_share=0.5)
+    made = {tuned.name: tuned.config(study, 0).lr for tuned in before_quantizing(study, 1, hard=False)}
+    wanted = {"lora4": 6e-3, "lora64": 2e-3, "full-lora4": 6e-3, "full-lora64": 2e-3}
+    assert made == {"sun": 3e-3, "full": 1e-3} | wanted
+    further = {tuned.name: tuned.config(study, 0).lr for tuned in after_quantizing(study)}
+    assert (further["longer"], further["aligned-int4"], further["lora64-on-int4"]) == (1.5e-3, 1.5e-3, 2e-3)
+    by_width = Study(lora_ranks=(4,))
+    assert [t.config(by_width, 0).lr for t in before_quantizing(by_width, 1, hard=False) if t.lora_rank] == [0, 0]
+
+
+def test_an_embedded_task_by_its_name():
+    assert StudyTask.parse("code") == StudyTask("code")
+    assert StudyTask.parse("shift").hard
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -91,6 +108,8 @@ def test_a_report_of_own_tasks_names_them_and_what_the_intervals_count(tmp_path)
         (("--task", "a=x.jsonl,x.jsonl,x.jsonl,no_such.module:f"), "cannot be imported"),
         (("--task", "a=x.jsonl,x.jsonl,x.jsonl"), "test file x.jsonl does not exist"),
         (("--bits", "5"), "bits"),
+        (("--lora-ranks", "4,16", "--lora-lr", "1e-3,2e-3,3e-3"), "lora_lr has 3 rates for 2 adapter ranks; give one"),
+        (("--lora-ranks", "4", "--align-share", 0.2), "align_share 0.2 is a share of lr and lora_lr; give them"),
         (("--methods", "rtn"), "use no calibration; add one, such as refined"),
         (("--methods", "magic"), "magic"),
         (("--base", "nowhere"), "nowhere is not a directory"),
