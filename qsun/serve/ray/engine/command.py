@@ -122,8 +122,8 @@ def _lora_options(adapters: Mapping[str, str], most: int) -> Iterator[str]:
         )
     yield from ("--enable-lora", "--max-lora-rank", str(largest))
     yield from ("--max-loras", str(min(most, len(adapters))), "--max-cpu-loras", str(len(adapters)))
-    targets = [config.get("target_modules") for config in configs]
-    if all(isinstance(names, list) for names in targets):
+    targets = [names for config in configs if isinstance(names := config.get("target_modules"), list)]
+    if len(targets) == len(configs):
         # otherwise vLLM holds products for the embedding and the head as well, and refuses a large vocabulary
         layers = {name.rpartition(".")[2] for names in targets for name in names}
         yield from ("--lora-target-modules", *sorted(layers))
