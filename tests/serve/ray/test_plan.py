@@ -223,3 +223,12 @@ def test_a_prefill_replica_counts_prompts_only():
         assert load.tokens == 10
     with load.counted("/health", b""):
         assert load.tokens == 0
+
+
+def test_replicas_have_the_limits_of_the_file():
+    """The lease on KV blocks is the deadline: a shorter one lets a late decode worker read another request's."""
+    values = {"decode": {"module": "demo", "workers": 1}, "models": {"math": {"module": "demo", "workers": 1}}}
+    cluster = parse_cluster(values | {"limits": {"deadline_seconds": 77.0, "gather_seconds": 0.5}})
+    *pools, _ = plan_apps(cluster, ServedNames("d", {"math": "m"}))
+    found = [(app.args["engine"]["deadline_seconds"], app.args["engine"]["gather_seconds"]) for app in pools]
+    assert found == [(77.0, 0.5)] * 2
