@@ -9,6 +9,7 @@ import typer
 
 from qsun.cli.terminal import results, screen
 from qsun.cli.terminal.device import check_device
+from qsun.cli.terminal.options import names
 from qsun.config import DTYPES, check_one_of
 from qsun.errors import QsunError
 
@@ -68,7 +69,7 @@ def evaluate(
     check_one_of("--dtype", dtype, DTYPES)
     if matrix and (prefill or full_ft or base):
         raise QsunError("--matrix names all modules; omit --prefill, --full-ft and --base")
-    wanted = [task for task in tasks.split(",") if task]
+    wanted = names(tasks)
     if bool(matrix) == bool(decode):
         raise QsunError("give either --decode (with --prefill and --full-ft) or --matrix")
     chosen = from_file(matrix, wanted) if matrix else from_options(decode, prefill, full_ft, wanted, base or None)

@@ -148,16 +148,12 @@ def _answers(
     settings: dict[str, Any],
 ) -> Iterator[Any]:
     """Load what is needed and yield the pieces of all answers. Everything that can be refused is refused first."""
-    import torch
-
     from qsun.engine.generation import generate_stream
     from qsun.model.pairing import find_base
     from qsun.runtime.decode_module import load_decode
     from qsun.runtime.prefill_module import load_prefill
 
     device, dtype = where
-    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise QsunError(f"dtype {dtype!r} is not known; use float32, bfloat16 or float16")
     module = load_decode(decode, device, dtype)
     model: Any = module.model
     own_dtype = model.model.embed_tokens.weight.dtype

@@ -138,8 +138,6 @@ def _load(
     from qsun.serve.api.app import Serving, build_app
     from qsun.serve.api.metrics import Metrics
 
-    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise QsunError(f"dtype {dtype!r} is not known; use float32, bfloat16 or float16")
     if threads:
         torch.set_num_threads(threads)
     with screen.progress(quiet=False) as progress:

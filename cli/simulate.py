@@ -6,7 +6,7 @@ from typing import Any
 import typer
 
 from qsun.cli.terminal import results, screen
-from qsun.cli.terminal.options import numbers
+from qsun.cli.terminal.options import names, numbers
 
 
 def simulate(
@@ -63,8 +63,8 @@ def simulate(
     found = load_curves(curves)
     skews = numbers("skew", skew) or [0.0]
     replayed = read_trace(trace) if trace else None
-    names = _names(models) if replayed is None else by_count(replayed)
-    workload = Workload(names, skews[0], Lengths.parse(prompt), Lengths.parse(output), seed)
+    served = _names(models) if replayed is None else by_count(replayed)
+    workload = Workload(served, skews[0], Lengths.parse(prompt), Lengths.parse(output), seed)
     deployment = Deployment(
         max_batch,
         kv_tokens or None,
@@ -97,4 +97,4 @@ def _show(result: dict[str, Any], out: Path | None, as_json: bool) -> None:
 def _names(models: str) -> tuple[str, ...]:
     if models.isdigit():
         return tuple(f"model-{number + 1}" for number in range(int(models)))
-    return tuple(name.strip() for name in models.split(",") if name.strip())
+    return tuple(names(models))

@@ -6,7 +6,7 @@ import typer
 
 from qsun.cli.terminal import results, screen
 from qsun.cli.terminal.device import check_device
-from qsun.config import DTYPES, check_one_of
+from qsun.config import check_one_of
 
 
 def adapters(
@@ -36,8 +36,6 @@ def adapters(
     """
     check_device(device)
     check_one_of("--prefill-weights", prefill_weights, ("base", "decode"))
-    if dtype is not None:
-        check_one_of("--dtype", dtype, DTYPES[1:])
     import torch
 
     from qsun.eval.output.machine import machine

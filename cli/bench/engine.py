@@ -6,7 +6,6 @@ import typer
 
 from qsun.cli.terminal import results, screen
 from qsun.cli.terminal.device import check_device
-from qsun.config import DTYPES, check_one_of
 
 
 def engine(
@@ -47,8 +46,6 @@ def engine(
     from qsun.runtime.decode_module import load_decode
     from qsun.runtime.prefill_module import load_prefill
 
-    if dtype is not None:
-        check_one_of("--dtype", dtype, DTYPES[1:])
     torch.set_num_threads(threads)
     module = load_decode(decode, device, dtype)
     weight = next(module.model.parameters())

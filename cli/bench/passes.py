@@ -5,6 +5,7 @@ from pathlib import Path
 import typer
 
 from qsun.cli.terminal import results, screen
+from qsun.cli.terminal.options import names
 from qsun.eval.output.table import Table
 
 _COLUMNS = {
@@ -42,8 +43,8 @@ def passes(
         model,
         calib,
         valid,
-        grids=grids.split(","),
-        methods=methods.split(","),
+        grids=names(grids),
+        methods=names(methods),
         settings={"group_size": group_size, "samples": samples, "seq_len": seq_len},
         windows=(windows, window),
         threads=threads,

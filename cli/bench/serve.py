@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from qsun.cli.terminal import results, screen
+from qsun.cli.terminal.options import names
 from qsun.errors import QsunError
 from qsun.eval.output.table import Table
 
@@ -64,12 +65,12 @@ def serve(
     level = ServiceLevel(slo_ttft, slo_tpot)
     if decode_workers < 1:
         raise QsunError(f"decode-workers {decode_workers} is out of range; use 1 or more")
-    names = tuple(name.strip() for name in models.split(",") if name.strip())
+    served = tuple(names(models))
     rows = read_prompts(prompts, endpoint) if prompts else ()
     lengths = (Lengths.parse(prompt), Lengths.parse(output))
     turns = rounds or (4 if against else 1)
     settings = LoadSettings(
-        *lengths, names, skew, rows, rate, concurrency, requests, warm_up, turns, max_in_flight, seed, prompt_seed
+        *lengths, served, skew, rows, rate, concurrency, requests, warm_up, turns, max_in_flight, seed, prompt_seed
     )
     key, extra = _api_key(api_key_file), _object(extra_body)
     urls = {OURS: url} | ({THEIRS: against} if against else {})

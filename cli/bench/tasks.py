@@ -8,7 +8,7 @@ import typer
 
 from qsun.cli.terminal import results, screen
 from qsun.cli.terminal.device import check_device
-from qsun.cli.terminal.options import numbers, whole_numbers
+from qsun.cli.terminal.options import names, numbers, whole_numbers
 
 
 def tasks(
@@ -89,7 +89,7 @@ def _study(options: dict[str, Any]) -> Any:
         "lora_ranks": tuple(whole_numbers("lora-ranks", options["lora_ranks"])),
         "lora_lr": tuple(numbers("lora-lr", options["lora_lr"])),
         "bits": tuple(whole_numbers("bits", options["bits"])),
-        "methods": tuple(name.strip() for name in options["methods"].split(",")),
+        "methods": tuple(names(options["methods"])),
         "lr": rate,
         "full_lr": rate if options["full_lr"] is None else options["full_lr"],
         "test": 500 * any(t.embedded for t in tasks) if options["test"] is None else options["test"],

@@ -1,5 +1,6 @@
 """The --device option."""
 
+from qsun.device import default_device
 from qsun.errors import QsunError
 
 
@@ -9,10 +10,7 @@ def check_device(device: str | None) -> None:
         return
     import torch
 
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise QsunError(f"device {device!r} is not known; use cpu, cuda or cuda:N") from None
+    kind = default_device(device).type
     if kind not in ("cpu", "cuda"):
         raise QsunError(f"device {device!r} is not supported; use cpu, cuda or cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():

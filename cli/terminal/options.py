@@ -47,9 +47,14 @@ def _texts(name: str, value: Any, kind: type) -> Any:
     return texts if kind is list else texts[0]
 
 
+def names(text: str) -> list[str]:
+    """Parse a comma-separated option."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def whole_numbers(name: str, text: str) -> list[int]:
     """Parse a comma-separated option. Raises QsunError for anything but whole numbers."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
+    parts = names(text)
     wrong = [part for part in parts if not part.isdigit()]
     if wrong:
         raise QsunError(f"{name} has {wrong[0]!r}; use whole numbers from 1 up, such as 1,4,16")
@@ -59,7 +64,7 @@ def whole_numbers(name: str, text: str) -> list[int]:
 def numbers(name: str, text: str) -> list[float]:
     """Parse a comma-separated option. Raises QsunError for anything but finite numbers."""
     try:
-        found = [float(part) for part in text.split(",") if part.strip()]
+        found = [float(part) for part in names(text)]
     except ValueError:
         raise QsunError(f"{name} {text!r} is not a comma-separated list of numbers") from None
     if not all(math.isfinite(number) for number in found):

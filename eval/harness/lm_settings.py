@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
+from qsun.config import DTYPES, check_one_of
+from qsun.device import default_device
 from qsun.errors import QsunError
 from qsun.model.checkpoint import read_json
 from qsun.model.locate import find_model, load_tokenizer
@@ -26,7 +28,6 @@ PASSED_ON = (
     "chat_template_args",
 )
 _OWN = ("decode", "prefill", "device", "dtype", "batch_size", "max_batch_size")
-_DTYPES = ("float32", "bfloat16", "float16")
 _WITHOUT_EFFECT: dict[str, Any] = {"num_beams": 1, "repetition_penalty": 1.0, "num_return_sequences": 1}
 _SAMPLING = ("temperature", "top_p", "top_k")
 
@@ -45,10 +46,7 @@ def check_settings(decode: str | DecodeModule, batch_size: int | str, settings: 
 
 def device_of(device: str | torch.device | None) -> torch.device:
     """Return the device; as in lm-eval's own models, the CPU if a GPU is asked for and missing."""
-    try:
-        wanted = torch.device(device or "cuda")
-    except RuntimeError:
-        raise QsunError(f"device {device!r} is not known; use cpu, cuda or cuda:N") from None
+    wanted = default_device(device or "cuda")
     return wanted if wanted.type != "cuda" or torch.cuda.is_available() else torch.device("cpu")
 
 
@@ -78,8 +76,7 @@ def load_pair(
         QsunError: a missing directory or tokenizer, or a quantized module whose base cannot be found.
     """
     wanted = None if dtype is None or str(dtype) == "auto" else str(dtype).removeprefix("torch.")
-    if wanted not in (None, *_DTYPES):
-        raise QsunError(f"dtype {dtype!r} is not known; use auto, {', '.join(_DTYPES)}")
+    check_one_of("dtype", wanted or "auto", DTYPES)
     if isinstance(decode, DecodeModule) and isinstance(prefill, PrefillModule):
         return prefill, decode
     path = find_model(str(decode))

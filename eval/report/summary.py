@@ -92,9 +92,10 @@ def _stderr(values: Sequence[float]) -> float:
 
 def _sentence(name: str, reference: str, cell: Mapping[str, float]) -> str:
     points, low, high = (100 * cell[key] for key in ("difference", "low", "high"))
+    side = "above" if points > 0 else "below" if points < 0 else "from"
     return (
-        f"{name} is within {max(abs(low), abs(high)):.1f} points of {reference} "
-        f"(difference {points:+.1f}, 95% CI {low:+.1f} to {high:+.1f}; McNemar p {shown_p(cell['p_value'])})"
+        f"{name} is {abs(points):.1f} points {side} {reference} "
+        f"(95% CI {low:+.1f} to {high:+.1f}; McNemar p {shown_p(cell['p_value'])})"
     )
 
 

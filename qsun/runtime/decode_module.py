@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from qsun.device import default_device
+from qsun.device import default_device, named_dtype
 from qsun.errors import QsunError
 from qsun.memory import available_bytes
 from qsun.model.architectures import BLOCKS
@@ -76,13 +76,13 @@ def load_decode(
         merge: one product for q, k and v and one for gate and up (fused_projections.py); default: on a GPU.
         fuse: a merged block's decode step in a few kernels where it can (fused_block.py); default: on a GPU.
     Raises:
-        QsunError: a damaged or unsupported directory.
+        QsunError: a damaged or unsupported directory, or an unknown device or dtype.
     """
+    wanted = named_dtype(dtype) if isinstance(dtype, str) else dtype
+    device = default_device(device)
     path = find_model(str(directory))
     checkpoint = Checkpoint(path)
     config = read_model_config(path)
-    device = default_device(device)
-    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     dtype = wanted or checkpoint.dtype(EMBEDDING) or torch.float32
     model = empty_model(config)
     if keep_dense is None:

@@ -78,7 +78,8 @@ def test_sampling_settings_arrive(cli):
         (("--input", "nowhere.jsonl"), "prompt file nowhere.jsonl does not exist"),
         (("x", "--top-p", 0), "top_p 0.0 is out of range"),
         (("x", "--max-tokens", 0), "max_new_tokens 0 is out of range"),
-        (("x", "--dtype", "float7"), "dtype 'float7' is not known"),
+        (("x", "--dtype", "float7"), "dtype 'float7' is not supported; use one of float32"),
+        (("x", "--dtype", "bool"), "dtype 'bool' is not supported; use one of float32"),
         (("x" * 3000,), "max_new_tokens 128 goes over the model's"),
     ],
 )

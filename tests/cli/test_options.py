@@ -2,7 +2,7 @@
 
 import pytest
 
-from qsun.cli.terminal.options import settings_and_inputs
+from qsun.cli.terminal.options import names, settings_and_inputs
 from qsun.config import QuantConfig
 from qsun.errors import QsunError
 
@@ -37,3 +37,12 @@ def test_an_unknown_key_is_refused(file):
     file.write_text("bitz: 3\n")
     with pytest.raises(QsunError, match="unknown setting 'bitz'"):
         settings({"config": file})
+
+
+def test_names_may_have_spaces_around_their_commas():
+    assert names("qsun_math, qsun_code ,,") == ["qsun_math", "qsun_code"]
+
+
+def test_tasks_may_have_spaces_around_their_commas(cli, tmp_path):
+    answer = cli("eval", "--decode", "demo", "--tasks", "qsun_math, nothing", "-o", tmp_path / "out")
+    assert answer.code == 2 and "task 'nothing' is not known" in answer.err

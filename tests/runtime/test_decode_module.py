@@ -109,3 +109,16 @@ def test_tensors_that_no_module_uses(tiny_model, tmp_path, caplog):
     save_file(tensors | {odd: torch.ones(2, 2)}, directory / "model.safetensors", {"format": "pt"})
     with pytest.raises(qsun.QsunError, match=rf"does not fit its config\.json: missing nothing, unknown .*{odd}"):
         qsun.load_decode(directory, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": "flot16"}, "dtype 'flot16' is not supported; use one of float32, bfloat16, float16"),
+        ({"dtype": "int8"}, "dtype 'int8' is not supported"),
+        ({"device": "abacus"}, "device 'abacus' is not known"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused(settings, message):
+    with pytest.raises(qsun.QsunError, match=message):
+        qsun.load_decode("demo", **settings)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from qsun.serve.http.wire import DONE_EVENT
 from qsun.serve.router.exchange.request import prompt_tokens
 
 METRIC = "outstanding_tokens"
@@ -60,9 +61,13 @@ class RequestLoad:
 
     def __init__(self, replica: OutstandingTokens, tokens: int):
         self._replica, self.left = replica, tokens
+        self._line = b""  # the beginning of one that has not ended yet
 
     def arrived(self, piece: bytes) -> None:
-        """Subtract the tokens of a piece of an answer: one for each event of a stream."""
-        tokens = min(self.left, piece.count(b"data: "))
+        """Subtract the tokens of a piece of a stream, cut anywhere: one for each event but the last, [DONE]."""
+        *lines, unfinished = (self._line + piece).split(b"\n")
+        self._line = unfinished[: 2 * len(DONE_EVENT)]
+        events = sum(line.startswith(b"data:") and line.strip() != DONE_EVENT.strip() for line in lines)
+        tokens = min(self.left, events)
         self.left -= tokens
         self._replica.tokens -= tokens

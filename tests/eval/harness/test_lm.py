@@ -279,7 +279,7 @@ def test_sampling_is_seeded_and_repeats_differ():
         ({}, "no decode module; give --model_args decode=DIR"),
         ({"decode": "demo", "prefil": "x"}, "unknown model argument 'prefil'; known are: decode, prefill"),
         ({"decode": "demo", "batch_size": "0"}, "batch_size '0' is out of range"),
-        ({"decode": "demo", "dtype": "int3"}, "dtype 'int3' is not known; use auto, float32"),
+        ({"decode": "demo", "dtype": "int3"}, "dtype 'int3' is not supported; use one of auto, float32"),
         ({"decode": "demo", "device": "gpu"}, "device 'gpu' is not known"),
         ({"decode": "demo", "max_length": 1000}, "max_length 1000 is over the model's 512 positions; use 512"),
         ({"decode": "nowhere"}, "nowhere is not a directory"),

@@ -70,7 +70,7 @@ def test_rates_errors_and_comparisons():
     assert mean["SUN"]["rate"] == pytest.approx((0.75 + 0.5) / 2), "the mean is that of the tasks"
     assert mean["SUN"]["stderr"] == pytest.approx(math.sqrt(0.75 / 12 + 0.5 / 2) / 2)
     assert mean["QSUN <int4>"]["difference"] == pytest.approx(-0.25 / 2), "and so is the difference"
-    assert "points of SUN (difference -12.5, 95% CI" in found["sentences"][0]
+    assert found["sentences"][0].startswith("QSUN <int4> is 12.5 points below SUN (95% CI ")
     pooled = found["responses"]["SUN"]
     assert pooled["positions"] == 40 and pooled["mean_kl"] == pytest.approx(0.25) and pooled["p99_kl"] == 0.5
     assert found["text"]["QSUN <int4>"]["top1"] == 0.9

@@ -84,7 +84,8 @@ def test_a_second_signal_does_not_wait(number):
         (["--kv-memory", "1KB"], "kv_bytes 1000 is too small"),
         (["--api-keys", "/nonexistent"], "cannot be read"),
         (["--timeout", "0"], "seconds 0.0 is out of range"),
-        (["--dtype", "float31"], "dtype 'float31' is not known"),
+        (["--dtype", "float31"], "dtype 'float31' is not supported; use one of float32, bfloat16, float16"),
+        (["--dtype", "int8"], "dtype 'int8' is not supported; use one of float32, bfloat16, float16"),
         (["--host", "203.0.113.7", "--api-keys", "KEYS"], "cannot listen on 203.0.113.7"),
     ],
 )

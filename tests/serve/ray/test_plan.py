@@ -209,6 +209,16 @@ def test_tokens_are_outstanding_until_they_have_come():
     assert load.tokens == 0
 
 
+@pytest.mark.parametrize("size", [1, 2, 7, 100])
+def test_events_are_counted_however_the_stream_is_cut(size):
+    stream = b': keep-alive\n\ndata: {"text": "data: data: "}\n\ndata: {}\r\n\r\ndata: [DONE]\n\n'
+    load = OutstandingTokens(prompts_only=True, longest=0)
+    with load.counted("/v1/completions", json.dumps({"prompt": [1] * 10}).encode()) as request:
+        for start in range(0, len(stream), size):
+            request.arrived(stream[start : start + size])
+        assert load.tokens == 10 - 2
+
+
 def test_a_request_that_leaves_its_length_open_may_take_all():
     load = OutstandingTokens(prompts_only=False, longest=50)
     body = json.dumps({"messages": [{"role": "user", "content": "x" * 36}]}).encode()
