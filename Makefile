@@ -41,7 +41,7 @@ bench:  ## KL and CPU seconds of every pass on the embedded base; BENCH="MODEL -
 	$(PYTHON) -c "from qsun.demo.corpus import calibration_text as t; print(t(9), end='')" > out/held-out.txt
 	$(PYTHON) -m qsun.cli.main bench passes $(or $(BENCH),$(DEMO_BENCH))
 
-real: $(REAL_DATA)/snips-train.jsonl  ## docs/results/real: hours on a CPU; stop it and go on as you like; REAL_ARGS=--dry-run: what is left
+real: $(REAL_DATA)/snips-train.jsonl  ## docs/results/real: hours on a CPU; stop and resume it at will; REAL_ARGS=--dry-run: what is left
 	$(PYTHON) -m qsun.cli.main bench tasks -o $(REAL_OUT)/study --base $(REAL_BASE) $(call REAL_TASK,snips,json) \
 		$(call REAL_TASK,django,exact) $(REAL_GRID) $(REAL_BUDGET) $(REAL_ARGS)
 

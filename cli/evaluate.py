@@ -53,7 +53,7 @@ def evaluate(
     ),
     batch_size: str = typer.Option("auto", help="Batch size of lm-eval's requests, or auto."),
     dtype: str = typer.Option("auto", help="auto, float32, bfloat16 or float16."),
-    device: str = typer.Option("", help="cpu, cuda. Default: a GPU where there is one."),
+    device: str = typer.Option("", help="cpu, cuda. Default: a GPU if available."),
     seed: int = typer.Option(0, help="Random seed of few-shot examples and sampling."),
     resume: bool = typer.Option(False, "--resume", help="Continue a stopped run with the same settings."),
     as_json: bool = typer.Option(False, "--json", help="Print report.json on stdout."),

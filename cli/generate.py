@@ -32,7 +32,7 @@ modules; all are decoded in one batch. Answers come in the order of the prompts;
 
 @dataclass(frozen=True)
 class _AskedPrompt:
-    """What to answer: text, or messages for the chat template; of which module; and what names it in errors."""
+    """A prompt, as text or as messages for the chat template; its module; and its name in errors."""
 
     text: str | list[dict[str, Any]]
     model: str
@@ -49,18 +49,18 @@ def generate(
     chat: bool = typer.Option(False, "--chat", help="Each prompt is a user's message for the chat template."),
     max_tokens: int = typer.Option(128, help="Longest answer, in tokens."),
     temperature: float = typer.Option(0.0, help="0 always takes the most likely token."),
-    top_p: float = typer.Option(1.0, help="Share of the probability that sampling keeps."),
+    top_p: float = typer.Option(1.0, help="Probability mass that sampling keeps."),
     top_k: int = typer.Option(0, help="Number of tokens that sampling keeps; 0 keeps all."),
     seed: int = typer.Option(0, help="Random seed; each prompt draws its own numbers."),
-    stop: list[str] = typer.Option([], help="Text that ends an answer, which ends before it; may be repeated."),
+    stop: list[str] = typer.Option([], help="Text that ends an answer and is left out; may be repeated."),
     batch_size: int = typer.Option(64, help="Prompts that are decoded together."),
     kv_dtype: str = typer.Option(
-        "auto", help="Of the decode batch's KV: auto is the activations', fp8 half of 16 bits."
+        "auto", help="Dtype of the decode batch's KV: auto is that of activations, fp8 takes half of 16 bits."
     ),
     speculate: int = typer.Option(
         0, help="Tokens that a prompt drafts from its own text and checks in one step; pays where text repeats."
     ),
-    device: str | None = typer.Option(None, help="cpu, cuda, cuda:1 ... Default: a GPU where there is one."),
+    device: str | None = typer.Option(None, help="cpu, cuda, cuda:1 ... Default: a GPU if available."),
     dtype: str | None = typer.Option(None, help="Of activations: float32, bfloat16 ... Default: the decode module's."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object for each prompt."),
 ) -> None:
@@ -115,7 +115,7 @@ def _prompts(texts: list[str], file: Path | None, chat: bool, models: list[str])
     if not texts and sys.stdin.isatty():
         raise QsunError('give a prompt, such as qsun generate demo "calc 12+7>", or --input FILE.jsonl')
     if len(models) > 1:
-        raise QsunError('several prefill modules: say which reads each prompt, by "model" in a file (--input)')
+        raise QsunError('several prefill modules: name one for each prompt by "model" in a file (--input)')
     for number, text in enumerate(texts or [sys.stdin.read()]):
         yield _AskedPrompt(_message(text) if chat else text, models[0], f"prompt {number}")
 

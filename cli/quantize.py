@@ -62,7 +62,7 @@ def quantize(
     dtype: str | None = typer.Option(
         None, help="Dtype of the computation: auto, float32, bfloat16, float16. Default: auto."
     ),
-    device: str | None = typer.Option(None, help="cpu, cuda, cuda:1 ... Default: a GPU if there is one."),
+    device: str | None = typer.Option(None, help="cpu, cuda, cuda:1 ... Default: a GPU if available."),
     config: Path | None = typer.Option(
         None, help="YAML file of settings and inputs; command-line options override it."
     ),

@@ -26,9 +26,9 @@ Examples:
   curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d '{"model": "math", "prompt": "calc 12+8>"}'
 
 Each prefill module is a model of the API. --adapters serves every LoRA adapter in a folder under the name of its own
-folder: all share one set of prefill weights, and each takes only its own megabytes, while its prompts are read. Without
---prefill, and with --adapters, the base itself is a model, "base"; where all adapters were tuned on the decode module's
-own weights, those read its prompts as well. SIGTERM and Ctrl-C let running requests finish; a second one ends them.
+folder: all share one set of prefill weights, and each adds only its own megabytes, while it is in use. Without
+--prefill, and with --adapters, the base itself is a model, "base"; if all adapters were tuned on the decode module's
+weights, these read its prompts too. SIGTERM and Ctrl-C let running requests finish; a second one ends them.
 /metrics is for Prometheus, /health and /ready are for probes. Without --api-keys the server listens on this machine
 only.
 """
@@ -51,23 +51,23 @@ def serve(
     max_batch: int = typer.Option(64, min=1, help="Requests that prefill or decode at a time."),
     kv_memory: str = typer.Option("auto", help="Memory for KV, such as 2GiB. Default: a quarter of what is free."),
     kv_dtype: str = typer.Option(
-        "auto", help="Of the decode batch's KV: auto is the activations', fp8 half of 16 bits."
+        "auto", help="Dtype of the decode batch's KV: auto is that of activations, fp8 takes half of 16 bits."
     ),
     prefix_cache: str = typer.Option("256MiB", help="Memory for KV of prompt prefixes; 0: none."),
     prefill_tokens: int = typer.Option(512, min=1, help="Prompt tokens read between two decode steps."),
     speculate: int = typer.Option(
         0, min=0, help="Tokens that a row drafts from its own text and checks in one step; pays where text repeats."
     ),
-    max_waiting: int = typer.Option(256, min=1, help="Requests in the queue; more are answered 429."),
+    max_waiting: int = typer.Option(256, min=1, help="Requests that may queue; more get 429."),
     max_tokens: int = typer.Option(0, min=0, help="Longest answer. Default: what the model has positions for."),
     default_tokens: int = typer.Option(
         1024, min=0, help="Longest answer of a chat that sets no max_tokens; 0: all positions. KV is reserved for it."
     ),
     timeout: float = typer.Option(600.0, help="Time limit of a request, in seconds."),
     max_body: str = typer.Option("1MiB", help="Longest body of a request."),
-    drain: float = typer.Option(30.0, min=1, help="Seconds that running requests have to finish at the end."),
+    drain: float = typer.Option(30.0, min=1, help="Seconds for running requests to finish on shutdown."),
     dtype: str | None = typer.Option(None, help="Of activations: float32, bfloat16 ... Default: the decode module's."),
-    device: str | None = typer.Option(None, help="cpu, cuda, cuda:1 ... Default: a GPU where there is one."),
+    device: str | None = typer.Option(None, help="cpu, cuda, cuda:1 ... Default: a GPU if available."),
     threads: int = typer.Option(0, min=0, help="CPU threads. Default: as torch chooses, one for each core."),
     admin: bool = typer.Option(False, "--admin", help="Add and remove modules by POST and DELETE /admin/models."),
     partitioned: bool = typer.Option(

@@ -79,7 +79,7 @@ def _deploy(cluster: Any, planned: Any, address: str) -> None:
     from qsun.serve.ray.config import put_config, ray_token, serve_config
 
     put_config(address, serve_config(cluster, planned), ray_token(os.environ))
-    screen.note(f"{len(planned)} applications are being deployed; `serve status -a {address}` shows how they are")
+    screen.note(f"{len(planned)} applications are being deployed; `serve status -a {address}` shows their state")
 
 
 def _serve_here(file: Path, logs: Path, as_json: bool) -> None:
@@ -107,13 +107,13 @@ def _serve_here(file: Path, logs: Path, as_json: bool) -> None:
     try:
         serve_here(cluster, planned, ray_token(os.environ), read, ready, screen.note)
     except KeyboardInterrupt:
-        screen.interrupted("the cluster was not warm yet, and all replicas have ended")
+        screen.interrupted("the cluster was not warm yet; all replicas have ended")
 
 
 def _keep_ray_private() -> None:
     """Have Ray's processes listen on the loopback address, and require a token. Ray reads this when it is imported.
 
-    Its switch for Windows and macOS chooses the address. Whether a token is required is RAY_AUTH_MODE's to say: one
+    Its switch for Windows and macOS chooses the address. RAY_AUTH_MODE decides whether a token is required; a token
     alone changes nothing.
     """
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

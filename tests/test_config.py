@@ -125,7 +125,7 @@ def test_config_file(tmp_path):
     [
         ("- 1\n", "is not a mapping"),
         ("a: [\n", "not YAML"),
-        ("bits: 3\nbits: 4\n", "key 'bits' is there twice"),
+        ("bits: 3\nbits: 4\n", "key 'bits' occurs twice"),
         ("a: !!python/name:os.system\n", "not YAML"),
         ("a: " + "x" * 2**20, "larger than 1048576 bytes"),
     ],

@@ -21,7 +21,7 @@ def engine(
     prefill_tokens: int = typer.Option(512, min=1, help="Prompt tokens read between two decode steps."),
     seed: int = typer.Option(0, help="Random seed of the trace."),
     dtype: str | None = typer.Option(None, help="Of activations. Default: the decode module's."),
-    device: str | None = typer.Option(None, help="cpu or cuda. Default: a GPU where there is one."),
+    device: str | None = typer.Option(None, help="cpu or cuda. Default: a GPU if available."),
     threads: int = typer.Option(1, min=1, help="CPU threads."),
     out: Path | None = typer.Option(None, "--out", "-o", help="Folder for engine.json."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),

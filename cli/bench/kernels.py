@@ -24,7 +24,7 @@ def kernels(
     bits: int = typer.Option(4, help="2, 3, 4 or 8."),
     group_size: int = typer.Option(128, help="-1, 32, 64 or 128."),
     asym: bool = typer.Option(False, "--asym", help="With zero points."),
-    device: str = typer.Option("", help="cpu or cuda. Default: a GPU where there is one."),
+    device: str = typer.Option("", help="cpu or cuda. Default: a GPU if available."),
     threads: int = typer.Option(1, help="CPU threads."),
     rounds: int = typer.Option(25, help="Turns of each contender at each point."),
     seconds: float = typer.Option(3.0, help="Fewer turns if a point takes longer than this."),

@@ -29,7 +29,7 @@ def serve(
     output: str = typer.Option("fixed:64", help="max_tokens of an answer, in the same forms."),
     prompts: Path | None = typer.Option(None, help=".jsonl with prompt or messages, instead of random prompts."),
     endpoint: str = typer.Option("completions", help="completions or chat."),
-    deadline: float = typer.Option(120.0, help="Seconds after which a request is given up."),
+    deadline: float = typer.Option(120.0, help="Seconds before a request is abandoned."),
     max_in_flight: int = typer.Option(1024, help="Requests due beyond this number in flight count as not sent."),
     slo_ttft: float = typer.Option(float("inf"), help="Goodput: milliseconds to the first token.", show_default=False),
     slo_tpot: float = typer.Option(float("inf"), help="Goodput: milliseconds a further token.", show_default=False),

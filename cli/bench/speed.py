@@ -25,7 +25,7 @@ def speed(
     prompts: str = typer.Option("", help="Further prompt lengths to time the prefill of, for qsun simulate."),
     steps: int = typer.Option(32, help="Timed steps of each contender at each point."),
     seconds: float = typer.Option(60.0, help="Fewer steps if a point takes longer than this."),
-    device: str = typer.Option("", help="cpu or cuda. Default: a GPU where there is one."),
+    device: str = typer.Option("", help="cpu or cuda. Default: a GPU if available."),
     threads: int = typer.Option(0, help="CPU threads. Default: torch's choice, one for each core."),
     out: Path | None = typer.Option(None, "--out", "-o", help="Folder for speed.json and speed.png."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),

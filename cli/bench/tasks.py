@@ -23,7 +23,7 @@ def tasks(
     steps: int = typer.Option(1000, min=1, help="Budget of SUN and of the full fine-tune alike."),
     curve: str = typer.Option("125,250,500", help="Smaller budgets of the first seed, for accuracy by steps."),
     align_steps: int = typer.Option(250, min=0, help="Further steps against each quantized decode module; 0: none."),
-    align_share: float = typer.Option(1.0, min=0.001, max=1.0, help="Their peak rate, as a share of that before."),
+    align_share: float = typer.Option(1.0, min=0.001, max=1.0, help="Their peak rate over the previous one."),
     distill: bool = typer.Option(False, "--distill", help="Take them on the SUN pair's distributions too."),
     lora_ranks: str = typer.Option("", help="Ranks of adapters to tune as well, comma-separated, such as 4,16,64."),
     text: bool = typer.Option(True, help="Calibrate each decode module with the packaged text too."),
@@ -36,7 +36,7 @@ def tasks(
     test: int | None = typer.Option(None, min=1, help="Test examples. Default: 500 embedded ones, or all of a file."),
     bits: str = typer.Option("4,3,2", help="Bits of decode modules, comma-separated."),
     methods: str = typer.Option("rtn,awq,gptq,refined", help="Quantization methods, comma-separated."),
-    group_size: int = typer.Option(32, help="Of decode modules: -1, 32, 64 or 128."),
+    group_size: int = typer.Option(32, help="Decode group size: -1, 32, 64, 128."),
     sym: bool = typer.Option(False, "--sym", help="Symmetric decode modules."),
     samples: int = typer.Option(128, min=1, help="Calibration sequences of each decode module."),
     dtype: str = typer.Option("auto", help="auto, float32, bfloat16 or float16."),
@@ -134,7 +134,7 @@ def tuning(
     steps: int = typer.Option(30, min=1, help="Timed steps of each."),
     batch_size: int = typer.Option(32, min=1, help="Examples of a step."),
     threads: int = typer.Option(0, help="CPU threads. Default: as torch chooses."),
-    device: str = typer.Option("", help="cpu or cuda. Default: a GPU where there is one."),
+    device: str = typer.Option("", help="cpu or cuda. Default: a GPU if available."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
 ) -> None:
     """Time a tuning step of a prefill module against one of a full fine-tune, in turns on the same batches.

@@ -53,7 +53,7 @@ def _capacity_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return each system's capacity at each skew, and where the ratios reach 2."""
     served = [row for row in rows if row["rate"]]
     lines = [Table.of(served, _CAPACITY_COLUMNS).text()]
-    lines += [f"{row['system']} at skew {row['skew']:g} keeps the SLO at no rate" for row in rows if not row["rate"]]
+    lines += [f"{row['system']} at skew {row['skew']:g} meets the SLO at no rate" for row in rows if not row["rate"]]
     lines.append(f"needs: fewest decode workers that serve {rows[0]['needed_rate']:.4g} requests/s within the SLO")
     return lines + [_where(rows, kind) for kind in (SUN, QSUN)]
 
@@ -64,7 +64,7 @@ def _where(rows: Sequence[Mapping[str, Any]], kind: str) -> str:
     if skew is not None:
         return f"{kind}: {_DOUBLE:.1f}x conventional with mean TPOT within 5% from skew {skew:.2f}"
     if not known:
-        return f"{kind}: no ratio, because a system keeps the SLO, or this one the conventional TPOT, at no rate"
+        return f"{kind}: no ratio, because a system meets the SLO, or this one the conventional TPOT, at no rate"
     best = max(known, key=lambda row: row["ratio_same_tpot"])
     return f"{kind}: never {_DOUBLE:.1f}x here; at most {best['ratio_same_tpot']:.2f}x, at skew {best['skew']:g}"
 

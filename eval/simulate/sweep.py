@@ -110,7 +110,7 @@ def over_skew(
 def _reference_rate(scenario: Scenario, workers: int, conventional: Capacity | None) -> float:
     found = highest_rate(scenario, SUN, workers) or conventional  # DoesNotFit of SUN reaches the user
     if found is None:
-        raise QsunError("no system keeps the SLO at any rate; relax --slo-ttft or --slo-tpot")
+        raise QsunError("no system meets the SLO at any rate; relax --slo-ttft or --slo-tpot")
     return _NEEDED_SHARE * found.rate
 
 

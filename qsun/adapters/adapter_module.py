@@ -52,8 +52,9 @@ class AdapterModule(PrefillModule):
 
 
 class AdapterLibrary:
-    """Opens adapters for a decode module. Each set of weights that they share is loaded when the first needs it, and
-    freed when the last is.
+    """Opens adapters for a decode module.
+
+    Each set of weights that they share is loaded with the first adapter and freed with the last.
 
     Args:
         decode: an adapter that was tuned on its weights shares them; others share the full-precision base, which is

@@ -1,6 +1,6 @@
 """Which adapters are in memory: loaded when a request needs them, at most so many, the least recently used goes first.
 
-An adapter is needed while prompts of its model are read, and no longer: a decode step has nothing of it.
+An adapter is needed while prompts of its model are read, and no longer: decode steps do not use it.
 """
 
 import logging

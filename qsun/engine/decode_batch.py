@@ -96,7 +96,7 @@ class DecodeBatch:
         return not row.finish and turn <= len(draft) and row.token == draft[turn - 1]
 
     def _drafts(self) -> list[list[int]]:
-        """A draft for each row, cut where fewer than half of the rows have more: the others are padded to it."""
+        """Return a draft for each row, cut where fewer than half have more: the others are padded to it."""
         room = min(self._speculate, _STEP_TOKENS // len(self.rows) - 1)
         if room < 1:
             return [[] for _ in self.rows]

@@ -54,7 +54,7 @@ class Engine:
         if self.budget_tokens < 1:
             raise QsunError(f"kv_bytes {self.config.kv_bytes} is too small; one token takes {per_token} bytes")
         if self.config.speculate and (self.config.static or self.device.type == "cuda"):
-            raise QsunError("speculate needs steps without fixed shapes, which a GPU does not have yet; use 0")
+            raise QsunError("speculate is not supported on a GPU or with static=True yet; use 0")
         self.modules: dict[str, LoadedModule] = {}
         self.known = PrefixCache(self.config.prefix_bytes)
         self._queue = FairQueue()

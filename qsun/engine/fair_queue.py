@@ -38,7 +38,7 @@ class FairQueue:
         self._queues.setdefault(model, deque()).append(request)
 
     def next(self, without: Set[str] = frozenset()) -> Request | None:
-        """The request whose turn it is, of all models but some; it stays until `take`."""
+        """Return the next request of all models but some; it stays until `take`."""
         models = [model for model, queue in self._queues.items() if queue and model not in without]
         return self._queues[min(models, key=lambda model: self._served[model])][0] if models else None
 
@@ -55,5 +55,5 @@ class FairQueue:
         self._most = max(self._most, self._served[model])
 
     def forget(self, model: str) -> None:
-        """A model that is gone; its queue is empty."""
+        """Forget a model, whose queue is empty."""
         self._served.pop(model, None)

@@ -87,7 +87,7 @@ class EngineThread:
         return self._updates(requests, updates)
 
     def cancel(self, requests: Sequence[Request]) -> None:
-        """Give requests up; those that are done are no error."""
+        """Cancel requests; those that are done are ignored."""
         for request in requests:
             self._inbox.put(partial(self._drop, request.id))
 
@@ -127,7 +127,7 @@ class EngineThread:
             self._engine.fail(request)
 
     def _take_in(self) -> None:
-        """What came in; where there is nothing else to do, wait for it."""
+        """Return what came in; wait for it if there is nothing to do."""
         try:
             if self._engine.idle:
                 self._inbox.get(timeout=_WAKE_SECONDS)()
@@ -137,7 +137,7 @@ class EngineThread:
             return
 
     def _send(self, updates: list[Update]) -> None:
-        """To the coroutines that wait, one call into each event loop."""
+        """Deliver to waiting coroutines, a call for each event loop."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Update], Update]]] = {}
         for update in updates:
             stream = self._streams.get(update.request)

@@ -68,7 +68,7 @@ def load_decode(
 
     Args:
         directory: a Hugging Face directory, or "demo" for the packaged base.
-        device: default: a GPU where there is one.
+        device: default: a GPU if available.
         dtype: of activations and unquantized weights; default: that of the stored embedding.
         keep_dense: whether layers may keep dequantized copies for the inputs that are faster with them
             (batches beyond 8 rows on most servers, float32); default: where all copies take less than half of the

@@ -55,7 +55,7 @@ def load_prefill(
         decode: the module that it will be paired with; the pair is checked, and its device is the default. Logs a
             warning where calibration of a decode module of few bits did not cover this prefill module.
         dtype: default: what the directory (for an adapter, its base) is stored in.
-        device: default: decode's, or else a GPU where there is one.
+        device: default: decode's, or else a GPU if available.
     Raises:
         QsunError: a damaged or quantized directory, or one that does not fit the decode module.
     """

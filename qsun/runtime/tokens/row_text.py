@@ -46,12 +46,12 @@ class RowText:
         return bool(found)
 
     def fresh(self) -> str:
-        """Text not given yet, without an end that may turn out to begin a stop string."""
+        """Return unsent text, without an end that may begin a stop string."""
         held = max((n for stop in self._stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0)
         return self._give(max(len(self.text) - held, self._sent))
 
     def rest(self, stopped: bool) -> str:
-        """All text not given yet, at the end of the row."""
+        """Return all unsent text at the end of the row."""
         if not stopped:
             now = self._decode(self._window, len(self._tokens))
             self.text += now[len(self._decode(self._window, self._read)) :]

@@ -76,7 +76,7 @@ def _check_adapters(cluster: Cluster) -> None:
         )
     if cluster.prefill is not None and not cluster.adapters:
         raise QsunError(
-            "prefill has workers for adapters, and no model is one; give models.NAME.adapter, or leave it out"
+            "prefill has workers for adapters, but there are none; give models.NAME.adapter, or drop prefill"
         )
 
 

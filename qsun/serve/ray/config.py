@@ -53,7 +53,7 @@ def put_config(address: str, config: dict[str, Any], token: str | None) -> None:
         QsunError: it cannot be reached, or refuses the token or the config.
     """
     if not address.startswith(("http://", "https://")):
-        raise QsunError(f"--address {address} is not a dashboard's; give http://HEAD:8265")
+        raise QsunError(f"--address {address} is not the address of a dashboard; give http://HEAD:8265")
     headers = {} if token is None else {"Authorization": f"Bearer {token}"}
     url = address.rstrip("/") + _PATH
     for attempt in range(_ATTEMPTS):
@@ -93,7 +93,7 @@ def ray_token(environment: Mapping[str, str]) -> str | None:
             return None
         token = _token_in(file)
     if not re.fullmatch(r"[!-~]+", token):  # httpx names an invalid header with its value
-        raise QsunError(f"the token in {where} is empty, or has characters that no header can; make another one")
+        raise QsunError(f"the token in {where} is empty or not valid in an HTTP header; create another one")
     return token
 
 
@@ -116,9 +116,11 @@ def ray_service(cluster: Cluster, planned: Sequence[PlannedApp], ray_version: st
             one volume cannot have all modules, or has the API keys too.
     """
     if cluster.ray.transfer_device == LOOPBACK_DEVICE and not cluster.one_engine:
-        raise QsunError("ray.transfer_device lo is one pod's own; set the pods' network device, such as eth0")
+        raise QsunError("ray.transfer_device lo stays in one pod; set the pods' network device, such as eth0")
     if is_loopback(cluster.listen.host):
-        raise QsunError(f"listen.host {cluster.listen.host} is one pod's own; set 0.0.0.0, and listen.api_keys")
+        raise QsunError(
+            f"listen.host {cluster.listen.host} is reachable in one pod only; set 0.0.0.0 and listen.api_keys"
+        )
     config = yaml.safe_dump(serve_config(cluster, planned), sort_keys=False)
     count = sum(_most_workers(cluster))
     worker = {
@@ -199,7 +201,7 @@ def _common_directory(cluster: Cluster) -> str:
     found = os.path.commonpath(inside) if inside else "/modules"
     if found == "/":
         raise QsunError(
-            f"the modules {', '.join(inside[:3])} have no directory in common but /, and pods mount one volume; put "
+            f"the modules {', '.join(inside[:3])} share no directory but /, and pods mount one volume; put "
             "all under one, such as /modules"
         )
     return found

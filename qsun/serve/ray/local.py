@@ -97,7 +97,7 @@ class LocalServe:
         try:
             self.apply(cluster, planned)
         except Exception as error:
-            self._report("the changed file does not run; the previous one is applied again")
+            self._report("the changed file does not run; restoring the previous one")
             self.apply(*before)
             raise QsunError(f"the changed file is not applied: {_line(error)}") from error
         old, new = before[0].listen, cluster.listen

@@ -92,7 +92,7 @@ class EngineReplica:
         if attempt is None:
             return None
         if attempt in self._attempts:
-            logger.warning("request %s came a second time and is refused", attempt)
+            logger.warning("duplicate request %s is refused", attempt)
             return 409
         self._attempts[attempt] = None
         if len(self._attempts) > _KNOWN_ATTEMPTS:

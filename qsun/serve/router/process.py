@@ -69,7 +69,7 @@ class RouterProcess:
                 self.router.apply(cluster, names, keys)
             except (QsunError, OSError) as error:
                 state.metrics.reloads.labels("refused").inc()
-                logger.error("%s is not applied, the previous file stays: %s", self.path, error)
+                logger.error("%s is not applied; keeping the old file: %s", self.path, error)
                 return
             if (old.host, old.port) != (cluster.listen.host, cluster.listen.port):
                 logger.warning("listen.host and listen.port stay %s:%d until a restart", old.host, old.port)

@@ -175,7 +175,7 @@ def test_no_rate_at_the_same_tpot_is_no_ratio():
     result = {"rows": rows, "setting": "made up", "curves": "made up"}
     lines = report_text(result).splitlines()
     assert lines[5].split()[-2] == "-"
-    assert lines[-1] == "qsun: no ratio, because a system keeps the SLO, or this one the conventional TPOT, at no rate"
+    assert lines[-1] == "qsun: no ratio, because a system meets the SLO, or this one the conventional TPOT, at no rate"
     assert len(report_figure(result).axes) == 3
 
 

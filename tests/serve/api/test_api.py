@@ -168,7 +168,7 @@ def test_openais_own_client(server):
     ("body", "message"),
     [
         ({"model": "math"}, "prompt: Field required"),
-        ({"max_tokens": 0}, "max_tokens 0 asks for nothing; use 1 or more, or set echo"),
+        ({"max_tokens": 0}, "max_tokens 0 leaves nothing to generate; use 1 or more, or set echo"),
         ({"max_tokens": 4000}, "maximum context length is 512 tokens, and the request has 2 in the prompt and 4000 in"),
         ({"max_tokens": None, "prompt": [[5] * 600]}, "600 in the prompt"),
         ({"prompt": []}, "prompt"),

@@ -96,7 +96,7 @@ def test_a_key_that_is_there_twice_is_no_model_lost(tmp_path):
     file.write_text(
         "decode: {module: a, workers: 1}\nmodels:\n  m: {module: b, workers: 1}\n  m: {module: c, workers: 1}\n"
     )
-    with pytest.raises(QsunError, match="key 'm' is there twice"):
+    with pytest.raises(QsunError, match="key 'm' occurs twice"):
         read_cluster(file)
 
 
@@ -173,7 +173,7 @@ def test_adapters_have_the_workers_of_prefill():
             {"prefill": None, "models": {"math": {"adapter": "a"}}, "policy": "partitioned"},
             "models.math is an adapter without prefill workers, and policy partitioned is about decode workers alone",
         ),
-        ({"models": {"code": SHARED["models"]["code"]}}, "prefill has workers for adapters, and no model is one"),
+        ({"models": {"code": SHARED["models"]["code"]}}, "prefill has workers for adapters, but there are none"),
         ({"models": {"math": {"adapter": "a", "workers": 1}}}, "adapter and workers exclude each other"),
         ({"models": {"math": {"adapter": "a", "module": "m"}}}, "adapter and module exclude each other"),
         ({"models": {"math": {"adapter": ""}}}, "module is missing; give module and workers, or adapter"),

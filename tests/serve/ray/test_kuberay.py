@@ -80,8 +80,8 @@ def test_worker_pods_have_the_resources_that_replicas_take():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ray": {}}, "transfer_device lo is one pod's own"),
-        ({"listen": {}}, "listen.host 127.0.0.1 is one pod's own"),
+        ({"ray": {}}, "transfer_device lo stays in one pod"),
+        ({"listen": {}}, "listen.host 127.0.0.1 is reachable in one pod only"),
         (
             {"decode": {"module": "/other/int4", "workers": 1}},
             "no directory in common but /, and pods mount one",

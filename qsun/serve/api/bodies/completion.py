@@ -46,7 +46,7 @@ class CompletionBody(SamplingBody):
     @model_validator(mode="after")
     def _is_possible(self) -> "CompletionBody":
         if self.max_tokens == 0 and not self.echo:
-            raise wrong("max_tokens", "max_tokens 0 asks for nothing; use 1 or more, or set echo")
+            raise wrong("max_tokens", "max_tokens 0 leaves nothing to generate; use 1 or more, or set echo")
         if self.best_of not in (None, self.n):
             raise wrong("best_of", f"best_of {self.best_of} is not supported; leave it out")
         return self

@@ -1,4 +1,4 @@
-"""What all bodies share: null asks for nothing, unknown fields are logged once, and booleans are not numbers."""
+"""What all bodies share: null means unset, unknown fields are logged once, and booleans are not numbers."""
 
 import logging
 from collections.abc import Mapping

@@ -46,7 +46,7 @@ def log_directory(chosen: str | None) -> Path:
         raise _unusable(directory, error) from None
     private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077
     if not chosen and not private:
-        raise QsunError(f"{directory}, for logs, is not this user's alone; remove it, or set ray.logs to another one")
+        raise QsunError(f"{directory}, for logs, is open to other users; remove it, or set ray.logs to another one")
     return directory
 
 

@@ -136,7 +136,7 @@ class Exchange:
         self.prompt_tokens = prompt_tokens = filled.prompt_tokens or request.prompt_tokens
         target = self._fleet.choose_decode(source, Demand(request.model, prompt_tokens), self._tried)
         if target is None:
-            raise WorkerFailed(source, "no_decode_worker", "no decode worker is left that is warm with it")
+            raise WorkerFailed(source, "no_decode_worker", "no decode worker warm with it is left")
         self._asked, self._asked_at = target, time.monotonic()
         # of text that nobody has counted, an engine that answers alone gives as much as its context has left
         longest = filled.prompt_tokens or (prompt_tokens if alone else CHARACTERS_PER_TOKEN * prompt_tokens)

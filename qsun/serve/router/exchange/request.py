@@ -158,7 +158,7 @@ def _stream_options(body: dict[str, Any], stream: bool) -> dict[str, Any]:
         if not stream:
             body.pop("stream_options", None)
         return options
-    raise HttpError(400, "stream_options needs stream: true, and is an object; leave it out", param="stream_options")
+    raise HttpError(400, "stream_options is an object that needs stream: true; leave it out", param="stream_options")
 
 
 def _prompt_tokens(body: dict[str, Any]) -> int:

@@ -21,7 +21,7 @@ PATIENT = {"interval_seconds": 1.0, "timeout_seconds": 60.0}  # other work may t
 
 
 class PretendFleet:
-    """Pretend vLLMs, which hold vLLM's transfer protocol to the letter. An answer depends on the module's name.
+    """Pretend vLLMs, which follow vLLM's transfer protocol exactly. An answer depends on the module's name.
 
     Attributes:
         accepted: by model, the modules of which an answer may be.
