@@ -84,7 +84,7 @@ def test_worker_pods_have_the_resources_that_replicas_take():
         ({"listen": {}}, "listen.host 127.0.0.1 is reachable in one pod only"),
         (
             {"decode": {"module": "/other/int4", "workers": 1}},
-            "no directory in common but /, and pods mount one",
+            "share no directory but /, and pods mount one",
         ),
         ({"listen": {"api_keys": "/m/keys", "host": "0.0.0.0"}}, "api_keys /m/keys is in /m, the modules' volume"),  # noqa: S104
     ],

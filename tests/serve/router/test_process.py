@@ -108,7 +108,7 @@ def test_reload_by_sighup_and_drain_by_sigterm(modules):
 
                 file.write_text("models: [")
                 process.send_signal(signal.SIGHUP)
-                await until(lambda: any("is not applied, keeping the old file" in line for line in process.log))
+                await until(lambda: any("is not applied; keeping the old file" in line for line in process.log))
                 assert (await complete(client, "math")).status_code == 200
 
                 write(home, {"decode": [second], "math": workers["math"], "code": workers["code"]})

@@ -38,7 +38,7 @@ def test_a_reload_with_a_faulty_key_changes_nothing_and_says_so(tmp_path, caplog
             (tmp_path / "cluster.yaml").write_text(json.dumps(values))
             with caplog.at_level(logging.ERROR):
                 await process.reload()
-            assert "is not applied, keeping the old file: an API key of" in caplog.text
+            assert "is not applied; keeping the old file: an API key of" in caplog.text
             assert await r.metric("qsun_router_reloads_total", outcome="refused") == 1
             assert list(r.state.fleet) == workers
             assert r.state.cluster is old
