@@ -22,6 +22,8 @@ Examples:
 
   qsun quantize ./Qwen3-8B -o out/ --bits 2 --calib math.jsonl --calib-prefill P1 --calib code.jsonl --calib-prefill P2
 
+  qsun quantize ./Qwen3-8B -o out/ --bits 2 --group-size 64 --polish 100
+
   qsun quantize ./Llama-3.1-8B -o out/ --override 'down_proj=bits:8' --dry-run
 
 The output directory appears complete or not at all; --resume continues an interrupted run.
@@ -38,6 +40,9 @@ def quantize(
     sym: bool | None = typer.Option(None, "--sym/--asym", help="Symmetric or asymmetric grid. Default: sym."),
     desc_act: bool | None = typer.Option(
         None, "--desc-act/--no-desc-act", help="Form groups in activation order (gptq format)."
+    ),
+    polish: int | None = typer.Option(
+        None, help="Steps in which the scales of all layers then learn together, for 2 and 3 bits. Default: 0."
     ),
     lm_head: bool | None = typer.Option(None, "--lm-head/--no-lm-head", help="Also quantize the output projection."),
     calib: list[str] | None = typer.Option(
@@ -123,6 +128,8 @@ def _plan_text(plan: dict[str, Any]) -> str:
     ]
     if plan["prefill_modules"]:
         lines.append(f"prompt tokens read by {plan['prefill_modules']} prefill modules: {plan['prefill_tokens']}")
+    if plan["polish_steps"]:
+        lines.append(f"then {plan['polish_steps']} steps of polish")
     for label, key in (
         ("output", "output_bytes"),
         ("peak RAM, estimated", "peak_ram_bytes"),
@@ -139,6 +146,12 @@ def _report_text(report: dict[str, Any]) -> str:
         f"{report['out']}: {len(report['layers'])} layers, {report['bits_per_weight']:.3f} bits a weight, "
         f"{report['seconds']:.1f} s, peak {report['peak_rss_bytes'] / 2**20:,.0f} MiB",
     ]
+    if report["polish"]:
+        curve, kept = dict(report["polish"]["divergence"]), report["polish"]["kept"]
+        lines.append(
+            f"polish: divergence of held-out samples {curve[0]:.4f} -> {curve[kept]:.4f} nats a token "
+            f"(step {kept} of {report['polish']['steps']})"
+        )
     if worst:
         lines.append(f"largest error: {worst['error']:.2e} in {worst['name']} (all: report.json, errors.png)")
     lines += [f"  {engine}: {answer}" for engine, answer in report["engines"].items()]

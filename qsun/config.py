@@ -184,6 +184,7 @@ class QuantConfig(Settings):
         damp_percent: added to the Hessian's diagonal, as a fraction of its mean.
         scale_search: search each group's range for the least squared error; False takes minimum and maximum.
         sweeps: coordinate-descent passes after GPTQ.
+        polish: steps in which the scales of all layers learn together (quantization/polish.py).
         lm_head: quantize the output projection as well.
         overrides: per-layer settings; a later one wins.
         format: of the files: gptq, awq, compressed-tensors.
@@ -201,6 +202,7 @@ class QuantConfig(Settings):
     damp_percent: Annotated[float, Field(ge=1e-6, le=1)] = 0.01
     scale_search: bool = True
     sweeps: Annotated[int, Field(ge=0, le=100)] = 2
+    polish: Annotated[int, Field(ge=0, le=100_000)] = 0
     lm_head: bool = False
     overrides: tuple[Override, ...] = ()
     format: Annotated[Format, BeforeValidator(_spelled)] = "gptq"
@@ -218,9 +220,11 @@ class QuantConfig(Settings):
         return tuple(Override.parse(o) if isinstance(o, str) else o for o in overrides)
 
     @model_validator(mode="after")
-    def _order_has_a_meaning(self) -> Self:
+    def _fits_the_method(self) -> Self:
         if self.desc_act and self.method in ("rtn", "awq"):
             raise QsunError(f"desc_act has no meaning for method {self.method}; use gptq, awq+gptq or refined")
+        if self.polish and not self.calibrated:
+            raise QsunError(f"polish learns from calibration data, and method {self.method} uses none; use refined")
         return self
 
     @property

@@ -39,6 +39,7 @@ def tasks(
     group_size: int = typer.Option(32, help="Decode group size: -1, 32, 64, 128."),
     sym: bool = typer.Option(False, "--sym", help="Symmetric decode modules."),
     samples: int = typer.Option(128, min=1, help="Calibration sequences of each decode module."),
+    polish: int = typer.Option(0, min=0, help="Steps of polish of each decode module, as in qsun quantize."),
     dtype: str = typer.Option("auto", help="auto, float32, bfloat16 or float16."),
     device: str = typer.Option("cpu", help="cpu, cuda."),
     processes: int = typer.Option(2, min=1, help="Modules to work on at a time; they share the CPU's cores."),

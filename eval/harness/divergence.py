@@ -16,8 +16,7 @@ from qsun.errors import QsunError
 from qsun.model.locate import find_model, load_tokenizer
 from qsun.model.skeleton import read_model_config
 from qsun.runtime.logits import log_probabilities, position_pieces
-from qsun.runtime.seam import IGNORED, SeamBatch, decode_hidden, prefill_batch
-from qsun.tuning.examples import collate
+from qsun.runtime.seam import IGNORED, SeamBatch, collate, decode_hidden, prefill_batch
 
 _TOKENS_AT_ONCE = 4096  # of a forward pass
 

@@ -34,8 +34,7 @@ from qsun.eval.harness.lm_settings import check_settings, device_of, launched_pr
 from qsun.runtime.decode_module import DecodeModule
 from qsun.runtime.logits import log_probabilities, position_pieces
 from qsun.runtime.prefill_module import PrefillModule
-from qsun.runtime.seam import SeamBatch, decode_hidden, prefill_batch
-from qsun.tuning.examples import collate
+from qsun.runtime.seam import SeamBatch, collate, decode_hidden, prefill_batch
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,7 @@
 """Quantization passes compared by divergence on held-out text and CPU seconds."""
 
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +30,28 @@ def compare_passes(
 
     Args:
         grids: such as "4s" (4 bits, symmetric) or "2a" (2 bits, asymmetric).
-        settings: group_size, samples and seq_len of every row.
+        settings: group_size, samples and seq_len of every row; with polish, a calibrated method has a row without, and
+            one with so many steps of it.
         windows: number of validation windows, and tokens in each.
     """
     torch.set_num_threads(threads)
     ids = read_windows(valid, model, *windows)
     reference = load_decode(model, device="cpu", dtype="float32").model
     rows = []
-    for grid in grids:
-        for method in methods:
-            chosen = {"method": method, "bits": int(grid[:-1]), "sym": grid.endswith("s")}
-            config = QuantConfig.from_dict(settings | chosen)
-            with tempfile.TemporaryDirectory() as scratch:
-                out = Path(scratch) / "module"
-                report = quantize(model, out, config, calibration, device="cpu")
-                quantized = load_decode(out, device="cpu", dtype="float32").model
-                divergence = 1000 * mean_divergence(quantized, reference, ids)
-            rows.append(
-                {"method": method, "grid": grid, **settings, "kl_x1000": divergence}
-                | {key: report[key] for key in ("bits_per_weight", "cpu_seconds", "seconds")}
-            )
-            note(f"{method} {grid}: KL x1000 {divergence:.3f}, {report['cpu_seconds']:.1f} CPU s")
+    for grid, method, steps in product(grids, methods, sorted({0, settings["polish"]})):
+        if steps and method == "rtn":
+            continue
+        chosen = {"method": method, "bits": int(grid[:-1]), "sym": grid.endswith("s"), "polish": steps}
+        config = QuantConfig.from_dict(settings | chosen)
+        with tempfile.TemporaryDirectory() as scratch:
+            out = Path(scratch) / "module"
+            report = quantize(model, out, config, calibration, device="cpu")
+            quantized = load_decode(out, device="cpu", dtype="float32").model
+            divergence = 1000 * mean_divergence(quantized, reference, ids)
+        name = f"{method}, polished" if steps else method
+        rows.append(
+            {"method": name, "grid": grid, **settings, "polish": steps, "kl_x1000": divergence}
+            | {key: report[key] for key in ("bits_per_weight", "cpu_seconds", "seconds")}
+        )
+        note(f"{name} {grid}: KL x1000 {divergence:.3f}, {report['cpu_seconds']:.1f} CPU s")
     return rows

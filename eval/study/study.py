@@ -33,7 +33,7 @@ class Study:
         valid: validation examples of every tuning.
         train, test: examples drawn of an embedded task. Files are used whole, but for `test` if it is not 0.
         bits, methods, group_size, sym: of the decode modules. The last calibrated method, or `refined`, is aligned.
-        samples: calibration sequences of each decode module.
+        samples, polish: calibration sequences of each decode module, and steps of polish of calibrated ones.
         dtype, device: of all modules, as in qsun tune.
     """
 
@@ -59,6 +59,7 @@ class Study:
     group_size: int = 32
     sym: bool = False
     samples: int = 128
+    polish: int = 0
     dtype: str = "auto"
     device: str = "cpu"
 
@@ -85,7 +86,8 @@ class Study:
 
     def quant_config(self, method: str, bits: int, seed: int) -> QuantConfig:
         grid = {"method": method, "bits": bits, "group_size": self.group_size, "sym": self.sym}
-        return QuantConfig.from_dict(grid | {"samples": self.samples, "seed": seed, "dtype": self.dtype})
+        chosen = QuantConfig.from_dict(grid | {"samples": self.samples, "seed": seed, "dtype": self.dtype})
+        return chosen.replace(polish=self.polish) if chosen.calibrated else chosen
 
     def served(self) -> list[str]:
         """Return the names of the tasks that decode modules are calibrated for."""

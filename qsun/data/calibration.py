@@ -26,6 +26,7 @@ from qsun.model.locate import encode
 
 log = logging.getLogger(__name__)
 BUILTIN = "builtin"
+HELD_OUT = 8  # one sample of so many, for polish
 _PACKAGE = Path(__file__).parents[1]
 _ROWS_AT_MOST = 100_000
 
@@ -41,17 +42,21 @@ class Sample:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Samples, the sources that they were drawn from, and the first one as readable text."""
+    """Samples, the sources that they were drawn from, and the first one as readable text.
+
+    held_out: samples that no pass sees; they decide how long polish learns.
+    """
 
     samples: tuple[Sample, ...]
     source: str
     preview: str
+    held_out: tuple[Sample, ...] = ()
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the tokens, of the part that prefill reads, and of the prefill module's number."""
         digest = hashlib.sha256()
-        for sample in self.samples:
+        for sample in self.samples + self.held_out:
             reader = [] if sample.module is None else [sample.module]
             digest.update(json.dumps([sample.prefill_tokens, sample.tokens, *reader]).encode())
         return digest.hexdigest()
@@ -59,6 +64,20 @@ class Calibration:
     @property
     def decode_tokens(self) -> int:
         return sum(len(s.tokens) - s.prefill_tokens for s in self.samples)
+
+
+def hold_out(calibration: Calibration) -> Calibration:
+    """Hold every eighth sample out. Raises QsunError where there are too few."""
+    kept, held = (
+        tuple(s for number, s in enumerate(calibration.samples, 1) if (number % HELD_OUT == 0) == wanted)
+        for wanted in (False, True)
+    )
+    if not any(len(sample.tokens) - sample.prefill_tokens > 1 for sample in held):
+        raise QsunError(
+            f"polish holds one of {HELD_OUT} calibration samples out, of two response tokens at least; "
+            f"{len(calibration.samples)} samples are too few or too short: raise --samples"
+        )
+    return replace(calibration, samples=kept, held_out=held)
 
 
 def read_calibration(

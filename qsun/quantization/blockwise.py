@@ -27,10 +27,10 @@ _PROBE_TOKENS = 512
 
 
 class ProgressCounter:
-    """Counts finished layers for the progress callback."""
+    """Counts finished layers, and steps of polish, for the progress callback."""
 
     def __init__(self, job: Job, progress: Progress):
-        self.total = sum(spec.quantized for spec in job.specs.values()) + 2
+        self.total = sum(spec.quantized for spec in job.specs.values()) + job.config.polish + 2
         self.count, self.progress = 0, progress
 
     def done(self, label: str, steps: int = 1) -> None:

@@ -17,14 +17,8 @@ from qsun.model.stored_layers import bits_per_weight, load_quantized_block, quan
 from qsun.quantization.job import Job
 
 
-def write_module_files(
-    job: Job,
-    directory: Path,
-    layers: list[dict[str, Any]],
-    fingerprints: dict[str, str | None],
-    prefill_modules: list[dict[str, str]],
-) -> dict[str, Any]:
-    """Write config.json, tokenizer, card and qsun.json. Returns what the report says about the module."""
+def write_configuration(job: Job, directory: Path) -> None:
+    """Write config.json, with which the module can be loaded."""
     quantization = quantization_config(job.config, job.specs)
     base_config = config_json(job.checkpoint.directory)
     if job.config.lm_head:
@@ -32,6 +26,17 @@ def write_module_files(
     write_json(directory / "config.json", base_config | {"quantization_config": quantization})
     if job.config.format == "gptq":
         write_json(directory / "quantize_config.json", quantization)  # where auto-gptq looks
+
+
+def write_module_files(
+    job: Job,
+    directory: Path,
+    layers: list[dict[str, Any]],
+    fingerprints: dict[str, str | None],
+    prefill_modules: list[dict[str, str]],
+) -> dict[str, Any]:
+    """Write tokenizer, card and qsun.json. Returns what the report says about the module."""
+    quantization = quantization_config(job.config, job.specs)
     copy_base_files(job.checkpoint.directory, directory)
     engines = engines_for(job.config.format, quantization, job.specs, job.skeleton.tied and not job.config.lm_head)
     density = bits_per_weight(Checkpoint(directory), job.skeleton.linear_shapes(job.config.lm_head))

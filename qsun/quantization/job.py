@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from qsun.config import LayerSpec, QuantConfig
-from qsun.data.calibration import BUILTIN, Calibration, read_calibration
+from qsun.data.calibration import BUILTIN, Calibration, hold_out, read_calibration
 from qsun.demo import calibration_file
 from qsun.device import compute_dtype, default_device
 from qsun.errors import QsunError
@@ -144,9 +144,10 @@ def _read_samples(skeleton: Skeleton, config: QuantConfig, sources: list[str], p
     positions = skeleton.config.max_position_embeddings
     seq_len = min(config.seq_len, positions, rope_boundary(skeleton.config) or positions)
     tokenizer = load_tokenizer(skeleton.checkpoint.directory)
-    return read_calibration(
+    found = read_calibration(
         sources, tokenizer, skeleton.config.vocab_size, config.samples, seq_len, config.seed, prefill.numbers
     )
+    return hold_out(found) if config.polish else found
 
 
 def _existing_parent(path: Path) -> Path:

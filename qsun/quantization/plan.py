@@ -22,6 +22,7 @@ from qsun.runtime.kv_cache import kv_shape
 
 _INTERPRETER_BYTES = 480 << 20  # Python with torch and transformers, measured
 _KEPT_MLP_LIMIT = 1 << 30
+POLISH_POSITIONS = 2048  # of a step of polish, those that the decode module reads
 REST = "rest"  # the part of all that is outside the blocks
 
 
@@ -38,6 +39,7 @@ class Plan:
     calibration_tokens: int
     prefill_modules: int
     prefill_tokens: int
+    polish_steps: int
     dtype: str
     device: str
     output_bytes: int
@@ -100,6 +102,8 @@ def make_plan(
     quantized = [name for name, spec in specs.items() if spec.quantized]
     on_gpu = skeleton.device.type == "cuda"
     working = _working_bytes(skeleton, config, shapes, samples)
+    if config.polish:
+        working = max(working, _polish_bytes(skeleton, specs, samples))
     return Plan(
         blocks=len(skeleton.layers),
         quantized_layers=len(quantized),
@@ -107,6 +111,7 @@ def make_plan(
         calibration_tokens=sum(len(sample.tokens) for sample in samples),
         prefill_modules=len({sample.module for sample in read}),
         prefill_tokens=sum(sample.prefill_tokens for sample in read),
+        polish_steps=config.polish,
         dtype=str(skeleton.dtype).removeprefix("torch."),
         device=str(skeleton.device),
         output_bytes=sum(shard.size_bytes for shard in shards),
@@ -145,6 +150,21 @@ def _working_bytes(
     kept = streams * (3 * tokens * hidden * item + min(tokens * K * item, _KEPT_MLP_LIMIT))
     kept += _prompt_numbers(skeleton, samples) * item
     return kept + max(2 * block + at_peak, vocabulary * hidden * item)
+
+
+def _polish_bytes(skeleton: Skeleton, specs: dict[str, LayerSpec], samples: tuple[Sample, ...]) -> int:
+    """Return what polish takes: the base, or else the decode module, its gradients and a step's activations."""
+    item, layers, shapes = skeleton.dtype.itemsize, len(skeleton.layers), skeleton.linear_shapes(False)
+    vocabulary, hidden = skeleton.checkpoint.shape(EMBEDDING)
+    base = (sum(N * K for N, K in shapes.values()) + 2 * vocabulary * hidden) * item
+    scales = sum(N * (1 if specs[n].group_size == -1 else K // specs[n].group_size) for n, (N, K) in shapes.items())
+    widths = sum(2 * N + K for N, K in shapes.values()) // layers
+    decode = sum(N * K for N, K in shapes.values()) + 20 * scales + 3 * vocabulary * hidden * item
+    dense = 3 * 4 * max(N * K for N, K in shapes.values())
+    decode += POLISH_POSITIONS * layers * (widths + 6 * hidden) * item + dense
+    _, heads, width = kv_shape(skeleton.config)
+    taught = sum(len(s.tokens) * hidden + 2 * layers * s.prefill_tokens * heads * width for s in samples) * item
+    return max(base, decode) + taught
 
 
 def _stage_shapes(skeleton: Skeleton, shapes: dict[str, tuple[int, int]]) -> list[tuple[int, int]]:

@@ -1,6 +1,7 @@
 """Quantize a model one decoder block at a time, straight from its files, in bounded memory.
 
     plan -> for each block: load, quantize, write its tensors to their places in OUT.partial -> read back, check -> OUT
+                                                                 (with --polish: learn the scales of all blocks) ^
 
 Nothing but hidden states is carried from block to block, so memory does not grow with depth. A killed run is continued
 by recomputing the hidden states through the finished blocks, from the tensors that were written.
@@ -23,8 +24,9 @@ from qsun.model.checkpoint import INDEX_FILE
 from qsun.model.output_dir import Workdir
 from qsun.progress import Progress
 from qsun.quantization.blockwise import BlockwiseQuantizer, ProgressCounter
-from qsun.quantization.finish import read_back, write_module_files
+from qsun.quantization.finish import read_back, write_configuration, write_module_files
 from qsun.quantization.job import Job, prepare
+from qsun.quantization.polish import polish
 from qsun.quantization.report import write_report
 
 log = logging.getLogger(__name__)
@@ -111,8 +113,15 @@ def _quantize(job: Job, work: Workdir, counter: ProgressCounter, inputs: dict[st
     directory = work.clear(keep=[*(shard.name for shard in job.shards), INDEX_FILE])
     layers = [layer for record in records for layer in record["layers"]]
     prefill = job.prefill.record(inputs["base"], inputs["prefill_modules"])
+    digests, probe = {layer: sha for r in records for layer, sha in r["digests"].items()}, quantizer.probe
+    del quantizer
+    write_configuration(job, directory)
+    learned: dict[str, Any] | None = None
+    if job.config.polish:
+        polished, learned = polish(job, work, lambda steps: counter.done("polish", steps))
+        digests, probe = digests | polished, None  # polish checks the module's divergence instead
     summary = write_module_files(job, directory, layers, inputs, prefill)
-    read_back(job, directory, {layer: sha for r in records for layer, sha in r["digests"].items()}, quantizer.probe)
+    read_back(job, directory, digests, probe)
     counter.done("read back")
-    block_errors = [record["block_error"] for record in records[:-1]]
-    return {"out": str(job.out), **summary, "block_errors": block_errors, "plan": job.plan.to_dict()}
+    errors = [record["block_error"] for record in records[:-1]]
+    return {"out": str(job.out), **summary, "block_errors": errors, "polish": learned, "plan": job.plan.to_dict()}

@@ -5,7 +5,7 @@ batch decode at the same column, whatever their lengths and whichever prefill mo
 not by transformers: they then need no padding mask to be looked at (a CUDA graph cannot), and hold for every version.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.integrations import sdpa_attention
 
+from qsun.data.examples import TokenExample
 from qsun.model.architectures import architecture_of
 from qsun.runtime.kv_cache import CACHE_ARGUMENT
 from qsun.runtime.prefill_pass import fill_cache
@@ -40,6 +41,25 @@ class SeamBatch:
 
     def to(self, device: torch.device) -> "SeamBatch":
         return SeamBatch(*(t.to(device) for t in (self.prefix, self.rest, self.labels, self.starts)))
+
+
+def collate(examples: Sequence[TokenExample], least_prefix: int = 0) -> SeamBatch:
+    """Lay examples out: prompts without their last token left of the seam, that token and the response right of it.
+
+    least_prefix: the prefix has at least this many columns, padding if no prompt needs them.
+    """
+    P = max(least_prefix, max(len(e.prompt) for e in examples) - 1)
+    R = max(len(e.response) for e in examples)
+    prefix = torch.zeros(len(examples), P, dtype=torch.int64)
+    rest = torch.zeros(len(examples), R, dtype=torch.int64)
+    labels = torch.full((len(examples), R), IGNORED)
+    for row, example in enumerate(examples):
+        head = example.prompt[:-1]
+        prefix[row, P - len(head) :] = torch.tensor(head, dtype=torch.int64)
+        fed = (example.prompt[-1], *example.response[:-1])
+        rest[row, : len(fed)] = torch.tensor(fed)
+        labels[row, : len(fed)] = torch.tensor(example.response)
+    return SeamBatch(prefix, rest, labels, torch.tensor([P + 1 - len(e.prompt) for e in examples]))
 
 
 def seam_masks(model: Any, starts: Tensor | None, columns: Tensor, length: int) -> Any:

@@ -1,4 +1,4 @@
-"""Training examples: read from sources, held out, put in order, and laid out on both sides of the seam."""
+"""Training examples: read from sources, held out, and put in order."""
 
 import hashlib
 import json
@@ -6,12 +6,9 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from qsun.data.examples import TokenExample, assistant_turns, pair_example, prompt_example, turn_example
 from qsun.data.sources import converted_rows
 from qsun.errors import QsunError
-from qsun.runtime.seam import IGNORED, SeamBatch
 
 _BATCHES_SORTED_TOGETHER = 32
 _PASS_POSITIONS = 64  # what a pass of its own costs on a CPU, in positions
@@ -185,22 +182,3 @@ def pieces(examples: Sequence[TokenExample], share: int, shares: int, count: int
     size = -(-largest // count)
     for first in range(0, largest, size):
         yield mine[first : first + size]
-
-
-def collate(examples: Sequence[TokenExample], least_prefix: int = 0) -> SeamBatch:
-    """Lay examples out: prompts without their last token left of the seam, that token and the response right of it.
-
-    least_prefix: the prefix has at least this many columns, padding if no prompt needs them.
-    """
-    P = max(least_prefix, max(len(e.prompt) for e in examples) - 1)
-    R = max(len(e.response) for e in examples)
-    prefix = torch.zeros(len(examples), P, dtype=torch.int64)
-    rest = torch.zeros(len(examples), R, dtype=torch.int64)
-    labels = torch.full((len(examples), R), IGNORED)
-    for row, example in enumerate(examples):
-        head = example.prompt[:-1]
-        prefix[row, P - len(head) :] = torch.tensor(head, dtype=torch.int64)
-        fed = (example.prompt[-1], *example.response[:-1])
-        rest[row, : len(fed)] = torch.tensor(fed)
-        labels[row, : len(fed)] = torch.tensor(example.response)
-    return SeamBatch(prefix, rest, labels, torch.tensor([P + 1 - len(e.prompt) for e in examples]))

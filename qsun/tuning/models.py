@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from qsun.data.examples import TokenExample
 from qsun.model.lora import Adapter, place_adapter, read_adapter
 from qsun.runtime.decode_module import load_decode
+from qsun.runtime.logits import response_loss
 from qsun.runtime.prefill_module import load_prefill
 from qsun.runtime.quant_linear import QuantLinear
-from qsun.runtime.seam import SeamBatch, monolithic_hidden, seam_hidden
+from qsun.runtime.seam import SeamBatch, collate, monolithic_hidden, seam_hidden
 from qsun.tuning.checkpointing import recomputed
-from qsun.tuning.examples import collate
 from qsun.tuning.job import TuneJob
-from qsun.tuning.losses import response_loss
 from qsun.tuning.optimizer import Optimizer, used_parameters
 from qsun.tuning.processes import Processes
 from qsun.tuning.teacher import load_teacher

@@ -28,15 +28,14 @@ from qsun.model.pairing import on_decode_weights
 from qsun.model.skeleton import empty_model, read_model_config
 from qsun.runtime.decode_module import DecodeModule, place_weights
 from qsun.runtime.kv_cache import CACHE_ARGUMENT
+from qsun.runtime.logits import response_loss
 from qsun.runtime.prefill_module import PrefillModule
 from qsun.runtime.prefill_pass import completes
 from qsun.runtime.quant_linear import QuantLinear
 from qsun.runtime.rotary import use_row_rotary
-from qsun.runtime.seam import IGNORED, SeamBatch, monolithic_hidden, seam_hidden
+from qsun.runtime.seam import IGNORED, SeamBatch, collate, monolithic_hidden, seam_hidden
 from qsun.tuning.checkpointing import kv_of, with_kv
-from qsun.tuning.examples import collate
 from qsun.tuning.job import TuneJob
-from qsun.tuning.losses import response_loss
 from qsun.tuning.models import make_trainable
 from qsun.tuning.optimizer import Optimizer
 from qsun.tuning.processes import Processes

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 import qsun
 from qsun.model.lora import place_adapter
 from qsun.model.output_dir import Workdir
-from qsun.tuning.examples import Batches, collate, crosses
+from qsun.runtime.seam import collate
+from qsun.tuning.examples import Batches, crosses
 from qsun.tuning.job import prepare_tuning
 from qsun.tuning.processes import Processes
 from qsun.tuning.teacher import answer_prompts

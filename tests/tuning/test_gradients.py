@@ -12,10 +12,9 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 import qsun
 from qsun.data.examples import TokenExample
 from qsun.model.lora import AdapterSettings, fresh_adapter, place_adapter
-from qsun.runtime.seam import monolithic_hidden, seam_hidden
+from qsun.runtime.logits import response_loss
+from qsun.runtime.seam import collate, monolithic_hidden, seam_hidden
 from qsun.tuning.checkpointing import recomputed
-from qsun.tuning.examples import collate
-from qsun.tuning.losses import response_loss
 from qsun.tuning.optimizer import Optimizer, learning_rate, used_parameters
 from qsun.tuning.processes import Processes
 from tests.seam_oracle import seam_reference

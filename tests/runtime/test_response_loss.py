@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qsun.runtime.logits import response_loss
 from qsun.runtime.seam import IGNORED
-from qsun.tuning.losses import response_loss
 
 ROWS, COLUMNS, WIDTH, VOCABULARY = 3, 5, 8, 37
 

@@ -1,0 +1,103 @@
+"""What the quantized decode module is to learn: calibration samples, their KV, and the full-precision hidden states.
+
+All of it is computed once, by one full-precision model after another, and kept outside the GPU.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from qsun.data.calibration import Sample
+from qsun.data.examples import TokenExample
+from qsun.memory import release_freed
+from qsun.quantization.job import Job
+from qsun.quantization.plan import POLISH_POSITIONS
+from qsun.runtime.logits import response_loss
+from qsun.runtime.prefill_module import load_prefill
+from qsun.runtime.seam import IGNORED, SeamBatch, collate, decode_hidden, prefill_batch
+
+
+@dataclass
+class Lesson:
+    """A batch of samples that one prefill module reads.
+
+    Attributes:
+        kv: keys and values of the prompts by layer, (B, heads, P, head_dim) each; empty where P is 0.
+        states: (B, R, hidden), what the full-precision decode module computes.
+    """
+
+    batch: SeamBatch
+    module: int | None
+    kv: tuple[tuple[Tensor, Tensor], ...] = ()
+    states: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        return int((self.batch.labels != IGNORED).sum())
+
+    def cache(self, device: torch.device) -> Any:
+        """Return a KV cache of the prompts, to which a decode pass may add."""
+        cache = DynamicCache()
+        for index, (keys, values) in enumerate(self.kv):
+            cache.update(keys.to(device), values.to(device), index)
+        return cache
+
+    def loss(self, decode: Any, teacher: Any) -> Tensor:
+        """Return KL(full precision || decode), summed over response tokens.
+
+        teacher: has the full-precision lm_head, and config.
+        """
+        device = decode.model.embed_tokens.weight.device
+        batch = self.batch.to(device)
+        hidden = decode_hidden(decode, batch, self.cache(device))
+        assert self.states is not None  # `teach` was called
+        return response_loss(decode, hidden, batch.labels, (teacher, self.states.to(device)), 1.0)
+
+
+def make_lessons(samples: Sequence[Sample]) -> list[Lesson]:
+    """Put samples of like lengths, read by the same module, side by side. Those without a response are left out."""
+    found = [sample for sample in samples if len(sample.tokens) - sample.prefill_tokens > 1]
+    return [Lesson(collate(group), module) for module, group in _groups(found)]
+
+
+def _groups(samples: Sequence[Sample]) -> Iterator[tuple[int | None, list[TokenExample]]]:
+    group: list[TokenExample] = []
+    module = None
+    for sample in sorted(samples, key=lambda s: (-1 if s.module is None else s.module, len(s.tokens))):
+        end = sample.prefill_tokens + 1
+        longest = max(len(example.response) for example in [*group, TokenExample((), sample.tokens[end:])])
+        if group and ((len(group) + 1) * longest > POLISH_POSITIONS or sample.module != module):
+            yield module, group
+            group = []
+        module = sample.module
+        group.append(TokenExample(sample.tokens[:end], sample.tokens[end:]))
+    if group:
+        yield module, group
+
+
+@torch.no_grad()
+def teach(job: Job, lessons: Sequence[Lesson]) -> Any:
+    """Compute the KV and states of lessons, in place. Returns the full-precision head, as `Lesson.loss` takes it."""
+    base = str(job.checkpoint.directory)
+    for module in dict.fromkeys(lesson.module for lesson in lessons if lesson.batch.prefix.shape[1]):
+        model: Any = _load(base if module is None else job.prefill.modules[module].name, job)
+        for lesson in lessons:
+            if lesson.module == module:
+                cache = prefill_batch(model, lesson.batch.to(job.skeleton.device))
+                lesson.kv = tuple((layer.keys.cpu(), layer.values.cpu()) for layer in cache.layers)
+        del model
+        release_freed()
+    model = _load(base, job)
+    for lesson in lessons:
+        device = job.skeleton.device
+        lesson.states = decode_hidden(model, lesson.batch.to(device), lesson.cache(device)).cpu()
+    return SimpleNamespace(lm_head=model.lm_head, config=model.config)
+
+
+def _load(name: str, job: Job) -> Any:
+    return load_prefill(name, dtype=job.skeleton.dtype, device=job.skeleton.device).model

@@ -1,0 +1,224 @@
+"""Polish: gradients of scales against float64, its divergence against whole models, what is kept, resume, formats."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+import qsun
+from qsun.errors import QsunError
+from qsun.model.checkpoint import Checkpoint
+from qsun.model.quantized import Quantized
+from qsun.model.stored_layers import quantized_layer_names, read_quantized_layer
+from qsun.quantization import job as job_module
+from qsun.quantization import polish
+from qsun.quantization.job import prepare
+from qsun.quantization.lessons import make_lessons, teach
+from qsun.quantization.scaled_linear import ScaledLinear
+from qsun.runtime.quant_linear import QuantLinear
+from tests.quantization.test_prefill_calibration import pairs, talking
+from tests.quantization.test_resume import interrupt_at, published
+from tests.tiny_models import FAMILIES, SEQUENCE, random_tokens, write_jsonl
+
+K, N, ROWS = 192, 24, 5
+
+
+def settings(**changes):
+    chosen = {"bits": 2, "group_size": 32, "samples": 24, "seq_len": 24, "polish": 12}
+    return qsun.QuantConfig.from_dict(chosen | changes)
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """A base, a prefill module of other weights, and data."""
+    root = tmp_path_factory.mktemp("polish")
+    base, prefill = (talking(root / name, "llama", torch.float32, seed) for seed, name in enumerate(("base", "P")))
+    return base, prefill, write_jsonl(root / "data.jsonl", pairs(24, seed=3))
+
+
+def layer_of(group_size, bits, dtype, *, g_idx=False):
+    groups = 1 if group_size == -1 else K // group_size
+    q = torch.randint(0, 2**bits, (N, K), dtype=torch.uint8)
+    zeros = torch.randint(1, 2**bits, (groups, N), dtype=torch.uint8)
+    scales = (torch.rand(groups, N) * torch.randn(groups, N).sign()).bfloat16().float()
+    order = torch.arange(K, dtype=torch.int32).div(K // groups, rounding_mode="floor").int()[torch.randperm(K)]
+    weights = Quantized(q, scales, zeros, order if g_idx else None)
+    return QuantLinear(weights, torch.randn(N), bits, dtype)
+
+
+@pytest.mark.parametrize("g_idx", [False, True])
+@pytest.mark.parametrize("group_size", [32, 64, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_those_of_float64(dtype, group_size, g_idx):
+    layer = layer_of(group_size, 3, dtype, g_idx=g_idx)
+    ours, x = ScaledLinear(layer, torch.bfloat16), torch.randn(2, ROWS, K, dtype=dtype, requires_grad=True)
+    ours.gains.data.normal_(std=0.2)
+    upstream = torch.randn(2, ROWS, N, dtype=dtype)
+    ours(x).backward(upstream)
+
+    weights, gains = layer.quantized(), ours.gains.detach().double().requires_grad_()
+    rounded = (weights.scales * (1 + ours.gains.detach())).bfloat16().double()
+    scales = rounded + weights.scales.double() * (gains - gains.detach())  # rounding passes gradients
+    group = weights.g_idx.long() if g_idx else torch.arange(K).div(K // len(scales), rounding_mode="floor")
+    dense = torch.stack(
+        [(weights.q[:, k].double() - weights.zeros[group[k]].double()) * scales[group[k]] for k in range(K)], 1
+    )
+    x64 = x.detach().double().requires_grad_()
+    expected = F.linear(x64, dense, layer.bias.double())
+    expected.backward(upstream.double())
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for found, wanted in ((ours(x), expected), (x.grad, x64.grad), (ours.gains.grad, gains.grad)):
+        error = (found.double() - wanted).norm() / wanted.norm()
+        assert error < tolerance
+
+
+def test_scales_are_what_will_be_stored():
+    ours = ScaledLinear(layer_of(32, 4, torch.float32), torch.bfloat16)
+    assert torch.equal(ours.scales, ours.weights.scales)  # untouched at the start
+    ours.gains.data.normal_(std=0.3)
+    assert torch.equal(ours.scales, ours.scales.bfloat16().float())
+    assert not torch.equal(ours.scales, ours.weights.scales)
+
+
+@pytest.mark.parametrize("behind", ["base", "prefill"])
+def test_the_divergence_is_that_of_whole_models(task, tmp_path, behind):
+    """One sample at a time without padding: transformers prefills a cache, both decode modules read on from it."""
+    base, prefill, data = task
+    names = [str(prefill)] if behind == "prefill" else []
+    qsun.quantize(base, tmp_path / "q", settings(polish=0), data, device="cpu", calibration_prefill=names)
+    job = prepare(base, tmp_path / "unused", settings(), data, "cpu", calibration_prefill=names)
+    lessons = make_lessons(job.calibration.samples)
+    with torch.no_grad():
+        teacher = teach(job, lessons)
+        decode = qsun.load_decode(tmp_path / "q", device="cpu", dtype="float32").model
+        found = sum(float(lesson.loss(decode, teacher)) for lesson in lessons)
+
+        full = qsun.load_decode(base, device="cpu", dtype="float32").model
+        reader = qsun.load_prefill(prefill if behind == "prefill" else base, dtype="float32", device="cpu").model
+        expected, tokens = 0.0, 0
+        for sample in job.calibration.samples:
+            ids, start = torch.tensor([sample.tokens]), sample.prefill_tokens
+            if ids.shape[1] - start < 2:
+                continue
+            logs = []
+            for model in (full, decode):
+                cache = reader(ids[:, :start], use_cache=True).past_key_values if start else None
+                logs.append(model(ids[:, start:-1], past_key_values=cache).logits.log_softmax(-1)[0])
+            expected += float((logs[0].exp() * (logs[0] - logs[1])).sum())
+            tokens += ids.shape[1] - start - 1
+    assert tokens == sum(lesson.tokens for lesson in lessons)
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert expected / tokens > 1e-3  # two bits differ
+
+
+@pytest.mark.parametrize("fmt", ["gptq", "compressed-tensors", "awq"])
+def test_only_scales_change_and_the_divergence_falls(task, tmp_path, fmt, monkeypatch):
+    base, prefill, data = task
+    bits = 4 if fmt == "awq" else 2
+    rate = polish._PEAK_RATE
+    for name, steps in (("before", 24), ("after", 24)):
+        monkeypatch.setattr(polish, "_PEAK_RATE", rate if name == "after" else 0.0)  # both hold the same samples out
+        chosen = settings(format=fmt, bits=bits, polish=steps)
+        report = qsun.quantize(base, tmp_path / name, chosen, data, device="cpu", calibration_prefill=[str(prefill)])
+    curve, kept = report["polish"]["divergence"], report["polish"]["kept"]
+    assert kept > 0
+    assert dict(curve)[kept] == min(value for _, value in curve) < curve[0][1]
+    before, after = (Checkpoint(tmp_path / name) for name in ("before", "after"))
+    changed = 0
+    for name in quantized_layer_names(after):
+        features = 128 if "down_proj" in name else 64
+        old, new = (read_quantized_layer(files, name, fmt, features)[0] for files in (before, after))
+        assert torch.equal(old.q, new.q) and torch.equal(old.zeros, new.zeros)
+        changed += not torch.equal(old.scales, new.scales)
+    assert changed == 14
+
+
+def test_an_interrupted_stage_goes_on_with_the_same_bytes(task, tmp_path, monkeypatch):
+    base, prefill, data = task
+    run = lambda out, **more: qsun.quantize(  # noqa: E731
+        base, out, settings(), data, device="cpu", calibration_prefill=[str(prefill)], **more
+    )
+    whole = run(tmp_path / "whole")
+    for step in (18, 26):  # in the first steps, and near the end
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "cut", progress=interrupt_at(step), resume=step > 18)
+    with monkeypatch.context() as patch:  # then while learned scales are written
+        patch.setattr(polish, "digest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "cut", resume=True)
+    again = run(tmp_path / "cut", resume=True)
+    assert again["polish"] == whole["polish"]
+    assert published(tmp_path / "cut") == published(tmp_path / "whole")
+
+
+def test_scales_stay_where_learning_does_not_help(task, tmp_path, monkeypatch):
+    base, _, data = task
+    monkeypatch.setattr(polish, "_PEAK_RATE", 30.0)
+    report = qsun.quantize(base, tmp_path / "after", settings(), data, device="cpu")
+    monkeypatch.setattr(polish, "_PEAK_RATE", 0.0)
+    qsun.quantize(base, tmp_path / "before", settings(), data, device="cpu")
+    assert report["polish"]["kept"] == 0
+    assert max(value for _, value in report["polish"]["divergence"]) > report["polish"]["divergence"][0][1]
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_passes_see_no_held_out_sample(task, tmp_path):
+    base, _, data = task
+    with_polish, without = (
+        prepare(base, tmp_path / "q", settings(polish=steps), data, "cpu").calibration for steps in (1, 0)
+    )
+    assert without.held_out == ()
+    assert with_polish.held_out == without.samples[7::8]
+    assert not set(with_polish.held_out) & set(with_polish.samples)
+    assert set(with_polish.held_out) | set(with_polish.samples) == set(without.samples)
+
+
+def test_a_real_model_gains_at_two_bits(tmp_path):
+    """The packaged base; held-out text that neither the pass nor polish has seen."""
+    chosen = settings(samples=64, seq_len=128, polish=24, group_size=64)
+    report = qsun.quantize("demo", tmp_path / "after", chosen, device="cpu")
+    curve = [value for _, value in report["polish"]["divergence"]]
+    assert min(curve) < 0.9 * curve[0]
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"llama"}))
+def test_every_family_can_be_polished(family, tiny_model, tmp_path, monkeypatch):
+    """The samples that scales learn from are measured too: little of random tokens carries over to others."""
+    monkeypatch.setattr(job_module, "hold_out", lambda found: replace(found, held_out=found.samples))
+    np.save(tmp_path / "tokens.npy", random_tokens(64, SEQUENCE))
+    chosen = settings(polish=4, lm_head=True, samples=64)
+    report = qsun.quantize(tiny_model(family), tmp_path / "out", chosen, tmp_path / "tokens.npy", device="cpu")
+    curve = report["polish"]["divergence"]
+    assert curve[-1][1] < curve[0][1]
+
+
+def test_a_damaged_write_is_noticed(task, tmp_path, monkeypatch):
+    base, _, data = task
+    write = polish._write
+    doubled = lambda job, work, scales: write(job, work, {name: 2 * s for name, s in scales.items()})  # noqa: E731
+    monkeypatch.setattr(polish, "_write", doubled)
+    with pytest.raises(QsunError, match="divergence"):
+        qsun.quantize(base, tmp_path / "out", settings(), data, device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_polish_cannot_use_is_refused(task, tmp_path):
+    base, _, data = task
+    with pytest.raises(QsunError, match="rtn uses none"):
+        settings(method="rtn")
+    with pytest.raises(QsunError, match="5 samples are too few"):
+        qsun.quantize(base, tmp_path / "out", settings(samples=5), data, device="cpu")
+
+
+def test_the_command(cli, task, tmp_path):
+    base, _, data = task
+    options = ("--bits", 2, "--group-size", 32, "--samples", 16, "--seq-len", 24, "--polish", 3, "--calib", data)
+    plan = json.loads(cli("quantize", base, "-o", tmp_path / "out", *options, "--dry-run", "--json").out)
+    assert plan["polish_steps"] == 3
+    answer = cli("quantize", base, "-o", tmp_path / "out", *options)
+    assert "polish: divergence of held-out samples" in answer.out
