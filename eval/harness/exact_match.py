@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qsun.data.examples import TokenExample
-from qsun.demo.tasks import TaskExample, check
 from qsun.engine.generation import generate
 from qsun.errors import QsunError
 from qsun.eval.harness.scorers import Scorer
@@ -28,20 +27,6 @@ class Score:
     def stderr(self) -> float:
         """Standard error of the rate as a binomial proportion."""
         return math.sqrt(self.rate * (1 - self.rate) / len(self.right))
-
-
-def exact_match(
-    task: str,
-    examples: Sequence[TaskExample],
-    prefill: PrefillModule,
-    decode: DecodeModule,
-    max_new_tokens: int = 64,
-    batch_size: int = 128,
-) -> Score:
-    """Score greedy answers of a pair of modules to examples of an embedded task."""
-    prompts = [example.prompt for example in examples]
-    answers = generate(prefill, decode, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
-    return Score(tuple(check(task, example, answer) for example, answer in zip(examples, answers, strict=True)))
 
 
 def score_examples(

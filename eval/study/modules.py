@@ -47,7 +47,7 @@ class Tuned:
 
 def before_quantizing(study: Study, seed: int, hard: bool) -> Iterator[Tuned]:
     """SUN and the full fine-tune with every budget, and adapters of both; a hard task has none."""
-    budgets = {study.steps, *(study.curve if seed == 0 and not hard else ())}
+    budgets = {study.steps, *(study.curve if seed == study.first_seed and not hard else ())}
     for steps in sorted(budgets, reverse=True):
         suffix = "" if steps == study.steps else f"-{steps}"
         yield Tuned(f"sun{suffix}", steps)

@@ -15,6 +15,7 @@ class Scores:
 
     def __init__(self, result: dict[str, Any]):
         self.right: dict[str, dict[str, dict[str, str]]] = result["right"]
+        self.first = next(iter(self.right.values()))
         self.study: dict[str, Any] = result["study"]
         self.tasks = [task["name"] for task in self.study["tasks"] if not task["hard"]]
         self.hard = [task["name"] for task in self.study["tasks"] if task["hard"]]
@@ -42,7 +43,7 @@ class Scores:
         return stdev(means) if len(means) > 1 else 0.0
 
     def has(self, variant: str) -> bool:
-        return variant in self.right["0"][self.tasks[0]]
+        return variant in self.first[self.tasks[0]]
 
     def against(self, variant: str, reference: str) -> Paired:
         return compare(self.answers(reference), self.answers(variant))
@@ -55,7 +56,7 @@ def markdown(scores: Scores) -> str:
 
 
 def _head(scores: Scores) -> str:
-    study, first = scores.study, scores.right["0"]
+    study, first = scores.study, scores.first
     counts = ", ".join(f"{task} {len(first[task]['sun'])}" for task in scores.tasks)
     rates = " and ".join(f"{rate:g}" if rate else "by width" for rate in (study["lr"], study["full_lr"]))
     text = (
@@ -79,7 +80,7 @@ def _percent(value: float) -> str:
 
 
 def _main(scores: Scores) -> str:
-    names = [name for name in scores.right["0"][scores.tasks[0]] if not _detail(scores, name)]
+    names = [name for name in scores.first[scores.tasks[0]] if not _detail(scores, name)]
     steps = scores.study["align_steps"]
     labels = {"base": "base, not tuned", "full": "full fine-tune", "sun longer": f"SUN, {steps} steps more"}
     labels |= {f"full lora{rank}": f"ordinary LoRA, rank {rank}" for rank in scores.study.get("lora_ranks", ())}
@@ -119,7 +120,7 @@ def _by_method(scores: Scores) -> str:
 
 
 def _differences(scores: Scores) -> str:
-    lora = [name for name in scores.right["0"][scores.tasks[0]] if " lora" in name]
+    lora = [name for name in scores.first[scores.tasks[0]] if " lora" in name]
     pairs = [("sun", "full"), ("sun longer", "sun")]
     pairs += [(name, reference) for name in lora if name.startswith("sun") for reference in ("sun", "full")]
     pairs += [(name.replace("sun", "full"), "full") for name in lora if name.startswith("sun") and "dist" not in name]
@@ -159,7 +160,7 @@ def _curve(scores: Scores) -> str:
 
 def _at(scores: Scores, how: str, steps: int) -> float:
     variant = how if steps == scores.study["steps"] else f"{how}-{steps}"
-    first = scores.right["0"]
+    first = scores.first
     return fmean(digit == "1" for task in scores.tasks for digit in first[task][variant])
 
 

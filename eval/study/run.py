@@ -49,7 +49,7 @@ def run_study(study: Study, out: Path, processes: int = 2, progress: Progress = 
                 progress(jobs[job].label, done, total)
     right = {
         str(seed): {task.name: _answers(study, out, seed, task) for task in study.tasks_of(seed)}
-        for seed in range(study.seeds)
+        for seed in study.all_seeds
     }
     return {"study": asdict(study), "right": right}
 

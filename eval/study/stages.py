@@ -53,7 +53,7 @@ def check_tasks(study: Study) -> None:
 
 def tuning(study: Study, out: Path) -> Iterator[Work]:
     """SUN, the full fine-tune, and the adapters of both, of each task and seed."""
-    for seed in range(study.seeds):
+    for seed in study.all_seeds:
         for task in study.tasks_of(seed):
             for module in before_quantizing(study, seed, task.hard):
                 yield _tune_work(study, out, seed, task, module)
@@ -70,7 +70,7 @@ def distilling(study: Study, out: Path) -> Iterator[Work]:
 
 
 def _served(study: Study, out: Path, modules: Callable[[Study], Iterator[Tuned]]) -> Iterator[Work]:
-    for seed in range(study.seeds):
+    for seed in study.all_seeds:
         for task in study.tasks:
             for module in () if task.hard else modules(study):
                 yield _tune_work(study, out, seed, task, module)
@@ -109,7 +109,7 @@ def quantizing(study: Study, out: Path) -> Iterator[Work]:
     for bits in study.bits:
         for method in study.methods:
             text = [None] if study.text or method == "rtn" else []
-            places = text if method == "rtn" else [*text, *range(study.seeds)]  # rtn uses no data
+            places = text if method == "rtn" else [*text, *study.all_seeds]  # rtn uses no data
             for seed in places:
                 target = study.decoder(out, seed, method, bits)
                 kind = "text" if seed is None else f"decode positions, seed {seed}"
@@ -136,7 +136,7 @@ def _quantize(study: Study, out: Path, target: Path, method: str, bits: int, see
 
 def scoring(study: Study, out: Path) -> Iterator[Work]:
     """The answers of each variant to each task's test set."""
-    for seed in range(study.seeds):
+    for seed in study.all_seeds:
         for task in study.tasks_of(seed):
             for variant, *modules in variants(study, out, seed, task):
                 target = study.answers(out, seed, task.name, variant)
@@ -176,7 +176,7 @@ def variants(
     yield "sun", module("sun"), study.base
     if task.hard:
         return
-    for steps in study.curve if seed == 0 else ():
+    for steps in study.curve if seed == study.first_seed else ():
         yield f"full-{steps}", module(f"full-{steps}"), None
         yield f"sun-{steps}", module(f"sun-{steps}"), study.base
     for rank in study.lora_ranks:

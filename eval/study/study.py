@@ -21,7 +21,7 @@ class Study:
 
     Attributes:
         base: full-precision base: directory, hub id or "demo".
-        seeds: 0 .. seeds - 1; each has its own order and calibration and, for embedded tasks, its own data.
+        seeds: their number, from first_seed on; each has its own order and calibration and, for embedded tasks, data.
         curve: smaller budgets, for accuracy by steps; complete runs of their own, of the first seed only.
         align_steps: further steps of each prefill module against a quantized decode module and, as a control, against
             the full-precision one; 0: none. align_share: their peak rate, of that of the steps before.
@@ -40,6 +40,7 @@ class Study:
     base: str = "demo"
     tasks: tuple[StudyTask, ...] = EMBEDDED
     seeds: int = 3
+    first_seed: int = 0
     steps: int = 1000
     curve: tuple[int, ...] = (125, 250, 500)
     align_steps: int = 250
@@ -81,6 +82,10 @@ class Study:
             raise QsunError("a study needs a task; give --task NAME=TRAIN,VALID,TEST")
 
     @property
+    def all_seeds(self) -> range:
+        return range(self.first_seed, self.first_seed + self.seeds)
+
+    @property
     def aligned_method(self) -> str:
         return aligned_method(self.methods)
 
@@ -95,7 +100,7 @@ class Study:
 
     def tasks_of(self, seed: int) -> list[StudyTask]:
         """Return the served tasks and, with the first seed, those that break a frozen decoder."""
-        return [task for task in self.tasks if seed == 0 or not task.hard]
+        return [task for task in self.tasks if seed == self.first_seed or not task.hard]
 
     def module(self, out: Path, seed: int, task: str, name: str) -> Path:
         """Return the place of a tuned module; name: as in modules.py."""

@@ -1,142 +1,75 @@
 """`qsun demo`: SUN and QSUN from end to end on the embedded base, everything measured in the run.
 
-Tune a prefill module for each task, quantize the base behind them; measure exact match of base, full fine-tune, SUN and
-QSUN on held-out examples; then serve all tasks from one decode batch.
+A small study (run.py): exact match of base, full fine-tune, SUN and QSUN on held-out examples. Then one decode batch
+serves all tasks.
 """
 
-import os
-from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
-from multiprocessing import get_context
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from statistics import fmean
 from typing import Any
 
-import torch
-
 from qsun.config import QuantConfig
-from qsun.demo.tasks import TASKS, TaskExample, examples, write_jsonl
+from qsun.demo.tasks import TASKS, TaskExample, examples
 from qsun.engine.generation import generate
-from qsun.eval.harness.exact_match import Score, exact_match
+from qsun.eval.harness.exact_match import Score
 from qsun.eval.output.table import Table
+from qsun.eval.study.run import run_study
+from qsun.eval.study.study import Study
+from qsun.eval.study.task import StudyTask
 from qsun.figure import new_figure
+from qsun.model.checkpoint import read_json
 from qsun.progress import Progress
-from qsun.quantization.run import quantize
 from qsun.runtime.decode_module import DecodeModule, load_decode
 from qsun.runtime.prefill_module import PrefillModule, load_prefill
-from qsun.tuning.config import TuneConfig
-from qsun.tuning.tuner import tune
 
-VARIANTS = ("base", "full fine-tune", "SUN", "QSUN int4")
+_METHOD = QuantConfig().method
+VARIANTS = {"base": "base", "full fine-tune": "full", "SUN": "sun", "QSUN int4": f"int4 {_METHOD} decode"}
+FULL = Study(
+    tasks=tuple(map(StudyTask, TASKS)),
+    seeds=1,
+    steps=700,
+    curve=(),
+    align_steps=0,
+    text=False,
+    lr=0.0,
+    full_lr=0.0,
+    bits=(4,),
+    methods=(_METHOD,),
+    group_size=QuantConfig().group_size,
+    sym=QuantConfig().sym,
+)
+QUICK = replace(FULL, steps=200, batch_size=24, train=4800, test=200)
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How long to tune and how much to test. The full fine-tune gets the same steps and data as SUN."""
-
-    steps: int
-    batch_size: int
-    train: int
-    test: int
-
-
-FULL = Effort(steps=700, batch_size=32, train=8192, test=500)
-QUICK = Effort(steps=200, batch_size=24, train=4800, test=200)
-
-
-def run_walkthrough(out: Path, effort: Effort, seed: int = 0, progress: Progress = lambda *_: None) -> dict[str, Any]:
+def run_walkthrough(out: Path, study: Study, seed: int = 0, progress: Progress = lambda *_: None) -> dict[str, Any]:
     """Run all steps under `out`, which must be new or empty and keeps the modules, data and reports.
 
     Returns:
         {"exact_match": {task: {variant: {"rate", "stderr"}}}, "mixed_batch", "bits_per_weight", "test_examples", ...}
     """
-    total = 2 + 6 * len(TASKS)
-    done = 0
-
-    def step(label: str) -> None:
-        nonlocal done
-        done += 1
-        progress(label, done, total)
-
-    progress("tuning and quantizing", 0, total)
-    report = _make_modules(out, effort, seed, step)
-    base = load_decode("demo", "cpu", "float32"), load_prefill("demo", dtype="float32", device="cpu")
-    int4 = load_decode(out / "decode-int4", "cpu", "float32")
-    scores: dict[str, dict[str, Score]] = {}
-    modules: dict[str, PrefillModule] = {}
-    for task in TASKS:
-        test = examples(task, "test", effort.test, seed)
-        modules[task], full = (_load(out / how / task) for how in ("prefill", "full"))
-        pairs = (
-            (base[1], base[0]),
-            (full, DecodeModule(full.model, full.directory, full.manifest)),
-            (modules[task], base[0]),
-            (modules[task], int4),
-        )
-        scores[task] = {}
-        for variant, (prefill, decode) in zip(VARIANTS, pairs, strict=True):
-            scores[task][variant] = exact_match(task, test, prefill, decode)
-            step(f"{task}: {variant} answered {scores[task][variant].rate:.1%} correctly")
-    mixed = mixed_batch(modules, int4, seed)
-    step("one decode batch served all tasks")
+    study = replace(study, first_seed=seed)
+    right = run_study(study, out, progress=progress)["right"][str(seed)]
+    decoder = study.decoder(out, seed, _METHOD, 4)
+    int4 = load_decode(decoder, "cpu", "float32")
+    modules = {task: load_prefill(study.module(out, seed, task, "sun"), int4, "float32") for task in TASKS}
     return {
         "seed": seed,
-        "steps": effort.steps,
-        "test_examples": effort.test,
+        "steps": study.steps,
+        "test_examples": study.test,
         "exact_match": {
-            task: {variant: {"rate": s.rate, "stderr": s.stderr} for variant, s in by_variant.items()}
-            for task, by_variant in scores.items()
+            task: {label: _cell(right[task][variant]) for label, variant in VARIANTS.items()} for task in TASKS
         },
-        "bits_per_weight": report["bits_per_weight"],
-        "mixed_batch": mixed,
+        "bits_per_weight": read_json(decoder / "report.json")["bits_per_weight"],
+        "mixed_batch": mixed_batch(modules, int4, seed),
     }
 
 
-def _make_modules(out: Path, effort: Effort, seed: int, step: Callable[[str], None]) -> dict[str, Any]:
-    """Make data, tuned modules and the decode module; two modules are tuned at a time, because each uses one core.
-
-    Returns:
-        The report of the quantization.
-    """
-    for folder in ("data", "prefill", "full"):
-        (out / folder).mkdir(parents=True)
-    for task in TASKS:
-        for split, count in (("train", effort.train), ("valid", 200)):
-            write_jsonl(out / "data" / f"{task}.{split}.jsonl", examples(task, split, count, seed))
-    with ProcessPoolExecutor(min(2, os.cpu_count() or 1), get_context("spawn")) as pool:
-        jobs = {
-            pool.submit(_tune, out, task, how, effort, seed): f"{task}: {label}"
-            for task in TASKS
-            for how, label in (("prefill", "prefill module tuned"), ("full", "full fine-tune tuned"))
-        }
-        for job in as_completed(jobs):
-            job.result()
-            step(jobs[job])
-    report = quantize(
-        "demo",
-        out / "decode-int4",
-        QuantConfig(seed=seed),
-        [out / "data" / f"{task}.train.jsonl" for task in TASKS],
-        device="cpu",
-        calibration_prefill=[out / "prefill" / task for task in TASKS],
-    )
-    step("decode module quantized to 4 bits, calibrated behind the prefill modules")
-    return report
-
-
-def _tune(out: Path, task: str, how: str, effort: Effort, seed: int) -> None:
-    torch.set_num_threads(1)
-    config = TuneConfig(
-        steps=effort.steps, batch_size=effort.batch_size, seed=seed, baseline="full" if how == "full" else "none"
-    )
-    data, valid = (out / "data" / f"{task}.{split}.jsonl" for split in ("train", "valid"))
-    tune("demo", out / how / task, data, config, eval_data=valid, device="cpu")
-
-
-def _load(directory: Path) -> PrefillModule:
-    return load_prefill(directory, dtype="float32", device="cpu")
+def _cell(digits: str) -> dict[str, float]:
+    score = Score(tuple(digit == "1" for digit in digits))
+    return {"rate": score.rate, "stderr": score.stderr}
 
 
 def mixed_batch(modules: dict[str, PrefillModule], decode: DecodeModule, seed: int, each: int = 8) -> dict[str, Any]:

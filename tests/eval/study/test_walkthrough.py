@@ -1,13 +1,14 @@
 """`qsun demo` with a few steps of tuning: every part runs, and every number is in its place."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from qsun.demo.tasks import TASKS
 from qsun.eval.harness.exact_match import Score
 from qsun.eval.study import walkthrough
-from qsun.eval.study.walkthrough import VARIANTS, Effort
+from qsun.eval.study.walkthrough import QUICK, VARIANTS
 from tests.warm_process import warm_context
 
 
@@ -19,11 +20,14 @@ def test_rate_and_standard_error():
 
 @pytest.mark.slow
 def test_the_whole_walkthrough(cli, tmp_path, monkeypatch):
-    monkeypatch.setattr(walkthrough, "QUICK", Effort(steps=12, batch_size=16, train=200, test=20))
-    monkeypatch.setattr(walkthrough, "get_context", lambda _: warm_context())
-    answer = cli("demo", "--quick", "-o", tmp_path / "demo", "--json")
+    small = replace(QUICK, steps=8, batch_size=16, train=200, test=12, samples=24)
+    monkeypatch.setattr(walkthrough, "QUICK", small)
+    monkeypatch.setattr("qsun.eval.study.run.get_context", lambda _: warm_context())
+    answer = cli("demo", "--quick", "-o", tmp_path / "demo", "--seed", 3, "--json")
     assert answer.code == 0, answer.err
     result = json.loads(answer.out)
+    assert (result["seed"], result["steps"], result["test_examples"]) == (3, 8, 12)
+    assert 4 < result["bits_per_weight"] < 4.5
     assert list(result["exact_match"]) == list(TASKS)
     for cells in result["exact_match"].values():
         assert list(cells) == list(VARIANTS)
