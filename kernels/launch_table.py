@@ -2,9 +2,9 @@
 
 ``configs/<GPU name>.json`` holds what was timed on that GPU, ``configs/default.json`` computed launches for all others.
 A table has ``buckets`` for 2, 3, 4 and 8 bits: launches for M up to ``max_m`` and, where given, groups up to
-``max_group``. The first bucket that matches applies, and a rule adds split K. It may have ``shapes``, keyed
-``"<N>x<K>w<bits>g<group>"`` and then by the ``max_m`` of a bucket, with complete launches. With
-``"dependent_launch": false`` no kernel of a decode step starts before the one in front of it has ended.
+``max_group``. The first bucket that matches applies, and a rule adds split K, for as many processors as the GPU has. It
+may have ``shapes``, keyed ``"<N>x<K>w<bits>g<group>"`` and then by the ``max_m`` of a bucket, with complete launches.
+With ``"dependent_launch": false`` no kernel of a decode step starts before the one in front of it has ended.
 """
 
 import json
@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from qsun.kernels.layout import ROWS, TILES, Tile, ceil_div, padded_rows, tile_group
 
@@ -56,6 +58,7 @@ class Bucket:
 class LaunchTable:
     """A GPU's launch parameters.
 
+    processors: of the GPU; the default table's, where there is no GPU of the name either.
     dequantize_above_m: for larger M the matrix is dequantized and cuBLAS multiplies.
     dependent_launch: kernels of a decode step start while the one before them ends, where the GPU can.
     buckets: by the bits of a weight.
@@ -168,7 +171,7 @@ def product_workspace_bytes(M: int, N: int, launch: KernelLaunch) -> tuple[int, 
 
 @lru_cache(maxsize=8)
 def load_launch_table(gpu: str) -> LaunchTable:
-    """Return the table of a GPU by its name in the driver, or the default table.
+    """Return the table of a GPU by its name in the driver, or the default table for as many processors as it has.
 
     Of bits that the GPU's table lacks, the default's launches apply; a table that cannot be read is warned of.
     """
@@ -177,7 +180,17 @@ def load_launch_table(gpu: str) -> LaunchTable:
     if table is not None and table.buckets.keys() >= TILES.keys():
         return table
     default = parse_launch_table(json.loads((_CONFIGS / "default.json").read_text()))
-    return default if table is None else replace(table, buckets=default.buckets | table.buckets)
+    if table is not None:
+        return replace(table, buckets=default.buckets | table.buckets)
+    return replace(default, processors=_processors(gpu) or default.processors)
+
+
+def _processors(gpu: str) -> int:
+    """Return how many processors the GPU of this name has, 0 where there is none here."""
+    for device in range(torch.cuda.device_count()):
+        if torch.cuda.get_device_name(device) == gpu:
+            return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return 0
 
 
 def json_table(file: Path) -> dict[str, Any] | None:

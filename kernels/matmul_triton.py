@@ -128,9 +128,12 @@ def packed_matmul(
     LOAD_ZEROS: tl.constexpr = ASYM and GROUP > 0 and FOLD
     tiles = tl.cdiv(K, COLUMNS)
     passes = tl.cdiv(K, TILES * COLUMNS)
-    share = tl.cdiv(passes, SPLIT_K)
-    first = tl.minimum(tl.program_id(1) * share, passes)
-    last = tl.minimum(first + share, passes)
+    if SPLIT_K == 1:
+        first, last = 0, passes
+    else:
+        share = tl.cdiv(passes, SPLIT_K)
+        first = tl.minimum(tl.program_id(1) * share, passes)
+        last = tl.minimum(first + share, passes)
     last_group = tiles * (COLUMNS // GROUP) - 1 if GROUP else 0
     start = tl.minimum(first, passes - 1) * GROUPS
     if PDL:

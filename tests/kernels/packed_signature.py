@@ -43,3 +43,15 @@ def compile_product(launch, bits, group, asym, *, bf16=True, epilogue="br", even
 def lane_instructions(code, launch, bits):
     """Of one weight in the main loop."""
     return code.lane_instructions(launch.warps, launch.block_n * launch.tiles * TILES[bits].columns)
+
+
+def assert_well_compiled(code, bits=4, capability=90):
+    """No spills, wide loads, tensor cores, no conversion of integers."""
+    # Bits other than 4, and sm_100: ptxas may save an address, to reach a round number of registers.
+    assert code.in_loop("STL") == 0
+    assert code.in_loop("LDL") == 0 or capability == 100  # where the loop is not found
+    assert code.stack_bytes <= (0 if bits == 4 and capability != 100 else 16)
+    assert code.shared_bytes <= 99 * 1024  # what every GPU since sm_80 gives; two programs a processor on sm_90
+    assert code.in_loop("LDGSTS.E.BYPASS.128") + code.in_loop("LDG.E.128") > 0, code.loop
+    assert code.in_loop("HMMA") + code.in_loop("HGMMA") + code.in_loop("UTCHMMA") > 0, code.loop
+    assert code.in_loop("I2F") == 0, code.loop

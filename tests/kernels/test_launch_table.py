@@ -3,8 +3,10 @@
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from qsun.kernels import launch_table
 from qsun.kernels.launch_table import (
@@ -113,6 +115,24 @@ def test_a_table_of_another_version_gives_way_to_the_default(tmp_path, monkeypat
     few = load_launch_table("Few")
     assert len(few.buckets[4]) == 1 and few.buckets[2] == default.buckets[2]
     load_launch_table.cache_clear()
+
+
+def test_the_default_is_for_as_many_processors_as_the_gpu_has(monkeypatch):
+    """Two devices with different names; other names, as of a table that is written elsewhere, keep the table's 132."""
+    stand_ins = {
+        "device_count": lambda: 2,
+        "get_device_name": lambda device: ["Large", "Small"][device],
+        "get_device_properties": lambda device: SimpleNamespace(multi_processor_count=[264, 66][device]),
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    load_launch_table.cache_clear()
+    found = {name: load_launch_table(name).processors for name in ("Small", "Large", "elsewhere")}
+    assert found == {"Small": 66, "Large": 264, "elsewhere": 132}
+    splits = [choose_launch(1, 4096, 14336, 128, name).split_k for name in ("Small", "elsewhere", "Large")]
+    assert splits == sorted(splits) and splits[0] < splits[-1]
+    load_launch_table.cache_clear()
+    choose_launch.cache_clear()
 
 
 def test_candidates_are_many_and_distinct():

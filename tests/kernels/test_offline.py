@@ -10,22 +10,12 @@ from qsun.kernels.fields_triton import dequantize_tiles
 from qsun.kernels.launch_table import KernelLaunch, load_launch_table
 from qsun.kernels.layout import TILES
 from tests.kernels.offline import compile_kernel
+from tests.kernels.packed_signature import assert_well_compiled as check
 from tests.kernels.packed_signature import compile_product, lane_instructions
 
 NARROW, WIDE = KernelLaunch(64, 8, 4, 2, 3, True, 2), KernelLaunch(128, 8, 4, 2, 3, True, 2)
 BUCKETS = [(bits, bucket) for bits, buckets in load_launch_table("default").buckets.items() for bucket in buckets]
 GROUPS = [(128, False), (128, True), (64, True), (32, False), (32, True), (0, False), (0, True)]
-
-
-def check(code, bits=4, capability=90):
-    # Bits other than 4, and sm_100: ptxas may save an address, to reach a round number of registers.
-    assert code.in_loop("STL") == 0
-    assert code.in_loop("LDL") == 0 or capability == 100  # where the loop is not found
-    assert code.stack_bytes <= (0 if bits == 4 and capability != 100 else 16)
-    assert code.shared_bytes <= 99 * 1024  # what every GPU since sm_80 gives; two programs a processor on sm_90
-    assert code.in_loop("LDGSTS.E.BYPASS.128") + code.in_loop("LDG.E.128") > 0, code.loop
-    assert code.in_loop("HMMA") + code.in_loop("HGMMA") + code.in_loop("UTCHMMA") > 0, code.loop
-    assert code.in_loop("I2F") == 0, code.loop
 
 
 def word_bytes(code, launch, bits):

@@ -3,13 +3,14 @@
 import contextlib
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import torch
 from torch.utils._pytree import tree_flatten
 
 from tests.pretend_cuda.tensors import STATE, PretendTensor, to, with_index
 
-NAME, DEVICES, FREE_BYTES = "NVIDIA H200", 2, 140 << 30
+NAME, DEVICES, FREE_BYTES, PROCESSORS = "NVIDIA H200", 2, 140 << 30, 132
 
 
 class PretendStream:
@@ -139,6 +140,7 @@ def patches():
         "current_device": lambda: STATE.current,
         "get_device_name": lambda device=None: NAME,
         "get_device_capability": lambda device=None: (9, 0),
+        "get_device_properties": lambda device=None: SimpleNamespace(multi_processor_count=PROCESSORS),
         "mem_get_info": lambda device=None: (FREE_BYTES, FREE_BYTES),
         "memory_reserved": lambda device=None: 0,
         "memory_allocated": lambda device=None: 0,
