@@ -79,9 +79,10 @@ def generate(
         "kv_dtype": kv_dtype,
         "detokenize": True,
     }
-    from qsun.engine.config import GenerateConfig
+    from qsun.device import default_device
+    from qsun.engine.config import GenerateConfig, check_steps
 
-    GenerateConfig.of(settings)  # before weights are loaded
+    check_steps(GenerateConfig.of(settings), default_device(device))  # before weights are loaded
     screen.show_warnings()
     pieces = _answers(decode, modules, asked, (device, dtype), settings)
     finishes = _stream(pieces) if len(asked) == 1 and not as_json else _print(pieces, asked, as_json)

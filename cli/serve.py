@@ -80,7 +80,8 @@ def serve(
     check_device(device)
     named = _named(prefill)
     folders = _adapters(adapters, named)
-    from qsun.engine.config import EngineConfig
+    from qsun.device import default_device
+    from qsun.engine.config import EngineConfig, check_steps
     from qsun.serve.api.completions import ServeLimits
     from qsun.serve.http.cors import with_cors
     from qsun.serve.http.guard import Guard, GuardConfig
@@ -104,6 +105,7 @@ def serve(
         speculate=speculate,
         partitioned=partitioned,
     )
+    check_steps(config, default_device(device))
     screen.show_warnings()
     logging.getLogger("uvicorn").addHandler(logging.StreamHandler(sys.stderr))
     with listen(host, port) as bound:  # before weights are loaded: a taken port is known at once

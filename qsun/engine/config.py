@@ -1,7 +1,7 @@
 """Settings of the engine, of one request's tokens, and of a call of `qsun.generate`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -9,8 +9,12 @@ from qsun.config import Settings
 from qsun.errors import QsunError
 from qsun.runtime.tokens.sampling import row_seed
 
+if TYPE_CHECKING:
+    import torch
+
 MOST_LOGPROBS = 20
 MOST_DRAFTED = 32
+FP8_CAPABILITY = (8, 9)  # of the first GPUs that convert e4m3
 _Positive = Annotated[int, Field(ge=1)]
 _Natural = Annotated[int, Field(ge=0)]
 _Strings = Annotated[
@@ -156,3 +160,16 @@ class GenerateConfig(Settings):
         if len(self.seed) != prompts:
             raise QsunError(f"{len(self.seed)} seeds for {prompts} prompts; give one, or one for each prompt")
         return list(self.seed)
+
+
+def check_steps(config: EngineConfig | GenerateConfig, device: "torch.device") -> None:
+    """Raise QsunError for settings that a device cannot follow; ask before anything is loaded on it."""
+    if config.speculate and (config.static or device.type == "cuda"):
+        raise QsunError("speculate is not supported on a GPU or with static=True yet; use 0")
+    if config.kv_dtype == "fp8" and device.type == "cuda":
+        import torch
+
+        able = torch.cuda.get_device_capability(device)
+        if able < FP8_CAPABILITY:
+            needed, has = (".".join(map(str, each)) for each in (FP8_CAPABILITY, able))
+            raise QsunError(f"kv_dtype fp8 needs compute capability {needed}, and {device} has {has}; use auto")

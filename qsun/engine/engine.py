@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from qsun.adapters.pool import NOT_LOADED, AdapterPool
-from qsun.engine.config import EngineConfig
+from qsun.engine.config import EngineConfig, check_steps
 from qsun.engine.decode.decode_step import on_device
 from qsun.engine.decode.slot_memory import available_after_release
 from qsun.engine.decode_batch import DecodeBatch
@@ -49,12 +49,11 @@ class Engine:
         self.positions: int = model.config.max_position_embeddings
         self.dtype: torch.dtype = model.model.embed_tokens.weight.dtype
         self.device: torch.device = model.model.embed_tokens.weight.device
+        check_steps(self.config, self.device)
         per_token = kv_bytes_per_token(model.config, self.dtype, self.config.kv_dtype)
         self.budget_tokens = (self.config.kv_bytes or available_after_release(self.device) // 4) // per_token
         if self.budget_tokens < 1:
             raise QsunError(f"kv_bytes {self.config.kv_bytes} is too small; one token takes {per_token} bytes")
-        if self.config.speculate and (self.config.static or self.device.type == "cuda"):
-            raise QsunError("speculate is not supported on a GPU or with static=True yet; use 0")
         self.modules: dict[str, LoadedModule] = {}
         self.known = PrefixCache(self.config.prefix_bytes)
         self._queue = FairQueue()

@@ -16,6 +16,8 @@ from qsun.model.architectures import Architecture, architecture_of
 from qsun.runtime.fused_projections import GatedMLP, MergedPart
 from qsun.runtime.quant_linear import QuantLinear
 
+_DTYPES = (torch.bfloat16, torch.float16)  # that the kernels compute in
+
 
 class FusedBlock(nn.Module):
     """Takes the place of a block and shares its parts, under their names.
@@ -48,8 +50,8 @@ class FusedBlock(nn.Module):
             return self._step(hidden_states.flatten(0, 1), cache, rotation).view(hidden_states.shape)
 
     def _takes(self, x: Tensor, cache: Any, rotation: Any) -> bool:
-        """Return whether this is one token a row on a GPU, without gradients, over a cache of slots of its dtype."""
-        if not x.is_cuda or x.shape[1] != 1 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        """Return whether this is a step of one token a row for the kernels, over a cache of slots of its dtype."""
+        if not _one_token(x):
             return False
         slots = hasattr(cache, "lengths") and hasattr(cache, "buffers") and cache.view[0] == x.shape[0]
         return slots and x.dtype == cache.dtype and rotation[0].shape[-1] == self.width
@@ -98,8 +100,31 @@ class FusedBlock(nn.Module):
         return gate_up.silu_mul(x) if isinstance(gate_up, QuantLinear) else silu_mul(gate_up(x))
 
 
+class FusedNorm(nn.Module):
+    """Takes the place of a model's last norm: one kernel for a step of one token a row."""
+
+    def __init__(self, norm: Any, offset: float):
+        super().__init__()
+        self.weight, self.variance_epsilon, self.offset = norm.weight, norm.variance_epsilon, offset
+        self._plain = type(norm).forward  # which reads the first two
+
+    def forward(self, x: Tensor) -> Any:
+        if not _one_token(x):
+            return self._plain(self, x)
+        from qsun.kernels.decode_cuda import rms_norm
+
+        with torch.cuda.device_of(x):
+            return rms_norm(x.contiguous(), self.weight, self.variance_epsilon, self.offset)
+
+
+def _one_token(x: Tensor) -> bool:
+    """Return whether x (rows, tokens, width) has one token a row, on a GPU, in 16 bits and without gradients."""
+    plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return x.is_cuda and x.dtype in _DTYPES and x.shape[1] == 1 and not plain
+
+
 def fuse_blocks(model: Any, config: Any) -> None:
-    """Replace the blocks of a transformers model on a GPU whose projections are merged by FusedBlock, in place.
+    """Replace the blocks of a transformers model on a GPU whose projections are merged, and its last norm, in place.
 
     Blocks with norms between a half and the residual (Gemma, OLMo 2), with projections merged in the checkpoint (Phi 3)
     or with heads that the kernels do not support stay as they are.
@@ -112,6 +137,15 @@ def fuse_blocks(model: Any, config: Any) -> None:
             kind = config.layer_types[layer] if architecture.masks_by_type else "all"
             window = None if kind == "full_attention" else getattr(config, "sliding_window", None)
             model.model.layers[layer] = FusedBlock(block, layer, architecture, window)
+    if isinstance(model.model.layers[-1], FusedBlock):
+        model.model.norm = FusedNorm(model.model.norm, architecture.norm_offset)
+
+
+def all_fused(model: Any) -> bool:
+    """Return whether steps of one token a row go through the kernels in every block, so that nothing reads a mask."""
+    weight = model.model.embed_tokens.weight
+    able = weight.device.type == "cuda" and weight.dtype in _DTYPES
+    return able and all(isinstance(layer, FusedBlock) for layer in model.model.layers)
 
 
 def _fusible(block: Any) -> bool:

@@ -117,6 +117,13 @@ def unmasked(model: Any) -> dict[str, None] | None:
     return None if kinds == {"all"} else dict.fromkeys(kinds)
 
 
+def unread_masks(model: Any) -> Any:
+    """`seam_masks` of no column, where no layer reads one; attention would refuse it."""
+    nothing = torch.empty((1, 1, 1, 0), dtype=torch.bool, device=model.model.embed_tokens.weight.device)
+    kinds = mask_kinds(model.config)
+    return nothing if kinds == {"all"} else dict.fromkeys(kinds, nothing)
+
+
 def mask_kinds(config: Any) -> set[str]:
     """Return the attention types that have a mask each, or "all" where one serves every layer."""
     return set(config.layer_types) if architecture_of(config.model_type).masks_by_type else {"all"}

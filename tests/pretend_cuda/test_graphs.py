@@ -15,6 +15,7 @@ from qsun.engine.decode.slot_memory import free_tokens
 from qsun.engine.engine import Engine
 from qsun.engine.requests import Request
 from qsun.engine.warming import warm
+from qsun.runtime.kv_cache import kv_bytes_per_token
 from qsun.runtime.quant_linear import QuantLinear
 from tests.engine_rig import run_until_idle, tokens_of
 
@@ -125,17 +126,21 @@ def signatures(launches):
 
 
 @pytest.mark.parametrize(
-    ("bits", "fuse", "pass_tokens"), [(None, False, 2048), (4, True, 2048), (4, False, 48)], ids=str
+    ("bits", "fuse", "pass_tokens", "kv_dtype"),
+    [(None, False, 2048, "auto"), (4, True, 2048, "auto"), (4, True, 2048, "fp8"), (4, False, 48, "auto")],
+    ids=str,
 )
-def test_nothing_is_captured_or_compiled_after_warming(bits, fuse, pass_tokens, tiny_model, pretend_cuda, tmp_path):
+def test_nothing_is_captured_or_compiled_after_warming(
+    bits, fuse, pass_tokens, kv_dtype, tiny_model, pretend_cuda, tmp_path
+):
     """Requests come and go, short and long, up to the budget and to max_batch; int4 modules also read and score."""
-    directory = tiny_model("llama", max_position_embeddings=600)
+    directory = tiny_model("llama", max_position_embeddings=600, head_dim=64)
     if bits:
         qsun.quantize(directory, tmp_path / "q", qsun.QuantConfig(method="rtn", group_size=32, dtype="bfloat16"))
     decode = qsun.load_decode(tmp_path / "q" if bits else directory, "cuda", torch.bfloat16, fuse=fuse)
     prefill = qsun.PrefillModule(decode.model, decode.directory)
-    limits = {"kv_bytes": 1500 * 2 * 2 * 2 * 16 * 2, "max_batch": 4, "pass_tokens": pass_tokens}
-    engine = engine_of((prefill, decode), **limits)
+    kv_bytes = 1500 * kv_bytes_per_token(decode.model.config, torch.bfloat16, kv_dtype)
+    engine = engine_of((prefill, decode), kv_bytes=kv_bytes, max_batch=4, pass_tokens=pass_tokens, kv_dtype=kv_dtype)
     assert warm(engine) == len(pretend_cuda.graphs) >= 7
     compiled, captured = signatures(pretend_cuda.launches), len(pretend_cuda.graphs)
     pretend_cuda.launches.clear()
@@ -155,6 +160,8 @@ def test_nothing_is_captured_or_compiled_after_warming(bits, fuse, pass_tokens, 
     launched = set(signatures(pretend_cuda.launches))
     assert launched <= set(compiled)
     assert len(launched) > 2 or not bits  # products of several launches
+    own = {each[0] for each in compiled if ("FP8", kv_dtype == "fp8") in each}
+    assert own == ({"split_attention", "rotate_and_store"} if fuse else set())
     assert len({id(graph) for graph in pretend_cuda.graphs}) == captured
 
 
@@ -216,12 +223,11 @@ def test_threads_capture_one_after_the_other(pretend_cuda):
     assert most == [1] * 4
 
 
-@pytest.mark.parametrize("fuse", [False, True])
-def test_fp8_gives_the_cpus_tokens(fuse, tiny_model, pretend_cuda):
-    """A pretended kernel computes its definition; how the real one does is in tests/kernels."""
+def test_fp8_gives_the_cpus_tokens(tiny_model, pretend_cuda):
+    """Of blocks that are not fused; fused ones are below."""
     directory, found = tiny_model("llama"), []
     for device in ("cpu", "cuda"):
-        decode = qsun.load_decode(directory, device, torch.float32, fuse=fuse)
+        decode = qsun.load_decode(directory, device, torch.float32)
         found.append(generate((qsun.load_prefill(directory, decode), decode), kv_dtype="fp8"))
     assert found[0] == found[1]
     held = {flat.dtype for memory in slot_memory._of_models[decode.model] for flat in memory.layers[0]}

@@ -14,9 +14,9 @@ from qsun.engine.decode.buckets import row_buckets, rows_bucket, seen_columns
 from qsun.engine.decode.fixed_slots import FixedSlots
 from qsun.engine.decode.graph_pool import capture
 from qsun.engine.decode.slot_cache import SlotCache
-from qsun.runtime.fused_block import FusedBlock
+from qsun.runtime.fused_block import all_fused
 from qsun.runtime.kv_cache import CACHE_ARGUMENT
-from qsun.runtime.seam import goes_unmasked, seam_masks, unmasked
+from qsun.runtime.seam import goes_unmasked, seam_masks, unmasked, unread_masks
 
 
 class DecodeStep:
@@ -30,7 +30,7 @@ class DecodeStep:
         self.model, self.cache = model, cache
         self.device: torch.device = model.model.embed_tokens.weight.device
         self.static = isinstance(cache, FixedSlots)
-        self._own_only = all(isinstance(layer, FusedBlock) for layer in model.model.layers)
+        self._own_only = all_fused(model)
         self._warmed = False
 
     @torch.no_grad()
@@ -112,6 +112,8 @@ class DecodeStep:
     def _masks(self, columns: Tensor) -> Any:
         """None where every row sees every column and that makes attention faster."""
         length = self.cache.view[1]
+        if self._own_only and columns.shape[1] == 1:
+            return unread_masks(self.model)
         alone = columns.shape[1] == 1 and len(set(self.cache.filled)) == 1
         if not self.static and alone and goes_unmasked(self.model, length):
             return unmasked(self.model)
