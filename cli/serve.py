@@ -80,8 +80,7 @@ def serve(
     check_device(device)
     named = _named(prefill)
     folders = _adapters(adapters, named)
-    from qsun.device import default_device
-    from qsun.engine.config import EngineConfig, check_steps
+    from qsun.engine.config import EngineConfig
     from qsun.serve.api.completions import ServeLimits
     from qsun.serve.http.cors import with_cors
     from qsun.serve.http.guard import Guard, GuardConfig
@@ -105,7 +104,6 @@ def serve(
         speculate=speculate,
         partitioned=partitioned,
     )
-    check_steps(config, default_device(device))
     screen.show_warnings()
     logging.getLogger("uvicorn").addHandler(logging.StreamHandler(sys.stderr))
     with listen(host, port) as bound:  # before weights are loaded: a taken port is known at once
@@ -135,11 +133,14 @@ def _load(
     import torch
 
     from qsun.adapters.adapter_module import AdapterLibrary
+    from qsun.device import default_device
+    from qsun.engine.config import check_steps
     from qsun.engine.engine import Engine
     from qsun.runtime.decode_module import load_decode
     from qsun.serve.api.app import Serving, build_app
     from qsun.serve.api.metrics import Metrics
 
+    check_steps(config, default_device(device))
     if threads:
         torch.set_num_threads(threads)
     with screen.progress(quiet=False) as progress:
