@@ -32,7 +32,8 @@ from qsun.quantization.scaled_linear import learn_scales
 from qsun.runtime.decode_module import load_decode
 
 _PART, _STATE = "polish", "polish-step-"
-_PEAK_RATE = 0.01  # of gains at 2 bits; each further bit halves it
+_PEAK_RATE = 0.01  # of gains at 2 bits; each further bit halves it, and from this depth * width on, more of either
+_SMALL = 1536
 _WARMUP, _CHECKS = 0.05, 8  # share of the steps; validations
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -69,13 +70,16 @@ class _Learner:
         self.held_out, self.lessons = make_lessons(job.calibration.held_out), make_lessons(job.calibration.samples)
         self.teacher = teach(job, [*self.held_out, *self.lessons])
         self.curve: list[tuple[int, float]] = []
-        self.best: dict[str, Tensor] = {}
+        self.best: dict[str, Tensor] = {}  # gains
+        self.slower = 1.0  # than the first peak rate
 
     def run(self) -> None:
         """Take the remaining steps; the state is kept at each validation."""
         self.decode = self._load()
         self.layers = learn_scales(self.decode, self.job.scale_dtype, BLOCKS)
-        peaks = {layer.gains: _PEAK_RATE / 2 ** (layer.bits - 2) for layer in self.layers.values()}
+        config = self.job.skeleton.config
+        peak = _PEAK_RATE * min(1.0, _SMALL / (config.num_hidden_layers * config.hidden_size))
+        peaks = {layer.gains: peak / 2 ** (layer.bits - 2) for layer in self.layers.values()}
         groups = [{"params": [gains], "peak": peak} for gains, peak in peaks.items()]
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         every = max(1, self.steps // _CHECKS)
@@ -89,7 +93,10 @@ class _Learner:
                 self._validate(step)
             self.tell(1)
         kept = min(self.curve, key=lambda point: point[1])[0]
-        self.work.write(_PART, self.best, {"steps": self.steps, "divergence": self.curve, "kept": kept})
+        for name, layer in self.layers.items():
+            layer.gains.data.copy_(self.best[name])
+        learned = {name: layer.scales.detach() for name, layer in self.layers.items()}
+        self.work.write(_PART, learned, {"steps": self.steps, "divergence": self.curve, "kept": kept})
         del self.decode, self.layers, self.optimizer
         release_freed()
 
@@ -109,7 +116,7 @@ class _Learner:
         order = random.Random(f"{self.job.config.seed} {epoch}").sample(self.lessons, len(self.lessons))
         rate = min(1.0, step / max(1, _WARMUP * self.steps)) * (1 + math.cos(math.pi * (step - 1) / self.steps)) / 2
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * rate
+            group["lr"] = group["peak"] * rate / self.slower
         lesson = order[place]
         loss = lesson.loss(self.decode, self.teacher) / lesson.tokens
         self.optimizer.zero_grad()
@@ -126,20 +133,28 @@ class _Learner:
         return found
 
     def _validate(self, step: int) -> None:
-        found = self._divergence(self.decode)
-        if not self.curve or found < min(value for _, value in self.curve):
-            self.best = {name: layer.scales.detach() for name, layer in self.layers.items()}
+        """Measure and keep the state; where it is worse than the start, go back to the best one, and on more slowly."""
+        found, first = self._divergence(self.decode), not self.curve
+        if first or found < min(value for _, value in self.curve):
+            self.best = {name: layer.gains.detach().clone() for name, layer in self.layers.items()}
+        elif found > self.curve[0][1]:
+            self.slower *= 3
+            self.optimizer.state.clear()
+            for name, layer in self.layers.items():
+                layer.gains.data.copy_(self.best[name])
         self.curve.append((step, found))
         self._save(step)
 
     def _save(self, step: int) -> None:
         before = self.work.names(_STATE)
-        tensors = {f"best.{name}": scales for name, scales in self.best.items()}
+        tensors = {f"best.{name}": gains for name, gains in self.best.items()}
         for name, layer in self.layers.items():
             moments = self.optimizer.state.get(layer.gains, {})
             kept = {"gains": layer.gains.detach()} | {key: moments[key] for key in _MOMENTS if key in moments}
             tensors |= {f"{key}.{name}": tensor for key, tensor in kept.items()}
-        self.work.write(f"{_STATE}{step:06d}", tensors, {"curve": self.curve})
+        adam_steps = [int(state["step"]) for state in self.optimizer.state.values()]
+        record = {"curve": self.curve, "slower": self.slower, "adam_steps": adam_steps[0] if adam_steps else 0}
+        self.work.write(f"{_STATE}{step:06d}", tensors, record)
         for name in before:
             self.work.drop(name)
 
@@ -148,16 +163,16 @@ class _Learner:
         found = self.work.names(_STATE)
         if not found:
             return 0
-        self.curve = [(step, value) for step, value in self.work.record(found[-1])["curve"]]
-        step = self.curve[-1][0]
+        record = self.work.record(found[-1])
+        self.curve, self.slower = [(step, value) for step, value in record["curve"]], record["slower"]
         tensors = {key: t.to(self.job.skeleton.device) for key, t in load_file(self.work.part(found[-1])).items()}
         self.best = {name: tensors[f"best.{name}"] for name in self.layers}
         for name, layer in self.layers.items():
             layer.gains.data.copy_(tensors[f"gains.{name}"])
-            if step:
+            if record["adam_steps"]:
                 moments = {key: tensors[f"{key}.{name}"] for key in _MOMENTS}
-                self.optimizer.state[layer.gains] = moments | {"step": torch.tensor(float(step))}
-        return step
+                self.optimizer.state[layer.gains] = moments | {"step": torch.tensor(float(record["adam_steps"]))}
+        return self.curve[-1][0]
 
 
 def _write(job: Job, work: Workdir, scales: dict[str, Tensor]) -> dict[str, str]:

@@ -167,6 +167,17 @@ def test_scales_stay_where_learning_does_not_help(task, tmp_path, monkeypatch):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_steps_that_only_harm_are_taken_back_and_made_smaller(task, tmp_path, monkeypatch):
+    base, _, data = task
+    monkeypatch.setattr(job_module, "hold_out", lambda found: replace(found, held_out=found.samples))
+    monkeypatch.setattr(polish, "_PEAK_RATE", 1.0)
+    report = qsun.quantize(base, tmp_path / "out", settings(polish=80), data, device="cpu")
+    curve = [value for _, value in report["polish"]["divergence"]]
+    assert curve[1] > curve[0]
+    assert report["polish"]["kept"] > 0
+    assert min(curve) < curve[0]
+
+
 def test_passes_see_no_held_out_sample(task, tmp_path):
     base, _, data = task
     with_polish, without = (
