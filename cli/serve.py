@@ -88,7 +88,7 @@ def serve(
     from qsun.serve.http.server import Draining, HttpProcess, listen
 
     keys = read_keys(api_keys)
-    check_exposed(host, keys)
+    check_exposed(host, bool(keys))
     guard = GuardConfig(api_keys=keys, max_body_bytes=byte_count("max-body", max_body))
     asked: Any = {"seconds": timeout, "tool_format": tool_format}
     limits = ServeLimits(max_tokens=max_tokens, default_tokens=default_tokens, **asked)

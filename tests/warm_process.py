@@ -4,11 +4,15 @@ What depends on a start of its own, such as warnings, imports and memory, starts
 """
 
 import os
+import socket
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from functools import cache
 from multiprocessing import forkserver, get_context
 from pathlib import Path
+from threading import Thread
 
 from tests.places import ROOT
 
@@ -69,6 +73,34 @@ class WarmProcess:
 
     def kill(self):
         self._process.kill()
+
+
+def as_two_ranks(function, *arguments):
+    """Run a function in two processes that find what torchrun tells its own. Returns (both succeeded, stderr)."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    first, second = (WarmProcess(_rank, rank, port, function, arguments) for rank in range(2))
+    with first, second:
+        said, both = [], (first, second)
+        readers = [Thread(target=lambda process=process: said.append(process.stderr.read())) for process in both]
+        for reader in readers:
+            reader.start()
+        while None in (ended := [process.poll() for process in both]) and not any(ended):
+            time.sleep(0.05)
+        for process in both if any(ended) else ():  # one failed, and the other may wait for it
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+            process.kill()
+        ended = [process.wait() for process in both]
+        for reader in readers:
+            reader.join()
+    return ended == [0, 0], "\n".join(said)
+
+
+def _rank(rank, port, function, arguments):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    function(*arguments)
 
 
 def qsun_process(*arguments):

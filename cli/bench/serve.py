@@ -36,7 +36,7 @@ def serve(
     decode_workers: int = typer.Option(1, help="Decode workers of the server, to report throughput of each."),
     against: str = typer.Option("", help="Another server to compare with, in alternate rounds."),
     rounds: int = typer.Option(0, help="Rounds. Default: 1, or 4 with --against."),
-    api_key_file: Path | None = typer.Option(None, help="File with the API key."),
+    api_key_file: Path | None = typer.Option(None, help="File whose first key is sent; # begins a comment."),
     extra_body: str = typer.Option("{}", help='Fields of every body, such as {"ignore_eos": true} for qsun and vLLM.'),
     seed: int = typer.Option(0, help="Random seed of arrivals, models, lengths and the choice of --prompts."),
     prompt_seed: str = typer.Option("", help="Random seed of random prompts. Default: a fresh one for each run."),
@@ -61,6 +61,7 @@ def serve(
     from qsun.eval.load.rounds import OURS, THEIRS, LoadSettings, load_result, run_load
     from qsun.eval.load.service_level import ServiceLevel
     from qsun.eval.load.workload import Lengths
+    from qsun.serve.http.keys import read_keys
 
     level = ServiceLevel(slo_ttft, slo_tpot)
     if decode_workers < 1:
@@ -72,7 +73,7 @@ def serve(
     settings = LoadSettings(
         *lengths, served, skew, rows, rate, concurrency, requests, warm_up, turns, max_in_flight, seed, prompt_seed
     )
-    key, extra = _api_key(api_key_file), _object(extra_body)
+    key, extra = (*read_keys(api_key_file), "")[0], _object(extra_body)
     urls = {OURS: url} | ({THEIRS: against} if against else {})
     targets = {name: Target(address, endpoint, key, extra, deadline) for name, address in urls.items()}
     with screen.progress(quiet=as_json) as progress:
@@ -93,15 +94,6 @@ def serve(
 def _described(rate: float, concurrency: int, requests: int, skew: float, prompt: str, output: str, seed: int) -> str:
     how = f"{rate:g} requests/s, open loop" if rate else f"{concurrency} requests in flight, closed loop"
     return f"{how}, {requests} requests, skew {skew:g}, prompts {prompt}, outputs {output}, seed {seed}"
-
-
-def _api_key(path: Path | None) -> str:
-    if path is None:
-        return ""
-    key = path.read_text(encoding="utf-8").strip()
-    if not key or not key.isascii() or not key.isprintable():
-        raise QsunError(f"api-key-file {path} holds no key; write one line of printable ASCII")
-    return key
 
 
 def _object(text: str) -> dict[str, Any]:

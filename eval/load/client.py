@@ -41,6 +41,8 @@ class Target:
             valid = False
         if not valid:
             raise QsunError(f"url {self.url!r} is not an http address; use one such as http://127.0.0.1:8000")
+        if not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise QsunError("the API key cannot be sent in an HTTP header; use printable ASCII characters")
         if not self.deadline_s > 0:
             raise QsunError(f"deadline {self.deadline_s:g} is out of range; use more than 0 seconds")
 

@@ -9,19 +9,18 @@
 Entries with the same name are one variant: if each task has its own prefill module, that one answers it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import yaml
+from pydantic import Field
 
+from qsun.config import Section, Settings, read_config_file
 from qsun.errors import QsunError
 from qsun.model.checkpoint import read_json
 from qsun.model.locate import find_model
 from qsun.model.pairing import find_base
-
-_KEYS = {"name", "model", "prefill", "decode", "base", "tasks", "responses"}
 
 
 @dataclass(frozen=True)
@@ -97,74 +96,61 @@ def from_options(
     return Matrix(tuple(entries), tuple(tasks), "SUN" if prefill else "base")
 
 
+class _Variant(Section):
+    name: Annotated[str, Field(min_length=1)]
+    model: str = ""
+    prefill: str = ""
+    decode: str = ""
+    base: str = ""
+    tasks: list[str] = Field(default_factory=list)
+    responses: str = ""
+
+    def entry(self, folder: Path) -> Entry:
+        prefill, decode = self.prefill or self.model, self.decode or self.model
+        if not prefill or not decode:
+            raise QsunError(f"variant {self.name!r} needs a model, or a prefill and a decode module")
+        responses = str(folder / self.responses) if self.responses else ""
+        if responses and not Path(responses).is_file():
+            raise QsunError(f"variant {self.name!r}: responses {self.responses} is not a file beside it")
+        prefill, decode, base = (_place(name, folder) for name in (prefill, decode, self.base))
+        return Entry(self.name, prefill, decode, tuple(self.tasks), responses, base)
+
+
+class _MatrixFile(Settings):
+    variants: Annotated[list[_Variant], Field(min_length=1)]
+    tasks: list[str] = Field(default_factory=list)
+    reference: str = ""
+
+    def matrix(self, folder: Path, tasks: Sequence[str]) -> Matrix:
+        entries = tuple(variant.entry(folder) for variant in self.variants)
+        named = [task for entry in entries for task in entry.tasks]
+        wanted = tuple(tasks or self.tasks or named)
+        unasked = [task for task in named if not tasks and task not in wanted]
+        if unasked:
+            raise QsunError(f"a variant has the task {unasked[0]!r}, which `tasks` does not list; add it there")
+        names = list(dict.fromkeys(entry.name for entry in entries))
+        reference = self.reference or ("SUN" if "SUN" in names else names[0])
+        if reference not in names:
+            raise QsunError(f"the reference {reference!r} is not a variant; use one of {', '.join(names)}")
+        return Matrix(entries, wanted, reference)
+
+
 def from_file(path: Path, tasks: Sequence[str] = ()) -> Matrix:
     """Read a matrix whose directories are relative to the file; `tasks` replaces those of the file.
 
     Raises:
         QsunError: not YAML, an unknown key, or an entry without a model or a pair.
     """
+    values = read_config_file(path, "matrix file")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise QsunError(f"{path}: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(values, Mapping) or not isinstance(values.get("variants"), list) or not values["variants"]:
-        raise QsunError(f"{path} has no list of variants; write `variants: [{{name: base, model: demo}}, ...]`")
-    entries = tuple(_entry(row, path) for row in values["variants"])
-    wanted = (
-        tuple(tasks)
-        or _names(values.get("tasks"), str(path))
-        or tuple(dict.fromkeys(t for e in entries for t in e.tasks))
-    )
-    unasked = [task for entry in entries for task in entry.tasks if not tasks and task not in wanted]
-    if unasked:
-        raise QsunError(f"{path}: a variant has the task {unasked[0]!r}, which `tasks` does not list; add it there")
-    names = [entry.name for entry in entries]
-    reference = str(values.get("reference") or ("SUN" if "SUN" in names else names[0]))
-    if reference not in names:
-        raise QsunError(
-            f"{path}: the reference {reference!r} is not a variant; use one of {', '.join(dict.fromkeys(names))}"
-        )
-    return Matrix(entries, wanted, reference)
+        return _MatrixFile.from_dict(values).matrix(path.parent, tasks)
+    except QsunError as error:
+        raise QsunError(f"matrix file {path}: {error}") from None
 
 
-def _entry(row: Any, path: Path) -> Entry:
-    if not isinstance(row, Mapping) or not row.get("name"):
-        raise QsunError(f"{path}: {row!r} is not a variant; give it a name and a model, or prefill and decode")
-    unknown = sorted(set(row) - _KEYS)
-    if unknown:
-        raise QsunError(f"{path}: variant {row['name']!r} has {unknown[0]!r}; known are {', '.join(sorted(_KEYS))}")
-    for key in ("name", "model", "prefill", "decode", "base", "responses"):
-        if not isinstance(row.get(key, ""), str):
-            raise QsunError(f"{path}: variant {row['name']!r}: {key} is {row[key]!r}; write a string")
-    model = row.get("model")
-    prefill, decode = row.get("prefill") or model, row.get("decode") or model
-    if not prefill or not decode:
-        raise QsunError(f"{path}: variant {row['name']!r} needs a model, or a prefill and a decode module")
-    responses = row.get("responses")
-    if responses and not (path.parent / responses).is_file():
-        raise QsunError(f"{path}: variant {row['name']!r}: responses {responses} is not a file beside it")
-    return Entry(
-        str(row["name"]),
-        _place(prefill, path),
-        _place(decode, path),
-        _names(row.get("tasks"), f"{path}: variant {row['name']!r}"),
-        str(path.parent / responses) if responses else "",
-        _place(row["base"], path) if row.get("base") else "",
-    )
-
-
-def _names(value: Any, where: str) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(task, str) for task in value):
-        raise QsunError(f"{where}: tasks is {value!r}; write a list, such as [qsun_math, qsun_code]")
-    return tuple(value)
-
-
-def _place(name: str, path: Path) -> str:
-    """Return a directory beside the file if it exists, else the name for find_model."""
-    beside = path.parent / name
-    return str(beside) if beside.is_dir() else str(name)
+def _place(name: str, folder: Path) -> str:
+    """Return a directory in the folder if it exists, else the name for find_model."""
+    return str(folder / name) if name and (folder / name).is_dir() else name
 
 
 def stored_bits(directory: str) -> int:

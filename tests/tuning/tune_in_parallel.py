@@ -2,14 +2,11 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from threading import Thread
 
 import torch
 from safetensors.torch import save_file
@@ -20,7 +17,7 @@ from qsun.tuning.job import prepare_tuning
 from qsun.tuning.processes import Processes
 from qsun.tuning.tuner import Tuner
 from tests.places import ROOT
-from tests.warm_process import WarmProcess
+from tests.warm_process import as_two_ranks
 
 CONFIG = qsun.TuneConfig(steps=6, batch_size=4, lr=3e-3, eval_every=2)
 
@@ -97,31 +94,8 @@ def by_torchrun(*runs):
 
 
 def in_two_processes(*runs):
-    """The same in warm processes that find what torchrun tells its own. Returns (whether both succeeded, stderr)."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    text = json.dumps(runs, default=str)
-    with WarmProcess(_rank, 0, port, text) as first, WarmProcess(_rank, 1, port, text) as second:
-        said, both = [], (first, second)
-        readers = [Thread(target=lambda process=process: said.append(process.stderr.read())) for process in both]
-        for reader in readers:
-            reader.start()
-        while None in (ended := [process.poll() for process in both]) and not any(ended):
-            time.sleep(0.05)
-        for process in both if any(ended) else ():  # one failed, and the other may wait for it
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(5)
-            process.kill()
-        ended = [process.wait() for process in both]
-        for reader in readers:
-            reader.join()
-    return ended == [0, 0], "\n".join(said)
-
-
-def _rank(rank, port, runs):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
-    run_all(runs)
+    """The same in warm processes. Returns (whether both succeeded, stderr)."""
+    return as_two_ranks(run_all, json.dumps(runs, default=str))
 
 
 if __name__ == "__main__":

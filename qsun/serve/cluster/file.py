@@ -8,12 +8,13 @@ from typing import TypeVar
 from qsun.config import read_config_file
 from qsun.errors import QsunError
 from qsun.serve.cluster.schema import Cluster, Model, Pool
-from qsun.serve.http.keys import is_loopback
+from qsun.serve.http.keys import check_exposed
 
 __all__ = ["Cluster", "Pool", "need_running_workers", "parse_cluster", "read_cluster"]
 
 P = TypeVar("P", bound=Pool)
 _MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,99}")  # it is a metrics label and part of a URL
+_KEYS_FIX = "set listen.api_keys to a file of keys, or listen.without_keys: true"
 
 
 def read_cluster(path: Path) -> Cluster:
@@ -33,7 +34,8 @@ def parse_cluster(values: Mapping[str, object], name: str = "cluster") -> Cluste
         _check_names(cluster)
         _check_adapters(cluster)
         _check_assignment(cluster)
-        _check_listen(cluster)
+        listen = cluster.listen
+        check_exposed(listen.host, listen.api_keys is not None or listen.without_keys, _KEYS_FIX)
     except QsunError as error:
         raise QsunError(f"{name}: {error}") from None
     return cluster
@@ -108,15 +110,6 @@ def _check_partition(cluster: Cluster) -> None:
         raise QsunError(
             f"partitioned needs a decode worker for each model, and there are {count} for {len(cluster.models)}; "
             "add workers, or give each its `models`"
-        )
-
-
-def _check_listen(cluster: Cluster) -> None:
-    listen = cluster.listen
-    if listen.api_keys is None and not listen.without_keys and not is_loopback(listen.host):
-        raise QsunError(
-            f"listen.host {listen.host} can be reached from other machines and no API key is required; set "
-            "listen.api_keys to a file of keys, or listen.without_keys: true"
         )
 
 

@@ -32,7 +32,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def check_exposed(host: str, keys: tuple[str, ...]) -> None:
-    """Raise QsunError for an address that other machines reach, without an API key."""
-    if not keys and not is_loopback(host):
-        raise QsunError(f"host {host} can be reached from other machines, and no API key is set; give a file of keys")
+def check_exposed(host: str, protected: bool, fix: str = "give a file of keys") -> None:
+    """Raise QsunError for an address that other machines reach, unless it is protected."""
+    if not protected and not is_loopback(host):
+        raise QsunError(f"host {host} can be reached from other machines, and no API key is set; {fix}")

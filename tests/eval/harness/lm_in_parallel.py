@@ -1,11 +1,9 @@
-"""What each process of `accelerate launch` runs in test_lm.py: DECODE OUT."""
+"""What each of two processes runs in test_lm.py."""
 
 import json
-import sys
 from pathlib import Path
 
 import lm_eval
-import torch
 from lm_eval.tasks import TaskManager
 
 from qsun.eval.harness.lm import QsunLM
@@ -26,7 +24,6 @@ def scores(decode, **settings):
     return lm.rank, {"answers": answers, "world_size": lm.world_size}
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    rank, found = scores(sys.argv[1])
-    Path(f"{sys.argv[2]}.{rank}").write_text(json.dumps(found))
+def save_scores(decode, out):
+    rank, found = scores(str(decode))
+    Path(f"{out}.{rank}").write_text(json.dumps(found))

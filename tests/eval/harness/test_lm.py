@@ -1,11 +1,7 @@
 """lm-eval's model of a pair: against lm-eval's own `hf` model, and against the seam without a cache."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +13,7 @@ from qsun.data.chat import chat_tokens
 from qsun.demo import base_directory
 from qsun.eval.harness.lm import CPU_BATCH, QsunLM
 from tests.eval.harness.lm_requests import SPLIT_TWICE, brute_force, instances, pairs
-from tests.places import ROOT
+from tests.warm_process import as_two_ranks
 
 CPU = {"device": "cpu", "dtype": "float32"}
 QUIET = {"disable_tqdm": True}
@@ -317,21 +313,13 @@ def test_what_cannot_be_answered_is_refused():
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_work(int4, tmp_path):
+def test_two_processes_share_the_work(int4, tmp_path, monkeypatch):
     """As `accelerate launch` starts them."""
-    from tests.eval.harness.lm_in_parallel import scores
+    from tests.eval.harness.lm_in_parallel import save_scores, scores
 
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [Path(__file__).with_name("lm_in_parallel.py"), int4, tmp_path / "scores"]
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    done, said = as_two_ranks(save_scores, int4, tmp_path / "scores")
+    assert done, said[-3000:]
     found = json.loads((tmp_path / "scores.0").read_text())
     assert found["world_size"] == 2
     assert json.loads((tmp_path / "scores.1").read_text()) is None

@@ -418,6 +418,12 @@ def test_command_as_json_with_a_key_and_a_second_server(serving, cli, tmp_path):
     assert body["top_k"] == 1
 
 
+def test_a_key_that_no_header_can_hold_is_not_shown():
+    with pytest.raises(QsunError, match="cannot be sent") as error:
+        Target("http://127.0.0.1:9", api_key="gehe\u00efm")
+    assert "gehe" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [

@@ -53,15 +53,22 @@ def test_a_file_names_directories_beside_it(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("a: [", "matrix.yaml: while parsing"),
-        ("[]", "has no list of variants"),
-        ("variants: []", "has no list of variants"),
-        ("variants: [1]", "1 is not a variant"),
-        ("variants: [{name: x, modell: demo}]", "variant 'x' has 'modell'; known are base, decode, model, name"),
+        ("a: [", "matrix.yaml is not YAML: while parsing"),
+        ("[]", "is not a mapping of settings"),
+        ("variants: []", r"variants \[\] is invalid: list should have at least 1 item"),
+        ("variants: [1]", "variants.0 1 is invalid: input should be a valid dictionary"),
+        (
+            "variants: [{name: x, modell: demo}]",
+            "unknown setting 'variants.0.modell'; did you mean model\\? known are: base, decode, model, name",
+        ),
+        ("variants: [{name: x, model: demo, model: P}]", "key 'model' occurs twice"),
         ("variants: [{name: x, prefill: demo}]", "'x' needs a model, or a prefill and a decode module"),
-        ("variants: [{name: x, model: 5}]", "model is 5; write a string"),
-        ("variants: [{name: x, model: demo, base: 5}]", "base is 5; write a string"),
-        ("variants: [{name: x, model: demo, tasks: qsun_math}]", "tasks is 'qsun_math'; write a list"),
+        ("variants: [{name: x, model: 5}]", "variants.0.model 5 is not a string"),
+        ("variants: [{name: x, model: demo, base: 5}]", "variants.0.base 5 is not a string"),
+        (
+            "variants: [{name: x, model: demo, tasks: qsun_math}]",
+            "variants.0.tasks 'qsun_math' is invalid: input",
+        ),
         (
             "{variants: [{name: x, model: demo, tasks: [u]}], tasks: [t]}",
             "has the task 'u', which `tasks` does not list",

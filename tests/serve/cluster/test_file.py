@@ -55,7 +55,7 @@ def test_a_name_that_no_variable_has_is_refused(name):
         ({"health": {"interval_seconds": float("nan")}}, "health.interval_seconds nan is not a finite number"),
         (
             {"listen": {"host": EVERYWHERE}},
-            "listen.host 0.0.0.0 can be reached from other machines",
+            "host 0.0.0.0 can be reached from other machines, and no API key is set; set listen.api_keys",
         ),
         ({"models": {}}, "models {} is invalid"),
         ({"models": {"a b": {"module": "x", "workers": 1}}}, "model name 'a b' is invalid"),

@@ -30,5 +30,5 @@ def test_only_loopback_needs_no_key():
     for host in ("0.0.0.0", "::", "example.org", "10.0.0.1", ""):  # noqa: S104
         assert not is_loopback(host)
         with pytest.raises(QsunError, match="no API key is set"):
-            check_exposed(host, ())
-        check_exposed(host, ("a-key-of-some-length",))
+            check_exposed(host, protected=False)
+        check_exposed(host, protected=True)
