@@ -20,6 +20,7 @@ def speed(
         "--lm-head",
         help="With --shape, output projection of QSUN: bf16 (as qsun quantize leaves it), int4, both.",
     ),
+    bits: str = typer.Option("4", help="With --shape: bits of QSUN's decode modules, comma-separated, such as 4,2."),
     batches: str = typer.Option("1,4,16,64", help="Rows of a decode batch, comma-separated."),
     contexts: str = typer.Option("128,1024", help="Tokens that a step attends to, comma-separated."),
     prompts: str = typer.Option("", help="Further prompt lengths to time the prefill of, for qsun simulate."),
@@ -62,7 +63,10 @@ def speed(
     where = default_device(device)
     if threads:
         torch.set_num_threads(threads)
-    contenders = loaded_contenders(decode, base or None, where) if decode else made_contenders(shape, lm_head, where)
+    if decode:
+        contenders = loaded_contenders(decode, base or None, where)
+    else:
+        contenders = made_contenders(shape, lm_head, where, bits=whole_numbers("bits", bits))
     result = bench_speed(contenders, points, screen.note) | machine(where)
     results.save(out, "speed", result, lambda: speed_figure(result))
     results.show(result, as_json, report_text)

@@ -1,7 +1,8 @@
-"""The contenders of `qsun bench speed`: the same decode module in bfloat16 and in int4."""
+"""The contenders of `qsun bench speed`: the same decode module in bfloat16, in int4 and in fewer or more bits."""
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import AutoConfig
 
 from qsun.errors import QsunError
 from qsun.eval.speed.model_shapes import ModelShape, known_shape
+from qsun.kernels.layout import TILES
 from qsun.memory import available_bytes
 from qsun.model.architectures import architecture_of
 from qsun.model.quantized import Quantized
@@ -35,7 +37,8 @@ class Contenders:
     """Decode modules that take turns, and the prefill module in front of them.
 
     Attributes:
-        name: for titles. decode: variant -> causal LM; the variants are SUN, QSUN and QSUN_HEAD (lm_head in int4 too).
+        name: for titles. decode: variant -> causal LM; the variants are SUN, QSUN (int4), QSUN_HEAD (lm_head in int4
+            too) and, for other bits, "qsun-2bit" and so on, with the head in bfloat16.
         prefill: the causal LM, in bfloat16, that reads prompts for all of them.
         head: variant -> how its lm_head is stored, "bf16" or "int4".
     """
@@ -46,29 +49,38 @@ class Contenders:
     head: dict[str, str]
 
 
-def made_contenders(shape: str, head: str, device: torch.device, seed: int = 0) -> Contenders:
-    """Make random weights of a known model's sizes in bfloat16, and round the same weights to int4.
+def made_contenders(
+    shape: str, head: str, device: torch.device, seed: int = 0, bits: Sequence[int] = (4,)
+) -> Contenders:
+    """Make random weights of a known model's sizes in bfloat16, and round the same weights to fewer bits.
 
+    Args:
+        head: of int4, one of HEADS.
     Raises:
-        QsunError: an unknown shape, a shape of several GPUs, or an unknown head.
+        QsunError: an unknown shape, a shape of several GPUs, an unknown head, or bits that are not supported.
     """
     if head not in HEADS:
         raise QsunError(f"lm-head {head!r} is not known; use one of {', '.join(HEADS)}")
+    unknown = sorted(set(bits) - TILES.keys())
+    if unknown:
+        raise QsunError(f"bits {unknown[0]} is not supported; use {', '.join(map(str, TILES))}")
     sizes = known_shape(shape)
     config = shape_config(shape, sizes)
     weights = 2 * sum(p.numel() for name, p in empty_model(config).named_parameters() if not _is_tied(name, config))
-    check_memory(int(1.4 * weights), available_bytes(device), f"shape {shape} in bf16 and int4", "take a smaller one")
+    all_bytes = int(weights * (1 + sum(0.15 + each / 16 for each in set(bits))))
+    check_memory(all_bytes, available_bytes(device), f"shape {shape} in bf16 and int4", "take a smaller one")
     full = random_model(config, device, seed)
     decode = {SUN: full}
-    quantized = quantized_model(full, config)
-    if head != "int4":
-        decode[QSUN] = quantized
-    if head != "bf16":
-        decode[QSUN_HEAD] = with_int4_head(quantized)
+    made = {each: quantized_model(full, config, each) for each in dict.fromkeys(bits)}
     merge_projections(full, config, dense=True)
     if device.type == "cuda":
-        for model in (full, quantized):
+        for model in (full, *made.values()):
             fuse_blocks(model, config)
+    if 4 in made and head != "int4":
+        decode[QSUN] = made[4]
+    if 4 in made and head != "bf16":
+        decode[QSUN_HEAD] = with_int4_head(made[4])
+    decode |= {f"{QSUN}-{each}bit": model for each, model in made.items() if each != 4}
     return Contenders(shape, decode, full, {name: head_of(model) for name, model in decode.items()})
 
 
@@ -137,8 +149,8 @@ def random_model(config: Any, device: torch.device, seed: int) -> Any:
     return model.to(device)
 
 
-def quantized_model(full: Any, config: Any) -> Any:
-    """Return the model with the linear layers of its blocks rounded to int4 (group 128, symmetric).
+def quantized_model(full: Any, config: Any, bits: int = 4) -> Any:
+    """Return the model with the linear layers of its blocks rounded to so many bits (group 128, symmetric).
 
     Everything else, including the head of tied embeddings, is shared with the full model and takes no memory.
     """
@@ -153,7 +165,7 @@ def quantized_model(full: Any, config: Any) -> Any:
     for block, source in zip(model.model.layers, full.model.layers, strict=True):
         for name in architecture.linear_names():
             linear: Any = source.get_submodule(name)
-            block.set_submodule(name, QuantLinear(rounded(linear.weight), linear.bias, 4, DTYPE, keep_dense))
+            block.set_submodule(name, QuantLinear(rounded(linear.weight, bits), linear.bias, bits, DTYPE, keep_dense))
         merge_block(block, architecture, silu=config.hidden_act == "silu")
     return model.to(full.device)
 
@@ -167,9 +179,10 @@ def with_int4_head(model: Any) -> Any:
     return view
 
 
-def rounded(weight: Tensor) -> Quantized:
+def rounded(weight: Tensor, bits: int = 4) -> Quantized:
     """Round (N, K) weights to nearest, a few rows at a time."""
-    parts = [rtn(rows, GRID, scale_search=False) for rows in weight.split(_ROWS)]
+    grid = replace(GRID, bits=bits)
+    parts = [rtn(rows, grid, scale_search=False) for rows in weight.split(_ROWS)]
     q, scales, zeros = (torch.cat([part[i] for part in parts], min(i, 1)) for i in range(3))  # type: ignore[misc]
     return Quantized(q, scales, zeros)
 

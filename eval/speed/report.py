@@ -11,6 +11,7 @@ _STYLES: dict[str, dict[str, Any]] = {
     SUN: {"color": "black", "label": "SUN, bf16"},
     QSUN: {"color": "C0", "label": "QSUN, head bf16"},
     QSUN_HEAD: {"color": "C1", "label": "QSUN, head quantized"},
+    **{f"{QSUN}-{bits}bit": {"color": f"C{bits}", "label": f"QSUN, {bits} bits"} for bits in (2, 3, 8)},
 }
 _COLUMNS = {
     **{name: f"{{{name}}}" for name in ("variant", "lm_head", "batch", "context")},

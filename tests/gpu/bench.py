@@ -1,12 +1,13 @@
 """All that `make gpu` measures, in one call that ends in time: `python tests/gpu/bench.py FOLDER [options]`.
 
 Each stage is a process of its own with a share of the time, and appends each result to FOLDER as soon as it has it, so
-that whatever ends the run leaves what was measured. FOLDER/report.md is written anew after every stage: measurements
+that whatever ends the run leaves what was measured; results of an earlier run are removed. FOLDER/report.md is written anew after every stage: measurements
 beside floors (bytes over copy bandwidth). For a machine with torch, triton, transformers and pytest; a stage that needs
 more says so and is left out.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -58,11 +59,20 @@ def append(folder, name, result):
         os.fsync(file.fileno())
 
 
+def remove_results(folder):
+    """Remove what an earlier run left: its report would mix both. Other files stay."""
+    from qsun.kernels.launch_table import parse_launch_table
+
+    for pattern in ("*.jsonl", "*.log", "report.md*", "tests.xml"):
+        for old in folder.glob(pattern):
+            old.unlink()
+    for table in folder.glob("*.json"):
+        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+            parse_launch_table(json.loads(table.read_text()))
+            table.unlink()
+
+
 def command(stage, folder, device, seconds):
-    if stage.name == "tests":
-        files = [f"tests/gpu/test_{name}.py" for name in ("products", "decode", "generation", "lora")]  # time may end
-        selected = ["-m", "gpu", *files, f"--junitxml={folder / 'tests.xml'}"]
-        return [sys.executable, "-m", "pytest", "-v", "--noconftest", "--maxfail=20", *selected]
     stages = Path(__file__).with_name("stages.py")
     return [sys.executable, str(stages), stage.name, str(folder), "--device", device, "--seconds", f"{seconds:.0f}"]
 
@@ -79,10 +89,12 @@ def run_stage(stage, folder, device, seconds):
             return None
         finally:
             end(process)
+            with contextlib.suppress(ProcessLookupError):  # what it started and did not end
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def end(process):
-    """End a stage and what it started."""
+    """Ask a stage and what it started to end, then make them."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is None:
             os.killpg(process.pid, number)
@@ -93,8 +105,8 @@ def end(process):
 
 
 def run(folder, device, seconds, stages, started):
-    """Run the stages; return whether none failed."""
-    from tests.gpu.floors import write_report
+    """Run the stages; return whether none failed, and no test, in a stage whose time was over either."""
+    from tests.gpu.floors import outcomes, write_report
 
     fine = True
     for number, stage in enumerate(stages):
@@ -110,7 +122,7 @@ def run(folder, device, seconds, stages, started):
         write_report(folder)
     write_report(folder)
     print((folder / "report.md").read_text(), flush=True)
-    return fine
+    return fine and "failed" not in outcomes(folder).values()
 
 
 def main():
@@ -122,8 +134,7 @@ def main():
     parser.add_argument("--stages", default=",".join(stage.name for stage in STAGES))
     given = parser.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
-    for old in given.folder.glob("*.jsonl"):
-        old.unlink()
+    remove_results(given.folder)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stage that runs is ended, too
     stages = [stage for stage in STAGES if stage.name in given.stages.split(",")]
     sys.exit(not run(given.folder.resolve(), given.device, given.seconds, stages, started))

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 GOALS = {1: 2.5, 8: 2.2, 32: 1.7, 64: 1.45}  # times as fast as SUN, by batch
@@ -24,7 +25,30 @@ def table(heads, rows):
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
 
 
+def outcomes(folder):
+    """Return the outcome of each test so far: passed, failed or skipped."""
+    found = {}
+    for row in read(folder, "tests"):
+        if "test" in row and found.get(row["test"]) != "failed":
+            found[row["test"]] = row["outcome"]
+    return found
+
+
+def tests_line(folder):
+    counts = Counter(outcomes(folder).values())
+    selected = sum(row.get("selected", 0) for row in read(folder, "tests"))
+    listed = ", ".join(f"{counts[name]} {name}" for name in ("passed", "failed", "skipped"))
+    return f"- tests: {listed}, {max(0, selected - sum(counts.values()))} of {selected} not run"
+
+
+def failed_lines(folder):
+    reasons = {row["test"]: row.get("why", "") for row in read(folder, "tests") if row.get("outcome") == "failed"}
+    return [f"- {test}: {why[:300]}" for test, why in reasons.items()]
+
+
 def stage_lines(folder):
+    if read(folder, "tests"):
+        yield tests_line(folder)
     for stage in read(folder, "stages"):
         if "left_out" in stage:
             yield f"- {stage['stage']}: left out, {stage['left_out']}"
@@ -48,7 +72,8 @@ def kernel_table(rows):
     def line(row):
         floor = row["microseconds"] * row["bandwidth_percent"] / 100
         times = (f"{floor:.1f}", f"{row['microseconds']:.1f}", f"{row['bandwidth_percent']:.0f}%")
-        place = (row["model"], f"{row['layer']} {row['N']}x{row['K']}", row["M"], row["kernel"])
+        kernel = row["kernel"] if row["kernel"] == "bf16" else f"{row['kernel']}, {row.get('bits', 4)} bits"
+        place = (row["model"], f"{row['layer']} {row['N']}x{row['K']}", row["M"], kernel)
         return (*place, *times, f"{row['ratio_to_bf16']:.2f}")
 
     heads = ("model", "layer", "M", "kernel", "floor us", "measured us", "% of copy", "x bf16")
@@ -59,7 +84,8 @@ def slower_lines(rows):
     """Where ours is slower than bf16."""
     for row in rows:
         if row["kernel"] == "ours" and row["ratio_to_bf16"] < 1:
-            yield f"- {row['model']} {row['layer']} M={row['M']}: {row['ratio_to_bf16']:.2f} of bf16's speed"
+            place = f"{row['model']} {row['layer']} M={row['M']}, {row.get('bits', 4)} bits"
+            yield f"- {place}: {row['ratio_to_bf16']:.2f} of bf16's speed"
 
 
 def serve_lines(folder):
@@ -76,9 +102,12 @@ def report(folder):
     machine = (read(folder, "machine") or [{"machine": "an unknown machine"}])[-1]
     named = ", ".join(f"{key} {value}" for key, value in machine.items() if key != "machine")
     parts = [f"# GPU run on {machine['machine']}\n\n{named}", "\n".join(stage_lines(folder))]
+    failed = failed_lines(folder)
+    if failed:
+        parts.append("## Failed tests\n\n" + "\n".join(failed))
     steps, kernels = read(folder, "step"), read(folder, "kernels")
     if steps:
-        parts.append(f"## Decode step, {steps[0]['model']}\n\n{step_table(steps)}")
+        parts.append(f"## Decode step, {steps[0]['model']}: int4 and 2-bit over bf16\n\n{step_table(steps)}")
     serving = "\n".join(serve_lines(folder))
     if serving:
         parts.append(f"## Serving\n\n{serving}")

@@ -1,20 +1,26 @@
 """The stages of bench.py: `python tests/gpu/stages.py STAGE FOLDER --device cuda --seconds 100`."""
 
 import argparse
+import os
 import statistics
+import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from tests.gpu.bench import append
+from tests.gpu.bench import ROOT, append
 
 ROWS = [1, 8, 64, 32, 4, 16, 2, 128, 256]  # the first ones first: time may end
 KERNEL_MODELS = ["llama-3.1-8b", "llama-3.1-70b-tp4", "llama-3.2-1b", "qwen3-8b"]
 STEP_POINTS = [(1, 1024), (8, 1024), (32, 1024), (64, 1024), (1, 128), (64, 128)]  # batch, context
+BITS = (4, 2)  # of decode modules and products
+TEST_FILES = [f"tests/gpu/test_{name}.py" for name in ("decode", "step", "products", "generation", "lora")]
+MOST_PARTS = 8  # of the tests, side by side: compiling kernels takes most of their time
 KV_BYTES = {"cuda": 8 << 30, "cpu": 1 << 24}  # of the engine that serves
 LOADS = {"cuda": [(64, 256, 64), (256, 512, 128)], "cpu": [(3, 8, 4)]}  # requests, prompt tokens, new tokens
 TINY = "tiny"
@@ -51,33 +57,51 @@ def shape_of(device, wanted):
     return TINY
 
 
+def tests(folder, device, clock):
+    """Tests of the GPU, each part in a process of its own; outcomes.py writes them as they come."""
+    parts = max(1, min(MOST_PARTS, (os.cpu_count() or 1) // 2))
+    running = []
+    for part in range(parts):
+        with (folder / f"tests-{part}.log").open("w") as log:
+            running.append(subprocess.Popen(tests_command(folder, f"{part}/{parts}"), cwd=ROOT, stdout=log, stderr=log))
+    statuses = [process.wait() for process in running]
+    sys.exit(next((status for status in statuses if status), 0))
+
+
+def tests_command(folder, part, files=tuple(TEST_FILES)):
+    options = ["-v", "--noconftest", "--maxfail=20", "-m", "gpu", "-p", "no:cacheprovider"]
+    outcomes = ["-p", "tests.gpu.outcomes", "--outcomes", str(folder), "--part", part]
+    return [sys.executable, "-m", "pytest", *options, *outcomes, *map(str, files)]
+
+
 def kernels(folder, device, clock):
     """Every contender at every layer shape and M, a point at a time."""
     from qsun.eval.output.machine import machine
     from qsun.eval.speed.kernel_bench import KernelVariant, Patience, bench_kernels, layers_of
 
-    kind = KernelVariant(128, True, torch.bfloat16, device)
     append(folder, "machine", machine(device))
     models = KERNEL_MODELS if device.type == "cuda" else [shape_of(device, "")]
     for model in models:
         for rows in (ROWS[:3], ROWS[3:]) if device.type == "cuda" else ([1],):
-            for layer in layers_of([model], []):
+            for bits, layer in product(BITS, layers_of([model], [])):
                 if not clock.has_time():
-                    return print(f"{model} {layer[1]} M={rows} and all after it: no time", flush=True)
+                    return print(f"{model} {layer[1]} M={rows}, {bits} bits and all after it: no time", flush=True)
+                kind = KernelVariant(128, True, torch.bfloat16, device, bits)
                 result = bench_kernels([layer], rows, kind, Patience(15, 0.5), lambda line: print(line, flush=True))
                 for row in result["rows"]:
-                    append(folder, "kernels", row)
+                    if row["kernel"] != "bf16" or bits == BITS[0]:
+                        append(folder, "kernels", {"bits": bits, **row})
     return None
 
 
 def step(folder, device, clock):
-    """A decode step of SUN and QSUN, a point at a time."""
+    """A decode step of SUN and of QSUN in 4 and 2 bits, a point at a time."""
     from qsun.eval.output.machine import machine
     from qsun.eval.speed.contenders import made_contenders
     from qsun.eval.speed.decode_speed import Points, bench_speed
 
     append(folder, "machine", machine(device))
-    contenders = made_contenders(shape_of(device, "llama-3.1-8b"), "both", device)
+    contenders = made_contenders(shape_of(device, "llama-3.1-8b"), "both", device, bits=BITS)
     points = STEP_POINTS if device.type == "cuda" else [(2, 16)]
     for batch, context in points:
         if not clock.has_time():
@@ -141,13 +165,14 @@ def tune(folder, device, clock):
         if not clock.has_time():
             sys.exit(0)
 
-    kind = KernelVariant(128, True, torch.bfloat16, device)
     layers = layers_of(["llama-3.1-8b"], [])
-    tune_kernels(layers, kind, gpu, gpu_timer, note, lambda shapes: write_table(shapes, gpu, table))
+    for bits in BITS:
+        kind = KernelVariant(128, True, torch.bfloat16, device, bits)
+        tune_kernels(layers, kind, gpu, gpu_timer, note, lambda shapes: write_table(shapes, gpu, table))
     return None
 
 
-STAGES = {"kernels": kernels, "step": step, "serve": serve, "tune": tune}
+STAGES = {"tests": tests, "kernels": kernels, "step": step, "serve": serve, "tune": tune}
 
 
 def main():

@@ -27,7 +27,9 @@ def small(monkeypatch):
 def test_kernels(pretend_cuda, tmp_path):
     stages.kernels(tmp_path, CUDA, stages.Clock(300))
     rows = floors.read(tmp_path, "kernels")
-    assert [row["M"] for row in rows if row["kernel"] == "ours" and row["layer"] == "o"] == stages.ROWS
+    ours = [(row["M"], row["bits"]) for row in rows if row["kernel"] == "ours" and row["layer"] == "o"]
+    assert ours == [(M, bits) for rows in (stages.ROWS[:3], stages.ROWS[3:]) for bits in (4, 2) for M in rows]
+    assert {row["bits"] for row in rows if row["kernel"] == "bf16"} == {4}
     assert {row["layer"] for row in rows} == {"qkv", "o", "gate_up", "down"}
 
 
@@ -35,9 +37,10 @@ def test_steps_and_a_clock_that_runs_out(pretend_cuda, tmp_path, capsys):
     stages.step(tmp_path, CUDA, stages.Clock(300))
     rows = floors.read(tmp_path, "step")
     assert [(row["batch"], row["variant"]) for row in rows] == [
-        *((1, name) for name in ("sun", "qsun", "qsun+head")),
-        *((4, name) for name in ("sun", "qsun", "qsun+head")),
+        (batch, name) for batch in (1, 4) for name in ("sun", "qsun", "qsun+head", "qsun-2bit")
     ]
+    weights = {row["variant"]: row["weight_bytes"] for row in rows}
+    assert weights["qsun-2bit"] < weights["qsun"] < weights["sun"]
     stages.step(tmp_path / "none", CUDA, stages.Clock(0))
     assert "batch 1, context 40 and all after it: no time" in capsys.readouterr().out
     assert floors.read(tmp_path / "none", "step") == []

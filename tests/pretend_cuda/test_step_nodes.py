@@ -9,6 +9,7 @@ import qsun
 from qsun.engine.decode import decode_step
 from qsun.runtime.fused_block import FusedBlock, FusedNorm
 from qsun.runtime.seam import unread_masks
+from tests.gpu import fused_steps
 
 PROMPTS = [[5, 6, 7], [9], list(range(3, 40))]
 # Embedding, head, the copy of the logits, the last norm, and nine for the cosines and sines of the rotation.
@@ -44,6 +45,12 @@ def test_nodes_of_a_step(quantized, pretend_cuda, family, kv_dtype):
     assert sum(layer.values()) <= 8, layer
     assert sum(around.values()) <= AROUND, around
     assert around["triton::rms_norm_rows"] == 1
+
+
+@pytest.mark.parametrize(("bits", "kv_dtype"), [(4, "fp8"), (2, "auto"), (None, "fp8")])
+def test_what_a_gpu_is_asked_to_compute(pretend_cuda, bits, kv_dtype):
+    """tests/gpu/test_step.py, whose own device `make gpu` needs."""
+    fused_steps.check("llama", bits, kv_dtype)
 
 
 def test_a_step_of_other_blocks_has_its_masks(quantized, pretend_cuda, monkeypatch):

@@ -11,7 +11,7 @@ from textwrap import dedent
 
 import pytest
 
-from tests.gpu import bench, floors, wheels
+from tests.gpu import bench, floors, stages, wheels
 from tests.places import ROOT
 
 ABSENT = ["accelerate", "datasets", "fastapi", "lm_eval", "matplotlib", "openai", "peft", "prometheus_client"]
@@ -37,7 +37,7 @@ def test_only_the_gpu_tests_are_collected():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     files = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
-    assert files == {"tests/gpu/test_decode.py", "tests/gpu/test_lora.py", "tests/gpu/test_products.py"}
+    assert files == {f"tests/gpu/test_{name}.py" for name in ("decode", "step", "lora", "products")}
     assert "tests/gpu/test_generation.py" in done.stdout
     assert "could not import 'accelerate'" in done.stdout
     assert "error" not in done.stdout.lower()
@@ -53,8 +53,10 @@ def test_the_kernel_stage_runs(tmp_path):
 def test_the_target_runs_it():
     done = subprocess.run(["make", "-n", "gpu"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "tests/gpu/bench.py out/gpu" in done.stdout
-    tests = bench.command(bench.STAGES[0], Path("out"), "cuda", 60)
-    assert " ".join(tests).find("--noconftest --maxfail=20 -m gpu tests/gpu") > 0
+    assert bench.command(bench.STAGES[0], Path("out"), "cuda", 60)[1:4] == [stages.__file__, "tests", "out"]
+    command = stages.tests_command(Path("out"), "0/1")
+    assert command[-len(stages.TEST_FILES) :] == stages.TEST_FILES
+    assert {ROOT / file for file in stages.TEST_FILES} == {*(ROOT / "tests/gpu").glob("test_*.py")}
 
 
 @pytest.mark.parametrize("seconds", [10, 100, 250, 520])
@@ -102,6 +104,56 @@ def test_a_stage_that_hangs_is_ended_and_its_results_stay(tmp_path, monkeypatch)
     assert "3 graphs captured in 1.0 s" in text
 
 
+OUTCOMES = """
+import time
+import pytest
+pytestmark = pytest.mark.gpu
+def test_right(): pass
+def test_wrong(): assert 1 + 1 == 3
+@pytest.mark.skip
+def test_left_out(): pass
+def test_hangs(): time.sleep(600)
+def test_never(): pass
+"""
+
+
+def test_failures_count_although_the_time_is_over(tmp_path, monkeypatch):
+    """Each test's outcome is on the disk before the next begins."""
+    file, folder = tmp_path / "test_some.py", tmp_path / "out"
+    file.write_text(OUTCOMES)
+    folder.mkdir()
+    monkeypatch.setattr(bench, "command", lambda *_: stages.tests_command(folder, "0/1", [file]))
+    monkeypatch.setattr(bench, "_KILL_SECONDS", 0.5)
+    assert not bench.run(folder, "cpu", 40, [bench.Stage("tests", 1, 25)], time.monotonic())
+    assert [row["status"] for row in floors.read(folder, "stages")] == [None]
+    text = (folder / "report.md").read_text()
+    assert "- tests: 1 passed, 1 failed, 1 skipped, 2 of 5 not run" in text
+    assert "test_some.py::test_wrong: assert (1 + 1) == 3" in text
+
+
+def test_parts_share_out_the_tests(tmp_path):
+    file = tmp_path / "test_some.py"
+    file.write_text(OUTCOMES.replace("time.sleep(600)", "pass"))
+    for part in range(2):
+        subprocess.run(stages.tests_command(tmp_path, f"{part}/2", [file]), cwd=ROOT, capture_output=True, check=False)
+    assert floors.test_line(tmp_path) == "- tests: 3 passed, 1 failed, 1 skipped, 0 of 5 not run"
+
+
+def test_results_of_an_earlier_run_are_removed(tmp_path):
+    table = (ROOT / "kernels/configs/default.json").read_text()
+    for name, text in {
+        "step.jsonl": "{}",
+        "Old-GPU.json": table,
+        "tests.xml": "",
+        "tests.log": "",
+        "report.md": "",
+    }.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "own.json").write_text('{"own": 1}')
+    bench.remove_results(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["own.json"]
+
+
 @pytest.mark.slow
 def test_what_was_measured_survives_a_kill_of_everything(tmp_path):
     command = [sys.executable, "tests/gpu/bench.py", tmp_path, "--device", "cpu", "--stages", "kernels,serve,step"]
@@ -135,8 +187,8 @@ def test_the_report_compares_with_floors_and_goals(tmp_path):
         bench.append(tmp_path, "kernels", {**shape, "kernel": kernel, **timed})
     text = floors.report(tmp_path)
     assert "| 8 | 1024 | qsun | 2.00 | 4.00 | 50% | 2.30 | 2.2 |" in text
-    assert "| m | qkv 64x32 | 8 | ours | 4.0 | 10.0 | 40% | 0.50 |" in text
-    assert "- m qkv M=8: 0.50 of bf16's speed" in text
+    assert "| m | qkv 64x32 | 8 | ours, 4 bits | 4.0 | 10.0 | 40% | 0.50 |" in text
+    assert "- m qkv M=8, 4 bits: 0.50 of bf16's speed" in text
     assert "an unknown machine" in text
 
 
