@@ -1,9 +1,9 @@
 """All that `make gpu` measures, in one call that ends in time: `python tests/gpu/bench.py FOLDER [options]`.
 
-Each stage is a process of its own with a share of the time, and appends each result to FOLDER as soon as it has it, so
-that whatever ends the run leaves what was measured; results of an earlier run are removed. FOLDER/report.md is written anew after every stage: measurements
-beside floors (bytes over copy bandwidth). For a machine with torch, triton, transformers and pytest; a stage that needs
-more says so and is left out.
+Each stage is a process of its own with a share of the time, and appends each result to FOLDER as soon as it has it,
+so that whatever ends the run leaves what was measured; results of an earlier run are removed. FOLDER/report.md is
+written anew after every stage: measurements beside floors (bytes over copy bandwidth). For a machine with torch,
+triton, transformers and pytest; a stage that needs more says so and is left out.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A pytest plugin of `make gpu`: each test's outcome as it comes, so that a run cut short keeps them, and parts of a run.
+"""A pytest plugin of `make gpu`: outcomes as they come, so that a run cut short keeps them, and parts of a run.
 
 `pytest -p tests.gpu.outcomes --outcomes FOLDER --part 0/8` runs every eighth test and appends to FOLDER/tests.jsonl.
 """

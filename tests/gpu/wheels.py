@@ -4,27 +4,42 @@ python tests/gpu/wheels.py [--have torch,triton] [--download FOLDER]: prints one
 """
 
 import argparse
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
 
-# What bench.py imports: torch's own packages come with it. Peers are optional and often need a compiler.
+# What bench.py imports. `closure` adds what these require, as it is installed here: torch's CUDA wheels only where torch
+# here has CUDA. Peers are optional and often need a compiler.
 WANTED = ["torch", "triton", "transformers", "accelerate", "safetensors", "numpy", "pydantic", "packaging", "pytest"]
 WANTED += ["numba", "huggingface-hub", "PyYAML", "matplotlib"]
 PEERS = ["gemlite", "humming-kernels"]
-PLATFORM = ["--platform", "manylinux_2_28_x86_64", "--only-binary=:all:", "--no-deps"]
+# pip takes a platform literally, and wheels are named after any of these.
+TAGS = ["manylinux_2_28", "manylinux_2_27", "manylinux_2_24", "manylinux_2_17", "manylinux2014", "manylinux_2_12"]
+TAGS += ["manylinux2010", "manylinux_2_5", "manylinux1", "linux"]
+PLATFORM = [*(f"--platform={tag}_x86_64" for tag in TAGS), "--only-binary=:all:", "--no-deps"]
+
+NO_TORCH = """torch is listed, but not what its CUDA build requires (nvidia-*), as pip gets no dependencies (--no-deps).
+Install torch with CUDA on that machine first, and say so: --have torch,triton."""
+
+
+def normalized(name):
+    """Return a package's name as PyPI compares it."""
+    return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
 def closure(names, have=()):
     """Return {name: version} of packages and what they require here, without those in `have` and what only they need.
 
+    Names are compared normalized.
+
     A version of None: it is not installed here, so the newest is taken.
     """
     found, waiting = {}, list(names)
     while waiting:
-        name = waiting.pop().lower().replace("_", "-")
+        name = normalized(waiting.pop())
         if name in found or name in have:
             continue
         try:
@@ -47,7 +62,9 @@ def main():
     parser.add_argument("--peers", action="store_true", help=f"also {', '.join(PEERS)}")
     parser.add_argument("--download", metavar="FOLDER", help="run `pip download` into this folder")
     given = parser.parse_args()
-    have = {name.strip().lower() for name in given.have.split(",")}
+    have = {normalized(name) for name in given.have.split(",")}
+    if "torch" not in have:
+        print(NO_TORCH, file=sys.stderr)
     wanted = lines([*WANTED, *(PEERS if given.peers else [])], have)
     print("\n".join(wanted))
     if given.download:

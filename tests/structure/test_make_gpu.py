@@ -136,19 +136,13 @@ def test_parts_share_out_the_tests(tmp_path):
     file.write_text(OUTCOMES.replace("time.sleep(600)", "pass"))
     for part in range(2):
         subprocess.run(stages.tests_command(tmp_path, f"{part}/2", [file]), cwd=ROOT, capture_output=True, check=False)
-    assert floors.test_line(tmp_path) == "- tests: 3 passed, 1 failed, 1 skipped, 0 of 5 not run"
+    assert floors.tests_line(tmp_path) == "- tests: 3 passed, 1 failed, 1 skipped, 0 of 5 not run"
 
 
 def test_results_of_an_earlier_run_are_removed(tmp_path):
-    table = (ROOT / "kernels/configs/default.json").read_text()
-    for name, text in {
-        "step.jsonl": "{}",
-        "Old-GPU.json": table,
-        "tests.xml": "",
-        "tests.log": "",
-        "report.md": "",
-    }.items():
-        (tmp_path / name).write_text(text)
+    for name in ("step.jsonl", "tests.xml", "tests.log", "report.md"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "Old-GPU.json").write_text((ROOT / "kernels/configs/default.json").read_text())
     (tmp_path / "own.json").write_text('{"own": 1}')
     bench.remove_results(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["own.json"]
@@ -199,3 +193,11 @@ def test_wheels_are_pinned_and_complete():
     assert not [line for line in listed if line.startswith("torch=")]
     assert wheels.lines(["no-such-package-here"]) == ["no-such-package-here"]
     assert all("+" not in line for line in wheels.lines(["torch"]))
+    assert "pyyaml" in wheels.closure(["PyYAML"]) and not wheels.closure(["Hugging_Face.Hub"], {"hugging-face-hub"})
+
+
+def test_a_list_with_torch_says_what_is_missing(monkeypatch, capsys):
+    for have, said in (("", "Install torch with CUDA on that machine first"), ("Torch,triton", "")):
+        monkeypatch.setattr(sys, "argv", ["wheels.py", "--have", have])
+        wheels.main()
+        assert said in capsys.readouterr().err
