@@ -11,8 +11,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
 
-# What bench.py imports. `closure` adds what these require, as it is installed here: torch's CUDA wheels only where torch
-# here has CUDA. Peers are optional and often need a compiler.
+# What bench.py imports. `closure` adds what these require as they are installed here: torch's CUDA wheels only where
+# this torch has CUDA. Peers are optional and often need a compiler.
 WANTED = ["torch", "triton", "transformers", "accelerate", "safetensors", "numpy", "pydantic", "packaging", "pytest"]
 WANTED += ["numba", "huggingface-hub", "PyYAML", "matplotlib"]
 PEERS = ["gemlite", "humming-kernels"]
