@@ -199,14 +199,13 @@ class LaunchSettings(Section):
 
     Attributes:
         python: interpreter of the environment that has vLLM, and qsun for its plugin; None: that of Ray.
-        device: where workers compute and transfer KV cache.
-        kernels: of a quantized decode module: ours (the plugin) or vLLM's own.
+        device: where workers compute and transfer KV cache. kernels: of a quantized decode module: ours or vLLM's own.
         dtype, max_model_len, max_num_seqs, kv_cache_memory_bytes, gpu_memory_utilization, tensor_parallel_size: vLLM's
             options of these names; None: vLLM's default.
         eager: neither torch.compile nor CUDA graphs; None: on a CPU.
-        threads: OpenMP threads of a worker on a CPU.
-        start_seconds: until all workers must answer.
+        threads: OpenMP threads of a worker on a CPU. start_seconds: until all workers must answer.
         max_loras: different adapters in a batch of a worker.
+        speculate: most tokens that a worker which decodes drafts in a step, from repeated prompt and answer; 0: none.
         prefill_arguments, decode_arguments: further vLLM options.
         environment: variables of every worker, which override those that qsun sets.
     """
@@ -224,6 +223,7 @@ class LaunchSettings(Section):
     threads: Count = 1
     start_seconds: Seconds = 900.0
     max_loras: Count = 8
+    speculate: Annotated[int, Field(ge=0, le=32)] = 0
     prefill_arguments: Names = ()
     decode_arguments: Names = ()
     environment: dict[Annotated[str, BeforeValidator(_variable)], str] = Field(default_factory=dict)

@@ -44,6 +44,13 @@ def test_a_name_that_no_variable_has_is_refused(name):
         parse_cluster(GOOD | {"launch": {"environment": {name: "x"}}})
 
 
+@pytest.mark.parametrize("tokens", [-1, 33, 1.5])
+def test_drafted_tokens_have_bounds(tokens):
+    with pytest.raises(QsunError, match=r"launch.speculate"):
+        parse_cluster(GOOD | {"launch": {"speculate": tokens}})
+    assert parse_cluster(GOOD | {"launch": {"speculate": 6}}).launch.speculate == 6
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

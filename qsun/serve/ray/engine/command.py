@@ -86,6 +86,7 @@ def engine_command(
         *("--load-format", "safetensors"),
         *(_kv_options(role, launch, deadline_seconds)),
         *_sizes(launch),
+        *(_speculation(launch.speculate) if launch.speculate and role != "prefill" else []),
         *(["--enforce-eager"] if launch.runs_eager else []),
         *(_lora_options(module.adapters, launch.max_loras) if module.adapters else []),
         *(["--override-generation-config", json.dumps({"max_new_tokens": max_tokens})] if max_tokens else []),
@@ -109,6 +110,12 @@ def _kv_options(role: EngineRole, launch: LaunchSettings, deadline_seconds: floa
         yield "--no-enable-prefix-caching"
         if launch.kernels == "qsun":  # their environment has qsun
             yield from ("--middleware", KV_GUARD)
+
+
+def _speculation(tokens: int) -> Iterator[str]:
+    """Yield vLLM's option for drafts of so many tokens: what followed the last 2 to 4 tokens before."""
+    matched = {"prompt_lookup_min": 2, "prompt_lookup_max": 4}
+    yield from ("--speculative-config", json.dumps({"method": "ngram", "num_speculative_tokens": tokens} | matched))
 
 
 def _lora_options(adapters: Mapping[str, str], most: int) -> Iterator[str]:

@@ -144,6 +144,16 @@ def test_one_engine_transfers_nothing_and_keeps_adapters_to_prompts(adapters, qu
     assert one.argv[-2:] == ("--seed", "1")
 
 
+def test_workers_that_decode_draft(adapters, quantized):
+    drafts = {"method": "ngram", "num_speculative_tokens": 6, "prompt_lookup_min": 2, "prompt_lookup_max": 4}
+    for one in (command("decode", speculate=6), command("aggregated", quantized, adapters, speculate=6)):
+        assert json.loads(value(one, "--speculative-config")) == drafts
+    for one in (command("prefill", speculate=6), command("decode")):
+        assert "--speculative-config" not in one.argv
+    own = ["--speculative-config", '{"method": "suffix"}']
+    assert command("decode", speculate=6, decode_arguments=own).argv[-2:] == tuple(own)  # vLLM takes the last
+
+
 def test_answers_have_a_longest_length_if_one_is_given():
     one = engine_command("a", "decode", EngineModule("demo", "d"), LaunchSettings(), (1, 2), 99)
     assert json.loads(value(one, "--override-generation-config")) == {"max_new_tokens": 99}
