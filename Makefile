@@ -2,7 +2,8 @@
 PYTHON ?= .venv/bin/python
 TORCH ?= torch==2.13.0
 PYTEST_WORKERS ?= 2
-PYTEST = $(PYTHON) -m pytest -q -n $(PYTEST_WORKERS) --dist worksteal
+# Passive: torch's idle threads sleep. By default they spin, five times the CPU time of what two threads compute.
+PYTEST = OMP_WAIT_POLICY=passive $(PYTHON) -m pytest -q -n $(PYTEST_WORKERS) --dist worksteal
 GPU_OUT ?= out/gpu
 DEMO_BENCH = demo --calib qsun/demo/calibration.txt --valid out/held-out.txt --seq-len 256 --windows 32
 REAL_OUT ?= out/real
