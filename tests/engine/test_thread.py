@@ -37,7 +37,7 @@ def test_a_call_that_comes_as_the_thread_ends_is_answered(make_engine):
         calls = [asyncio.ensure_future(thread.call(lambda: 1)) for _ in range(50)]
         await asyncio.to_thread(thread.stop)
         calls += [asyncio.ensure_future(thread.call(lambda: 1)) for _ in range(50)]
-        return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 10)
+        return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 120)
 
     answers = asyncio.run(scenario())
     assert all(answer == 1 or isinstance(answer, Refused) for answer in answers)

@@ -226,7 +226,8 @@ def test_a_closed_loop_keeps_its_number_in_flight(serving):
         depths.append(depth)
     assert max(depths) == 4
     assert statistics.median(depths) >= 3
-    assert all(r.lag_ms == pytest.approx(0, abs=1000) for r in records)
+    first, last = (end(records, key=lambda record: record.sent) for end in (min, max))
+    assert last.lag_ms < 1000 * (last.sent - first.sent), "it was late for its turn, not for the start"
 
 
 def test_prompts_have_the_asked_length_for_a_tokenizer_that_is_probed(serving):

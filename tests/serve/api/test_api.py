@@ -41,7 +41,7 @@ def served(engine, metrics, admin=False, guard=None, limits=None):
         bound.close()
 
 
-def until(condition, seconds=20):
+def until(condition, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it does not come about"

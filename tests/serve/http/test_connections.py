@@ -88,7 +88,7 @@ def test_a_request_that_never_comes_is_not_waited_for(sent):
 def test_headers_of_the_next_request_have_a_deadline_too():
     with running(short, header_seconds=0.3) as (address, connections, _), socket.create_connection(address) as client:
         client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-        client.settimeout(5)
+        client.settimeout(120)
         until(lambda: client.recv(4096).endswith(b"ok"))
         time.sleep(0.6)  # between requests it is kept alive
         assert len(connections) == 1
@@ -100,7 +100,7 @@ def test_a_reader_that_takes_nothing_is_dropped():
     with running(endless, send_seconds=0.3) as (address, connections, _), socket.create_connection(address) as client:
         client.sendall(b"GET /v1/x HTTP/1.1\r\nHost: x\r\n\r\n")
         until(lambda: len(connections) == 1)
-        until(lambda: not connections, 5)
+        until(lambda: not connections)
 
 
 def test_answers_are_sent_at_once():

@@ -51,14 +51,14 @@ def test_a_reload_with_a_faulty_key_changes_nothing_and_says_so(tmp_path, caplog
 
 def test_a_model_that_is_removed_while_its_request_waits_for_a_worker_is_not_served():
     async def scenario():
-        async with rig(limits={"no_worker_seconds": 20.0}) as r:
+        async with rig(limits={"no_worker_seconds": 3600.0}) as r:
             gone = r.prefill.pop("math")[0]
             await gone.kill()
             task = asyncio.create_task(r.complete("math"))
             await until(lambda: r.state.admission.running == 1 and not task.done())
             await until(lambda: r.state.fleet.without_a_pair() == ["math"])
             r.apply()
-            answer = await asyncio.wait_for(task, 5)
+            answer = await task
             assert answer.status_code == 404
             assert answer.json()["error"]["param"] == "model"
             assert await r.metric("qsun_router_requests_total", model="math", outcome="404") == 1
@@ -68,12 +68,12 @@ def test_a_model_that_is_removed_while_its_request_waits_for_a_worker_is_not_ser
 
 def test_more_places_let_in_whoever_waits_for_one():
     async def scenario():
-        limits = {"concurrent_requests": 1, "queue_seconds": 20}
+        limits = {"concurrent_requests": 1, "queue_seconds": 3600}
         async with rig(models=("math",), limits=limits) as r, r.state.admission.slot():
             task = asyncio.create_task(r.complete())
             await until(lambda: r.state.admission.waiting == 1)
             r.apply(limits={"concurrent_requests": 2})
-            assert (await asyncio.wait_for(task, 5)).status_code == 200
+            assert (await task).status_code == 200
             await until(lambda: r.state.admission.running == 1)
             r.apply(limits={"concurrent_requests": 1, "queued_requests": 0})
             assert (await r.complete()).status_code == 429

@@ -66,8 +66,8 @@ def test_waiting_until_no_log_is_in_use(temporary):
         assert time.monotonic() - started >= 0.3
         others = logs_in_use(temporary)
         wait_until_unused(temporary, 60.0, others)  # of another qsun up
-    wait_until_unused(temporary, 60.0)
-    assert time.monotonic() - started < 30.0
+    wait_until_unused(temporary, 600.0)
+    assert time.monotonic() - started < 300.0
 
 
 def test_the_newest_logs_of_a_pool_and_those_in_use_are_kept(temporary):
