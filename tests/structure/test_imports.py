@@ -87,7 +87,8 @@ def imported(path):
     """Modules of this repository that a file imports anywhere, for type checking or within functions too."""
     for node in ast.walk(ast.parse(path.read_text())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and node.module:
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}: a relative import, which this test does not follow"
             whole = [f"{node.module}.{alias.name}" for alias in node.names]
             names = [name if as_module(name) in MODULES else node.module for name in whole]
         yield from (as_module(name) for name in names if name.partition(".")[0] == "qsun")
@@ -150,6 +151,17 @@ def code_lines(node):
 def test_folders_are_small():
     modules = Counter(path.parent for path in FILES if path.name != "__init__.py")
     assert {str(folder): count for folder, count in modules.items() if count > WIDEST_FOLDER} == {}
+
+
+def test_tests_mirror_the_packages():
+    """Beside them lie folders for what is not one package: other tools, devices, clients, and pretend engines."""
+    beside = {"gpu", "oracles", "pretend_cuda", "structure", "serve/clients", "serve/ray/live"}
+    folders = Counter(
+        path.parent.relative_to(ROOT / "tests").as_posix() for path in (ROOT / "tests").rglob("test_*.py")
+    )
+    lost = {name for name in folders if not (ROOT / "qsun" / name).is_dir()}
+    assert {name for name in lost if not any(f"{name}/".startswith(f"{place}/") for place in beside)} == set()
+    assert {name: count for name, count in folders.items() if count > WIDEST_FOLDER} == {}
 
 
 def test_kernels_need_only_torch_and_triton():
