@@ -6,6 +6,10 @@ from typing import Any
 
 import typer
 
+from qsun.eval.output.table import Table
+
+_COLUMNS = {"layer": "{name}", "bits": "{bits}", "group": "{group_size}", "grid": "{grid}", "error": "{error:.2e}"}
+
 
 def inspect(
     directory: Path = typer.Argument(..., help="Decode module, or any model directory that qsun reads."),
@@ -31,9 +35,5 @@ def _lines(found: dict[str, Any]) -> list[str]:
     if found["manifest"]:
         lines.append(f"made by qsun with {found['manifest']['method']} from {found['manifest']['base']}")
     lines += [f"  {engine}: {answer}" for engine, answer in found["engines"].items()]
-    lines.append(f"{'layer':<48}{'bits':>5}{'group':>7}{'grid':>6}{'error':>11}")
-    for layer in found["layers"]:
-        error = "" if layer["error"] is None else f"{layer['error']:.2e}"
-        grid = "sym" if layer["sym"] else "asym"
-        lines.append(f"{layer['name']:<48}{layer['bits']:>5}{layer['group_size']:>7}{grid:>6}{error:>11}")
-    return lines
+    layers = [layer | {"grid": "sym" if layer["sym"] else "asym"} for layer in found["layers"]]
+    return [*lines, Table.of(layers, _COLUMNS).text()]

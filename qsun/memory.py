@@ -1,7 +1,6 @@
 """Memory: this process's peak, what the machine has left, and giving freed pages back."""
 
 import ctypes
-import os
 import re
 import resource
 import sys
@@ -49,7 +48,7 @@ def clear_out_of_memory(
 def peak_rss_bytes() -> int:
     """Return the highest resident memory of this process so far."""
     try:
-        # Not getrusage: Linux carries its maximum over fork and exec, so a child would report its parent's peak.
+        # Not psutil, which has no peak on Linux, nor getrusage: its maximum goes over fork and exec to a child.
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
     except (OSError, IndexError):
@@ -58,17 +57,14 @@ def peak_rss_bytes() -> int:
 
 
 def available_bytes(device: "torch.device | None" = None) -> int:
-    """Return what is free on a GPU, or what Linux can give without swapping, within this cgroup."""
+    """Return what is free on a GPU, or what the machine can give without swapping, within this cgroup."""
     if device is not None and device.type == "cuda":
         import torch  # takes seconds, and the rest of this module does without
 
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        found = Path("/proc/meminfo").read_text(encoding="ascii")
-        machine = int(found.split("MemAvailable:")[1].split()[0]) * 1024
-    except (OSError, IndexError):
-        name = "SC_AVPHYS_PAGES"
-        machine = os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") if name in os.sysconf_names else 4 << 30
+    import psutil
+
+    machine: int = psutil.virtual_memory().available
     return min(machine, cgroup_available_bytes() or machine)
 
 

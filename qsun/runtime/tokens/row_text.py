@@ -1,4 +1,8 @@
-"""A row's tokens as text that can be shown while it grows: whole characters, and nothing that a stop string cuts."""
+"""A row's tokens as text that can be shown while it grows: whole characters, and nothing that a stop string cuts.
+
+Like tokenizers.DecodeStream, which does not give the rest of a row that ends inside a character, and which tokenizers
+written in Python do not have.
+"""
 
 from collections.abc import Sequence
 from typing import Any

@@ -15,6 +15,7 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from qsun.errors import QsunError
+from qsun.progress import Note
 from qsun.serve.cluster.schema import Cluster, Listen
 from qsun.serve.http.server import listen, url_of
 from qsun.serve.ray.calls import CALL_FAILURES
@@ -32,7 +33,6 @@ _REPORT_SECONDS = 5.0
 _REASON_CHARACTERS = 1000
 _OUR_ERROR = f"{QsunError.__name__}: "
 
-Report = Callable[[str], None]
 Planned = Sequence[PlannedApp]
 
 
@@ -42,7 +42,7 @@ def serve_here(
     token: str | None,
     read: Callable[[], tuple[Cluster, Planned]],
     on_ready: Callable[[str], None],
-    report: Report,
+    report: Note,
 ) -> None:
     """Serve a cluster from a Ray of this machine until SIGINT or SIGTERM; SIGHUP reads its file again.
 
@@ -73,7 +73,7 @@ class LocalServe:
         token, report: as for `serve_here`.
     """
 
-    def __init__(self, dashboard: str, url: str, listen: Listen, token: str | None, report: Report):
+    def __init__(self, dashboard: str, url: str, listen: Listen, token: str | None, report: Note):
         self._dashboard, self._url, self._listen, self._token, self._report = dashboard, url, listen, token, report
         self._running: tuple[Cluster, Planned] | None = None
 
@@ -181,7 +181,7 @@ def _free_address(cluster: Cluster) -> tuple[str, int]:
         return url_of(bound), bound.getsockname()[1]
 
 
-def wait_until_running(planned: Planned, url: str, seconds: float, report: Report) -> None:
+def wait_until_running(planned: Planned, url: str, seconds: float, report: Note) -> None:
     """Return once every application runs and every model has a warm pair of replicas.
 
     Raises:

@@ -14,7 +14,6 @@ import httpx
 
 from qsun.serve.ray.calls import CALL_FAILURES, ReplicaGone, call, outcome
 
-_CONNECT_SECONDS = 10.0
 _PASSED_ON = ("x-request-id", "content-type", "accept-encoding", "traceparent")
 
 

@@ -125,7 +125,7 @@ def test_bad_input_is_one_line_before_work_starts(cli, tmp_path, options, says):
 def test_a_whole_study_and_its_second_run(cli, tmp_path):
     out = tmp_path / "study"
     options = ("--seeds", 1, "--steps", 2, "--curve", "", "--align-steps", 1, "--test", 5, "--processes", 2)
-    options += ("--bits", 2, "--methods", "rtn,refined", "--train", 64)
+    options += ("--bits", 2, "--methods", "rtn,refined", "--train", 64, "--samples", 8, "--valid", 16)
     first = cli("bench", "tasks", "-o", out, *options, "--json")
     assert first.code == 0, first.err
     right = json.loads(first.out)["right"]["0"]
@@ -155,7 +155,7 @@ def test_a_study_grows_by_adapters_and_distillation(cli, tmp_path):
         files.append(str(tmp_path / f"{split}.jsonl"))
         write_jsonl(tmp_path / f"{split}.jsonl", examples("math", split, 40 if split == "train" else 4))
     options = ["--task", f"mine={','.join(files)}", "--seeds", 1, "--steps", 2, "--curve", "", "--align-steps", 1]
-    options += ["--bits", 4, "--methods", "gptq", "--no-text", "--batch-size", 4, "--processes", 1]
+    options += ["--bits", 4, "--methods", "gptq", "--no-text", "--batch-size", 4, "--processes", 1, "--samples", 8]
     first = cli("bench", "tasks", "-o", out, *options, "--json")
     assert first.code == 0, first.err
     written = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
@@ -189,6 +189,7 @@ def test_own_base_and_data_end_to_end(cli, talking_model, tmp_path, monkeypatch)
     command = ["bench", "tasks", "-o", tmp_path / "out", "--base", talking_model, "--json"]
     command += ["--task", f"mine={files},my_scorer:anything", "--bits", "4", "--methods", "gptq", "--test", 4]
     command += ["--seeds", 1, "--steps", 1, "--curve", "", "--align-steps", 1, "--batch-size", 4, "--processes", 1]
+    command += ["--samples", 8]
     answer = cli(*command)
     assert answer.code == 0, answer.err
     right = json.loads(answer.out)["right"]["0"]["mine"]

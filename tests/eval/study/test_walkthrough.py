@@ -20,7 +20,7 @@ def test_rate_and_standard_error():
 
 @pytest.mark.slow
 def test_the_whole_walkthrough(cli, tmp_path, monkeypatch):
-    small = replace(QUICK, steps=8, batch_size=16, train=200, test=12, samples=24)
+    small = replace(QUICK, steps=8, batch_size=16, train=200, test=12, samples=8, valid=16)
     monkeypatch.setattr(walkthrough, "QUICK", small)
     monkeypatch.setattr("qsun.eval.study.run.get_context", lambda _: warm_context())
     answer = cli("demo", "--quick", "-o", tmp_path / "demo", "--seed", 3, "--json")

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from qsun.errors import QsunError
 from qsun.model.checkpoint import read_json
 from qsun.model.locate import find_model
 from qsun.model.pairing import ADAPTER
 from qsun.serve.cluster.schema import LaunchSettings, RequestLimits
+from qsun.serve.router.workers.worker import Role
 
 LOOPBACK = "127.0.0.1"
 LOOPBACK_DEVICE = "lo"  # its name on Linux, the only system on which vLLM runs workers
@@ -22,7 +23,6 @@ API_SERVER = "vllm.entrypoints.openai.api_server"
 KV_GUARD = "qsun.vllm.kv_guard.RequireKvCache"
 LORA_GUARD = "qsun.vllm.lora_guard.RequirePrefillLora"
 PREFILL_LORA = "QSUN_PREFILL_LORA"  # the switch of qsun/vllm/prefill_lora.py
-EngineRole = Literal["prefill", "decode", "aggregated"]  # see router/workers/worker.py
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank takes
 
 
@@ -60,7 +60,7 @@ class EngineModule:
 
 def engine_command(
     name: str,
-    role: EngineRole,
+    role: Role,
     module: EngineModule,
     launch: LaunchSettings,
     ports: tuple[int, int],
@@ -100,7 +100,7 @@ def engine_command(
     return EngineCommand(name, tuple(argv), environment, url, module.served_name, tuple(module.adapters))
 
 
-def _kv_options(role: EngineRole, launch: LaunchSettings, deadline_seconds: float) -> Iterator[str]:
+def _kv_options(role: Role, launch: LaunchSettings, deadline_seconds: float) -> Iterator[str]:
     if role == "aggregated":
         yield from ("--middleware", LORA_GUARD)
         return
@@ -138,7 +138,7 @@ def _lora_options(adapters: Mapping[str, str], most: int) -> Iterator[str]:
 
 
 def kv_transfer_config(
-    role: EngineRole, device: str, deadline_seconds: float = RequestLimits().deadline_seconds
+    role: Role, device: str, deadline_seconds: float = RequestLimits().deadline_seconds
 ) -> dict[str, Any]:
     """Return vLLM's --kv-transfer-config. Decode servers skip its handshake check, which refuses other model paths.
 
