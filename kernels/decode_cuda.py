@@ -7,7 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
-from qsun.kernels.decode_triton import rms_norm_rows, rotate_and_store, silu_mul_rows, split_attention
+from qsun.kernels.decode_triton import gated_rows, rms_norm_rows, rotate_and_store, split_attention
 from qsun.kernels.layout import ceil_div
 from qsun.kernels.packed_triton import pdl_options
 from qsun.kernels.workspace import Workspace, reserve
@@ -42,13 +42,13 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset
     return out, total
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """Return SiLU(gate) * up of (..., 2 I), contiguous: (..., I)."""
+def silu_mul(gate_up: Tensor, gelu: bool = False) -> Tensor:
+    """Return SiLU(gate) * up of (..., 2 I), contiguous: (..., I); gelu: the tanh form of GELU instead of SiLU."""
     width = gate_up.shape[-1] // 2
     out = gate_up.new_empty((*gate_up.shape[:-1], width))
     if out.numel():
         grid = out.numel() // width, ceil_div(width, 1024)
-        silu_mul_rows[grid](gate_up, out, width, BLOCK=1024, num_warps=4, **pdl_options(out.device))
+        gated_rows[grid](gate_up, out, width, GELU=gelu, BLOCK=1024, num_warps=4, **pdl_options(out.device))
     return out
 
 
@@ -60,6 +60,7 @@ def rotate_and_store_kv(
     values: Tensor,
     columns: Tensor,
     kv_scales: tuple[Tensor, Tensor] | None = None,
+    norm_offset: float = 0.0,
 ) -> Tensor:
     """Rotate the queries and keys of one token a row, write its keys and values, and return the queries.
 
@@ -70,6 +71,7 @@ def rotate_and_store_kv(
         keys, values: (rows, kv_heads, columns, head_dim), each head contiguous; written to.
         columns: (rows,) int64, where each row's token goes.
         kv_scales: written to as well where keys and values are float8_e4m3fn: float32, (rows, kv_heads, columns, 1).
+        norm_offset: added to the weights of `norms`; where it is not 0, nothing is rounded before they multiply.
     Returns:
         (rows, heads, head_dim).
     """
@@ -86,6 +88,7 @@ def rotate_and_store_kv(
         BLOCK_D=triton.next_power_of_2(width),
         ROTATE=rotation is not None,
         NORM=norms is not None,
+        OFFSET=norm_offset,
         FP8=kv_scales is not None,
         num_warps=1,
         **pdl_options(qkv.device),

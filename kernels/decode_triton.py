@@ -47,23 +47,28 @@ def rms_norm_rows(
 
 
 @triton.jit
-def silu_mul_rows(gate_up_ptr, out_ptr, width, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """Compute out (rows, width) = SiLU(gate) * up of gate_up (rows, 2 width)."""
+def gated_rows(gate_up_ptr, out_ptr, width, GELU: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """Compute out (rows, width) = SiLU(gate) * up of gate_up (rows, 2 width); GELU: its tanh form instead of SiLU."""
     _follow(PDL)
     row, k = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = gate_up_ptr + row * 2 * width + k
     gate = tl.load(at, mask=k < width, other=0.0).to(tl.float32)
     up = tl.load(at + width, mask=k < width, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * width + k, (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty), mask=k < width)
+    bent = gate
+    if GELU:  # (1 + tanh(z)) / 2 is sigmoid(2 z)
+        bent = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    tl.store(out_ptr + row * width + k, (gate * tl.sigmoid(bent) * up).to(out_ptr.dtype.element_ty), mask=k < width)
 
 
 @triton.jit
-def _head(at, norm_ptr, d, width, rstd, NORM: tl.constexpr):
-    """Load elements d of a head; NORM: normalized, rounded, times its weight."""
+def _head(at, norm_ptr, d, width, rstd, NORM: tl.constexpr, OFFSET: tl.constexpr):
+    """Load elements d of a head; NORM: normalized, rounded where OFFSET is 0, times OFFSET + its weight."""
     x = tl.load(at + d, mask=d < width, other=0.0)
     if NORM:
-        normed = (x.to(tl.float32) * rstd).to(x.dtype).to(tl.float32)
-        return normed * tl.load(norm_ptr + d, mask=d < width, other=0.0).to(tl.float32)
+        normed = x.to(tl.float32) * rstd
+        if OFFSET == 0:
+            normed = normed.to(x.dtype).to(tl.float32)
+        return normed * (OFFSET + tl.load(norm_ptr + d, mask=d < width, other=0.0).to(tl.float32))
     else:
         return x.to(tl.float32)
 
@@ -93,8 +98,8 @@ def rotate_and_store(
     qkv_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, columns_ptr, q_ptr,
     keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr,
     stride_qkv, key_row, key_head, value_row, value_head, scale_row, scale_head, eps, heads, kv_heads,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr, FP8: tl.constexpr,
-    PDL: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROTATE: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
+    FP8: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rotate the queries and keys of one token a row, and write its keys and values into column columns[row].
 
@@ -120,11 +125,11 @@ def rotate_and_store(
         norm_ptr = q_norm_ptr
         if NORM and not is_query:
             norm_ptr = k_norm_ptr
-        x = _head(at, norm_ptr, d, D, rstd, NORM)
+        x = _head(at, norm_ptr, d, D, rstd, NORM, OFFSET)
         if ROTATE:
             partner = tl.where(d < D // 2, d + D // 2, d - D // 2)
             partner = tl.where(inside, partner, D)
-            other = _head(at, norm_ptr, partner, D, rstd, NORM)
+            other = _head(at, norm_ptr, partner, D, rstd, NORM, OFFSET)
             cos = tl.load(cos_ptr + row * D + d, mask=inside, other=0.0).to(tl.float32)
             sin = tl.load(sin_ptr + row * D + d, mask=inside, other=0.0).to(tl.float32)
             x = x * cos + tl.where(d < D // 2, -other, other) * sin

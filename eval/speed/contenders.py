@@ -166,7 +166,7 @@ def quantized_model(full: Any, config: Any, bits: int = 4) -> Any:
         for name in architecture.linear_names():
             linear: Any = source.get_submodule(name)
             block.set_submodule(name, QuantLinear(rounded(linear.weight, bits), linear.bias, bits, DTYPE, keep_dense))
-        merge_block(block, architecture, silu=config.hidden_act == "silu")
+        merge_block(block, architecture, silu=getattr(config, "hidden_act", None) == "silu")
     return model.to(full.device)
 
 

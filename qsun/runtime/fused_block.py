@@ -1,4 +1,4 @@
-"""A decode step of a whole decoder block in eight kernels on a GPU (ten where the products are full precision).
+"""A decode step of a whole decoder block in eight kernels on a GPU (ten in full precision, twelve in Gemma 2 and 3).
 
     norm -> q, k, v -> rotate, write KV -> attention -> o + residual -> norm -> SiLU(gate) * up -> down + residual
 
@@ -33,6 +33,8 @@ class FusedBlock(nn.Module):
         self._block = (block,)  # in a tuple, so that its parts are registered once
         self.layer, self.window, self.offset = layer, window, architecture.norm_offset
         attention = block.self_attn
+        self.sandwiched = not architecture.output_added
+        self.softcap = getattr(attention, "attn_logit_softcapping", None)
         self.scale, self.rotates = attention.scaling, bool(getattr(attention, "use_rope", True))
         self.width = attention.head_dim
 
@@ -67,23 +69,36 @@ class FusedBlock(nn.Module):
         attention: Any = self.self_attn
         norms = None
         if hasattr(attention, "q_norm"):
-            norms = (attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon)
+            norms = (attention.q_norm.weight, attention.k_norm.weight, _eps(attention.q_norm))
         cos, sin = (part.expand(rows, 1, self.width).reshape(rows, self.width).contiguous() for part in rotation)
         qkv = attention.q_proj.merged.layer(self._norm(x, self.input_layernorm))
         at = cache.lengths[:rows]
         turned = (cos, sin) if self.rotates else None
-        q = decode_cuda.rotate_and_store_kv(qkv, turned, norms, keys, values, at, kv_scales)
-        seen = decode_cuda.decode_attention(q, keys, values, at, self.scale, self.window, kv_scales=kv_scales)
-        normed, x = self._add_and_norm(attention.o_proj, seen, x, self.post_attention_layernorm)
+        q = decode_cuda.rotate_and_store_kv(qkv, turned, norms, keys, values, at, kv_scales, self.offset)
+        options: Any = {"softcap": self.softcap, "kv_scales": kv_scales}
+        seen = decode_cuda.decode_attention(q, keys, values, at, self.scale, self.window, **options)
         mlp: Any = self.mlp
+        if self.sandwiched:
+            return self._sandwiched(attention.o_proj(seen), x, mlp)
+        normed, x = self._add_and_norm(attention.o_proj, seen, x, self.post_attention_layernorm)
         inner = self._gated(mlp.gate_up, normed)
         down = mlp.down_proj
         return down.plus(inner, x) if isinstance(down, QuantLinear) else x + down(inner)
 
+    def _sandwiched(self, attended: Tensor, x: Tensor, mlp: Any) -> Tensor:
+        """Return the block's output where each half has a norm behind it as well, as in Gemma."""
+        from qsun.kernels.decode_cuda import add_rms_norm, silu_mul
+
+        attended = self._norm(attended, self.post_attention_layernorm)
+        before: Any = self.pre_feedforward_layernorm
+        normed, x = add_rms_norm(attended, x, before.weight, _eps(before), self.offset)
+        inner = silu_mul(mlp.gate_proj.merged.layer(normed), gelu=True)
+        return x + self._norm(mlp.down_proj(inner), self.post_feedforward_layernorm)
+
     def _norm(self, x: Tensor, norm: Any) -> Tensor:
         from qsun.kernels.decode_cuda import rms_norm
 
-        return rms_norm(x, norm.weight, norm.variance_epsilon, self.offset)
+        return rms_norm(x, norm.weight, _eps(norm), self.offset)
 
     def _add_and_norm(self, layer: Any, x: Tensor, residual: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
         """Return (norm of the sum, sum) of the layer's product and the residual."""
@@ -92,7 +107,7 @@ class FusedBlock(nn.Module):
         if isinstance(layer, QuantLinear):
             total = layer.plus(x, residual)
             return self._norm(total, norm), total
-        return add_rms_norm(layer(x), residual, norm.weight, norm.variance_epsilon, self.offset)
+        return add_rms_norm(layer(x), residual, norm.weight, _eps(norm), self.offset)
 
     def _gated(self, gate_up: Any, x: Tensor) -> Tensor:
         from qsun.kernels.decode_cuda import silu_mul
@@ -126,18 +141,18 @@ def _one_token(x: Tensor) -> bool:
 def fuse_blocks(model: Any, config: Any) -> None:
     """Replace the blocks of a transformers model on a GPU whose projections are merged, and its last norm, in place.
 
-    Blocks with norms between a half and the residual (Gemma, OLMo 2), with projections merged in the checkpoint (Phi 3)
+    Blocks of OLMo 2 (whose norms of queries and keys span all heads), with projections merged in the checkpoint (Phi 3)
     or with heads that the kernels do not support stay as they are.
     """
     architecture = architecture_of(config.model_type)
-    if not architecture.output_added or not packed_cuda.available():
+    if config.model_type == "olmo2" or not packed_cuda.available():
         return
     for layer, block in enumerate(model.model.layers):
-        if _fusible(block):
+        if _fusible(block, config):
             kind = config.layer_types[layer] if architecture.masks_by_type else "all"
             window = None if kind == "full_attention" else getattr(config, "sliding_window", None)
             model.model.layers[layer] = FusedBlock(block, layer, architecture, window)
-    if isinstance(model.model.layers[-1], FusedBlock):
+    if isinstance(model.model.layers[-1], FusedBlock) and architecture.output_added:
         model.model.norm = FusedNorm(model.model.norm, architecture.norm_offset)
 
 
@@ -148,9 +163,20 @@ def all_fused(model: Any) -> bool:
     return able and all(isinstance(layer, FusedBlock) for layer in model.model.layers)
 
 
-def _fusible(block: Any) -> bool:
+def _fusible(block: Any, config: Any) -> bool:
     from qsun.kernels.decode_cuda import HEAD_DIMS
 
     attention = block.self_attn
-    q, mlp = getattr(attention, "q_proj", None), getattr(block, "mlp", None)
-    return isinstance(q, MergedPart) and isinstance(mlp, GatedMLP) and attention.head_dim in HEAD_DIMS
+    q: Any = getattr(attention, "q_proj", None)
+    mlp: Any = getattr(block, "mlp", None)
+    if not isinstance(q, MergedPart) or attention.head_dim not in HEAD_DIMS:
+        return False
+    if architecture_of(config.model_type).output_added:
+        return isinstance(mlp, GatedMLP)
+    capped = getattr(attention, "attn_logit_softcapping", None) is not None  # Gemma 3 has the setting and ignores it
+    gelu = getattr(config, "hidden_activation", None) == "gelu_pytorch_tanh" and isinstance(mlp.gate_proj, MergedPart)
+    return gelu and not (capped and config.model_type == "gemma3_text")
+
+
+def _eps(norm: Any) -> float:
+    return norm.eps if hasattr(norm, "eps") else norm.variance_epsilon

@@ -11,7 +11,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "fp8"])
 @pytest.mark.parametrize("bits", [4, 2, None], ids=str)
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 @torch.no_grad()
 def test_the_logits_of_the_blocks_themselves(family, bits, kv_dtype):
     pytest.importorskip("triton")

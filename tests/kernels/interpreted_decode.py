@@ -5,7 +5,7 @@ Run by test_interpreter.py in a process of its own.
 
 import pytest
 import torch
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
 from qsun.kernels import decode_cuda
 from qsun.kernels.decode_cuda import (
@@ -43,13 +43,14 @@ def test_gated_activation(rows, width, dtype):
     gate_up = torch.randn(rows, 2 * width).to(dtype)
     gate, up = gate_up.double().chunk(2, -1)
     assert_close(silu_mul(gate_up), silu(gate) * up)
+    assert_close(silu_mul(gate_up, gelu=True), gelu(gate, approximate="tanh") * up, 4)
 
 
 @pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
-@pytest.mark.parametrize("with_norms", [False, True], ids=["plain", "normed"])
+@pytest.mark.parametrize(("with_norms", "offset"), [(False, 0.0), (True, 0.0), (True, 1.0)], ids=str)
 @pytest.mark.parametrize("rotate", [False, True], ids=["nope", "rope"])
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(8, 2, 64), (3, 3, 96), (4, 1, 128), (2, 1, 256)])
-def test_rotation_and_the_kv_write(heads, kv_heads, width, rotate, with_norms, dtype):
+def test_rotation_and_the_kv_write(heads, kv_heads, width, rotate, with_norms, offset, dtype):
     rows, capacity = 3, 7
     qkv = torch.randn(rows, (heads + 2 * kv_heads) * width + 8).to(dtype)[:, :-8]
     angles = torch.randn(rows, width // 2).repeat(1, 2)
@@ -62,13 +63,14 @@ def test_rotation_and_the_kv_write(heads, kv_heads, width, rotate, with_norms, d
         *(qkv, (cos, sin) if rotate else None, (*weights, 1e-6) if with_norms else None),
         *(cache[:rows] for cache in caches),
         columns,
+        norm_offset=offset,
     )
     queries, keys, values = (
         part.double().unflatten(-1, (-1, width))
         for part in qkv.split([heads * width, kv_heads * width, kv_heads * width], -1)
     )
     if with_norms:
-        queries, keys = (normed(x, w, 1e-6, 0.0) for x, w in zip((queries, keys), weights, strict=True))
+        queries, keys = (normed(x, w, 1e-6, offset) for x, w in zip((queries, keys), weights, strict=True))
     if rotate:
         queries, keys = (rotated(x, cos.double(), sin.double()) for x in (queries, keys))
     assert_close(q, queries, 4)

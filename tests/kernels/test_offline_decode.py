@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from qsun.kernels.decode_triton import rms_norm_rows, rotate_and_store, silu_mul_rows, split_attention
+from qsun.kernels.decode_triton import gated_rows, rms_norm_rows, rotate_and_store, split_attention
 from tests.kernels.offline import compile_kernel
 
 
@@ -65,21 +65,22 @@ def test_norms(add):
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("normed", [False, True])
-def test_rotation(normed, fp8):
+@pytest.mark.parametrize(("normed", "offset"), [(False, 0.0), (True, 0.0), (True, 1.0)])
+def test_rotation(normed, offset, fp8):
     names = ("qkv", "cos", "sin", "q_norm", "k_norm", "q")
     types = {f"{name}_ptr": "*bf16" for name in names} | {"columns_ptr": "*i64", "eps": "fp32"}
     types |= dict.fromkeys(("keys_ptr", "values_ptr"), "*fp8e4nv" if fp8 else "*bf16")
     types |= dict.fromkeys(("key_scales_ptr", "value_scales_ptr"), "*fp32")
     strides = ("stride_qkv", "key_row", "key_head", "value_row", "value_head", "scale_row", "scale_head")
     types |= dict.fromkeys(strides, "i32!") | {"heads": "i32", "kv_heads": "i32"}
-    constants = {"D": 128, "BLOCK_D": 128, "ROTATE": True, "NORM": normed, "FP8": fp8, "PDL": True}
+    constants = {"D": 128, "BLOCK_D": 128, "ROTATE": True, "NORM": normed, "OFFSET": offset, "FP8": fp8, "PDL": True}
     code = compile_kernel(rotate_and_store, types, constants, 90, 1)
     assert not code.spills() and lets_the_next_start(code)
 
 
-def test_gated_activation():
+@pytest.mark.parametrize("gelu", [False, True])
+def test_gated_activation(gelu):
     types = {"gate_up_ptr": "*bf16", "out_ptr": "*bf16", "width": "i32!"}
-    code = compile_kernel(silu_mul_rows, types, {"BLOCK": 1024, "PDL": True}, 90, 4)
+    code = compile_kernel(gated_rows, types, {"GELU": gelu, "BLOCK": 1024, "PDL": True}, 90, 4)
     assert not code.spills() and lets_the_next_start(code)
     assert any(name.startswith("LDG.E.128") for name in code.instructions)

@@ -131,8 +131,13 @@ def patches():
         def __new__(cls, device="cpu"):
             return generator("cpu")
 
+    def softmax(x, dim=None, dtype=None):  # C++ would convert to the dtype on a CPU
+        return torch.softmax(x if dtype is None else x.to(dtype), dim)
+
     yield from ((torch, "Generator", Generator), (torch, "tensor", on_device), (torch, "as_tensor", as_tensor))
     yield torch.Tensor, "to", to
+    yield torch.Tensor, "type_as", to
+    yield torch.nn.functional, "softmax", softmax
     stand_ins = {
         "_lazy_init": lambda: None,
         "is_available": lambda: True,

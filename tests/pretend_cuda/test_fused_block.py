@@ -25,11 +25,14 @@ SIZES = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": False,
 }
+MIXED = ["sliding_attention", "full_attention"]
 FAMILIES = {
     "llama": {},
     "mistral": {"sliding_window": 5},
     "qwen2": {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
     "qwen3": {},
+    "gemma2": {"sliding_window": 5, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 64, "pad_token_id": 0},
+    "gemma3_text": {"sliding_window": 5, "query_pre_attn_scalar": 64, "pad_token_id": 0, "layer_types": MIXED},
     "smollm3": {"no_rope_layer_interval": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
 }
 LENGTHS = [3, 17, 9]
@@ -104,11 +107,11 @@ def test_the_logits_of_the_blocks_themselves(pretend_cuda, family, quantized):
     assert (logits - wanted).norm() < 0.02 * wanted.norm()
 
 
-def layer_kernels(log, quantized, fused):
+def layer_kernels(log, quantized, fused, family="llama"):
     """Kernels that one more layer adds to a captured step."""
     counted = []
-    for layers in (1, 2):
-        config = config_of("llama", layers)
+    for layers in (2, 3):  # two have both types of attention, and masks of both
+        config = config_of(family, layers)
         model = model_of(config, quantized)
         if fused:
             fuse_blocks(model, config)
@@ -129,6 +132,12 @@ def test_kernels_of_a_layer(pretend_cuda, quantized, most):
     fused, plain = (layer_kernels(pretend_cuda, quantized, fused) for fused in (True, False))
     assert sum(fused.values()) <= most, fused
     assert sum(plain.values()) >= 25  # so that the limit above means something
+
+
+def test_kernels_of_a_layer_with_four_norms(pretend_cuda):
+    fused, plain = (layer_kernels(pretend_cuda, True, fused, "gemma2") for fused in (True, False))
+    assert sum(fused.values()) == 12, fused
+    assert sum(plain.values()) >= 50
 
 
 @pytest.mark.parametrize("off", ["", "sm_80", "the table"])
@@ -193,7 +202,7 @@ def test_what_the_block_itself_computes(pretend_cuda, case):
 
 
 def test_families_that_stay_as_they_are(pretend_cuda):
-    config = AutoConfig.for_model("gemma2", **SIZES | {"num_hidden_layers": 2})
+    config = AutoConfig.for_model("olmo2", **SIZES | {"num_hidden_layers": 2})
     model = random_model(config, torch.device("cuda"), seed=0)
     merge_projections(model, config, dense=True)
     fuse_blocks(model, config)

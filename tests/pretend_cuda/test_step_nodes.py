@@ -47,10 +47,13 @@ def test_nodes_of_a_step(quantized, pretend_cuda, family, kv_dtype):
     assert around["triton::rms_norm_rows"] == 1
 
 
-@pytest.mark.parametrize(("bits", "kv_dtype"), [(4, "fp8"), (2, "auto"), (None, "fp8")])
-def test_what_a_gpu_is_asked_to_compute(pretend_cuda, bits, kv_dtype):
+@pytest.mark.parametrize(
+    ("family", "bits", "kv_dtype"),
+    [("llama", 4, "fp8"), ("llama", 2, "auto"), ("llama", None, "fp8"), ("gemma2", 4, "fp8")],
+)
+def test_what_a_gpu_is_asked_to_compute(pretend_cuda, family, bits, kv_dtype):
     """tests/gpu/test_step.py, whose own device `make gpu` needs."""
-    fused_steps.check("llama", bits, kv_dtype)
+    fused_steps.check(family, bits, kv_dtype)
 
 
 def test_a_step_of_other_blocks_has_its_masks(quantized, pretend_cuda, monkeypatch):

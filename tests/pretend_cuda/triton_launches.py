@@ -3,7 +3,7 @@
 import ctypes
 
 import torch
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
 from qsun.kernels import bytes_product, decode_cuda, lora_triton, packed_cuda, packed_triton, workspace
 from qsun.kernels.layout import INTERLEAVED_ROWS, PackedWeights, unpack_weights
@@ -59,15 +59,15 @@ def rms_norm_rows(x, residual, weight, out, total, width, eps, offset, ADD, ROUN
     out.copy_(normed * (offset + weight.float()))
 
 
-def silu_mul_rows(gate_up, out, width, **_):
+def gated_rows(gate_up, out, width, GELU, **_):
     gate, up = gate_up.float().chunk(2, -1)
-    out.copy_(silu(gate) * up)
+    out.copy_((gelu(gate, approximate="tanh") if GELU else silu(gate)) * up)
 
 
 def rotate_and_store(
     qkv, cos, sin, q_norm, k_norm, columns, q, keys, values, key_scales, value_scales,
     stride_qkv, key_row, key_head, value_row, value_head, scale_row, scale_head, eps, heads, kv_heads,
-    D, ROTATE, NORM, FP8, **_,
+    D, ROTATE, NORM, OFFSET, FP8, **_,
 ):  # fmt: skip
     rows = len(qkv)
     parts = qkv.view(rows, -1, D).split([heads, kv_heads, kv_heads], 1)
@@ -75,7 +75,8 @@ def rotate_and_store(
     for part, norm, (cache, scales) in zip(parts, (q_norm, k_norm, None), caches, strict=True):
         x = part.float()
         if NORM and norm is not None:
-            x = (x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()).to(qkv.dtype).float() * norm.float()
+            x = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+            x = (x if OFFSET else x.to(qkv.dtype).float()) * (OFFSET + norm.float())
         if ROTATE and norm is not None:
             first, second = x.chunk(2, -1)
             x = x * cos.float()[:, None] + torch.cat([-second, first], -1) * sin.float()[:, None]
@@ -143,7 +144,7 @@ def patches():
     for compute in (shrink_rows, expand_rows):
         yield lora_triton, compute.__name__, Kernel(compute.__name__, compute)
     yield workspace, "_of_devices", {}
-    for compute in (rms_norm_rows, silu_mul_rows, rotate_and_store, split_attention):
+    for compute in (rms_norm_rows, gated_rows, rotate_and_store, split_attention):
         yield decode_cuda, compute.__name__, Kernel(compute.__name__, compute)
     operators = {
         "qsun::packed_linear": packed_cuda.packed_linear,
