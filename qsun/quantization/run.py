@@ -84,7 +84,7 @@ def run(job: Job, resume: bool = False, progress: Progress = lambda *_: None) ->
         raise
     if job.config.calibrated and not job.prefill.modules:
         log.warning(
-            "calibrated without prefill modules, behind whose KV a decode module works; your tasks' data and modules "
+            "calibrated without the prefill modules that will write its KV; your tasks' data and modules "
             "(--calib DATA --calib-prefill MODULE) keep more of their accuracy: docs/calibration.md"
         )
     return report

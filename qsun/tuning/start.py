@@ -58,7 +58,7 @@ def _init(init: str, decode: Path, base: Path, config: TuneConfig) -> Path:
     start = find_model(init)
     check_pair(start, decode, same_weights=False)
     if config.lora_rank:
-        raise QsunError(f"lora_rank {config.lora_rank} with an init: what is tuned follows {init}; leave one out")
+        raise QsunError(f"lora_rank {config.lora_rank} with an init: {init} decides what is tuned; leave one out")
     if (start / ADAPTER_CONFIG).exists():
         if (base_fingerprint(read_manifest(start)) or files_fingerprint(named_base(start))) != files_fingerprint(base):
             raise QsunError(f"init {init} is an adapter of another base than {base}: their fingerprints differ")

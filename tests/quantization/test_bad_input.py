@@ -21,7 +21,7 @@ from qsun.quantization.job import prepare
 from tests.tiny_models import SEQUENCE, random_tokens
 
 FAST = ("--method", "rtn", "--bits", "4", "--group-size", "32")
-ADVICE = "calibrated without prefill modules"
+ADVICE = "calibrated without the prefill modules"
 CALIBRATED = ("--method", "gptq", "--group-size", "32", "--seq-len", SEQUENCE, "--samples", 8)
 
 
