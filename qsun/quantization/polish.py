@@ -34,6 +34,7 @@ from qsun.runtime.decode_module import load_decode
 _PART, _STATE = "polish", "polish-step-"
 _PEAK_RATE = 0.01  # of gains at 2 bits; each further bit halves it, and from this depth * width on, more of either
 _SMALL = 1536
+_HARM = 1.1  # of the divergence at the start; the first steps, of which rounding leaves little, may cost some
 _WARMUP, _CHECKS = 0.05, 8  # share of the steps; validations
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -133,11 +134,11 @@ class _Learner:
         return found
 
     def _validate(self, step: int) -> None:
-        """Measure and keep the state; where it is worse than the start, go back to the best one, and on more slowly."""
+        """Measure and keep the state; where it has clearly done harm, go back to the best one, and on more slowly."""
         found, first = self._divergence(self.decode), not self.curve
         if first or found < min(value for _, value in self.curve):
             self.best = {name: layer.gains.detach().clone() for name, layer in self.layers.items()}
-        elif found > self.curve[0][1]:
+        elif found > _HARM * self.curve[0][1]:
             self.slower *= 3
             self.optimizer.state.clear()
             for name, layer in self.layers.items():
