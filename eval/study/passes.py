@@ -38,7 +38,7 @@ def compare_passes(
     ids = read_windows(valid, model, *windows)
     reference = load_decode(model, device="cpu", dtype="float32").model
     rows = []
-    for grid, method, steps in product(grids, methods, sorted({0, settings["polish"]})):
+    for grid, method, steps in product(grids, methods, sorted({0, settings.get("polish", 0)})):
         if steps and method == "rtn":
             continue
         chosen = {"method": method, "bits": int(grid[:-1]), "sym": grid.endswith("s"), "polish": steps}

@@ -158,7 +158,7 @@ def test_what_was_measured_survives_a_kill_of_everything(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     floors.write_report(tmp_path)
-    assert "| ours |" in (tmp_path / "report.md").read_text()
+    assert "| ours, 4 bits |" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.slow

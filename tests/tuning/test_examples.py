@@ -9,10 +9,9 @@ import torch
 import qsun
 from qsun.data.examples import TokenExample
 from qsun.errors import QsunError
-from qsun.runtime.seam import IGNORED
+from qsun.runtime.seam import IGNORED, collate
 from qsun.tuning.examples import (
     Batches,
-    collate,
     crosses,
     cut_by_length,
     draw,
