@@ -20,11 +20,6 @@ from tests.tiny_models import SEQUENCE, build_model, random_tokens
 pytest_plugins = ["tests.engine_rig", "tests.pretend_cuda.plugin"]
 
 
-def pytest_collection_modifyitems(items):
-    """Begin with the slow tests, so that no worker is left alone with one at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-
-
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Sums of several threads depend on their number; a session's fixtures, tests and children must agree on it."""

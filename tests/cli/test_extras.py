@@ -19,7 +19,12 @@ from tests.places import ROOT
         ),
         ("httpx", ("qsun.eval.load.client",), ("bench", "serve", "http://127.0.0.1:9", "--rate", "1"), "serve"),
         ("lm_eval", ("qsun.eval.harness.lm",), ("lm-eval", "--tasks", "qsun_math"), "eval"),
-        ("lm_eval", (), ("eval", "--decode", "demo", "--tasks", "qsun_math", "-o", "out"), "eval"),
+        (
+            "lm_eval",
+            ("qsun.eval.harness.run", "qsun.eval.harness.lm"),
+            ("eval", "--decode", "demo", "--tasks", "qsun_math", "-o", "out"),
+            "eval",
+        ),
     ],
 )
 def test_a_missing_package_is_one_line(cli, monkeypatch, tmp_path, package, modules, command, extra):
