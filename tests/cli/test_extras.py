@@ -21,7 +21,7 @@ from tests.places import ROOT
         ("lm_eval", ("qsun.eval.harness.lm",), ("lm-eval", "--tasks", "qsun_math"), "eval"),
         (
             "lm_eval",
-            ("qsun.eval.harness.run", "qsun.eval.harness.lm"),
+            ("qsun.eval.harness.run", "qsun.eval.report.evaluation"),
             ("eval", "--decode", "demo", "--tasks", "qsun_math", "-o", "out"),
             "eval",
         ),
