@@ -47,7 +47,7 @@ def polish(job: Job, work: Workdir, tell: Callable[[int], None]) -> tuple[dict[s
         tell: called with the number of steps that were taken since the last call.
     Returns:
         The digests of the layers, by name; and what the report says: divergence, [step, nats a token of the held-out
-        samples], and kept, the step whose scales were written.
+        samples], kept, the step whose scales were written, and slower, by how much the rate was lowered.
     Raises:
         QsunError: NaN or Inf, or a module that is read back as another one.
     """
@@ -97,7 +97,8 @@ class _Learner:
         for name, layer in self.layers.items():
             layer.gains.data.copy_(self.best[name])
         learned = {name: layer.scales.detach() for name, layer in self.layers.items()}
-        self.work.write(_PART, learned, {"steps": self.steps, "divergence": self.curve, "kept": kept})
+        record = {"steps": self.steps, "divergence": self.curve, "kept": kept, "slower": self.slower}
+        self.work.write(_PART, learned, record)
         del self.decode, self.layers, self.optimizer
         release_freed()
 

@@ -174,6 +174,7 @@ def test_steps_that_only_harm_are_taken_back_and_made_smaller(task, tmp_path, mo
     report = qsun.quantize(base, tmp_path / "out", settings(polish=80), data, device="cpu")
     curve = [value for _, value in report["polish"]["divergence"]]
     assert curve[1] > curve[0]
+    assert report["polish"]["slower"] >= 3
     assert report["polish"]["kept"] > 0
     assert min(curve) < curve[0]
 
