@@ -72,7 +72,7 @@ def hold_out(calibration: Calibration) -> Calibration:
         tuple(s for number, s in enumerate(calibration.samples, 1) if (number % HELD_OUT == 0) == wanted)
         for wanted in (False, True)
     )
-    if not any(len(sample.tokens) - sample.prefill_tokens > 1 for sample in held):
+    if not all(any(len(s.tokens) - s.prefill_tokens > 1 for s in part) for part in (kept, held)):
         raise QsunError(
             f"polish holds one of {HELD_OUT} calibration samples out, of two response tokens at least; "
             f"{len(calibration.samples)} samples are too few or too short: raise --samples"
