@@ -2,12 +2,13 @@
 
 import copy
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qsun.data.examples import TokenExample
 from qsun.model.lora import Adapter, place_adapter, read_adapter
@@ -21,6 +22,8 @@ from qsun.tuning.job import TuneJob
 from qsun.tuning.optimizer import Optimizer, used_parameters
 from qsun.tuning.processes import Processes
 from qsun.tuning.teacher import load_teacher
+
+_SHORT = 256  # tokens of a text; above, the fused attention's lower memory counts
 
 
 class TuneModels(Protocol):
@@ -92,6 +95,12 @@ class WholeModels:
         self.model = load_prefill(directory, dtype=self.job.dtype, device=self.processes.device).model
         if self.job.config.fine_tune:
             self.decode = self.model
+
+
+def attention_over(examples: Sequence[TokenExample], device: torch.device) -> AbstractContextManager[None]:
+    """Return a context in which a CPU computes short attention as products: the fused backward pass is slower there."""
+    short = all(len(e.prompt) + len(e.response) <= _SHORT for e in examples)
+    return sdpa_kernel(SDPBackend.MATH) if short and device.type == "cpu" else nullcontext()
 
 
 def _with_the_same_layers(model: Any) -> Any:

@@ -36,6 +36,7 @@ def used_parameters(model: Any) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) in reached}
 
 
+_PIECE = 2**20  # values of a gradient that are converted at a time
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of AdamW
 
 
@@ -66,7 +67,7 @@ class Optimizer:
             {"params": [m for m in self.masters.values() if m.ndim <= 1], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
-        self.adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98)) if groups else None
+        self.adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True) if groups else None
 
     def take_gradients(self) -> None:
         """Move the parameters' gradients, summed over all processes, to the masters, adding to what is there."""
@@ -76,10 +77,11 @@ class Optimizer:
                 continue
             new = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = None
-            new = new.to(torch.promote_types(new.dtype, torch.float32))
-            self.processes.sum_at(self.owners[name], new)
+            if self.processes.count > 1:
+                new = new.to(torch.promote_types(new.dtype, torch.float32))
+                self.processes.sum_at(self.owners[name], new)
             if master is not None:
-                master.grad = new if master.grad is None else master.grad + new
+                add_gradient(master, new)
 
     @torch.no_grad()
     def step(self, lr: float, clip: float) -> float:
@@ -87,16 +89,18 @@ class Optimizer:
         gradients = [master.grad for master in self.masters.values() if master.grad is not None]
         square = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         for gradient in gradients:
-            square += gradient.double().square().sum()
+            square += torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2
         self.processes.sum_([square])
         norm = float(square.sqrt())
-        for gradient in gradients:
-            gradient.mul_(min(1.0, clip / (norm + 1e-6)))
+        if norm > clip:
+            for gradient in gradients:
+                gradient.mul_(clip / norm)
         if self.adamw is not None:
             for group in self.adamw.param_groups:
                 group["lr"] = lr
             self.adamw.step()
-            self.adamw.zero_grad()
+            # on a CPU, memory that is given back costs page faults at every step
+            self.adamw.zero_grad(set_to_none=self.processes.device.type != "cpu")
         self._publish()
         return norm
 
@@ -138,6 +142,16 @@ class Optimizer:
                     key: value.to("cpu" if key == "step" else master.device) for key, value in loaded.items()
                 }
         self._publish()
+
+
+def add_gradient(master: Tensor, new: Tensor) -> None:
+    """Add to the master's gradient in place and by pieces: new tensors for it cost ten times as much on a CPU."""
+    if master.grad is None:
+        master.grad = new.to(master.dtype)
+    else:
+        rows = max(1, _PIECE // max(1, new[0].numel()))
+        for total, more in zip(master.grad.split(rows), new.split(rows), strict=True):
+            total.add_(more)
 
 
 def assign_owners(sizes: dict[str, int], count: int) -> dict[str, int]:

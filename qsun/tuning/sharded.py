@@ -37,7 +37,7 @@ from qsun.runtime.seam import IGNORED, SeamBatch, collate, monolithic_hidden, se
 from qsun.tuning.checkpointing import kv_of, with_kv
 from qsun.tuning.job import TuneJob
 from qsun.tuning.models import make_trainable
-from qsun.tuning.optimizer import Optimizer
+from qsun.tuning.optimizer import Optimizer, add_gradient
 from qsun.tuning.processes import Processes
 from qsun.tuning.start import TeacherPlan
 from qsun.tuning.teacher import Teacher
@@ -241,7 +241,7 @@ class ShardedOptimizer(Optimizer):
             new, parameter.grad = parameter.grad, None
             if new is not None and name in self.masters:
                 master, share = self.masters[name], _local(new)
-                master.grad = share if master.grad is None else master.grad + share
+                add_gradient(master, share)
 
     def _publish(self) -> None:
         """Do nothing: the next pass gathers the masters."""

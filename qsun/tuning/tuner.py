@@ -22,7 +22,7 @@ from qsun.progress import Progress
 from qsun.tuning.config import TuneConfig
 from qsun.tuning.examples import Batches, cut_by_length, pieces, token_count
 from qsun.tuning.job import LESS_MEMORY, TuneJob, prepare_tuning
-from qsun.tuning.models import TuneModels, WholeModels
+from qsun.tuning.models import TuneModels, WholeModels, attention_over
 from qsun.tuning.optimizer import learning_rate
 from qsun.tuning.output import plot_losses, write_module
 from qsun.tuning.processes import Processes
@@ -165,12 +165,12 @@ class Tuner:
         tokens = sum(len(example.response) for example in examples)
         total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         for piece in self._passes(examples):
-            loss = self._loss(piece)
-            if loss is not None:
-                loss = loss / tokens
-                if loss.requires_grad:  # if all prompts have one token, nothing is prefilled
-                    loss.backward()
-                total += loss.detach()
+            with attention_over(piece, self.processes.device):
+                loss = self._loss(piece)
+                if loss is not None:
+                    total += loss.detach() / tokens
+                    if loss.requires_grad:  # if all prompts have one token, nothing is prefilled
+                        (loss / tokens).backward()
             self.optimizer.take_gradients()
         self.processes.sum_([total])
         return float(total)
