@@ -1,6 +1,6 @@
 """Quantize one block: fold AWQ's scales, then stage after stage collect statistics and quantize its linear layers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,7 @@ def quantize_block(
 
     Args:
         block: in full precision; `ours` has started it (None for rtn: no calibration).
-        full: the full-precision model's activations, in its own copy of the block, where a method compares with it.
+        full: the full-precision model's activations, in its own copy of the block; `refined` compares with them.
         step: called with a layer's name when it is done.
     Returns:
         Results by full layer name; layers that stay in full precision are absent.
@@ -58,9 +58,10 @@ def quantize_block(
         wanted = [name for name in stage.layers if job.specs[prefix + name].quantized]
         if not wanted:
             continue
-        moments = None if ours is None else collect(ours, full, number)
         spec, linears = job.specs[prefix + wanted[0]], [linear_of(block, name) for name in wanted]
         weights = [linear.weight.data for linear in linears]
+        target = full if job.config.method == "refined" else None
+        moments = None if ours is None else collect(ours, target, number, weights)
         found = quantize_layers(weights, moments, spec, job.config, job.scale_dtype, prefix + wanted[0])
         for name, linear, result in zip(wanted, linears, found, strict=True):
             linear.weight.data = result.weights.dequantize().to(linear.weight.dtype)
@@ -69,18 +70,25 @@ def quantize_block(
     return results
 
 
-def collect(ours: Activations, full: Activations | None, number: int) -> Moments:
-    """Return second moments of a stage's input over the counted positions of all batches."""
+def collect(ours: Activations, full: Activations | None, number: int, weights: Sequence[Tensor] = ()) -> Moments:
+    """Return second moments of a stage's input over the counted positions of all batches.
+
+    weights: (N_i, K) in full precision. Fewer outputs than inputs make it cheaper to know what those outputs lack than
+    how the inputs moved: (N, K) sums instead of (K, K).
+    """
     stage, architecture = ours.architecture.stages[number], ours.architecture
     moments: Moments | None = None
     for index, batch in enumerate(ours.batches):
-        x_full = full.stage_input(number, index) if full is not None else None
-        x = ours.stage_input(number, index)
-        gap = None
+        x_full = None if full is None else batch.rows(full.stage_input(number, index))
+        x = batch.rows(ours.stage_input(number, index))
+        missing = None
         if full is not None and stage.ends_half and architecture.output_added:
-            gap = batch.rows(full.residual(number, index) - ours.residual(number, index))
+            missing = batch.rows(full.residual(number, index) - ours.residual(number, index))
+        if x_full is not None and sum(map(len, weights)) < x.shape[-1]:
+            lacking = torch.cat([nn.functional.linear(x_full - x, weight) for weight in weights], 1)
+            missing, x_full = lacking if missing is None else lacking + missing, None
         moments = moments or Moments.zeros(x.shape[-1], x.device)
-        moments.add(batch.rows(x), None if x_full is None else batch.rows(x_full), gap)
+        moments.add(x, x_full, missing)
     assert moments is not None  # there is always a batch
     return moments
 

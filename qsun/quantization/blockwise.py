@@ -160,6 +160,6 @@ class BlockwiseQuantizer:
             moments = Moments.zeros(weight.shape[1], weight.device)
             for number, batch in enumerate(self.ours.batches):
                 rows = batch.rows(norm(self.ours.hidden[number]))
-                full = None if self.full is None else batch.rows(norm(self.full.hidden[number]))
-                moments.add(rows, full)
+                target = self.full if job.config.method == "refined" else None
+                moments.add(rows, None if target is None else batch.rows(norm(target.hidden[number])))
         return quantize_layers([weight], moments, job.specs["lm_head"], job.config, job.scale_dtype, "lm_head")[0]

@@ -13,7 +13,8 @@ from qsun.errors import QsunError
 
 log = logging.getLogger(__name__)
 _BLOCK = 64
-_FLOAT64_UP_TO = 4096  # factor larger Hessians in float32: float64 would need gigabytes
+_FLOAT32_FROM = 0.003  # damping that float32 can take; with less, float64 does, where it does not need gigabytes
+_FLOAT64_UP_TO = 4096
 
 
 def inverse_factor(hessian: Tensor, damp_percent: float) -> tuple[Tensor, float]:
@@ -28,7 +29,8 @@ def inverse_factor(hessian: Tensor, damp_percent: float) -> tuple[Tensor, float]
         raise QsunError("the calibration statistics have NaN or Inf; check the model's weights and dtype")
     mean = hessian.diagonal().mean().item()
     while True:
-        factor = _inverse_cholesky(hessian, damp_percent * mean)
+        precise = damp_percent < _FLOAT32_FROM and len(hessian) <= _FLOAT64_UP_TO
+        factor = _inverse_cholesky(hessian.double() if precise else hessian, damp_percent * mean)
         if factor is not None:
             return factor.flip(0, 1).float(), damp_percent * mean
         damp_percent = max(damp_percent * 10, 1e-4)
@@ -38,7 +40,7 @@ def inverse_factor(hessian: Tensor, damp_percent: float) -> tuple[Tensor, float]
 def _inverse_cholesky(hessian: Tensor, damp: float) -> Tensor | None:
     """Return L^-1 of L L^T = J (H + damp I) J; None where that is not positive definite."""
     K = len(hessian)
-    work = hessian.flip(0, 1).to(torch.float64 if K <= _FLOAT64_UP_TO else torch.float32)
+    work = hessian.flip(0, 1)
     work.diagonal().add_(damp)
     identity = torch.eye(_BLOCK, dtype=work.dtype, device=work.device)
     inverses = []

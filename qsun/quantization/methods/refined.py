@@ -31,18 +31,19 @@ _LEAST_RIDGE = 0.003
 
 
 def refined(weight: Tensor, moments: Moments, grid: Grid, options: GptqOptions) -> Quantized:
-    """Quantize the compensated target of a weight matrix. weight: (N, K); moments carry drift (and residual)."""
+    """Quantize the compensated target of a weight matrix. weight: (N, K); moments carry drift or what is missing."""
     return gptq(compensated_target(weight, moments), moments.hessian(), grid, options)
 
 
 def compensated_target(weight: Tensor, moments: Moments) -> Tensor:
-    """Return T of the module's docstring, (N, K) float32; the weight itself if no drift was tracked."""
+    """Return T of the module's docstring, (N, K) float32; the weight itself if no difference was tracked."""
     weight = weight.float()
-    if moments.drift is None:
+    wanted = moments.missing
+    if moments.drift is not None:
+        moved = weight @ moments.drift
+        wanted = moved if wanted is None else moved + wanted
+    if wanted is None:
         return weight
-    wanted = weight @ moments.drift
-    if moments.residual is not None:
-        wanted += moments.residual
     hessian = moments.hessian()
     hessian.diagonal().add_(1e-12)  # of inputs that are all zero
     factor, _ = inverse_factor(hessian, max(_LEAST_RIDGE, len(hessian) / moments.tokens))

@@ -131,9 +131,10 @@ def test_singular_hessian_is_damped_more_and_says_so(caplog):
     assert torch.isfinite(found.dequantize()).all()
 
 
-def test_inverse_factor():
+@pytest.mark.parametrize("damping", [0.01, 1e-5])
+def test_inverse_factor(damping):
     _, hessian = problem(1, 48)
-    upper, damp = inverse_factor(hessian, 0.01)
+    upper, damp = inverse_factor(hessian, damping)
     damped = hessian.double() + damp * torch.eye(48, dtype=torch.float64)
     assert torch.allclose(upper.double().t() @ upper.double() @ damped, torch.eye(48, dtype=torch.float64), atol=1e-4)
 

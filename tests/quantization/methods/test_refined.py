@@ -35,9 +35,21 @@ def test_moments_are_the_sums_they_say():
         (moments.hessian(), x.t() @ x / len(x)),
         (moments.mean_absolute(), x.abs().mean(0)),
         (moments.drift, (x_full - x).t() @ x),
-        (moments.residual, gap.t() @ x),
+        (moments.missing, gap.t() @ x),
     ):
         assert torch.allclose(ours.double(), exact, rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
+
+
+def test_sums_of_bfloat16_activations():
+    """The Gram matrix is that of the rounded activations; what only corrects a weight may be rounded in each batch."""
+    x_full, x, gap, _ = (each.bfloat16() for each in inputs(K=160))
+    moments = moments_of(x, x_full, gap)
+    x, missing = x.double(), gap.double()
+    exact = x.t() @ x
+    assert (moments.hessian().double() * len(x) - exact).abs().max() < 1e-6 * exact.abs().max()
+    for ours, exact in ((moments.drift, (x_full.double() - x).t() @ x), (moments.missing, missing.t() @ x)):
+        assert ours.dtype == torch.float32
+        assert (ours.double() - exact).abs().max() < 2**-8 * exact.abs().max()
 
 
 def test_gram_leaves_the_upper_tiles_alone():
