@@ -189,7 +189,7 @@ class QuantConfig(Settings):
         overrides: per-layer settings; a later one wins.
         format: of the files: gptq, awq, compressed-tensors.
         samples, seq_len: how much calibration data is used.
-        dtype: of the computation; auto is float32 on a CPU and the base's own on a GPU.
+        dtype: of the computation; auto as in `qsun.device.compute_dtype`.
         scale_dtype: what scales are rounded to; auto follows the base, as engines cast scales to the model's dtype.
     """
 

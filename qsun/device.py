@@ -8,6 +8,8 @@ from qsun.errors import QsunError
 if TYPE_CHECKING:
     import torch
 
+_WIDE = 512
+
 
 def default_device(device: "str | torch.device | None" = None) -> "torch.device":
     """Return the named device; by default a GPU if available, else the CPU. Raises QsunError for an unknown name."""
@@ -28,13 +30,25 @@ def named_dtype(name: str) -> "torch.dtype":
     return found
 
 
-def compute_dtype(name: str, device: "torch.device", stored: "torch.dtype | None") -> "torch.dtype":
-    """Return the dtype of this name; "auto" is float32 on a CPU and what is stored on a GPU."""
+def compute_dtype(name: str, device: "torch.device", stored: "torch.dtype | None", width: int = 0) -> "torch.dtype":
+    """Return the dtype of this name. "auto" is what is stored on a GPU; on a CPU it is float32, but for wide bfloat16
+    models where the CPU multiplies bfloat16.
+
+    width: the model's hidden size. Narrow models gain nothing (docs/tuning.md).
+    """
     import torch
 
     if name != "auto":
         return named_dtype(name)
-    return torch.float32 if device.type == "cpu" or stored is None else stored
+    fast = device.type != "cpu" or (stored == torch.bfloat16 and width >= _WIDE and multiplies_bfloat16())
+    return stored if fast and stored is not None else torch.float32
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16."""
+    import torch
+
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def load_dtype(name: str, device: "torch.device") -> "torch.dtype | None":

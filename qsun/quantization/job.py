@@ -20,7 +20,7 @@ from qsun.model.locate import DEMO, find_model, load_tokenizer
 from qsun.model.manifest import check_base_files
 from qsun.model.output_dir import Part, Shard, check_free, check_outside, lay_out, partial_path, written_bytes
 from qsun.model.quantization_config import check_fused, check_overrides
-from qsun.model.skeleton import EMBEDDING, HEAD, Skeleton
+from qsun.model.skeleton import EMBEDDING, HEAD, Skeleton, read_model_config
 from qsun.quantization.plan import Plan, check_disk, make_plan, output_parts
 from qsun.quantization.prefill_activations import PrefillPlan, plan_prefills
 from qsun.runtime.rotary import rope_boundary
@@ -67,9 +67,7 @@ def prepare(
     checkpoint = Checkpoint(find_model(str(model)))
     check_outside(out, checkpoint.directory)
     check_full_precision(checkpoint)
-    device = default_device(device)
-    base_dtype = checkpoint.dtype(EMBEDDING) if EMBEDDING in checkpoint else None
-    skeleton = Skeleton(checkpoint, compute_dtype(config.dtype, device, base_dtype), device)
+    skeleton = _skeleton(checkpoint, config.dtype, default_device(device))
     if checkpoint.left_out:
         kind = (skeleton.config.model_type, len(checkpoint.left_out), checkpoint.left_out[0])
         log.warning("the text model (%s) is quantized; %d tensors of other parts, such as %s, are left out", *kind)
@@ -101,6 +99,12 @@ def prepare(
     if scale_dtype == torch.float32:
         scale_dtype = torch.float16
     return Job(str(model), out, config, checkpoint, skeleton, specs, samples, plan, scale_dtype, prefill, parts, shards)
+
+
+def _skeleton(checkpoint: Checkpoint, dtype: str, device: torch.device) -> Skeleton:
+    stored = checkpoint.dtype(EMBEDDING) if EMBEDDING in checkpoint else None
+    width = read_model_config(checkpoint.directory).hidden_size
+    return Skeleton(checkpoint, compute_dtype(dtype, device, stored, width), device)
 
 
 def _fitting_groups(config: QuantConfig, shapes: dict[str, tuple[int, int]]) -> QuantConfig:

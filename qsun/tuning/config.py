@@ -46,7 +46,7 @@ class TuneConfig(Settings):
         valid_examples: of the validation data, drawn once and used in every validation; 0: all.
         baseline: "full" trains a conventional fine-tune instead of a prefill module: one model reads and writes. With
             lora_rank it is an ordinary LoRA on the base.
-        dtype: of the forward pass; auto is float32 on a CPU and the base's own on a GPU. Master weights are float32.
+        dtype: of the forward pass; auto as in `qsun.device.compute_dtype`. Master weights are float32.
     """
 
     epochs: Annotated[int, Field(ge=1, le=100_000)] = 3

@@ -209,7 +209,7 @@ def prepare_tuning(  # noqa: PLR0913, PLR0917
     if teaching is not None:
         names["teacher"] = teaching.name
         fingerprints["teacher"] = "+".join(teaching.fingerprints)
-    dtype = compute_dtype(config.dtype, where, Checkpoint(base_dir).dtype(EMBEDDING))
+    dtype = compute_dtype(config.dtype, where, Checkpoint(base_dir).dtype(EMBEDDING), shapes[0].hidden_size)
     return TuneJob(
         out, config, decode_dir, base_dir, start, teaching, names, fingerprints, train, valid, too_long, dtype, where
     )
