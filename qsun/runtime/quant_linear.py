@@ -12,7 +12,6 @@ from qsun.errors import QsunError
 from qsun.kernels import int4_cpu, int4pack_cpu, packed_cuda
 from qsun.kernels.layout import (
     INTERLEAVED_ROWS,
-    TILES,
     PackedWeights,
     interleave_gate_up,
     pack_weights,
@@ -71,41 +70,6 @@ class QuantLinear(nn.Module):
         self._dense: Tensor | None = None
         self._store(weights)
         self.register_buffer("bias", None if bias is None else bias.to(dtype))
-
-    @classmethod
-    def from_parts(
-        cls,
-        q: Tensor,
-        scales: Tensor,
-        zeros: Tensor,
-        group_size: int,
-        bias: Tensor | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> "QuantLinear":
-        """Build a layer of the fewest bits that hold its integers.
-
-        Args:
-            q: (out, in) uint8.
-            scales, zeros: (groups, out); zeros are integers.
-            group_size: of the input columns; -1 for one group.
-            bias: (out,), kept in dtype.
-            dtype: of the activations; scales are rounded to it: an engine that computes in bfloat16 holds bfloat16
-                scales.
-        Raises:
-            QsunError: incompatible shapes, or zeros beyond a byte.
-        """
-        size = q.shape[1] if group_size == -1 else group_size
-        wanted = (q.shape[1] // size if size and q.shape[1] % size == 0 else 0, q.shape[0])
-        if q.dtype != torch.uint8 or tuple(scales.shape) != wanted or tuple(zeros.shape) != wanted or 0 in wanted:
-            raise QsunError(
-                f"q {tuple(q.shape)} {q.dtype}, scales {tuple(scales.shape)}, zeros {tuple(zeros.shape)} do not fit "
-                f"group_size {group_size}; want uint8 (out, in) and (in / group_size, out)"
-            )
-        top = max(int(q.max()), int(zeros.max()))
-        if top > 255 or int(zeros.min()) < 0:
-            raise QsunError(f"zeros reach from {int(zeros.min())} to {int(zeros.max())}; want 0 to 255")
-        weights = Quantized(q, scales.to(dtype).float(), zeros.to(torch.uint8))
-        return cls(weights, bias, next(bits for bits in TILES if top < 1 << bits), dtype)
 
     @property
     def group_size(self) -> int:
