@@ -96,7 +96,7 @@ def _windows(value: str) -> tuple[int, int]:
 
 def _write(job: Any, parts: list[dict[str, Any]], speed: Any, out: Path, seed: int) -> dict[str, Any]:
     from qsun.eval.report.pages import markdown, page
-    from qsun.eval.report.plots import plots
+    from qsun.eval.report.plots import draw_plots
     from qsun.eval.report.summary import provenance, summarize
     from qsun.model.manifest import write_json
 
@@ -106,7 +106,7 @@ def _write(job: Any, parts: list[dict[str, Any]], speed: Any, out: Path, seed: i
         "settings": job.settings(),
     }
     report |= {"speed": speed} if speed else {}
-    pictures = plots(report)
+    pictures = draw_plots(report)
     for name, png in pictures.items():
         (out / f"{name}.png").write_bytes(png)
     (out / "report.md").write_text(markdown(report, list(pictures)), encoding="utf-8")

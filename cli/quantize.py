@@ -81,7 +81,7 @@ def quantize(
     check_device(inputs["device"])
     screen.show_warnings()
     from qsun.quantization.job import prepare
-    from qsun.quantization.run import run
+    from qsun.quantization.run import run_job
 
     job = prepare(model, out, settings, inputs["calib"], inputs["device"], resume, inputs["calib_prefill"] or ())
     _warn_of_unserved(inputs["served"] or [], job.prefill.names, model)
@@ -95,7 +95,7 @@ def quantize(
         screen.note("  " + _shortened(job.calibration.preview))
     try:
         with screen.progress(quiet=as_json) as progress:
-            report = run(job, resume, progress)
+            report = run_job(job, resume, progress)
     except KeyboardInterrupt:
         screen.interrupted("finished blocks are kept, --resume continues")
     results.show(report, as_json, _report_text)

@@ -115,7 +115,7 @@ def packed_product(x: Tensor, words: Tensor, scale_zero: Tensor) -> Tensor:
 
 def block_product(x: Tensor, words: Tensor, scale_zero: Tensor) -> Tensor:
     """Return what `packed_product` does, with weights rounded to bfloat16; for CPUs and batches of `blocks_win`."""
-    y = blocks.block_product(x, words, scale_zero)
+    y = blocks.multiply_block(x, words, scale_zero)
     N = words.shape[0]
     whole = N // blocks.BLOCK * blocks.BLOCK
     if whole < N:  # the op packs the last rows of such a matrix as a matrix of their own

@@ -38,13 +38,13 @@ def adapters(
     check_one_of("--prefill-weights", prefill_weights, ("base", "decode"))
     import torch
 
-    from qsun.eval.output.machine import machine
+    from qsun.eval.output.machine import describe_machine
     from qsun.eval.speed.adapter_speed import AdapterRun, bench_adapters, report_text
     from qsun.runtime.decode_module import load_decode
 
     torch.set_num_threads(threads)
     module = load_decode(decode, device, dtype)
     run = AdapterRun(count, rank, prompt, rounds, steps, prefill_weights == "decode")
-    result = bench_adapters(module, run, screen.note) | machine(next(module.model.parameters()).device)
+    result = bench_adapters(module, run, screen.note) | describe_machine(next(module.model.parameters()).device)
     results.save(out, "adapters", result)
     results.show(result, as_json, report_text)

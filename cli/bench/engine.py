@@ -41,7 +41,7 @@ def engine(
     import torch
 
     from qsun.eval.load.workload import Lengths, Workload
-    from qsun.eval.output.machine import machine
+    from qsun.eval.output.machine import describe_machine
     from qsun.eval.simulate.engine_comparison import EngineComparison, compare_in_rounds, report_text
     from qsun.runtime.decode_module import load_decode
     from qsun.runtime.prefill_module import load_prefill
@@ -56,6 +56,6 @@ def engine(
         runs = EngineComparison(module, models, max_batch, prefill_tokens)
         result = compare_in_rounds(runs, workload.trace(rate, requests), rounds, progress)
     result |= {"rate": rate, "skew": skew, "prompt": prompt, "output": output, "models": len(models)}
-    result |= machine(weight.device)
+    result |= describe_machine(weight.device)
     results.save(out, "engine", result)
     results.show(result, as_json, report_text)

@@ -44,7 +44,7 @@ def kernels(
     """
     import torch
 
-    from qsun.eval.output.machine import machine
+    from qsun.eval.output.machine import describe_machine
     from qsun.eval.speed.kernel_bench import (
         KernelVariant,
         Patience,
@@ -69,7 +69,7 @@ def kernels(
         Patience(rounds, seconds, minutes),
         screen.note,
     )
-    result |= machine(where)
+    result |= describe_machine(where)
     title = f"int{bits}, group {group_size}, {result['machine']}"
     results.save(out, "kernels", result, lambda: kernel_figure(result, title))
     results.show(result, as_json, report_text)

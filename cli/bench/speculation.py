@@ -35,7 +35,7 @@ def speculation(
     check_device("cpu")
     import torch
 
-    from qsun.eval.output.machine import machine
+    from qsun.eval.output.machine import describe_machine
     from qsun.eval.speed.speculation import compare_speculation, report_text
     from qsun.model.pairing import find_base
     from qsun.runtime.decode_module import load_decode
@@ -59,6 +59,6 @@ def speculation(
             for size in batches
             for row in compare_speculation(module, reader, found[:limit], size, lengths, max_tokens, progress)
         ]
-    result = {"decode": decode, "prefill": prefill, "rows": rows} | machine(weight.device)
+    result = {"decode": decode, "prefill": prefill, "rows": rows} | describe_machine(weight.device)
     results.save(out, "speculation", result)
     results.show(result, as_json, report_text)

@@ -48,7 +48,7 @@ def speed(
         raise QsunError("--base needs --decode; --shape makes its own base")
     import torch
 
-    from qsun.eval.output.machine import machine
+    from qsun.eval.output.machine import describe_machine
     from qsun.eval.speed.contenders import loaded_contenders, made_contenders
     from qsun.eval.speed.decode_speed import Points, bench_speed
     from qsun.eval.speed.report import report_text, speed_figure
@@ -67,6 +67,6 @@ def speed(
         contenders = loaded_contenders(decode, base or None, where)
     else:
         contenders = made_contenders(shape, lm_head, where, bits=whole_numbers("bits", bits))
-    result = bench_speed(contenders, points, screen.note) | machine(where)
+    result = bench_speed(contenders, points, screen.note) | describe_machine(where)
     results.save(out, "speed", result, lambda: speed_figure(result))
     results.show(result, as_json, report_text)

@@ -58,7 +58,7 @@ def _letters(count: int, random_: random.Random) -> str:
     return " ".join(random_.choices(_LETTERS, k=count))
 
 
-def plan(
+def plan_requests(
     workload: Workload, prompts: PromptSource, rate: float, requests: int, warm_up: int, prompt_seed: str
 ) -> list[PlannedRequest]:
     """Return `warm_up` and then `requests` requests at `rate`; at an infinite rate (a closed loop) all are due at 0.

@@ -10,7 +10,7 @@ from typing import Any
 from qsun.errors import QsunError
 from qsun.eval.load.client import Record, Target
 from qsun.eval.load.generator import closed_loop, open_loop
-from qsun.eval.load.plan import Pieces, PromptSource, plan, probe_pieces, served_models
+from qsun.eval.load.plan import Pieces, PromptSource, plan_requests, probe_pieces, served_models
 from qsun.eval.load.report import geometric_means, load_summary, ratios
 from qsun.eval.load.service_level import ServiceLevel
 from qsun.eval.load.workload import Lengths, Workload, zipf_shares
@@ -139,7 +139,9 @@ async def _one(
     prompt_seed: str,
     progress: Progress,
 ) -> list[Record]:
-    planned = plan(workload, prompts, settings.rate or math.inf, settings.requests, settings.warm_up, prompt_seed)
+    planned = plan_requests(
+        workload, prompts, settings.rate or math.inf, settings.requests, settings.warm_up, prompt_seed
+    )
     if settings.concurrency:
         return await closed_loop(target, planned, settings.concurrency, progress)
     return await open_loop(target, planned, settings.max_in_flight, progress)

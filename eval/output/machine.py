@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 
-def machine(device: torch.device) -> dict[str, Any]:
+def describe_machine(device: torch.device) -> dict[str, Any]:
     """Describe where `device` is, for a result: "machine" in one line, cores, operating system and torch."""
     return {
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),

@@ -18,7 +18,7 @@ from qsun.device import default_device, load_dtype
 from qsun.errors import QsunError
 from qsun.eval.harness.divergence import read_windows, response_divergence, text_divergence
 from qsun.eval.harness.run import HarnessSettings, check_tasks, run_task
-from qsun.eval.output.machine import machine
+from qsun.eval.output.machine import describe_machine
 from qsun.eval.report.variants import Entry, Matrix, stored_bits
 from qsun.eval.speed.contenders import loaded_contenders, made_contenders
 from qsun.eval.speed.decode_speed import Points, bench_speed
@@ -279,4 +279,4 @@ def measured_speed(what: str, job: Evaluation, note: Callable[[str], None]) -> d
     limit = contenders.prefill.config.max_position_embeddings
     contexts = [c for c in (128, 1024) if c + 64 < limit]
     result = bench_speed(contenders, Points([1, 4, 16, 64], contexts, 32, 60.0), note)
-    return result | machine(device)
+    return result | describe_machine(device)

@@ -11,7 +11,7 @@ from qsun.figure import new_figure, save_figure, tidy
 _COLORS = ["#9aa5b1", "#52606d", "#f0883e", "#2f81f7", "#1f6feb", "#8957e5", "#bf4b8a", "#3fb950", "#d29922", "#a40e26"]
 
 
-def plots(report: Report) -> dict[str, bytes]:
+def draw_plots(report: Report) -> dict[str, bytes]:
     """Return PNG bytes by name (accuracy, bits, speed), those that the report has numbers for."""
     made = {}
     if report["accuracy"]:

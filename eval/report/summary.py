@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qsun.eval.output.machine import machine
+from qsun.eval.output.machine import describe_machine
 from qsun.eval.report.paired import compare_groups
 from qsun.eval.report.variants import Matrix, stored_bits
 from qsun.model.manifest import versions
@@ -126,7 +126,7 @@ def provenance(command: str, seed: int, device: torch.device) -> dict[str, Any]:
     return {
         "command": command,
         "versions": versions("lm_eval"),
-        **machine(device),
+        **describe_machine(device),
         "seed": seed,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -122,7 +122,7 @@ def mean_tpot_ms(result: SimulationResult) -> float:
     return math.fsum(tpots) / len(tpots) if tpots else 0.0
 
 
-def capacity(scenario: Scenario, kind: str, workers: int, tpot_ms: float = math.inf) -> Capacity | None:
+def find_capacity(scenario: Scenario, kind: str, workers: int, tpot_ms: float = math.inf) -> Capacity | None:
     """Return `highest_rate`; None also if the workers cannot hold their modules or a request at any rate."""
     try:
         return highest_rate(scenario, kind, workers, tpot_ms)

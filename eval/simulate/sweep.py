@@ -7,7 +7,7 @@ from typing import Any
 
 from qsun.errors import QsunError
 from qsun.eval.load.workload import TracedRequest
-from qsun.eval.simulate.capacity import Capacity, Scenario, capacity, highest_rate, mean_tpot_ms, workers_needed
+from qsun.eval.simulate.capacity import Capacity, Scenario, find_capacity, highest_rate, mean_tpot_ms, workers_needed
 from qsun.eval.simulate.compared_systems import CONVENTIONAL, KINDS
 from qsun.eval.simulate.curves import SUN
 from qsun.progress import Progress
@@ -95,7 +95,7 @@ def over_skew(
         reference: Capacity | None = None
         for kind in KINDS:
             progress(f"skew {skew:g}, {kind}", done, total)
-            found = capacity(here, kind, workers)
+            found = find_capacity(here, kind, workers)
             if kind == CONVENTIONAL:
                 reference = found
             if rate is None:
@@ -126,7 +126,7 @@ def _row(
         limit = SAME_TPOT * mean_tpot_ms(reference.result)
         held: Capacity | None = found
         if mean_tpot_ms(found.result) > limit:
-            held = capacity(scenario, kind, len(found.result.system.decode), limit)
+            held = find_capacity(scenario, kind, len(found.result.system.decode), limit)
         row["ratio_same_tpot"] = held and held.tokens_per_s() / reference.tokens_per_s()
     return row
 

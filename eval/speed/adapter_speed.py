@@ -18,7 +18,7 @@ from qsun.engine.config import Sampling
 from qsun.engine.decode.fixed_slots import budget_for
 from qsun.engine.decode_batch import DecodeBatch
 from qsun.engine.requests import Request
-from qsun.engine.row import Row
+from qsun.engine.row import DecodeRow
 from qsun.model.checkpoint import files_fingerprint
 from qsun.model.lora import AdapterSettings, adapter_file, fresh_adapter, write_adapter
 from qsun.model.manifest import MANIFEST, write_json
@@ -132,7 +132,7 @@ def _decode_turns(
         batch = batches[name] = DecodeBatch(decode.model, budget_for(decode.model, run.count, columns))
         with shared.rows(rows):
             for number, layers in enumerate(prefilled_rows(shared.model, [p[:-1] for p in prompts], _CHUNK_TOKENS)):
-                batch.add(Row(Request(str(number), name, tuple(prompts[number]), settings)), layers)
+                batch.add(DecodeRow(Request(str(number), name, tuple(prompts[number]), settings)), layers)
 
     return _in_turns({name: partial(_step, batch) for name, batch in batches.items()}, run.steps, shared.device)
 

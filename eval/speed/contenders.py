@@ -69,19 +69,19 @@ def made_contenders(
     weights = 2 * sum(p.numel() for name, p in empty_model(config).named_parameters() if not _is_tied(name, config))
     all_bytes = int(weights * (1 + sum(0.15 + each / 16 for each in set(bits))))
     check_memory(all_bytes, available_bytes(device), f"shape {shape} in bf16 and int4", "take a smaller one")
-    full = random_model(config, device, seed)
-    decode = {SUN: full}
-    made = {each: quantized_model(full, config, each) for each in dict.fromkeys(bits)}
-    merge_projections(full, config, dense=True)
+    reference = random_model(config, device, seed)
+    decode = {SUN: reference}
+    made = {each: quantized_model(reference, config, each) for each in dict.fromkeys(bits)}
+    merge_projections(reference, config, dense=True)
     if device.type == "cuda":
-        for model in (full, *made.values()):
+        for model in (reference, *made.values()):
             fuse_blocks(model, config)
     if 4 in made and head != "int4":
         decode[QSUN] = made[4]
     if 4 in made and head != "bf16":
         decode[QSUN_HEAD] = with_int4_head(made[4])
     decode |= {f"{QSUN}-{each}bit": model for each, model in made.items() if each != 4}
-    return Contenders(shape, decode, full, {name: head_of(model) for name, model in decode.items()})
+    return Contenders(shape, decode, reference, {name: head_of(model) for name, model in decode.items()})
 
 
 def loaded_contenders(directory: str, base: str | None, device: torch.device) -> Contenders:
@@ -93,23 +93,23 @@ def loaded_contenders(directory: str, base: str | None, device: torch.device) ->
     quantized: Any = load_decode(directory, device, DTYPE).model
     if not any(isinstance(module, QuantLinear) for module in quantized.modules()):
         raise QsunError(f"{directory} is not quantized; give the int4 decode module, and its base with --base")
-    full: Any
+    reference: Any
     if base is None:
-        full = load_decode(directory, device, DTYPE, keep_dense=False, merge=False).model
-        dequantize_layers(full)
+        reference = load_decode(directory, device, DTYPE, keep_dense=False, merge=False).model
+        dequantize_layers(reference)
     else:
-        full = load_decode(base, device, DTYPE).model
-        if any(isinstance(module, QuantLinear) for module in full.modules()):
+        reference = load_decode(base, device, DTYPE).model
+        if any(isinstance(module, QuantLinear) for module in reference.modules()):
             raise QsunError(f"base {base} is quantized; give the full-precision model")
-        if _sizes(full.config) != _sizes(quantized.config):
-            raise QsunError(f"base {base} has {_sizes(full.config)}, {directory} has {_sizes(quantized.config)}")
+        if _sizes(reference.config) != _sizes(quantized.config):
+            raise QsunError(f"base {base} has {_sizes(reference.config)}, {directory} has {_sizes(quantized.config)}")
     if device.type == "cuda":  # where load_decode merges and fuses the int4 layers
-        merge_projections(full, full.config, dense=True)
-        fuse_blocks(full, full.config)
+        merge_projections(reference, reference.config, dense=True)
+        fuse_blocks(reference, reference.config)
     variant = QSUN if head_of(quantized) == "bf16" else QSUN_HEAD
-    decode = {SUN: full, variant: quantized}
+    decode = {SUN: reference, variant: quantized}
     return Contenders(
-        Path(directory).name or directory, decode, full, {name: head_of(model) for name, model in decode.items()}
+        Path(directory).name or directory, decode, reference, {name: head_of(model) for name, model in decode.items()}
     )
 
 
@@ -149,25 +149,25 @@ def random_model(config: Any, device: torch.device, seed: int) -> Any:
     return model.to(device)
 
 
-def quantized_model(full: Any, config: Any, bits: int = 4) -> Any:
+def quantized_model(reference: Any, config: Any, bits: int = 4) -> Any:
     """Return the model with the linear layers of its blocks rounded to so many bits (group 128, symmetric).
 
-    Everything else, including the head of tied embeddings, is shared with the full model and takes no memory.
+    Everything else, including the head of tied embeddings, is shared with the given one and takes no memory.
     """
     architecture = architecture_of(config.model_type)
-    keep_dense = _bytes(full) < available_bytes() / 2
+    keep_dense = _bytes(reference) < available_bytes() / 2
     model = empty_model(config)
-    for name, parameter in full.named_parameters(remove_duplicate=False):
+    for name, parameter in reference.named_parameters(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
         if owner.rpartition(".")[0].startswith("model.layers.") and parameter.ndim == 2:
             continue
         setattr(model.get_submodule(owner), leaf, parameter)
-    for block, source in zip(model.model.layers, full.model.layers, strict=True):
+    for block, source in zip(model.model.layers, reference.model.layers, strict=True):
         for name in architecture.linear_names():
             linear: Any = source.get_submodule(name)
             block.set_submodule(name, QuantLinear(rounded(linear.weight, bits), linear.bias, bits, DTYPE, keep_dense))
         merge_block(block, architecture, silu=getattr(config, "hidden_act", None) == "silu")
-    return model.to(full.device)
+    return model.to(reference.device)
 
 
 def with_int4_head(model: Any) -> Any:

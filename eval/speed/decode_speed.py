@@ -13,7 +13,7 @@ from qsun.engine.decode.fixed_slots import budget_for
 from qsun.engine.decode.slot_memory import available_after_release
 from qsun.engine.decode_batch import DecodeBatch
 from qsun.engine.requests import Request
-from qsun.engine.row import Row
+from qsun.engine.row import DecodeRow
 from qsun.errors import QsunError
 from qsun.eval.load.percentiles import percentile
 from qsun.eval.speed.clock import copy_bandwidth
@@ -181,7 +181,7 @@ def filled_batch(model: Any, batch: int, filled: int, steps: int) -> DecodeBatch
     layers, heads, width = kv_shape(model.config)
     drawn = [torch.randn(2, heads, filled, width, device=device).to(DTYPE) for _ in range(layers)]
     tokens = torch.randint(model.config.vocab_size, (batch, filled + 1)).tolist()
-    rows = [Row(Request(str(i), "", tuple(row), Sampling(max_new_tokens=steps))) for i, row in enumerate(tokens)]
+    rows = [DecodeRow(Request(str(i), "", tuple(row), Sampling(max_new_tokens=steps))) for i, row in enumerate(tokens)]
     decoding = DecodeBatch(model, budget_for(model, batch, filled + steps))
     decoding.cache.reserve([filled + steps] * batch)
     for row in rows:

@@ -16,7 +16,7 @@ _F32, _I32, _BF16 = "<16 x float>", "<16 x i32>", "<32 x bfloat>"
 _ARGUMENTS = ("x", "words", "pairs", "out", "taken", "m", "n", "k", "group", "blocks")
 
 
-def block_code() -> str:
+def write_block_code() -> str:
     """Return the module: `@run(args, threads)` over an array of int64, in the order of `_ARGUMENTS`.
 
     x, words, pairs, out: addresses of (m, k) bfloat16, (n, k / 2) uint8 and (k / group, n, 2) bfloat16 as

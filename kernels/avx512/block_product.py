@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsun.kernels.avx512.block_code import MOST_ROWS, block_code
+from qsun.kernels.avx512.block_code import MOST_ROWS, write_block_code
 
 logger = logging.getLogger(__name__)
 BLOCK = 64  # rows of weights
@@ -34,7 +34,7 @@ def available() -> bool:
     return True
 
 
-def block_product(x: Tensor, words: Tensor, scale_zero: Tensor) -> Tensor:
+def multiply_block(x: Tensor, words: Tensor, scale_zero: Tensor) -> Tensor:
     """Return x times the packed matrix in its first N // 64 * 64 columns; the others are not written.
 
     A row's result does not depend on the other rows of x, nor on the number of threads.
@@ -67,7 +67,7 @@ class _Compiled:
         llvm.initialize_native_asmprinter()
         parallel: Any = ctypes.CDLL(None).GOMP_parallel  # torch has loaded it, libgomp's or Intel's
         llvm.add_symbol("GOMP_parallel", ctypes.cast(parallel, ctypes.c_void_p).value)
-        module = llvm.parse_assembly(block_code())
+        module = llvm.parse_assembly(write_block_code())
         target = llvm.Target.from_default_triple().create_target_machine(
             cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
         )

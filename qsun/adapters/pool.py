@@ -45,7 +45,7 @@ class AdapterPool:
 
     def want(
         self, number: int, load: Callable[[], AdapterWeights], pinned: Set[int]
-    ) -> AdapterWeights | Literal["loading", "full"]:
+    ) -> AdapterWeights | Literal["loading", "no_room"]:
         """Return an adapter, or why it is not here: it is being loaded, or all that are here are pinned."""
         adapter = self._here.get(number)
         if adapter is not None:
@@ -54,7 +54,7 @@ class AdapterPool:
             return adapter
         if number not in self._loading:
             if not self._make_room(pinned):
-                return "full"
+                return "no_room"
             self._loading[number] = self._loader.submit(load)
         return "loading"
 

@@ -108,7 +108,7 @@ def weighted_loss(model: LlamaForCausalLM, ids: Tensor, weights: Tensor) -> Tens
     return (losses * weights).sum() / weights.sum()
 
 
-def pretrain(config: PretrainConfig, report: Callable[[int, float], None]) -> LlamaForCausalLM:
+def pretrain_base(config: PretrainConfig, report: Callable[[int, float], None]) -> LlamaForCausalLM:
     """Train a base; `report` gets the step and the mean loss since its last call."""
     model = build_model(config.seed)
     model.train()
@@ -147,7 +147,7 @@ def write_base(model: LlamaForCausalLM, directory: Path) -> None:
 
 def build(config: PretrainConfig, output: Path, report: Callable[[int, float], None]) -> None:
     """Train, and write output/base and output/calibration.txt: the two things that are packaged."""
-    write_base(pretrain(config, report), output / "base")
+    write_base(pretrain_base(config, report), output / "base")
     # Not training's seed, or calibration would repeat the documents of its first steps.
     text = calibration_text(config.seed + 1)
     (output / "calibration.txt").write_text(text, encoding="ascii", newline="\n")

@@ -7,7 +7,7 @@ from qsun.engine.decode.decode_step import DecodeStep
 from qsun.engine.decode.fixed_slots import FixedSlots, has_fixed_shapes
 from qsun.engine.decode.slot_cache import SlotCache
 from qsun.engine.prefix_cache import LayerKV
-from qsun.engine.row import Row
+from qsun.engine.row import DecodeRow
 from qsun.engine.token_choice import ChosenToken, choose
 
 _STEP_TOKENS = 64  # a step with drafts computes no more, as it would then cost more than one without
@@ -40,7 +40,7 @@ class DecodeBatch:
             if fixed
             else SlotCache(model.config, weight, budget_tokens, speculate, kv_dtype)
         )
-        self.rows: list[Row] = []
+        self.rows: list[DecodeRow] = []
         self._step = DecodeStep(model, self.cache)
         self._speculate = speculate
         self.drafted, self.accepted = 0, 0
@@ -49,11 +49,11 @@ class DecodeBatch:
         """Capture the graphs of steps of up to `rows` rows, before there are any; returns how many there are."""
         return self._step.warm(rows)
 
-    def add(self, row: Row, layers: LayerKV) -> None:
+    def add(self, row: DecodeRow, layers: LayerKV) -> None:
         self.cache.place(layers, row.request.prefix_tokens, row.request.kv_tokens)
         self.rows.append(row)
 
-    def remove(self, row: Row, broken: bool = False) -> None:
+    def remove(self, row: DecodeRow, broken: bool = False) -> None:
         """Remove a row; broken: it computed NaN or Inf, which must not stay in its place."""
         place = self.rows.index(row)
         self.cache.release(place, wipe=broken)
@@ -66,7 +66,7 @@ class DecodeBatch:
         for row in [row for row in self.rows if row.finish]:
             self.remove(row, broken=row.finish == "error")
 
-    def turns(self, eos: Set[int] = frozenset()) -> Iterator[list[tuple[Row, ChosenToken]]]:
+    def turns(self, eos: Set[int] = frozenset()) -> Iterator[list[tuple[DecodeRow, ChosenToken]]]:
         """Choose one token for each row, then a further one for each whose draft held; eos: the model's end tokens.
 
         A row chooses after a drafted token only if that is what it chose itself: by its own settings and random
@@ -92,7 +92,7 @@ class DecodeBatch:
                     self.cache.wipe(place, self.cache.filled[place])
 
     @staticmethod
-    def _holds(row: Row, draft: list[int], turn: int) -> bool:
+    def _holds(row: DecodeRow, draft: list[int], turn: int) -> bool:
         return not row.finish and turn <= len(draft) and row.token == draft[turn - 1]
 
     def _drafts(self) -> list[list[int]]:

@@ -19,7 +19,7 @@ from qsun.engine.fair_queue import FairQueue
 from qsun.engine.prefilling import LoadedModule, Prefilling, PrefillTask
 from qsun.engine.prefix_cache import PrefixCache
 from qsun.engine.requests import Full, Refused, Request, Update, check_prompt, most_new_tokens
-from qsun.engine.row import Row, decoding_row
+from qsun.engine.row import DecodeRow, decoding_row
 from qsun.engine.state import EngineState, EngineWatch, engine_state, model_states
 from qsun.engine.token_choice import ChosenToken
 from qsun.errors import QsunError
@@ -168,10 +168,10 @@ class Engine:
         self.watch.finished(request, outcome, tokens, now - request.arrived)
         return request
 
-    def _rows(self) -> list[Row]:
+    def _rows(self) -> list[DecodeRow]:
         return [row for batch in self._batches.values() for row in batch.rows]
 
-    def _in_progress(self) -> list[Row | PrefillTask]:
+    def _in_progress(self) -> list[DecodeRow | PrefillTask]:
         return [*self._rows(), *self._prefilling.tasks]
 
     @property
@@ -283,7 +283,7 @@ class Engine:
             batch.remove_ended()
         return updates
 
-    def _update(self, row: Row, choice: ChosenToken, now: float) -> Update:
+    def _update(self, row: DecodeRow, choice: ChosenToken, now: float) -> Update:
         request = row.request
         if choice.error:
             row.finish = "error"

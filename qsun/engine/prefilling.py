@@ -107,7 +107,7 @@ class Prefilling:
             pinned = {task.owner.number for task in self.tasks} | self._adapters.unused & wanted
             adapter = self._adapters.want(owner.number, owner.module.load, pinned)
         if isinstance(adapter, str):
-            others = modules if adapter == "full" else ()
+            others = modules if adapter == "no_room" else ()
             return {owner.name, *(m.name for m in others if m.adapts and m.number not in self._adapters.unused)}
         self.tasks.append(PrefillTask(request, owner, adapter))
         return set()

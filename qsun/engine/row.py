@@ -14,7 +14,7 @@ from qsun.runtime.tokens.sampling import LogitShaping
 
 
 @dataclass(eq=False)
-class Row:
+class DecodeRow:
     """A row of a decode batch.
 
     Attributes:
@@ -94,10 +94,10 @@ class Row:
 
 def decoding_row(
     request: Request, cached: int, scores: tuple[TokenLogprob, ...], tokenizer: Any | None, speculate: int
-) -> Row:
-    """Return the row of a request whose prompt has been read. cached: see Row. speculate: most tokens of a draft."""
+) -> DecodeRow:
+    """Return the row of a request whose prompt has been read. cached: see above. speculate: most tokens of a draft."""
     sampling, text = request.sampling, None
     if sampling.detokenize and tokenizer is not None:
         text = RowText(tokenizer, sampling.stop, sampling.skip_special_tokens)
     drafts = Drafts(request.tokens, speculate) if speculate and sampling.max_new_tokens > 1 else None
-    return Row(request, text, cached, scores, drafts=drafts)
+    return DecodeRow(request, text, cached, scores, drafts=drafts)

@@ -8,7 +8,7 @@ from qsun.engine.decode_batch import DecodeBatch
 from qsun.engine.prefilling import LoadedModule, PrefillTask
 from qsun.engine.prefix_cache import PrefixCache
 from qsun.engine.requests import Request
-from qsun.engine.row import Row
+from qsun.engine.row import DecodeRow
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def model_states(
     modules: Iterable[LoadedModule],
     waiting: Callable[[str], int],
     prefilling: Sequence[PrefillTask],
-    decoding: Sequence[Row],
+    decoding: Sequence[DecodeRow],
 ) -> dict[str, ModelState]:
     """Count by model. waiting: gives a model's requests in the queue."""
     states = {}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qsun.engine.requests import TokenLogprob
-from qsun.engine.row import Row
+from qsun.engine.row import DecodeRow
 from qsun.runtime.tokens.sampling import draw
 
 
@@ -20,7 +20,7 @@ class ChosenToken(NamedTuple):
     error: str
 
 
-def choose(logits: Tensor, rows: Sequence[Row], eos: Set[int] = frozenset()) -> list[ChosenToken]:
+def choose(logits: Tensor, rows: Sequence[DecodeRow], eos: Set[int] = frozenset()) -> list[ChosenToken]:
     """Choose a token for each row of (B, vocabulary) logits and let the row take it. eos: the model's end tokens."""
     best, tokens = logits.max(-1)
     errors = ["" if isfinite(logit) else "the model computed NaN or Inf for this prompt" for logit in best.tolist()]
@@ -41,7 +41,7 @@ def choose(logits: Tensor, rows: Sequence[Row], eos: Set[int] = frozenset()) -> 
     return choices
 
 
-def _drawn(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+def _drawn(logits: Tensor, rows: Sequence[DecodeRow]) -> Tensor:
     settings = [row.request.sampling for row in rows]
     numbers = torch.cat([torch.rand(1, generator=row.random, dtype=torch.float64) for row in rows])
     return draw(
@@ -54,7 +54,7 @@ def _drawn(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     )
 
 
-def _logprobs(logits: Tensor, tokens: Tensor, rows: Sequence[Row]) -> dict[int, TokenLogprob]:
+def _logprobs(logits: Tensor, tokens: Tensor, rows: Sequence[DecodeRow]) -> dict[int, TokenLogprob]:
     """Log-probabilities by place, where they are wanted."""
     asked = {place: row.request.sampling.logprobs for place, row in enumerate(rows)}
     wanted = {place: count for place, count in asked.items() if count is not None}

@@ -59,7 +59,7 @@ def versions(*more: str) -> dict[str, str]:
     return found
 
 
-def manifest(
+def decode_manifest(
     config: QuantConfig,
     base: str,
     fingerprints: dict[str, str | None],

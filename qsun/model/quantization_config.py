@@ -14,7 +14,7 @@ from qsun.errors import QsunError
 _FUSED = (("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj", "gate_up_proj"))
 
 
-def quantization_config(config: QuantConfig, specs: Mapping[str, LayerSpec]) -> dict[str, Any]:
+def make_quantization_config(config: QuantConfig, specs: Mapping[str, LayerSpec]) -> dict[str, Any]:
     """Return config.json's quantization_config for layers by full name."""
     build = {"gptq": _gptq_config, "awq": _awq_config, "compressed-tensors": _compressed_config}
     return build[config.format](config, specs)

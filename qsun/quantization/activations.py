@@ -54,8 +54,8 @@ def make_batches(samples: tuple[Sample, ...], device: torch.device) -> list[Batc
     batches: list[Batch] = []
     waiting: list[Sample] = []
     for sample in sorted(samples, key=lambda s: (-1 if s.module is None else s.module, len(s.tokens))):
-        full = (len(waiting) + 1) * len(sample.tokens) > TOKENS_PER_BATCH
-        if waiting and (full or sample.module != waiting[0].module):
+        filled = (len(waiting) + 1) * len(sample.tokens) > TOKENS_PER_BATCH
+        if waiting and (filled or sample.module != waiting[0].module):
             batches.append(_pad(waiting, device))
             waiting = []
         waiting.append(sample)

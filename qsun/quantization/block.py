@@ -38,13 +38,13 @@ def grid_of(spec: LayerSpec, scale_dtype: torch.dtype) -> Grid:
 
 
 def quantize_block(
-    job: Job, index: int, block: nn.Module, ours: Activations | None, full: Activations | None, step: Step
+    job: Job, index: int, block: nn.Module, ours: Activations | None, reference: Activations | None, step: Step
 ) -> dict[str, LayerResult]:
     """Quantize a block's linear layers in place: their weights become the dequantized integers.
 
     Args:
         block: in full precision; `ours` has started it (None for rtn: no calibration).
-        full: the full-precision model's activations, in its own copy of the block; `refined` compares with them.
+        reference: the full-precision model's activations, in its own copy of the block; `refined` compares with them.
         step: called with a layer's name when it is done.
     Returns:
         Results by full layer name; layers that stay in full precision are absent.
@@ -60,7 +60,7 @@ def quantize_block(
             continue
         spec, linears = job.specs[prefix + wanted[0]], [linear_of(block, name) for name in wanted]
         weights = [linear.weight.data for linear in linears]
-        target = full if job.config.method == "refined" else None
+        target = reference if job.config.method == "refined" else None
         moments = None if ours is None else collect(ours, target, number, weights)
         found = quantize_layers(weights, moments, spec, job.config, job.scale_dtype, prefix + wanted[0])
         for name, linear, result in zip(wanted, linears, found, strict=True):
@@ -70,7 +70,7 @@ def quantize_block(
     return results
 
 
-def collect(ours: Activations, full: Activations | None, number: int, weights: Sequence[Tensor] = ()) -> Moments:
+def collect(ours: Activations, reference: Activations | None, number: int, weights: Sequence[Tensor] = ()) -> Moments:
     """Return second moments of a stage's input over the counted positions of all batches.
 
     weights: (N_i, K) in full precision. Fewer outputs than inputs make it cheaper to know what those outputs lack than
@@ -79,16 +79,16 @@ def collect(ours: Activations, full: Activations | None, number: int, weights: S
     stage, architecture = ours.architecture.stages[number], ours.architecture
     moments: Moments | None = None
     for index, batch in enumerate(ours.batches):
-        x_full = None if full is None else batch.rows(full.stage_input(number, index))
+        x_reference = None if reference is None else batch.rows(reference.stage_input(number, index))
         x = batch.rows(ours.stage_input(number, index))
         missing = None
-        if full is not None and stage.ends_half and architecture.output_added:
-            missing = batch.rows(full.residual(number, index) - ours.residual(number, index))
-        if x_full is not None and sum(map(len, weights)) < x.shape[-1]:
-            lacking = torch.cat([nn.functional.linear(x_full - x, weight) for weight in weights], 1)
-            missing, x_full = lacking if missing is None else lacking + missing, None
+        if reference is not None and stage.ends_half and architecture.output_added:
+            missing = batch.rows(reference.residual(number, index) - ours.residual(number, index))
+        if x_reference is not None and sum(map(len, weights)) < x.shape[-1]:
+            lacking = torch.cat([nn.functional.linear(x_reference - x, weight) for weight in weights], 1)
+            missing, x_reference = lacking if missing is None else lacking + missing, None
         moments = moments or Moments.zeros(x.shape[-1], x.device)
-        moments.add(x, x_full, missing)
+        moments.add(x, x_reference, missing)
     assert moments is not None  # there is always a batch
     return moments
 

@@ -46,7 +46,7 @@ class BlockwiseQuantizer:
         self.writer = ShardWriter(work.module, job.shards)
         self.written = Checkpoint(work.module)
         self.ours: Activations | None = None
-        self.full: Activations | None = None
+        self.reference: Activations | None = None
         self.prefills: list[PrefillActivations] = []
         if job.calibration is not None:
             batches = make_batches(job.calibration.samples, job.skeleton.device)
@@ -54,8 +54,8 @@ class BlockwiseQuantizer:
             self.ours = Activations(job.skeleton, batches, hidden)
             base_reads = any(batch.module is None and batch.prefilled.any() for batch in batches)
             if job.config.method == "refined" or base_reads:
-                self.full = Activations(job.skeleton, batches, list(hidden))
-                self.ours.attend_to(self.full)
+                self.reference = Activations(job.skeleton, batches, list(hidden))
+                self.ours.attend_to(self.reference)
             self._read_prompts(batches)
 
     def _read_prompts(self, batches: list[Batch]) -> None:
@@ -67,7 +67,7 @@ class BlockwiseQuantizer:
                 activations.attend_to(source, number)
 
     def _both(self) -> list[Activations]:
-        return [activations for activations in (self.ours, self.full) if activations is not None]
+        return [activations for activations in (self.ours, self.reference) if activations is not None]
 
     @property
     def probe(self) -> tuple[Tensor, Tensor] | None:
@@ -93,17 +93,17 @@ class BlockwiseQuantizer:
         for prefill in self.prefills:
             prefill.run_block(index)
         original = self.job.skeleton.load_block(index)
-        if self.full is not None:
-            self.full.start_block(index, original)
+        if self.reference is not None:
+            self.reference.start_block(index, original)
         name = block_part(index)
         if self.work.finished(name):
             self._finished_block(index)
             self.counter.done(f"{name} (kept)", len(self.work.record(name)["layers"]))
             return
-        block = original if self.full is None else copy.deepcopy(original)
+        block = original if self.reference is None else copy.deepcopy(original)
         if self.ours is not None:
             self.ours.start_block(index, block)
-        results = quantize_block(self.job, index, block, self.ours, self.full, self.counter.done)
+        results = quantize_block(self.job, index, block, self.ours, self.reference, self.counter.done)
         for activations in self._both():
             activations.finish_block()
         tensors = {block_prefix(index) + key: tensor for key, tensor in block.state_dict().items()}
@@ -132,13 +132,13 @@ class BlockwiseQuantizer:
         self.work.note(part, {"layers": layers, "digests": digests, "block_error": error})
 
     def _block_error(self) -> float | None:
-        """Return |quantized - full|^2 / |full|^2 of the hidden states after the block."""
-        if self.ours is None or self.full is None:
+        """Return |quantized - reference|^2 / |reference|^2 of the hidden states after the block."""
+        if self.ours is None or self.reference is None:
             return None
         wrong = right = 0.0
-        for ours, full, batch in zip(self.ours.hidden, self.full.hidden, self.ours.batches, strict=True):
-            wrong += squared_norm((ours - full)[batch.counted])
-            right += squared_norm(full[batch.counted])
+        for ours, reference, batch in zip(self.ours.hidden, self.reference.hidden, self.ours.batches, strict=True):
+            wrong += squared_norm((ours - reference)[batch.counted])
+            right += squared_norm(reference[batch.counted])
         return wrong / max(right, 1e-30)
 
     def _rest(self) -> None:
@@ -160,6 +160,6 @@ class BlockwiseQuantizer:
             moments = Moments.zeros(weight.shape[1], weight.device)
             for number, batch in enumerate(self.ours.batches):
                 rows = batch.rows(norm(self.ours.hidden[number]))
-                target = self.full if job.config.method == "refined" else None
+                target = self.reference if job.config.method == "refined" else None
                 moments.add(rows, None if target is None else batch.rows(norm(target.hidden[number])))
         return quantize_layers([weight], moments, job.specs["lm_head"], job.config, job.scale_dtype, "lm_head")[0]

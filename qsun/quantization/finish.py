@@ -9,8 +9,8 @@ from torch import Tensor
 from qsun.errors import QsunError
 from qsun.memory import release_freed
 from qsun.model.checkpoint import Checkpoint
-from qsun.model.manifest import MANIFEST, copy_base_files, manifest, model_card, write_json
-from qsun.model.quantization_config import engines_for, quantization_config
+from qsun.model.manifest import MANIFEST, copy_base_files, decode_manifest, model_card, write_json
+from qsun.model.quantization_config import engines_for, make_quantization_config
 from qsun.model.quantized import digest
 from qsun.model.skeleton import config_json, linear_of
 from qsun.model.stored_layers import bits_per_weight, load_quantized_block, quantized_layer_names, read_quantized_layer
@@ -19,7 +19,7 @@ from qsun.quantization.job import Job
 
 def write_configuration(job: Job, directory: Path) -> None:
     """Write config.json, with which the module can be loaded."""
-    quantization = quantization_config(job.config, job.specs)
+    quantization = make_quantization_config(job.config, job.specs)
     base_config = config_json(job.checkpoint.directory)
     if job.config.lm_head:
         base_config["tie_word_embeddings"] = False
@@ -36,7 +36,7 @@ def write_module_files(
     prefill_modules: list[dict[str, str]],
 ) -> dict[str, Any]:
     """Write tokenizer, card and qsun.json. Returns what the report says about the module."""
-    quantization = quantization_config(job.config, job.specs)
+    quantization = make_quantization_config(job.config, job.specs)
     copy_base_files(job.checkpoint.directory, directory)
     engines = engines_for(job.config.format, quantization, job.specs, job.skeleton.tied and not job.config.lm_head)
     density = bits_per_weight(Checkpoint(directory), job.skeleton.linear_shapes(job.config.lm_head))
@@ -45,7 +45,9 @@ def write_module_files(
         source = ", ".join(f"{entry['calibration']} (prompts read by {entry['name']})" for entry in prefill_modules)
     card = model_card(job.config, job.name, density, engines, source)
     (directory / "README.md").write_text(card, encoding="utf-8")
-    write_json(directory / MANIFEST, manifest(job.config, job.name, fingerprints, layers, directory, prefill_modules))
+    write_json(
+        directory / MANIFEST, decode_manifest(job.config, job.name, fingerprints, layers, directory, prefill_modules)
+    )
     return {
         "base": job.name,
         "config": job.config.to_dict(),

@@ -39,7 +39,7 @@ _WARMUP, _CHECKS = 0.05, 8  # share of the steps; validations
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def polish(job: Job, work: Workdir, tell: Callable[[int], None]) -> tuple[dict[str, str], dict[str, Any]]:
+def polish_scales(job: Job, work: Workdir, tell: Callable[[int], None]) -> tuple[dict[str, str], dict[str, Any]]:
     """Learn the scales of a finished module and write them to it. An interrupted stage goes on.
 
     Args:

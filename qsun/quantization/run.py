@@ -26,7 +26,7 @@ from qsun.progress import Progress
 from qsun.quantization.blockwise import BlockwiseQuantizer, ProgressCounter
 from qsun.quantization.finish import read_back, write_configuration, write_module_files
 from qsun.quantization.job import Job, prepare
-from qsun.quantization.polish import polish
+from qsun.quantization.polish import polish_scales
 from qsun.quantization.report import write_report
 
 log = logging.getLogger(__name__)
@@ -58,11 +58,11 @@ def quantize(
     Raises:
         QsunError: bad input, an impossible request, no space; one line that names the value and the fix.
     """
-    return run(prepare(model, out, config, calibration, device, resume, calibration_prefill), resume, progress)
+    return run_job(prepare(model, out, config, calibration, device, resume, calibration_prefill), resume, progress)
 
 
 @torch.no_grad()
-def run(job: Job, resume: bool = False, progress: Progress = lambda *_: None) -> dict[str, Any]:
+def run_job(job: Job, resume: bool = False, progress: Progress = lambda *_: None) -> dict[str, Any]:
     """Carry out a prepared job; see `quantize`."""
     started, started_cpu = time.perf_counter(), time.process_time()
     counter, inputs = ProgressCounter(job, progress), _fingerprints(job)
@@ -118,7 +118,7 @@ def _quantize(job: Job, work: Workdir, counter: ProgressCounter, inputs: dict[st
     write_configuration(job, directory)
     learned: dict[str, Any] | None = None
     if job.config.polish:
-        polished, learned = polish(job, work, lambda steps: counter.done("polish", steps))
+        polished, learned = polish_scales(job, work, lambda steps: counter.done("polish", steps))
         digests, probe = digests | polished, None  # polish checks the module's divergence instead
     summary = write_module_files(job, directory, layers, inputs, prefill)
     read_back(job, directory, digests, probe)

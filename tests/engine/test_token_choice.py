@@ -4,12 +4,12 @@ import torch
 
 from qsun.engine.config import Sampling
 from qsun.engine.requests import Request
-from qsun.engine.row import Row
+from qsun.engine.row import DecodeRow
 from qsun.engine.token_choice import choose
 
 
 def row(**sampling):
-    return Row(Request("a", "m", (1,), Sampling(**sampling)))
+    return DecodeRow(Request("a", "m", (1,), Sampling(**sampling)))
 
 
 def tokens_of(logits, rows):

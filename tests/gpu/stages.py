@@ -76,10 +76,10 @@ def tests_command(folder, part, files=tuple(TEST_FILES)):
 
 def kernels(folder, device, clock):
     """Every contender at every layer shape and M, a point at a time."""
-    from qsun.eval.output.machine import machine
+    from qsun.eval.output.machine import describe_machine
     from qsun.eval.speed.kernel_bench import KernelVariant, Patience, bench_kernels, layers_of
 
-    append(folder, "machine", machine(device))
+    append(folder, "machine", describe_machine(device))
     models = KERNEL_MODELS if device.type == "cuda" else [shape_of(device, "")]
     for model in models:
         for rows in (ROWS[:3], ROWS[3:]) if device.type == "cuda" else ([1],):
@@ -96,11 +96,11 @@ def kernels(folder, device, clock):
 
 def step(folder, device, clock):
     """A decode step of SUN and of QSUN in 4 and 2 bits, a point at a time."""
-    from qsun.eval.output.machine import machine
+    from qsun.eval.output.machine import describe_machine
     from qsun.eval.speed.contenders import made_contenders
     from qsun.eval.speed.decode_speed import Points, bench_speed
 
-    append(folder, "machine", machine(device))
+    append(folder, "machine", describe_machine(device))
     contenders = made_contenders(shape_of(device, "llama-3.1-8b"), "both", device, bits=BITS)
     points = STEP_POINTS if device.type == "cuda" else [(2, 16)]
     for batch, context in points:

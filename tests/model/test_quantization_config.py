@@ -7,7 +7,13 @@ import pytest
 from qsun.config import QuantConfig
 from qsun.errors import QsunError
 from qsun.model.architectures import ARCHITECTURES
-from qsun.model.quantization_config import check_fused, check_overrides, engines_for, quantization_config, stored_format
+from qsun.model.quantization_config import (
+    check_fused,
+    check_overrides,
+    engines_for,
+    make_quantization_config,
+    stored_format,
+)
 
 NAMES = [f"model.layers.{i}.{name}" for i in range(2) for name in ARCHITECTURES["llama"].linear_names()]
 
@@ -19,7 +25,7 @@ def specs_of(config):
 @pytest.mark.parametrize("fmt", ["gptq", "awq", "compressed-tensors"])
 def test_what_is_written_is_read(fmt):
     config = QuantConfig(format=fmt)
-    assert stored_format(quantization_config(config, specs_of(config))) == fmt
+    assert stored_format(make_quantization_config(config, specs_of(config))) == fmt
 
 
 @pytest.mark.parametrize(
@@ -38,7 +44,7 @@ def test_other_formats_are_refused(values):
 
 def test_dynamic_matches_just_the_overridden_layers_and_what_vllm_fuses_them_into():
     config = QuantConfig(overrides=(r"1\.self_attn\.[qkv]_proj=bits:8", "0.mlp.down_proj=skip"))
-    dynamic = quantization_config(config, specs_of(config))["dynamic"]
+    dynamic = make_quantization_config(config, specs_of(config))["dynamic"]
     (eight,) = (key for key, value in dynamic.items() if value)
     (skip,) = (key for key, value in dynamic.items() if not value)
     assert dynamic[eight] == {"bits": 8, "group_size": 128, "sym": True}
@@ -52,7 +58,7 @@ def test_dynamic_matches_just_the_overridden_layers_and_what_vllm_fuses_them_int
 
 def test_compressed_tensors_groups_cover_each_layer_once():
     config = QuantConfig(format="compressed-tensors", overrides=("down_proj=bits:8", "0.self_attn.o=skip"))
-    values = quantization_config(config, specs_of(config))
+    values = make_quantization_config(config, specs_of(config))
     targets = [t for group in values["config_groups"].values() for t in group["targets"]]
     for name in NAMES:
         hits = sum(bool(re.match(t.removeprefix("re:"), name)) for t in targets)
@@ -90,7 +96,7 @@ def test_overrides_must_match_and_must_not_split_fused_layers():
 )
 def test_engines(settings, engine, yes):
     config = QuantConfig(**settings)
-    answers = engines_for(config.format, quantization_config(config, specs_of(config)), specs_of(config))
+    answers = engines_for(config.format, make_quantization_config(config, specs_of(config)), specs_of(config))
     assert (answers[engine] == "yes") is yes
     assert answers["qsun"] == "yes"
 
@@ -98,7 +104,7 @@ def test_engines(settings, engine, yes):
 def test_a_quantized_or_tied_head():
     config = QuantConfig(lm_head=True)
     specs = specs_of(config) | {"lm_head": config.spec_for("lm_head")}
-    answers = engines_for("gptq", quantization_config(config, specs), specs)
+    answers = engines_for("gptq", make_quantization_config(config, specs), specs)
     assert answers["vllm"] == "yes"
     assert "lm_head" in answers["auto-gptq"]
     assert "lm_head" in engines_for("compressed-tensors", {}, specs)["vllm"]

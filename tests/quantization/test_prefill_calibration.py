@@ -23,7 +23,7 @@ from qsun.quantization import block as block_pass
 from qsun.quantization import blockwise as walk
 from qsun.quantization.job import prepare
 from qsun.quantization.methods.moments import Moments
-from qsun.quantization.run import run
+from qsun.quantization.run import run_job
 from qsun.runtime.kv_cache import CACHE_ARGUMENT
 from tests.quantization.test_resume import interrupt_at, published
 from tests.tiny_models import FAMILIES, SEQUENCE, build_model, random_tokens, reference, write_jsonl
@@ -208,7 +208,7 @@ def test_statistics_are_those_of_the_decoder_behind_each_prefill_module(
         calibration_prefill=given.prefills,
     )
     assert job.calibration is not None and [s.module for s in job.calibration.samples] == [0] * 7 + [1] * 7 + [None] * 7
-    run(job)
+    run_job(job)
     expected = expected_moments(
         given.base, tmp_path / "out", job.calibration.samples, given.prefills[:2], list(collected)
     )
@@ -221,7 +221,7 @@ def test_awqs_statistics_too(method, task, collected, tmp_path):
     """The scales are folded before: the finished module's layers see the folded inputs."""
     given = task()
     job = prepare(given.base, tmp_path / "out", settings(method), given.sources, calibration_prefill=given.prefills)
-    run(job)
+    run_job(job)
     assert job.calibration is not None
     expected = expected_moments(
         given.base, tmp_path / "out", job.calibration.samples, given.prefills[:2], list(collected)
@@ -233,7 +233,7 @@ def test_awqs_statistics_too(method, task, collected, tmp_path):
 def test_the_comparison_sees_the_wrong_prefill_module(wrong, task, collected, tmp_path):
     given = task()
     job = prepare(given.base, tmp_path / "out", settings("gptq"), given.sources, calibration_prefill=given.prefills)
-    run(job)
+    run_job(job)
     assert job.calibration is not None
     readers = {"swapped": given.prefills[1::-1], "base": [given.base, given.base]}[wrong]
     expected = expected_moments(given.base, tmp_path / "out", job.calibration.samples, readers, list(collected))

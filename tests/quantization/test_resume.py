@@ -231,7 +231,7 @@ def test_ctrl_c_says_how_to_go_on(talking_model, cli, tmp_path, monkeypatch):
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qsun.quantization.run.run", interrupted)
+    monkeypatch.setattr("qsun.quantization.run.run_job", interrupted)
     answer = cli("quantize", talking_model, "-o", tmp_path / "out", "--method", "rtn", "--group-size", 32)
     assert (answer.code, answer.out) == (130, "")
     assert answer.err == "error: interrupted; finished blocks are kept, --resume continues\n"

@@ -69,9 +69,9 @@ def _check_names(cluster: Cluster) -> None:
 
 
 def _check_adapters(cluster: Cluster) -> None:
-    full = [model for model in cluster.models if model not in cluster.adapters]
-    if cluster.one_engine and (full or cluster.policy == "partitioned"):
-        why = f"models.{full[0]} is a full module" if full else "policy partitioned is about decode workers alone"
+    others = [model for model in cluster.models if model not in cluster.adapters]
+    if cluster.one_engine and (others or cluster.policy == "partitioned"):
+        why = f"models.{others[0]} is a full module" if others else "policy partitioned is about decode workers alone"
         raise QsunError(
             f"models.{next(iter(cluster.adapters))} is an adapter without prefill workers, and {why}; give the weights "
             "that it was tuned on as prefill: {module: ..., workers: ...}"

@@ -290,8 +290,8 @@ class Cluster(Settings):
     @property
     def pools(self) -> dict[str, Pool]:
         """All modules that have workers, by their place in the file."""
-        full = {f"models.{name}": model for name, model in self.models.items() if not model.adapter}
-        return {"decode": self.decode, **({"prefill": self.prefill} if self.prefill else {}), **full}
+        others = {f"models.{name}": model for name, model in self.models.items() if not model.adapter}
+        return {"decode": self.decode, **({"prefill": self.prefill} if self.prefill else {}), **others}
 
     def guard_config(self, api_keys: tuple[str, ...]) -> GuardConfig:
         """Return the limits of the HTTP side, above those of the queue, which refuses requests itself."""

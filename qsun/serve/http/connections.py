@@ -2,9 +2,9 @@
 
 uvicorn documents limits on the number of connections and on the time between requests, but none on the time that a
 request's head takes, and it waits forever for a client that does not read. It also documents that `http` may be any
-asyncio.Protocol. Ours stands between the socket and uvicorn's own protocol, and uses only asyncio's and ASGI's
-interfaces. (hypercorn and granian do not bound slow readers either, and granian runs applications in processes of its
-own.)
+asyncio.Protocol. Ours stands between the socket and uvicorn's own protocol. Of uvicorn it relies on that protocol's
+constructor and on `Config.loaded_app`, which are not documented. (hypercorn and granian do not bound slow readers
+either, and granian runs applications in processes of its own.)
 """
 
 import asyncio

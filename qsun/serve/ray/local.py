@@ -21,8 +21,8 @@ from qsun.serve.http.server import listen, url_of
 from qsun.serve.ray.calls import CALL_FAILURES
 from qsun.serve.ray.config import put_config, serve_config
 from qsun.serve.ray.engine.command import free_ports
-from qsun.serve.ray.engine.guard import GRACE_SECONDS
 from qsun.serve.ray.engine.logs import logs_in_use, wait_until_unused
+from qsun.serve.ray.engine.watchdog import GRACE_SECONDS
 from qsun.serve.ray.plan import INGRESS, INGRESS_APP, LAST_SECONDS, PlannedApp, needed_resources
 from qsun.serve.ray.signals import UpSignals
 

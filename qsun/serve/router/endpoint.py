@@ -62,7 +62,7 @@ class GenerationEndpoint:
             model = request.model
             request_id = scope["state"]["request_id"]
             with request_span(scope["headers"], model=model, request_id=request_id):
-                async with state.admission.slot(model, limits.deadline_seconds):
+                async with state.admission.permit(model, limits.deadline_seconds):
                     outcome = await self._exchange(request, limits, request_id, arrived, send)
         except HttpError as error:
             outcome = str(error.status)

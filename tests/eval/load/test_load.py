@@ -13,7 +13,7 @@ from qsun.errors import QsunError
 from qsun.eval.load import client
 from qsun.eval.load.client import NOT_SENT, PlannedRequest, Record, Target, send
 from qsun.eval.load.generator import closed_loop, open_loop
-from qsun.eval.load.plan import Pieces, PromptSource, plan, probe_pieces, read_prompts, served_models
+from qsun.eval.load.plan import Pieces, PromptSource, plan_requests, probe_pieces, read_prompts, served_models
 from qsun.eval.load.report import geometric_means, load_summary, ratios
 from qsun.eval.load.rounds import OURS, THEIRS, LoadSettings, load_result, run_load
 from qsun.eval.load.service_level import ServiceLevel
@@ -236,7 +236,7 @@ def test_prompts_have_the_asked_length_for_a_tokenizer_that_is_probed(serving):
         pieces = asyncio.run(probe_pieces(target, "math"))
         assert (pieces.fixed, pieces.each) == pytest.approx((9, 2))
         workload = Workload(("math",), 0, Lengths("uniform", 11, 99), FOUR)
-        planned = plan(workload, PromptSource("chat", pieces), 100.0, 12, 0, "x")
+        planned = plan_requests(workload, PromptSource("chat", pieces), 100.0, 12, 0, "x")
         records = opened(target, planned)
     wanted = [request.prompt_tokens for request in workload.trace(100.0, 12)]
     assert all(abs(r.prompt_tokens - tokens) <= 1 for r, tokens in zip(records, wanted, strict=True))
@@ -245,9 +245,9 @@ def test_prompts_have_the_asked_length_for_a_tokenizer_that_is_probed(serving):
 
 def test_a_plan_is_the_workloads_trace_and_repeats():
     workload = Workload(("a", "b", "c"), 1.0, Lengths("uniform", 2, 9), Lengths("uniform", 1, 9))
-    planned = plan(workload, PromptSource("completions"), 5.0, 40, 10, "x")
-    assert planned == plan(workload, PromptSource("completions"), 5.0, 40, 10, "x")
-    other = plan(workload, PromptSource("completions"), 5.0, 40, 10, "y")
+    planned = plan_requests(workload, PromptSource("completions"), 5.0, 40, 10, "x")
+    assert planned == plan_requests(workload, PromptSource("completions"), 5.0, 40, 10, "x")
+    other = plan_requests(workload, PromptSource("completions"), 5.0, 40, 10, "y")
     assert all(a.fields != b.fields or len(a.fields["prompt"]) < 4 for a, b in zip(planned, other, strict=True))
     trace = workload.trace(5.0, 50)
     assert [(p.arrival, p.model, p.max_tokens) for p in planned] == [
@@ -262,7 +262,7 @@ def test_prompts_of_a_file(tmp_path):
     path.write_text('{"prompt": "x", "model": "tool", "max_tokens": 3, "other": 1}\n')
     rows = read_prompts(path, "completions")
     workload = Workload(("a",), 0, FOUR, FOUR)
-    assert plan(workload, PromptSource("completions", rows=rows), math.inf, 1, 0, "x") == [
+    assert plan_requests(workload, PromptSource("completions", rows=rows), math.inf, 1, 0, "x") == [
         PlannedRequest(0.0, "tool", {"prompt": "x"}, 3)
     ]
     assert read_prompts(path, "chat")[0]["messages"] == [{"role": "user", "content": "x"}]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qsun.eval.report.pages import markdown, page, tables
-from qsun.eval.report.plots import plots
+from qsun.eval.report.plots import draw_plots
 from qsun.eval.report.summary import provenance, summarize
 from qsun.eval.report.variants import Entry, Matrix
 
@@ -98,7 +98,7 @@ class Reader(HTMLParser):
 
 def test_pages_hold_every_number_and_need_nothing_else():
     made = report()
-    pictures = plots(made)
+    pictures = draw_plots(made)
     assert set(pictures) == {"accuracy", "speed"} and all(png.startswith(b"\x89PNG") for png in pictures.values())
     text = page(made, pictures)
     reader = Reader()

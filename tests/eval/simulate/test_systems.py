@@ -8,7 +8,7 @@ import pytest
 from qsun.errors import QsunError
 from qsun.eval.load.service_level import ServiceLevel
 from qsun.eval.load.workload import Lengths, TracedRequest, Workload
-from qsun.eval.simulate.capacity import Scenario, capacity, default_level, mean_tpot_ms, workers_needed
+from qsun.eval.simulate.capacity import Scenario, default_level, find_capacity, mean_tpot_ms, workers_needed
 from qsun.eval.simulate.compared_systems import CONVENTIONAL, KINDS, Deployment, assign
 from qsun.eval.simulate.curves import QSUN, SUN, Curves, DoesNotFit, Footprint, computed_curves
 from qsun.eval.simulate.report import report_figure, report_text
@@ -73,26 +73,26 @@ def test_prefill_workers_follow_each_models_load():
 
 def test_capacity_is_where_full_batches_are():
     """4 workers of 4 rows give 16 tokens a step of 0.1 s: 8 answers of 20 tokens a second, and with int4 16."""
-    assert capacity(scenario(), SUN, 4).rate == pytest.approx(8, rel=0.08)
-    assert capacity(scenario(), QSUN, 4).rate == pytest.approx(16, rel=0.08)
-    assert capacity(scenario(), SUN, 2).tokens_per_s() == pytest.approx(40, rel=0.12)
+    assert find_capacity(scenario(), SUN, 4).rate == pytest.approx(8, rel=0.08)
+    assert find_capacity(scenario(), QSUN, 4).rate == pytest.approx(16, rel=0.08)
+    assert find_capacity(scenario(), SUN, 2).tokens_per_s() == pytest.approx(40, rel=0.12)
 
 
 def test_skew_costs_the_conventional_system_what_the_busiest_model_takes():
     """Own workers at skew 1 over 4 models: the busiest has 12/25 of the requests and a quarter of the workers."""
     patient = ServiceLevel(20_000)  # a queue of one model alone swings wide
     even, skewed = (
-        capacity(replace(scenario(skew=skew, requests=2000), level=patient), CONVENTIONAL, 4).rate
+        find_capacity(replace(scenario(skew=skew, requests=2000), level=patient), CONVENTIONAL, 4).rate
         for skew in (0.0, 1.0)
     )
     assert even == pytest.approx(8, rel=0.15)
     assert skewed == pytest.approx(8 * 25 / 48, rel=0.15)
-    assert capacity(scenario(skew=1.0), SUN, 4).rate == pytest.approx(8, rel=0.08)
+    assert find_capacity(scenario(skew=1.0), SUN, 4).rate == pytest.approx(8, rel=0.08)
 
 
 def test_no_rate_is_served_where_a_lone_request_is_too_slow():
-    assert capacity(scenario(), SUN, 4, tpot_ms=50) is None
-    assert capacity(scenario(), QSUN, 4, tpot_ms=51) is not None
+    assert find_capacity(scenario(), SUN, 4, tpot_ms=50) is None
+    assert find_capacity(scenario(), QSUN, 4, tpot_ms=51) is not None
 
 
 def test_workers_needed_are_the_fewest():
@@ -120,8 +120,8 @@ def test_few_workers_that_do_not_fit_are_too_few(room):
     with pytest.raises(DoesNotFit):
         case.run(CONVENTIONAL, 1, 1.0)
     assert workers_needed(case, CONVENTIONAL, 0.5) == 4
-    assert capacity(case, CONVENTIONAL, 1) is None
-    assert capacity(case, CONVENTIONAL, 4) is not None
+    assert find_capacity(case, CONVENTIONAL, 1) is None
+    assert find_capacity(case, CONVENTIONAL, 4) is not None
 
 
 def test_what_fits_nowhere_is_said():
@@ -156,8 +156,8 @@ def test_same_tpot_holds_a_faster_system_to_the_conventional_pace():
     curves = Curves(lambda _, batch, __: 0.05 + 0.02 * batch, lambda tokens: 1e-6, "made up")
     case = scenario(skew=1.5, requests=400)
     case = Scenario(case.workload, curves, case.deployment, ServiceLevel(2000), 0.9, 400)
-    reference = capacity(case, CONVENTIONAL, 4)
-    free, held = (capacity(case, SUN, 4, limit) for limit in (1e9, 1.05 * mean_tpot_ms(reference.result)))
+    reference = find_capacity(case, CONVENTIONAL, 4)
+    free, held = (find_capacity(case, SUN, 4, limit) for limit in (1e9, 1.05 * mean_tpot_ms(reference.result)))
     assert mean_tpot_ms(held.result) <= 1.05 * mean_tpot_ms(reference.result) < mean_tpot_ms(free.result)
     assert reference.rate < held.rate < free.rate
 

@@ -12,7 +12,7 @@ import torch
 
 from qsun.kernels import int4pack_cpu
 from qsun.kernels.avx512 import block_product as blocks
-from qsun.kernels.avx512.block_code import MOST_ROWS, block_code
+from qsun.kernels.avx512.block_code import MOST_ROWS, write_block_code
 from qsun.model.quantized import Quantized
 from qsun.runtime.quant_linear import QuantLinear
 from tests.kernels.test_int4_cpu import random_weights
@@ -180,7 +180,7 @@ def test_the_code_of_the_loops():
     llvm.initialize_all_targets()
     llvm.initialize_all_asmprinters()
     target = llvm.Target.from_triple("x86_64-unknown-linux-gnu").create_target_machine(cpu="znver4", opt=3)
-    code = functions(target.emit_assembly(llvm.parse_assembly(block_code())))
+    code = functions(target.emit_assembly(llvm.parse_assembly(write_block_code())))
     for rows in range(1, 7):
         kernel = code[f"multiply{rows}"]
         assert kernel.count("vdpbf16ps") == 4 * rows

@@ -69,7 +69,7 @@ def test_a_model_that_is_removed_while_its_request_waits_for_a_worker_is_not_ser
 def test_more_places_let_in_whoever_waits_for_one():
     async def scenario():
         limits = {"concurrent_requests": 1, "queue_seconds": 3600}
-        async with rig(models=("math",), limits=limits) as r, r.state.admission.slot():
+        async with rig(models=("math",), limits=limits) as r, r.state.admission.permit():
             task = asyncio.create_task(r.complete())
             await until(lambda: r.state.admission.waiting == 1)
             r.apply(limits={"concurrent_requests": 2})

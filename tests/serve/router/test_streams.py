@@ -126,7 +126,7 @@ def test_a_stream_ends_at_the_deadline_of_its_request(hangs):
 def test_a_request_waits_for_a_place_no_longer_than_its_deadline():
     async def scenario():
         limits = {"concurrent_requests": 1, "queue_seconds": 3600, "deadline_seconds": 0.3}
-        async with rig(models=("math",), limits=limits) as r, r.state.admission.slot():
+        async with rig(models=("math",), limits=limits) as r, r.state.admission.permit():
             assert (await r.complete()).status_code == 429
 
     run(scenario)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from qsun.engine.config import MOST_LOGPROBS
-from qsun.serve.api.bodies.fields import Body, Count, Flag, Name, Text, wrong
+from qsun.serve.api.bodies.fields import Body, Flag, Name, Positive, Text, wrong
 from qsun.serve.api.bodies.messages import MOST_CALLS, ChatMessage
 from qsun.serve.api.bodies.sampling import SamplingBody
 
@@ -110,7 +110,7 @@ class ChatBody(SamplingBody, Conversation):
         "best_of": (1,),
     }
 
-    max_completion_tokens: Count | None = None
+    max_completion_tokens: Positive | None = None
     logprobs: Flag = False
     top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MOST_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None

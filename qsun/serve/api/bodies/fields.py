@@ -16,7 +16,7 @@ _MOST_NAMES = 1000  # of unknown fields that are remembered
 Text = Annotated[str, Field(max_length=1 << 22)]
 Name = Annotated[str, Field(max_length=256)]
 Flag = Annotated[bool, Field(strict=True)]
-Count = Annotated[int, Field(strict=True, ge=1, le=1 << 31)]
+Positive = Annotated[int, Field(strict=True, ge=1, le=1 << 31)]
 Natural = Annotated[int, Field(strict=True, ge=0, le=1 << 31)]
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Token = Annotated[int, Field(strict=True, ge=0, le=1 << 31)]

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from qsun.serve.api.bodies.fields import MOST_CHOICES, Body, Count, Flag, Name, Natural, Real, Stops, Token, wrong
+from qsun.serve.api.bodies.fields import MOST_CHOICES, Body, Flag, Name, Natural, Positive, Real, Stops, Token, wrong
 
 _Penalty = Annotated[Real, Field(ge=-2, le=2)]
 _NOTHING: tuple[Any, ...] = (False, "", [], {})
@@ -45,7 +45,7 @@ class SamplingBody(Body):
     }
 
     model: Name
-    max_tokens: Count | None = None
+    max_tokens: Positive | None = None
     min_tokens: Natural = 0
     temperature: Annotated[Real, Field(ge=0, le=100)] | None = None
     top_p: Annotated[Real, Field(gt=0, le=1)] = 1.0

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 
 from qsun.errors import QsunError
-from qsun.serve.ray.engine import guard
+from qsun.serve.ray.engine import watchdog
 from qsun.serve.ray.engine.command import EngineCommand
 from qsun.serve.ray.engine.logs import drop_old_logs, hold_log, log_directory
 
@@ -29,7 +29,7 @@ _READ_BYTES = 1 << 16
 
 
 class EngineProcess:
-    """A vLLM server, started and ready. A guard process (guard.py) ends it if this process is killed.
+    """A vLLM server, started and ready. A watchdog process (watchdog.py) ends it if this process is killed.
 
     Args:
         command: its command. logs: directory for its log; None: the default one. seconds: until it must answer.
@@ -44,12 +44,12 @@ class EngineProcess:
         self._path = directory / f"{command.name}.log"
         self._log = hold_log(self._path)
         drop_old_logs(directory, command.name.rpartition("-")[0])
-        self._guard = subprocess.Popen(  # noqa: S603 - an argument list, no shell
-            [sys.executable, "-I", guard.__file__], stdin=subprocess.PIPE, stdout=self._log, stderr=self._log,
+        self._watchdog = subprocess.Popen(  # noqa: S603 - an argument list, no shell
+            [sys.executable, "-I", watchdog.__file__], stdin=subprocess.PIPE, stdout=self._log, stderr=self._log,
             start_new_session=True,
         )  # fmt: skip
         try:
-            self._tell_guard()
+            self._tell_watchdog()
             self._wait_until_ready(seconds)
         except BaseException as error:
             self._end()
@@ -60,21 +60,21 @@ class EngineProcess:
     @property
     def pid(self) -> int:
         """Process group of the server."""
-        return self._guard.pid
+        return self._watchdog.pid
 
     def stop(self) -> None:
         """End it: SIGTERM, and SIGKILL after the grace period. Blocks until it is gone."""
         self._ending.set()
         self._end()
 
-    def _tell_guard(self) -> None:
-        assert self._guard.stdin is not None
+    def _tell_watchdog(self) -> None:
+        assert self._watchdog.stdin is not None
         # Ray's token, by which code can be run here, is none of vLLM's business
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_TOKEN")}
         started = {"argv": self._command.argv, "environment": inherited | self._command.environment}
         with contextlib.suppress(BrokenPipeError):  # it was killed, which waiting for the server finds out
-            self._guard.stdin.write(json.dumps(started).encode() + b"\n")
-            self._guard.stdin.flush()
+            self._watchdog.stdin.write(json.dumps(started).encode() + b"\n")
+            self._watchdog.stdin.flush()
 
     def _wait_until_ready(self, seconds: float) -> None:
         """Return once the server answers /health and lists all of its names."""
@@ -82,7 +82,7 @@ class EngineProcess:
         with httpx.Client(timeout=_ANSWER_SECONDS, trust_env=False) as client:
             while True:
                 answers = _serves(client, self._command)
-                if self._guard.poll() is not None:  # also if another one has taken the port, and answers there
+                if self._watchdog.poll() is not None:  # also if another one has taken the port, and answers there
                     raise QsunError(self._death())
                 if answers:
                     return
@@ -95,7 +95,7 @@ class EngineProcess:
 
     def _watch(self) -> None:
         while not self._ending.wait(_POLL_SECONDS):
-            if self._guard.poll() is not None:
+            if self._watchdog.poll() is not None:
                 self._kill()
                 for line in last_lines(self._path):
                     logger.error("    %s", line)
@@ -103,32 +103,32 @@ class EngineProcess:
                 return
 
     def _death(self) -> str:
-        code = self._guard.returncode
+        code = self._watchdog.returncode
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
         return f"{self._command.name} (process group {self.pid}) {how}; log: {self._path}"
 
     def _end(self) -> None:
-        assert self._guard.stdin is not None
+        assert self._watchdog.stdin is not None
         with contextlib.suppress(BrokenPipeError):
-            self._guard.stdin.close()
+            self._watchdog.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._guard.wait(2 * guard.GRACE_SECONDS)
+            self._watchdog.wait(2 * watchdog.GRACE_SECONDS)
         self._kill()
-        self._guard.wait()
+        self._watchdog.wait()
         deadline = time.monotonic() + _GONE_SECONDS  # in a container nobody may reap them
         while self._is_left() and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
         self._log.close()
 
     def _kill(self) -> None:
-        """Kill what the guard may have left: it could have been killed itself."""
+        """Kill what the watchdog may have left: it could have been killed itself."""
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._guard.pid, signal.SIGKILL)
+            os.killpg(self._watchdog.pid, signal.SIGKILL)
 
     def _is_left(self) -> bool:
         """Return whether any process of the group is there."""
         try:
-            os.killpg(self._guard.pid, 0)
+            os.killpg(self._watchdog.pid, 0)
         except ProcessLookupError:
             return False
         return True

@@ -1,4 +1,4 @@
-"""The number of requests that run at once and that wait for a slot, shared fairly between models."""
+"""The number of requests that run at once and that wait for a permit, shared fairly between models."""
 
 import asyncio
 import math
@@ -10,7 +10,7 @@ from qsun.serve.http.errors import busy
 
 
 class Admission:
-    """Slots for requests. A free slot goes to the model with the fewest of them, within a model in order of arrival.
+    """Permits for requests. A free one goes to the model with the fewest of them, within a model in order of arrival.
 
     A queue that is full drops the latest request of the model that has the most waiting, so that a burst of one model
     neither delays nor displaces the requests of the others.
@@ -25,7 +25,7 @@ class Admission:
         self.limit(most_running, most_waiting, wait_seconds)
 
     def limit(self, most_running: int, most_waiting: int, wait_seconds: float = math.inf) -> None:
-        """Set other limits. More slots admit waiting requests; fewer end no running request."""
+        """Set other limits. More permits admit waiting requests; fewer end no running request."""
         self.most_running, self.most_waiting, self.wait_seconds = most_running, most_waiting, wait_seconds
         self._admit()
 
@@ -38,8 +38,8 @@ class Admission:
         return sum(map(len, self._queues.values()))
 
     @asynccontextmanager
-    async def slot(self, model: str = "", within: float = math.inf) -> AsyncIterator[None]:
-        """Hold a slot in the block.
+    async def permit(self, model: str = "", within: float = math.inf) -> AsyncIterator[None]:
+        """Hold a permit in the block.
 
         Args:
             within: seconds that the caller waits at most, below the limit of the queue.
@@ -74,7 +74,7 @@ class Admission:
             self._running[model] += 1
             self._take(model, 0).set_result(None)
             if model in self._queues:
-                self._queues[model] = self._queues.pop(model)  # to the end: models with equal slots take turns
+                self._queues[model] = self._queues.pop(model)  # to the end: models with equal permits take turns
 
     def _drop_one(self) -> None:
         model = max(self._queues, key=lambda name: len(self._queues[name]))
@@ -93,7 +93,7 @@ class Admission:
     def _leave(self, model: str, turn: "asyncio.Future[None]") -> None:
         if not turn.done():
             self._take(model, self._queues[model].index(turn))
-        elif turn.exception() is None:  # its slot came at the same moment
+        elif turn.exception() is None:  # its permit came at the same moment
             self._release(model)
 
     def _release(self, model: str) -> None:

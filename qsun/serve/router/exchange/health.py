@@ -211,7 +211,7 @@ class HealthChecks:
         for attempt in range(attempts):
             if attempt:
                 await asyncio.sleep(min(0.1 * 2 ** (attempt - 1), 2.0))
-            async with self._turns.slot():  # for one attempt only: a pair that hangs lets the others have a turn
+            async with self._turns.permit():  # for one attempt only: a pair that hangs lets the others have a turn
                 if not self._needs_warm_up(pair):
                     return
                 epochs = source.epoch, target.epoch

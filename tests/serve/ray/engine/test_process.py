@@ -79,15 +79,15 @@ def test_it_does_not_get_the_token_of_ray(tmp_path, monkeypatch):
 
 
 def test_a_server_that_dies_while_another_one_answers_at_its_port(tmp_path, monkeypatch):
-    guards = []
+    watchdogs = []
 
     class Popen(subprocess.Popen):
         def __init__(self, *arguments, **named):
             super().__init__(*arguments, **named)
-            guards.append(self.pid)
+            watchdogs.append(self.pid)
 
     def answers(*_):
-        wait_for(lambda: not alive(guards[0]))
+        wait_for(lambda: not alive(watchdogs[0]))
         return True
 
     monkeypatch.setattr(process.subprocess, "Popen", Popen)
@@ -97,7 +97,7 @@ def test_a_server_that_dies_while_another_one_answers_at_its_port(tmp_path, monk
 
 
 def test_its_signals_are_not_ignored(tmp_path):
-    """vLLM drains upon SIGTERM, so it must not inherit what its guard does with signals."""
+    """vLLM drains upon SIGTERM, so it must not inherit what its watchdog does with signals."""
     with engine(tmp_path) as (_, (server,)):
         ignored = next(line for line in Path(f"/proc/{server}/status").read_text().splitlines() if "SigIgn" in line)
     assert not int(ignored.split()[1], 16) & (1 << (signal.SIGTERM - 1) | 1 << (signal.SIGHUP - 1))
@@ -136,7 +136,7 @@ def test_a_server_that_dies_later_is_reported_once_and_leaves_no_child(tmp_path)
     assert len(deaths) == 1
 
 
-def test_a_guard_that_is_killed_takes_the_server_along(tmp_path):
+def test_a_watchdog_that_is_killed_takes_the_server_along(tmp_path):
     deaths = []
     with engine(tmp_path, "stubborn", deaths) as (running, processes):
         os.kill(running.pid, signal.SIGKILL)
@@ -156,7 +156,7 @@ sys.stdin.read()
 @pytest.mark.slow
 @pytest.mark.parametrize("children_first", [False, True])
 def test_servers_end_when_the_replica_is_killed(tmp_path, children_first):
-    """The replica cannot handle SIGKILL; the guard ends server and child, though both ignore SIGTERM.
+    """The replica cannot handle SIGKILL; the watchdog ends server and child, though both ignore SIGTERM.
 
     Where a node dies, Ray first kills the children of the replica.
     """

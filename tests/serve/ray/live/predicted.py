@@ -17,7 +17,7 @@ from pathlib import Path
 
 from qsun.eval.load.client import PlannedRequest, Record, Target
 from qsun.eval.load.generator import open_loop
-from qsun.eval.load.plan import Pieces, PromptSource, plan
+from qsun.eval.load.plan import Pieces, PromptSource, plan_requests
 from qsun.eval.load.workload import Lengths, TracedRequest, Workload
 from qsun.eval.simulate.curves import Curves
 from qsun.eval.simulate.simulation import simulate
@@ -40,7 +40,7 @@ def quiet(*_: object) -> None:
 
 
 def planned(name: str) -> list[PlannedRequest]:
-    return plan(WORKLOAD, PromptSource("completions", Pieces(0.0, 1.0)), LOADS[name], REQUESTS, 0, name)
+    return plan_requests(WORKLOAD, PromptSource("completions", Pieces(0.0, 1.0)), LOADS[name], REQUESTS, 0, name)
 
 
 async def measured(url: str, name: str) -> list[Record]:

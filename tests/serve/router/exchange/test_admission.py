@@ -30,7 +30,7 @@ class Requests:
 
     async def _hold(self, name):
         try:
-            async with self.admission.slot(name[0]):
+            async with self.admission.permit(name[0]):
                 self.admitted.append(name)
                 await asyncio.Event().wait()
         except HttpError as error:
@@ -94,7 +94,7 @@ def test_a_request_that_no_longer_waits_holds_no_slot(ends):
             await until(lambda: requests.refused == ["a2"])
         await requests.end("a1")
         assert (admission.running, admission.waiting) == (0, 0)
-        async with admission.slot("b"):
+        async with admission.permit("b"):
             assert admission.running == 1
 
     run(scenario)

@@ -1,4 +1,4 @@
-"""Runs a vLLM server, and ends it once the replica that started it is gone: python guard.py, standard library only.
+"""Runs a vLLM server, and ends it once the replica that started it is gone: python watchdog.py, standard library only.
 
 Its stdin, which only the replica holds open, begins with a line of JSON: the server's argv and environment. At the end
 of the input, even after SIGKILL of the replica, the process group, which is this process, the server and its children,
@@ -23,14 +23,14 @@ _CANNOT_RUN = 127
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # not ignored, which the server would inherit
-    guard = os.fork()
-    if guard:
-        _, status = os.waitpid(guard, 0)
+    watchdog = os.fork()
+    if watchdog:
+        _, status = os.waitpid(watchdog, 0)
         _end_as(os.waitstatus_to_exitcode(status))
-    _guard()
+    _watch()
 
 
-def _guard() -> None:
+def _watch() -> None:
     line = sys.stdin.readline()
     if not line:
         return
