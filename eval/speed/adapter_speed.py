@@ -2,8 +2,7 @@
 
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,8 @@ from qsun.engine.decode.fixed_slots import budget_for
 from qsun.engine.decode_batch import DecodeBatch
 from qsun.engine.requests import Request
 from qsun.engine.row import DecodeRow
+from qsun.eval.speed.clock import in_turns, seconds_of
+from qsun.eval.speed.decode_speed import take_step
 from qsun.model.checkpoint import files_fingerprint
 from qsun.model.lora import AdapterSettings, adapter_file, fresh_adapter, write_adapter
 from qsun.model.manifest import MANIFEST, write_json
@@ -64,7 +65,7 @@ def bench_adapters(decode: DecodeModule, run: AdapterRun, note: Note = lambda _:
         adapters, shared = [module.load() for module in modules], modules[0].shared
         note(f"{run.count} adapters of {adapters[0].size_bytes / 1e6:.1f} MB")
         more = [_written(Path(folder) / f"more{number}", decode, run, number) for number in range(_LOADS)]
-        loads = [_seconds(lambda path=path: library.open(path).load(), shared.device) for path in more]  # type: ignore[misc]
+        loads = [seconds_of(lambda path=path: library.open(path).load(), shared.device, own=True) for path in more]  # type: ignore[misc]
     taken = _prefill_turns(shared, adapters, run) | {"load": statistics.median(loads)}
     note(f"prefill of the batch: {taken['prefill'] / taken['prefill_of_one_module']:.3f} of one module's time")
     taken |= _decode_turns(decode, shared, adapters, run)
@@ -118,7 +119,7 @@ def _prefill_turns(shared: SharedPrefill, adapters: list[AdapterWeights], run: A
             list(prefilled_rows(shared.model, prompts, _CHUNK_TOKENS))
 
     calls = {"prefill": lambda: read([*adapters]), "prefill_of_one_module": lambda: read([None] * run.count)}
-    return _in_turns(calls, run.rounds, shared.device)
+    return _medians(calls, run.rounds, shared.device)
 
 
 def _decode_turns(
@@ -133,35 +134,14 @@ def _decode_turns(
         with shared.rows(rows):
             for number, layers in enumerate(prefilled_rows(shared.model, [p[:-1] for p in prompts], _CHUNK_TOKENS)):
                 batch.add(DecodeRow(Request(str(number), name, tuple(prompts[number]), settings)), layers)
-
-    return _in_turns({name: partial(_step, batch) for name, batch in batches.items()}, run.steps, shared.device)
-
-
-def _step(batch: DecodeBatch) -> None:
-    for _ in batch.turns():
-        pass
+    return _medians({name: partial(take_step, batch) for name, batch in batches.items()}, run.steps, shared.device)
 
 
-def _in_turns(calls: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
-    """Return the median seconds of each call. Turns alternate in order, and the first of each is not timed."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 1):
-        for name in list(calls)[:: 1 if number % 2 else -1]:
-            taken[name].append(_seconds(calls[name], device))
-    return {name: statistics.median(times[1:]) for name, times in taken.items()}
-
-
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Return the CPU seconds of this process that a call takes; on a GPU, its seconds."""
-    if device.type != "cuda":
-        started = time.process_time()
-        call()
-        return time.process_time() - started
-    torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    call()
-    torch.cuda.synchronize(device)
-    return time.perf_counter() - started
+def _medians(calls: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, float]:
+    """Return the median seconds of each call, in turns; on a CPU, CPU seconds of this process."""
+    turns = {name: partial(seconds_of, call, device, own=True) for name, call in calls.items()}
+    taken = in_turns(turns, rounds, untimed=1, alternate=True)
+    return {name: statistics.median(times) for name, times in taken.items()}
 
 
 def _bytes(*models: Any) -> int:

@@ -1,9 +1,11 @@
 """Comparable timing: contenders take turns, calls rotate over copies larger than the caches, medians are kept."""
 
+import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 
@@ -26,33 +28,48 @@ def interleaved(
     for calls in contenders.values():
         for call in calls:  # the first call may compile, or make a dequantized copy: not timed
             call()
-    turns = {
-        name: _graph(calls, device) if device.type == "cuda" else _in_turn(calls) for name, calls in contenders.items()
-    }
-    for turn in turns.values():
-        turn()
+    turn_of = _graph if device.type == "cuda" else _in_turn
+    turns = {name: turn_of(calls, device) for name, calls in contenders.items()}
+    return {name: statistics.median(times) for name, times in in_turns(turns, rounds, 1, seconds).items()}
+
+
+def in_turns(
+    turns: Mapping[str, Callable[[], float]],
+    rounds: int,
+    untimed: int,
+    seconds: float = float("inf"),
+    alternate: bool = False,
+) -> dict[str, list[float]]:
+    """Return what the turns of each contender return, which is how long they took.
+
+    Args:
+        untimed: turns of each before those that are kept: the first ones allocate or compile what the others reuse.
+        seconds: stop early after this long, with at least three turns each. alternate: change the order every round.
+    """
     taken: dict[str, list[float]] = {name: [] for name in turns}
     started = time.perf_counter()
-    for done in range(rounds):
-        for name, turn in turns.items():
-            taken[name].append(turn())
-        if done >= 2 and time.perf_counter() - started > seconds:
+    for number in range(untimed + rounds):
+        for name in list(turns)[:: -1 if alternate and number % 2 == 0 else 1]:
+            taken[name].append(turns[name]())
+        if number - untimed >= 2 and time.perf_counter() - started > seconds:
             break
-    return {name: statistics.median(times) for name, times in taken.items()}
+    return {name: times[untimed:] for name, times in taken.items()}
 
 
-def _in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], float]:
-    position = 0
+def seconds_of(call: Callable[[], object], device: torch.device, own: bool = False) -> float:
+    """Return the seconds that a call takes, its work on a GPU included; own: on a CPU, this process's CPU seconds."""
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    now = time.process_time if own and device.type != "cuda" else time.perf_counter
+    wait()
+    started = now()
+    call()
+    wait()
+    return now() - started
 
-    def turn() -> float:
-        nonlocal position
-        call = calls[position % len(calls)]
-        position += 1
-        started = time.perf_counter()
-        call()
-        return time.perf_counter() - started
 
-    return turn
+def _in_turn(calls: Sequence[Callable[[], object]], device: torch.device) -> Callable[[], float]:
+    following = itertools.cycle(calls)
+    return lambda: seconds_of(next(following), device)
 
 
 def _graph(calls: Sequence[Callable[[], object]], device: torch.device) -> Callable[[], float]:

@@ -1,9 +1,9 @@
 """`qsun bench speed`: a decode step of SUN (bf16 decode module) against QSUN (int4), and the prefill before both."""
 
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,13 +16,13 @@ from qsun.engine.requests import Request
 from qsun.engine.row import DecodeRow
 from qsun.errors import QsunError
 from qsun.eval.load.percentiles import percentile
-from qsun.eval.speed.clock import copy_bandwidth
+from qsun.eval.speed.clock import copy_bandwidth, in_turns, seconds_of
 from qsun.eval.speed.contenders import DTYPE, SUN, Contenders, kv_bytes, weight_bytes
+from qsun.model.architectures import kv_shape
 from qsun.progress import Note
-from qsun.runtime.kv_cache import kv_shape
 from qsun.runtime.seam import prefilled_rows
 
-_WARM_UP, _LEAST = 2, 3  # steps of each contender: not timed, and timed at least
+_WARM_UP = 2  # steps of each contender that are not timed
 _PREFILL_CHUNK = 2048  # as generation's default
 _COPY_BYTES = {"cpu": 512 << 20, "cuda": 1 << 30}  # larger than any last-level cache
 
@@ -131,9 +131,7 @@ def prefill_seconds(model: Any, context: int, seconds: float) -> float:
     prompt = torch.randint(model.config.vocab_size, (context,)).tolist()
 
     def read() -> float:
-        started = _now(device)
-        list(prefilled_rows(model, [prompt], _PREFILL_CHUNK))
-        return _now(device) - started
+        return seconds_of(lambda: list(prefilled_rows(model, [prompt], _PREFILL_CHUNK)), device)
 
     first = read()
     taken: list[float] = []
@@ -152,17 +150,14 @@ def step_seconds(models: Mapping[str, Any], batch: int, context: int, points: Po
     device = first.model.embed_tokens.weight.device
     filled, steps = _filled_and_steps(context, points)
     batches = {name: filled_batch(model, batch, filled, steps) for name, model in models.items()}
-    taken: dict[str, list[float]] = {name: [] for name in models}
-    started = time.perf_counter()
-    for turn in range(-_WARM_UP, points.steps):
-        for name, decoding in batches.items():
-            begun = _now(device)
-            list(decoding.turns())
-            if turn >= 0:
-                taken[name].append(_now(device) - begun)
-        if turn + 1 >= _LEAST and time.perf_counter() - started > points.seconds:
-            break
-    return taken
+    turns = {name: partial(seconds_of, partial(take_step, decoding), device) for name, decoding in batches.items()}
+    return in_turns(turns, points.steps, _WARM_UP, points.seconds)
+
+
+def take_step(batch: DecodeBatch) -> None:
+    """Decode a token for each row, whatever it is."""
+    for _ in batch.turns():
+        pass
 
 
 def _filled_and_steps(context: int, points: Points) -> tuple[int, int]:
@@ -225,11 +220,5 @@ def _free_with_copies(models: Mapping[str, Any], batch: int, device: torch.devic
     """Return the free memory after a first step of this batch, which makes dequantized copies on a CPU."""
     if device.type == "cpu":
         for model in models.values():
-            list(filled_batch(model, batch, 0, 1).turns())
+            take_step(filled_batch(model, batch, 0, 1))
     return available_after_release(device)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

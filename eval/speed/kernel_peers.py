@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from qsun.model.formats import pack_rows
 from qsun.model.quantized import Quantized
 from qsun.runtime.quant_linear import QuantLinear
 
@@ -89,7 +90,7 @@ def marlin(weights: Quantized, group_size: int, dtype: torch.dtype, bits: int) -
     from vllm.scalar_type import scalar_types
 
     N, K = weights.q.shape
-    words = gptq_words(weights.q)
+    words = pack_rows(weights.q.t(), 4)
     scales, none = weights.scales.to(dtype), utils.marlin_make_empty_g_idx(words.device)
     fixed = {"weight_zp": none, "g_idx": none, "g_idx_sort_indices": none, "wtype": scalar_types.uint4b8}
     fixed |= {"output_size_per_partition": N, "input_size_per_partition": K, "is_k_full": True}
@@ -103,14 +104,6 @@ def marlin(weights: Quantized, group_size: int, dtype: torch.dtype, bits: int) -
         return lambda x: utils.apply_gptq_marlin_linear(input=x, **held, **fixed)
 
     return build
-
-
-def gptq_words(q: Tensor) -> Tensor:
-    """Pack (N, K) values 0..15 as GPTQ's (K / 8, N) int32, the first column of eight in the lowest nibble."""
-    columns = q.t().reshape(q.shape[1] // 8, 8, q.shape[0]).long()
-    words = sum(columns[:, i] << 4 * i for i in range(8))
-    assert isinstance(words, Tensor)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32).contiguous()
 
 
 CPU_CONTENDERS: dict[str, Builder] = {"bf16": full_precision, "ours": ours}

@@ -2,12 +2,11 @@
 
 import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
+from qsun.eval.speed.clock import in_turns, seconds_of
 from qsun.model.output_dir import Workdir
 from qsun.tuning.config import TuneConfig
 from qsun.tuning.job import prepare_tuning
@@ -42,21 +41,11 @@ def compare_tuning(
             )
             for how, baseline in _BASELINES.items()
         }
-        taken: dict[str, list[float]] = {how: [] for how in tuners}
-        for _ in range(steps + 2):
-            for how, tuner in tuners.items():
-                started = time.perf_counter()
-                tuner.train_step()
-                _finish(tuner.processes.device)
-                taken[how].append(time.perf_counter() - started)
-    sun, full = (taken[how][2:] for how in ("sun", "full"))  # the first steps allocate what the others reuse
+        turns = {how: partial(seconds_of, t.train_step, t.processes.device) for how, t in tuners.items()}
+        taken = in_turns(turns, steps, untimed=2)
+    sun, full = taken["sun"], taken["full"]
     ratio = statistics.median(a / b for a, b in zip(sun, full, strict=True))
     return {"sun": statistics.median(sun), "full": statistics.median(full), "ratio": ratio, "steps": steps}
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _tuner(decode: str, out: Path, data: Path, config: TuneConfig, device: str | None) -> Tuner:

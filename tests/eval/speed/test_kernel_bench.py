@@ -16,7 +16,6 @@ from qsun.eval.speed.kernel_bench import (
     mean_ratios,
     report_text,
 )
-from qsun.eval.speed.kernel_peers import gptq_words
 from qsun.eval.speed.model_shapes import MODEL_SHAPES
 
 PARAMETERS = {  # as the models' own pages give them
@@ -85,15 +84,6 @@ def test_a_wrong_peer_is_left_out(monkeypatch):
     assert {row["kernel"] for row in rows} == {"bf16", "ours"}
     assert [note for note in notes if "left out" in note and "peer at 96 x 64 is wrong by 0." in note]
     assert [note for note in notes if "broken at 96 x 64 is wrong by nan" in note]
-
-
-def test_gptq_words_of_marlin():
-    q = torch.randint(0, 16, (24, 64), dtype=torch.uint8)
-    words = gptq_words(q)
-    assert words.shape == (8, 24)
-    assert words.dtype == torch.int32
-    for k in (0, 1, 7, 8, 63):
-        assert torch.equal((words[k // 8] >> 4 * (k % 8)) & 15, q[:, k].int())
 
 
 def test_a_peer_that_fails_is_left_out_with_its_reason(monkeypatch):

@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 from qsun.demo.tasks import examples, write_jsonl
+from qsun.eval.speed import clock as timing
 from qsun.eval.speed import tuning_speed
 from qsun.tuning.tuner import Tuner
 
@@ -40,6 +41,6 @@ def test_the_ratio_is_the_median_of_the_pairs(tmp_path, monkeypatch):
         clock.now += next(taken)
 
     monkeypatch.setattr(Tuner, "train_step", step)
-    monkeypatch.setattr(tuning_speed, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     found = tuning_speed.compare_tuning("demo", tmp_path / "code.jsonl", steps=3, batch_size=4, device="cpu")
     assert found == {"sun": 3, "full": 4, "ratio": 0.75, "steps": 3}
