@@ -6,7 +6,6 @@ decode modules with text -> the same on running text, and perplexity
 """
 
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,14 +24,12 @@ from qsun.eval.speed.decode_speed import Points, bench_speed
 from qsun.eval.speed.model_shapes import known_shape
 from qsun.model.checkpoint import file_sha256, read_json
 from qsun.model.locate import find_model, load_tokenizer
-from qsun.model.manifest import write_json
-from qsun.model.pairing import check_pair, read_manifest, uncovered, weights_fingerprint
+from qsun.model.manifest import read_manifest, write_json
+from qsun.model.pairing import check_served_pair, weights_fingerprint
 from qsun.progress import Progress
 from qsun.runtime.decode_module import DecodeModule, load_decode
 from qsun.runtime.prefill_module import PrefillModule, load_prefill
 from qsun.tuning.examples import read_examples
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -232,10 +229,7 @@ class _Modules:
             self._prefill = None  # free its memory first
             self._prefill = entry.prefill, load_prefill(entry.prefill, decode, self.dtype, self.device)
         else:
-            check_pair(entry.prefill, entry.decode)
-            warning = uncovered(entry.prefill, entry.decode)
-            if warning:
-                log.warning("%s", warning)
+            check_served_pair(entry.prefill, entry.decode)
         return self._prefill[1], decode
 
 

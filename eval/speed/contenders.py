@@ -14,7 +14,7 @@ from qsun.errors import QsunError
 from qsun.eval.speed.model_shapes import ModelShape, known_shape
 from qsun.kernels.layout import TILES
 from qsun.memory import available_bytes
-from qsun.model.architectures import architecture_of
+from qsun.model.architectures import BLOCKS, architecture_of
 from qsun.model.quantized import Quantized
 from qsun.model.skeleton import HEAD, empty_model
 from qsun.quantization.methods.grid import Grid
@@ -159,7 +159,7 @@ def quantized_model(reference: Any, config: Any, bits: int = 4) -> Any:
     model = empty_model(config)
     for name, parameter in reference.named_parameters(remove_duplicate=False):
         owner, _, leaf = name.rpartition(".")
-        if owner.rpartition(".")[0].startswith("model.layers.") and parameter.ndim == 2:
+        if owner.rpartition(".")[0].startswith(BLOCKS) and parameter.ndim == 2:
             continue
         setattr(model.get_submodule(owner), leaf, parameter)
     for block, source in zip(model.model.layers, reference.model.layers, strict=True):

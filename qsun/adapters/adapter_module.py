@@ -14,7 +14,8 @@ from qsun.errors import QsunError
 from qsun.model.checkpoint import files_fingerprint, read_json
 from qsun.model.locate import find_model
 from qsun.model.lora import ADAPTER_CONFIG, adapter_base, adapter_file, check_adapter, stored_adapter
-from qsun.model.pairing import ADAPTER_WEIGHTS, base_fingerprint, check_pair, find_base, read_manifest, uncovered
+from qsun.model.manifest import read_manifest
+from qsun.model.pairing import ADAPTER_WEIGHTS, base_fingerprint, check_served_pair, find_base
 from qsun.model.skeleton import empty_model
 from qsun.runtime.decode_module import DecodeModule, load_decode
 from qsun.runtime.prefill_module import PLAIN_ADAPTER, PrefillModule
@@ -78,11 +79,8 @@ class AdapterLibrary:
         if not (path / ADAPTER_CONFIG).exists():
             raise QsunError(f"{path} has no {ADAPTER_CONFIG}; it is not a LoRA adapter")
         adapter_file(path)
-        check_pair(path, self.decode.directory)
+        check_served_pair(path, self.decode.directory)
         made = read_manifest(path)
-        warning = uncovered(path, self.decode.directory)
-        if warning:
-            log.warning("%s", warning)
         if made.get("kind") != "prefill_module":
             log.warning("%s", PLAIN_ADAPTER.format(path))
         state = _state(path)

@@ -64,6 +64,13 @@ def block_prefix(index: int) -> str:
     return f"{BLOCKS}{index}."
 
 
+def kv_shape(config: Any) -> tuple[int, int, int]:
+    """Return (layers, KV heads, head_dim) of a model's KV cache."""
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, width
+
+
 _ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _MLP_INPUTS = ("mlp.gate_proj", "mlp.up_proj")
 # v_proj never takes a fold for o_proj: prefill modules write V, unscaled (DESIGN: "AWQ trap").

@@ -1,7 +1,7 @@
 """What a model directory is, read from its headers and its manifest."""
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from qsun.config import LayerSpec
 from qsun.model.architectures import architecture_of
 from qsun.model.checkpoint import Checkpoint, read_json
 from qsun.model.locate import find_model
-from qsun.model.manifest import MANIFEST
+from qsun.model.manifest import read_manifest
 from qsun.model.quantization_config import engines_for, stored_format
 from qsun.model.skeleton import empty_model, read_model_config, weight_shape
 from qsun.model.stored_layers import bits_per_weight, layer_spec, quantized_layer_names
@@ -34,9 +34,9 @@ def describe(directory: str | Path) -> dict[str, Any]:
         name: _spec(checkpoint, name, fmt, shapes[name][1], stored) if name in integers else LayerSpec(16, -1, True)
         for name in linears
     }
-    made = read_json(path / MANIFEST) if (path / MANIFEST).exists() else None
-    quantized = made is not None and made["kind"] == "decode_module"
-    errors = {layer["name"]: layer["error"] for layer in made["layers"]} if made and quantized else {}
+    made = read_manifest(path)
+    quantized = bool(made) and made["kind"] == "decode_module"
+    errors = {layer["name"]: layer["error"] for layer in made["layers"]} if quantized else {}
     return {
         "directory": str(directory),
         "kind": made["kind"].replace("_", " ") if made else ("quantized model" if stored else "full-precision model"),
@@ -47,18 +47,9 @@ def describe(directory: str | Path) -> dict[str, Any]:
         if stored
         else {"qsun": "yes", "transformers": "yes", "vllm": "yes"},
         "manifest": {"method": made["config"]["method"], "base": made["base"], "seed": made["config"]["seed"]}
-        if made and quantized
+        if quantized
         else None,
-        "layers": [
-            {
-                "name": name,
-                "bits": spec.bits,
-                "group_size": spec.group_size,
-                "sym": spec.sym,
-                "error": errors.get(name),
-            }
-            for name, spec in specs.items()
-        ],
+        "layers": [{"name": name} | asdict(spec) | {"error": errors.get(name)} for name, spec in specs.items()],
     }
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from qsun.errors import QsunError
 from qsun.model.architectures import architecture_of
 from qsun.model.checkpoint import Checkpoint, files_fingerprint, read_json
-from qsun.model.manifest import write_json
-from qsun.model.pairing import ADAPTER, ADAPTER_WEIGHTS, named_base, on_decode_weights, read_manifest
+from qsun.model.manifest import read_manifest, write_json
+from qsun.model.pairing import ADAPTER, ADAPTER_WEIGHTS, named_base, on_decode_weights
 from qsun.model.skeleton import linear_of, plain_linear
 
 ADAPTER_CONFIG = ADAPTER

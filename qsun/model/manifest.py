@@ -33,6 +33,11 @@ def write_json(path: Path, value: Any) -> None:
     draft.replace(path)
 
 
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Read qsun.json; empty if there is none."""
+    return read_json(directory / MANIFEST) if (directory / MANIFEST).exists() else {}
+
+
 def check_base_files(base: Path) -> None:
     """Raise QsunError for a file that would be copied and that no loader could read."""
     for path in {path for pattern in _BASE_FILES for path in base.glob(pattern)}:

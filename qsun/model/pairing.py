@@ -16,16 +16,19 @@ A plain full-precision directory is a prefill module too. Its base is then unkno
 """
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from qsun.errors import QsunError
+from qsun.model.architectures import kv_shape
 from qsun.model.checkpoint import Checkpoint, files_fingerprint, read_json
 from qsun.model.locate import find_model
-from qsun.model.manifest import MANIFEST
+from qsun.model.manifest import read_manifest
 from qsun.model.skeleton import read_model_config
 
+log = logging.getLogger(__name__)
 ADAPTER = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 FEWEST_SAFE_BITS = 4  # below, a task that calibration left out is lost (docs/calibration.md)
@@ -79,6 +82,14 @@ def differences(prefill: str | Path, decode: str | Path, same_weights: bool = Tr
     return [*found, *_base_differences(ours, theirs), *(_weights_differences(ours, theirs) if same_weights else ())]
 
 
+def check_served_pair(prefill: str | Path, decode: str | Path) -> None:
+    """Raise what `check_pair` does, and log what `uncovered` finds."""
+    check_pair(prefill, decode)
+    warning = uncovered(prefill, decode)
+    if warning:
+        log.warning("%s", warning)
+
+
 def uncovered(prefill: str | Path, decode: str | Path) -> str | None:
     """Return a warning if a decode module of few bits was calibrated with KV of other prefill modules than this one.
 
@@ -100,11 +111,6 @@ def uncovered(prefill: str | Path, decode: str | Path) -> str | None:
 def fewest_bits(made: Mapping[str, Any]) -> int:
     """Return the fewest bits of a quantized layer, from a decode module's qsun.json; 16 if there is none."""
     return min((layer["bits"] for layer in made.get("layers", [])), default=16)
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """Read qsun.json; empty if there is none."""
-    return read_json(directory / MANIFEST) if (directory / MANIFEST).exists() else {}
 
 
 def find_base(decode: str | Path, base: str | Path | None = None) -> tuple[Path, str]:
@@ -176,9 +182,7 @@ def _config_differences(ours: Path, theirs: Path) -> Iterator[str]:
 def _facts(config: Any) -> dict[str, Any]:
     """Return what two modules must agree on, as a flat mapping."""
     values = config.to_dict()
-    heads = values["num_attention_heads"]
-    values["head_dim"] = values.get("head_dim") or values["hidden_size"] // heads
-    values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
+    _, values["num_key_value_heads"], values["head_dim"] = kv_shape(config)
     if isinstance(values.get("eos_token_id"), int):
         values["eos_token_id"] = [values["eos_token_id"]]  # there may be several
     wanted = ("model_type", *_NUMBERS, *_POSITIONS, *_SCORES, *_TOKENS)

@@ -12,13 +12,12 @@ from qsun.config import LayerSpec, QuantConfig
 from qsun.data.calibration import Calibration, Sample
 from qsun.errors import QsunError
 from qsun.memory import human_bytes
-from qsun.model.architectures import BLOCKS, block_prefix
+from qsun.model.architectures import BLOCKS, block_prefix, kv_shape
 from qsun.model.checkpoint import Checkpoint
 from qsun.model.formats import pack_layer
 from qsun.model.output_dir import Part, Shard, stored_as
 from qsun.model.quantized import Quantized
 from qsun.model.skeleton import EMBEDDING, HEAD, Skeleton, weight_shape
-from qsun.runtime.kv_cache import kv_shape
 
 _INTERPRETER_BYTES = 480 << 20  # Python with torch and transformers, measured
 _KEPT_MLP_LIMIT = 1 << 30

@@ -16,7 +16,7 @@ from qsun.memory import available_bytes
 from qsun.model.architectures import BLOCKS
 from qsun.model.checkpoint import Checkpoint, read_json
 from qsun.model.locate import find_model, load_tokenizer
-from qsun.model.manifest import MANIFEST
+from qsun.model.manifest import read_manifest
 from qsun.model.quantization_config import stored_format
 from qsun.model.skeleton import EMBEDDING, HEAD, empty_model, linear_of, plain_linear, read_model_config
 from qsun.model.stored_layers import quantized_layer_names, read_quantized_layer
@@ -94,8 +94,7 @@ def load_decode(
         fuse_blocks(model, config)
     if (path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(path)
-    manifest = read_json(path / MANIFEST) if (path / MANIFEST).exists() else {}
-    return DecodeModule(model.to(device).eval().requires_grad_(False), path, manifest)
+    return DecodeModule(model.to(device).eval().requires_grad_(False), path, read_manifest(path))
 
 
 def dequantize_layers(model: nn.Module) -> None:

@@ -7,17 +7,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaModel
 
+from qsun.model.architectures import kv_shape
+
 # Name of the cache in the forward of models and blocks: transformers 5.24 renamed it.
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 KV_DTYPES = ("auto", "fp8")  # of a decode batch's cache; auto: the model's
 _LARGEST_FP8, _SMALLEST = 448.0, 1e-12  # e4m3; a head of zeros has a scale, too
-
-
-def kv_shape(config: Any) -> tuple[int, int, int]:
-    """Return (layers, KV heads, head_dim)."""
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, width
 
 
 def kv_tensors(width: int, dtype: torch.dtype, kv_dtype: str) -> list[tuple[int, torch.dtype]]:

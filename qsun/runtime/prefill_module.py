@@ -12,7 +12,8 @@ from qsun.errors import QsunError
 from qsun.model.checkpoint import read_json
 from qsun.model.locate import find_model
 from qsun.model.lora import ADAPTER_CONFIG, adapter_base, merge_adapter, read_adapter
-from qsun.model.pairing import check_pair, on_decode_weights, read_manifest, uncovered
+from qsun.model.manifest import read_manifest
+from qsun.model.pairing import check_served_pair, on_decode_weights
 from qsun.runtime.decode_module import DecodeModule, dequantize_layers, load_decode
 
 log = logging.getLogger(__name__)
@@ -61,10 +62,7 @@ def load_prefill(
     """
     path = find_model(str(directory))
     if decode is not None:
-        check_pair(path, decode.directory)
-        warning = uncovered(path, decode.directory)
-        if warning:
-            log.warning("%s", warning)
+        check_served_pair(path, decode.directory)
         model: Any = decode.model
         device = device or model.model.embed_tokens.weight.device
     if (path / ADAPTER_CONFIG).exists():

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from transformers.integrations import sdpa_attention
 
 from qsun.data.examples import TokenExample
-from qsun.model.architectures import architecture_of
+from qsun.model.architectures import architecture_of, kv_shape
 from qsun.runtime.kv_cache import CACHE_ARGUMENT
 from qsun.runtime.prefill_pass import fill_cache
 from qsun.runtime.rotary import row_lengths
@@ -104,7 +104,7 @@ def _faster_masked(model: Any) -> bool:
     which takes every head alone: up to 8 times as long in attention, 4 in the step (docs/speed.md).
     """
     weight, config = model.model.embed_tokens.weight, model.config
-    grouped = (getattr(config, "num_key_value_heads", None) or config.num_attention_heads) < config.num_attention_heads
+    grouped = kv_shape(config)[1] < config.num_attention_heads
     if weight.device.type != "cpu" or weight.dtype.itemsize != 2 or not grouped:
         return False
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()

@@ -10,9 +10,9 @@ from torch import Tensor
 from qsun.figure import new_figure, save_figure
 from qsun.model.checkpoint import Checkpoint, file_sha256, read_json
 from qsun.model.lora import Adapter, write_adapter
-from qsun.model.manifest import MANIFEST, MANIFEST_VERSION, copy_base_files, versions, write_json
+from qsun.model.manifest import MANIFEST, MANIFEST_VERSION, copy_base_files, read_manifest, versions, write_json
 from qsun.model.output_dir import ShardWriter, Workdir, lay_out
-from qsun.model.pairing import ADAPTER_WEIGHTS, read_manifest
+from qsun.model.pairing import ADAPTER_WEIGHTS
 from qsun.model.skeleton import EMBEDDING, HEAD, config_json
 from qsun.tuning.job import TuneJob
 

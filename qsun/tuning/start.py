@@ -8,13 +8,13 @@ from qsun.errors import QsunError
 from qsun.model.checkpoint import Checkpoint, check_full_precision, files_fingerprint, read_json
 from qsun.model.locate import find_model, load_tokenizer
 from qsun.model.lora import ADAPTER_CONFIG, adapter_base, target_names
+from qsun.model.manifest import read_manifest
 from qsun.model.pairing import (
     base_fingerprint,
     check_pair,
     differences,
     named_base,
     on_decode_weights,
-    read_manifest,
     weights_fingerprint,
 )
 from qsun.model.quantization_config import stored_format

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsun.runtime.kv_cache import decode_kv, encode_kv, kv_shape, kv_tensors
+from qsun.model.architectures import kv_shape
+from qsun.runtime.kv_cache import decode_kv, encode_kv, kv_tensors
 
 _COLUMNS = 64  # buffers' columns are a multiple of this
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from qsun.memory import available_bytes
-from qsun.runtime.kv_cache import kv_shape, kv_tensors
+from qsun.model.architectures import kv_shape
+from qsun.runtime.kv_cache import kv_tensors
 
 _lock = threading.Lock()
 _of_models: "WeakKeyDictionary[Any, list[SlotMemory]]" = WeakKeyDictionary()

@@ -1,17 +1,15 @@
 """The modules of a cluster on disk: whether they are compatible, and the name under which a worker serves each."""
 
-import logging
 from pathlib import Path
 
 from qsun.errors import QsunError
 from qsun.model.checkpoint import Checkpoint, files_fingerprint
 from qsun.model.locate import DEMO, find_model
 from qsun.model.lora import adapter_fingerprint
-from qsun.model.pairing import ADAPTER, base_fingerprint, check_pair, named_base, read_manifest, uncovered
+from qsun.model.manifest import read_manifest
+from qsun.model.pairing import ADAPTER, base_fingerprint, check_served_pair, named_base
 from qsun.serve.cluster.names import ServedNames, served_name
 from qsun.serve.cluster.schema import Cluster, Pool
-
-logger = logging.getLogger(__name__)
 
 _FileStamps = tuple[tuple[str, int, int], ...]
 
@@ -74,11 +72,8 @@ class ModuleChecks:
         key = (prefill, _stamps(prefill), decode, _stamps(decode))
         if key in self._pairs:
             return
-        check_pair(prefill, decode)
+        check_served_pair(prefill, decode)
         self._pairs.add(key)
-        warning = uncovered(prefill, decode)
-        if warning:
-            logger.warning("%s", warning)
 
 
 def adapted_weights(adapter: Path) -> str:

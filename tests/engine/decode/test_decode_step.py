@@ -9,7 +9,7 @@ import qsun
 from qsun.engine.decode.decode_step import DecodeStep
 from qsun.engine.decode.fixed_slots import FixedSlots
 from qsun.engine.decode.slot_cache import SlotCache
-from qsun.runtime.kv_cache import kv_shape
+from qsun.model.architectures import kv_shape
 from qsun.runtime.seam import goes_unmasked, seam_masks
 from tests.tiny_models import FAMILIES
 

@@ -10,7 +10,8 @@ from qsun.engine.decode.fixed_slots import FixedSlots
 from qsun.engine.decode.slot_cache import SlotCache
 from qsun.engine.engine import Engine
 from qsun.errors import QsunError
-from qsun.runtime.kv_cache import decode_kv, encode_kv, kv_bytes_per_token, kv_shape
+from qsun.model.architectures import kv_shape
+from qsun.runtime.kv_cache import decode_kv, encode_kv, kv_bytes_per_token
 from tests.engine.decode.test_fixed_slots import Model
 from tests.engine.decode.test_slot_cache import CONFIG
 

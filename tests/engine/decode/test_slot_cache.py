@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from qsun.engine.decode.slot_cache import SlotCache
-from qsun.runtime.kv_cache import kv_bytes_per_token, kv_shape
+from qsun.model.architectures import kv_shape
+from qsun.runtime.kv_cache import kv_bytes_per_token
 
 CONFIG = SimpleNamespace(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8, hidden_size=64)
 
