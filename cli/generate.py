@@ -156,8 +156,7 @@ def _answers(
 
     device, dtype = where
     module = load_decode(decode, device, dtype)
-    model: Any = module.model
-    own_dtype = model.model.embed_tokens.weight.dtype
+    own_dtype = module.model.model.embed_tokens.weight.dtype
     loaded = {
         name: load_prefill(modules[name] or find_base(decode)[1], module, own_dtype)
         for name in {prompt.model: None for prompt in asked}

@@ -1,7 +1,6 @@
 """`qsun bench speculation`: what drafted tokens save on your own prompts."""
 
 from pathlib import Path
-from typing import Any
 
 import typer
 
@@ -46,12 +45,11 @@ def speculation(
     if threads:
         torch.set_num_threads(threads)
     module = load_decode(decode, "cpu", dtype)
-    model: Any = module.model
-    weight = model.model.embed_tokens.weight
+    weight = module.model.model.embed_tokens.weight
     reader = load_prefill(prefill or find_base(decode)[1], module, weight.dtype)
     if module.tokenizer is None:
         raise QsunError(f"{decode} has no tokenizer; speculation is measured on text")
-    most = model.config.max_position_embeddings - max_tokens
+    most = module.model.config.max_position_embeddings - max_tokens
     found, _ = read_examples(data, module.tokenizer, most, "prompts")
     with screen.progress(quiet=as_json) as progress:
         rows = [

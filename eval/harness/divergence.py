@@ -63,11 +63,11 @@ def text_divergence(model: nn.Module, reference: nn.Module, windows: Tensor) -> 
 
 @torch.no_grad()
 def response_divergence(
-    prefill: nn.Module, decode: nn.Module, reference: nn.Module, examples: Sequence[TokenExample], batch_size: int = 32
+    prefill: Any, decode: Any, reference: Any, examples: Sequence[TokenExample], batch_size: int = 32
 ) -> Divergence:
     """Compare at decode positions: both decoders read the responses behind the KV of the same prefill module."""
     sums = _Sums()
-    for batch in _batches(examples, batch_size, _device_of(decode)):
+    for batch in _batches(examples, batch_size, decode.device):
         wanted = batch.labels != IGNORED
         hidden = [decode_hidden(each, batch, prefill_batch(prefill, batch))[wanted] for each in (decode, reference)]
         for ours, theirs, following in _in_pieces((decode, reference), hidden, batch.labels[wanted]):
@@ -126,10 +126,6 @@ def _batches(examples: Sequence[TokenExample], size: int, device: torch.device) 
         count = max(1, min(size, _TOKENS_AT_ONCE // longest))
         yield collate(by_length[first : first + count]).to(device)
         first += count
-
-
-def _device_of(model: Any) -> torch.device:
-    return model.model.embed_tokens.weight.device
 
 
 def read_windows(valid: Path, model: str, count: int, length: int) -> torch.Tensor:

@@ -73,7 +73,7 @@ class QsunLM(HFLM):  # type: ignore[misc]
         several = launched_processes(device_of(device))
         place = several.device if several else device_of(device)
         self.prefill_module, self.decode_module = load_pair(decode, prefill, place, dtype)
-        model: Any = self.decode_module.model
+        model = self.decode_module.model
         limit = model.config.max_position_embeddings
         if int(settings.get("max_length") or 0) > limit:
             raise QsunError(f"max_length {settings['max_length']} is over the model's {limit} positions; use {limit}")
@@ -189,7 +189,7 @@ class QsunLM(HFLM):  # type: ignore[misc]
             hidden: (T, hidden). tokens: (N, T), N continuations that differ in their last token at most.
             counts: how many tokens of each to score, from the end.
         """
-        model: Any = self.decode_module.model
+        model = self.decode_module.model
         N, T = tokens.shape
         scored = torch.arange(T, device=tokens.device) >= T - torch.tensor(counts, device=tokens.device)[:, None]
         total = torch.zeros(N, dtype=torch.float64, device=tokens.device)

@@ -116,8 +116,7 @@ def sampling_settings(settings: Mapping[str, Any], decode: DecodeModule, rows: i
             )
     if not settings.get("do_sample"):
         return {"temperature": 0.0}
-    model: Any = decode.model
-    own = {name: getattr(model.generation_config, name, None) for name in _SAMPLING}
+    own = {name: getattr(decode.model.generation_config, name, None) for name in _SAMPLING}
     given = {name: settings.get(name) for name in _SAMPLING}
     chosen = {name: given[name] if given[name] is not None else own[name] for name in _SAMPLING}
     seeds = torch.randint(2**62, (rows,)).tolist()

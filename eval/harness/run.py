@@ -53,7 +53,7 @@ def run_task(prefill: PrefillModule, decode: DecodeModule, task: str, settings: 
     try:
         with redirect_stdout(sys.stderr):  # lm-eval prints; stdout is for the report
             results = evaluator.simple_evaluate(
-                model=QsunLM(decode, prefill, device=_device(decode), batch_size=settings.batch_size),
+                model=QsunLM(decode, prefill, str(decode.model.device), batch_size=settings.batch_size),
                 tasks=[task],
                 task_manager=_task_manager(task, settings),
                 limit=settings.limit or None,
@@ -82,11 +82,6 @@ def check_tasks(tasks: Sequence[str], settings: HarnessSettings) -> None:
             raise QsunError(f"task {task!r} is not known to lm-eval; {fix}")
         if task == _SANDBOXED and not settings.allow_code:
             raise QsunError(f"task {task} runs what the model writes; allow that with --allow-code-execution")
-
-
-def _device(decode: DecodeModule) -> str:
-    model: Any = decode.model
-    return str(model.model.embed_tokens.weight.device)
 
 
 def _task_manager(task: str, settings: HarnessSettings) -> Any:

@@ -8,6 +8,7 @@ decode modules with text -> the same on running text, and perplexity
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,14 +144,14 @@ def _contents(job: Evaluation) -> dict[str, str]:
 def _parts(job: Evaluation) -> Iterator[_EvaluationPart]:
     for place, entry in enumerate(job.matrix.entries):
         for task in entry.answers(job.matrix.tasks):
-            yield _EvaluationPart(f"{entry.name}: {task}", f"{place:03d}-{task}", _task(job, entry, task))
+            yield _EvaluationPart(f"{entry.name}: {task}", f"{place:03d}-{task}", partial(_task, job, entry, task))
         source = entry.responses or job.responses
         if source:
-            work = _responses(entry, Path(source))
+            work = partial(_responses, entry, Path(source))
             yield _EvaluationPart(f"{entry.name}: decode positions", f"{place:03d}-responses", work)
     if job.text:
         for place, (entry, names) in enumerate(_decoders(job.matrix)):
-            part = _text(job, job.text, entry, names)
+            part = partial(_text, job, job.text, entry, names)
             yield _EvaluationPart(f"{', '.join(names)}: text", f"text-{place:03d}", part)
 
 
@@ -164,36 +165,26 @@ def _decoders(matrix: Matrix) -> list[tuple[Entry, list[str]]]:
     return list(found.values())
 
 
-def _task(job: Evaluation, entry: Entry, task: str) -> Callable[["_Modules"], Mapping[str, Any]]:
-    def make(modules: "_Modules") -> Mapping[str, Any]:
-        prefill, decode = modules.pair(entry)
-        found = run_task(prefill, decode, task, job.harness)
-        return {"kind": "task", "variant": entry.name, "task": task, **found}
-
-    return make
+def _task(job: Evaluation, entry: Entry, task: str, modules: "_Modules") -> Mapping[str, Any]:
+    prefill, decode = modules.pair(entry)
+    found = run_task(prefill, decode, task, job.harness)
+    return {"kind": "task", "variant": entry.name, "task": task, **found}
 
 
-def _responses(entry: Entry, source: Path) -> Callable[["_Modules"], Mapping[str, Any]]:
-    def make(modules: "_Modules") -> Mapping[str, Any]:
-        prefill, decode = modules.pair(entry)
-        tokenizer = load_tokenizer(decode.directory) or load_tokenizer(entry.full_precision()[0])
-        config: Any = prefill.model.config
-        examples, _ = read_examples([str(source)], tokenizer, config.max_position_embeddings, "evaluation")
-        reference = modules.reference(entry)
-        found = response_divergence(prefill.model, decode.model, reference.model, examples)
-        return {"kind": "responses", "variant": entry.name, "source": str(source), **found.to_dict()}
-
-    return make
+def _responses(entry: Entry, source: Path, modules: "_Modules") -> Mapping[str, Any]:
+    prefill, decode = modules.pair(entry)
+    tokenizer = load_tokenizer(decode.directory) or load_tokenizer(entry.full_precision()[0])
+    positions = prefill.model.config.max_position_embeddings
+    examples, _ = read_examples([str(source)], tokenizer, positions, "evaluation")
+    found = response_divergence(prefill.model, decode.model, modules.reference(entry).model, examples)
+    return {"kind": "responses", "variant": entry.name, "source": str(source), **found.to_dict()}
 
 
-def _text(job: Evaluation, source: Path, entry: Entry, names: list[str]) -> Callable[["_Modules"], Mapping[str, Any]]:
-    def make(modules: "_Modules") -> Mapping[str, Any]:
-        module, reference = modules.decoder(entry.decode), modules.reference(entry)
-        windows = read_windows(source, str(entry.full_precision()[0]), *job.windows).to(modules.device)
-        found = text_divergence(module.model, reference.model, windows)
-        return {"kind": "text", "variants": names, "decode": entry.decode, "source": str(source), **found.to_dict()}
-
-    return make
+def _text(job: Evaluation, source: Path, entry: Entry, names: list[str], modules: "_Modules") -> Mapping[str, Any]:
+    module, reference = modules.decoder(entry.decode), modules.reference(entry)
+    windows = read_windows(source, str(entry.full_precision()[0]), *job.windows).to(modules.device)
+    found = text_divergence(module.model, reference.model, windows)
+    return {"kind": "text", "variants": names, "decode": entry.decode, "source": str(source), **found.to_dict()}
 
 
 class _Modules:

@@ -98,7 +98,7 @@ def bench_speed(contenders: Contenders, points: Points, note: Note = lambda _: N
     longest = max(*points.contexts, *points.prompts, 1)
     if longest > limit:
         raise QsunError(f"context {longest} leaves no room for the steps; use {limit} or less")
-    device = contenders.prefill.model.embed_tokens.weight.device
+    device = contenders.prefill.device
     bandwidth = copy_bandwidth(device, _COPY_BYTES[device.type])
     note(f"copy bandwidth {bandwidth / 1e9:.1f} GB/s")
     rows: list[StepTiming] = []
@@ -127,7 +127,7 @@ def bench_speed(contenders: Contenders, points: Points, note: Note = lambda _: N
 
 def prefill_seconds(model: Any, context: int, seconds: float) -> float:
     """Median time in which the prefill module reads one prompt of `context` tokens; up to three, within `seconds`."""
-    device = model.model.embed_tokens.weight.device
+    device = model.device
     prompt = torch.randint(model.config.vocab_size, (context,)).tolist()
 
     def read() -> float:
@@ -146,8 +146,7 @@ def step_seconds(models: Mapping[str, Any], batch: int, context: int, points: Po
     A step is what `generate` and `qsun serve` do for a token: the decode module over its own cache and the greedy
     choice. The caches hold random keys and values; the middle step attends to `context` tokens.
     """
-    first: Any = next(iter(models.values()))
-    device = first.model.embed_tokens.weight.device
+    device = next(iter(models.values())).device
     filled, steps = _filled_and_steps(context, points)
     batches = {name: filled_batch(model, batch, filled, steps) for name, model in models.items()}
     turns = {name: partial(seconds_of, partial(take_step, decoding), device) for name, decoding in batches.items()}
@@ -172,7 +171,7 @@ def _kv_bytes_taken(model: Any, batch: int, context: int, points: Points) -> int
 
 def filled_batch(model: Any, batch: int, filled: int, steps: int) -> DecodeBatch:
     """Return rows with random keys and values of `filled` tokens each, and room for `steps` more."""
-    device = model.model.embed_tokens.weight.device
+    device = model.device
     layers, heads, width = kv_shape(model.config)
     drawn = [torch.randn(2, heads, filled, width, device=device).to(DTYPE) for _ in range(layers)]
     tokens = torch.randint(model.config.vocab_size, (batch, filled + 1)).tolist()

@@ -64,8 +64,9 @@ class AdapterLibrary:
 
     def __init__(self, decode: DecodeModule):
         self.decode = decode
-        model: Any = decode.model
-        self._skeleton: Any = empty_model(model.config)  # an adapter's base has the same, or check_pair refuses it
+        self._skeleton: Any = empty_model(
+            decode.model.config
+        )  # an adapter's base has the same, or check_pair refuses it
         self._shared: WeakValueDictionary[str, SharedPrefill] = WeakValueDictionary()  # the open adapters hold them
         self._lock = threading.Lock()  # weights are loaded once, also where two threads ask for them
 
@@ -109,8 +110,7 @@ class AdapterLibrary:
         fingerprint = files_fingerprint(directory)
         if not quantized and fingerprint == files_fingerprint(self.decode.directory):
             return self._share(_DECODE, lambda: self.decode)
-        model: Any = self.decode.model
-        weight = model.model.embed_tokens.weight
+        weight = self.decode.model.model.embed_tokens.weight
         return self._share(fingerprint, lambda: load_decode(directory, weight.device, weight.dtype))
 
     def _share(self, key: str, load: Callable[[], DecodeModule]) -> SharedPrefill:

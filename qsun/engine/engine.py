@@ -6,7 +6,6 @@ no threads; `thread.py` runs it in one, `generation.py` in a loop.
 
 import time
 from collections import deque
-from typing import Any
 
 import torch
 
@@ -44,7 +43,7 @@ class Engine:
 
     def __init__(self, decode: DecodeModule, config: EngineConfig | None = None, watch: EngineWatch | None = None):
         self.decode, self.config, self.watch = decode, config or EngineConfig(), watch or EngineWatch()
-        model: Any = decode.model
+        model = decode.model
         self.tokenizer, self.eos = decode.tokenizer, decode.eos_tokens
         self.positions: int = model.config.max_position_embeddings
         self.dtype: torch.dtype = model.model.embed_tokens.weight.dtype
@@ -102,8 +101,7 @@ class Engine:
     def check(self, request: Request, name: str = "the prompt") -> None:
         """Raise what `submit` would, but for a full queue."""
         self._module(request.model)
-        model: Any = self.decode.model
-        check_prompt(request, model.config, name)
+        check_prompt(request, self.decode.model.config, name)
         if request.sampling.stop and self.tokenizer is None:
             raise QsunError("the model has no tokenizer; leave stop strings out")
         budget = self.batch_of(request.model).cache.budget_tokens - self.config.speculate

@@ -108,7 +108,7 @@ def _tokens(prompt: Any, decode: DecodeModule) -> tuple[int, ...]:
 
 def _engine(decode: DecodeModule, requests: Sequence[Request], config: GenerateConfig) -> Engine:
     """An engine that reads all prompts of a batch before it decodes, with as much KV as they need or there is room."""
-    model: Any = decode.model
+    model = decode.model
     weight = model.model.embed_tokens.weight
     longest = max((request.kv_tokens for request in requests), default=1) + config.speculate
     wanted = budget_for(model, max(1, min(config.batch_size, len(requests))), longest, config.static)

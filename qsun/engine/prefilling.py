@@ -188,7 +188,7 @@ class Prefilling:
 
     def _read_on(self, task: PrefillTask, count: int) -> int:
         if count:
-            model: Any = task.owner.module.model
+            model = task.owner.module.model
             task.cache = task.cache or DynamicCache()
             piece = list(task.request.tokens[task.done : task.done + count])
             tokens = torch.tensor([piece], device=model.model.embed_tokens.weight.device)

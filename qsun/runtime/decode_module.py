@@ -33,12 +33,12 @@ class DecodeModule:
     """The shared decoder.
 
     Attributes:
-        model: transformers' causal LM; call it as any other.
+        model: transformers' causal LM; call it as any other. Its type is one of many, which name their parts alike.
         directory: where it was loaded from.
         manifest: qsun.json, empty for a module that qsun did not make.
     """
 
-    model: nn.Module
+    model: Any
     directory: Path
     manifest: dict[str, Any] = field(default_factory=dict)
 
@@ -50,9 +50,8 @@ class DecodeModule:
     @property
     def eos_tokens(self) -> set[int]:
         """Tokens that end an answer."""
-        model: Any = self.model
-        own = model.generation_config.eos_token_id
-        own = model.config.eos_token_id if own is None else own
+        own = self.model.generation_config.eos_token_id
+        own = self.model.config.eos_token_id if own is None else own
         return set() if own is None else set(own) if isinstance(own, (list, tuple)) else {own}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qsun.model.architectures import Architecture, architecture_of
 from qsun.model.quantized import Quantized
+from qsun.model.skeleton import plain_linear
 from qsun.runtime.quant_linear import QuantLinear
 
 
@@ -117,7 +118,7 @@ def _stack(layers: list[Any], gated: bool) -> Any:
     biases = [layer.bias for layer in layers if layer.bias is not None]
     bias = torch.cat(biases) if biases else None
     if isinstance(layers[0], nn.Linear):
-        return _stack_dense([layer.weight for layer in layers], bias, gated)
+        return plain_linear(torch.cat([layer.weight for layer in layers]), bias, DenseGateUp if gated else nn.Linear)
     weights = [layer.quantized() for layer in layers]
     stacked = Quantized(
         torch.cat([w.q for w in weights]),
@@ -127,12 +128,3 @@ def _stack(layers: list[Any], gated: bool) -> Any:
     )
     first = layers[0]
     return QuantLinear(stacked, bias, first.bits, first.dtype, first.keep_dense, gated)
-
-
-def _stack_dense(weights: list[Tensor], bias: Tensor | None, gated: bool) -> nn.Linear:
-    rows, columns = sum(len(weight) for weight in weights), weights[0].shape[1]
-    merged = (DenseGateUp if gated else nn.Linear)(columns, rows, bias is not None, device="meta")
-    merged.weight = nn.Parameter(torch.cat(weights), requires_grad=False)
-    if bias is not None:
-        merged.bias = nn.Parameter(bias, requires_grad=False)
-    return merged

@@ -34,7 +34,7 @@ class PrefillModule:
         manifest: qsun.json, empty for a model that qsun did not make.
     """
 
-    model: nn.Module
+    model: Any
     directory: Path
     manifest: dict[str, Any] = field(default_factory=dict)
 
@@ -63,8 +63,7 @@ def load_prefill(
     path = find_model(str(directory))
     if decode is not None:
         check_served_pair(path, decode.directory)
-        model: Any = decode.model
-        device = device or model.model.embed_tokens.weight.device
+        device = device or decode.model.model.embed_tokens.weight.device
     if (path / ADAPTER_CONFIG).exists():
         manifest = read_manifest(path)
         if not manifest or (

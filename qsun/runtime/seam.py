@@ -171,20 +171,16 @@ def seam_hidden(prefill: Any, decode: Any, batch: SeamBatch) -> Tensor:
 
 def decode_hidden(decode: Any, batch: SeamBatch, cache: Any) -> Tensor:
     """`seam_hidden` for prefixes that were read before; cache: of B rows and P columns, `rest` is added to it."""
-    with row_lengths(decode, batch.prefix.shape[1] - batch.starts):
-        return decode.model(**_decode_inputs(decode, batch, cache)).last_hidden_state
-
-
-def _decode_inputs(decode: Any, batch: SeamBatch, cache: Any) -> dict[str, Any]:
     P, R = batch.prefix.shape[1], batch.rest.shape[1]
     columns = torch.arange(P, P + R, device=batch.rest.device)
-    return {
-        "input_ids": batch.rest,
-        "attention_mask": seam_masks(decode, batch.starts, columns, P + R),
-        "position_ids": _positions(batch.starts, columns),
-        CACHE_ARGUMENT: cache,
-        "use_cache": True,
-    }
+    with row_lengths(decode, P - batch.starts):
+        return decode.model(
+            input_ids=batch.rest,
+            attention_mask=seam_masks(decode, batch.starts, columns, P + R),
+            position_ids=_positions(batch.starts, columns),
+            **{CACHE_ARGUMENT: cache},
+            use_cache=True,
+        ).last_hidden_state
 
 
 def monolithic_hidden(model: Any, batch: SeamBatch) -> Tensor:

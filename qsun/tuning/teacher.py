@@ -35,10 +35,9 @@ class Teacher:
     @torch.no_grad()
     def states(self, batch: SeamBatch) -> tuple[Any, Tensor]:
         """Return the model whose head predicts, and its hidden states (B, R, hidden size) at the response tokens."""
-        decode: Any = self.decode.model
-        if self.prefill.model is decode:
-            return decode, monolithic_hidden(decode, batch)
-        return decode, seam_hidden(self.prefill.model, decode, batch)
+        prefill, decode = self.prefill.model, self.decode.model
+        alone = prefill is decode
+        return decode, monolithic_hidden(decode, batch) if alone else seam_hidden(prefill, decode, batch)
 
 
 def load_teacher(plan: TeacherPlan, device: torch.device, dtype: torch.dtype) -> Teacher:

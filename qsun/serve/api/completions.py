@@ -31,6 +31,8 @@ from qsun.serve.api.tools.parser import ToolParser
 from qsun.serve.http.errors import HttpError, busy
 
 _DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+_PENALTIES = ("frequency_penalty", "presence_penalty", "repetition_penalty")
+_SAME_IN_SAMPLING = ("top_p", "min_p", *_PENALTIES, "logit_bias", "stop_token_ids", "ignore_eos")
 
 
 class ServeLimits(Settings):
@@ -91,9 +93,8 @@ class Completions:
 
     def __init__(self, engine: Engine, thread: EngineThread, limits: ServeLimits):
         self.engine, self.thread, self.limits = engine, thread, limits
-        model: Any = engine.decode.model
         self.prompts = PromptTokenizer(engine.tokenizer, engine.positions)
-        self._grammars = Grammars(engine.tokenizer, model.config.vocab_size, engine.eos)
+        self._grammars = Grammars(engine.tokenizer, engine.decode.model.config.vocab_size, engine.eos)
         self._spelling = Spelling(engine.tokenizer)
 
     async def start(self, body: CompletionBody | ChatBody, answer_type: Callable[..., Answer] = ChatAnswer) -> Reply:
@@ -149,15 +150,8 @@ class Completions:
                 settings["skip_special_tokens"] = False
             if schema is not None:
                 settings["constraint"] = await asyncio.to_thread(self._grammars.json, schema)
-            requests.append(
-                Request(
-                    uuid.uuid4().hex,
-                    body.model,
-                    tuple(prompt),
-                    Sampling(**settings),
-                    self.limits.seconds,
-                )
-            )
+            sampling = Sampling(**settings)
+            requests.append(Request(uuid.uuid4().hex, body.model, tuple(prompt), sampling, self.limits.seconds))
         return requests
 
     def _schema(self, body: CompletionBody | ChatBody) -> dict[str, Any] | None:
@@ -176,20 +170,12 @@ class Completions:
 
     def _settings(self, body: CompletionBody | ChatBody, prompt_tokens: int) -> dict[str, Any]:
         echo = isinstance(body, CompletionBody) and body.echo
-        return {
+        return {name: getattr(body, name) for name in _SAME_IN_SAMPLING} | {
             "max_new_tokens": self._max_tokens(body, prompt_tokens),
             "min_new_tokens": body.min_tokens,
             "temperature": 1.0 if body.temperature is None else body.temperature,
-            "top_p": body.top_p,
             "top_k": max(body.top_k, 0),
-            "min_p": body.min_p,
-            "frequency_penalty": body.frequency_penalty,
-            "presence_penalty": body.presence_penalty,
-            "repetition_penalty": body.repetition_penalty,
-            "logit_bias": body.logit_bias,
             "stop": tuple(body.stop),
-            "stop_token_ids": tuple(body.stop_token_ids),
-            "ignore_eos": body.ignore_eos,
             "logprobs": body.wanted_logprobs,
             "prompt_logprobs": body.wanted_logprobs if echo else None,
         }

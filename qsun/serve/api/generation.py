@@ -17,6 +17,7 @@ from qsun.serve.api.bodies.responses import ResponsesBody
 from qsun.serve.api.completions import Completions
 from qsun.serve.api.errors import DESCRIBED
 from qsun.serve.http.errors import HttpError
+from qsun.serve.http.guard import disconnected
 from qsun.serve.http.wire import KEEP_ALIVE
 
 KEEP_ALIVE_SECONDS = 15.0
@@ -75,12 +76,7 @@ async def kept_alive(
 
 async def _unless_gone(http: Request, work: Coroutine[Any, Any, dict[str, Any]]) -> dict[str, Any]:
     """Return the work's result; if the client disconnects first, cancel the work."""
-
-    async def gone() -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
-
-    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(disconnected(http.receive))
     try:
         await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
         if not working.done():

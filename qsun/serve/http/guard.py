@@ -124,6 +124,12 @@ class ClientStalled(Exception):
     """The client does not read its answer; the connection is dropped."""
 
 
+async def disconnected(receive: Receive) -> None:
+    """Return once the client has disconnected."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
 _CLOSE = {"Connection": "close"}  # the unread rest of a body must not be read as another request
 
 

@@ -11,7 +11,7 @@ from starlette.types import Message, Receive, Scope, Send
 from qsun.serve.cluster.schema import RequestLimits
 from qsun.serve.http.errors import HttpError
 from qsun.serve.http.gathering import gathered
-from qsun.serve.http.guard import ClientStalled
+from qsun.serve.http.guard import ClientStalled, disconnected
 from qsun.serve.http.wire import DONE_EVENT, encode_event
 from qsun.serve.router.exchange.exchange import Exchange, WorkerAnswer
 from qsun.serve.router.exchange.request import RoutedRequest, read_request
@@ -34,21 +34,21 @@ class GenerationEndpoint:
         first = await receive()  # the guard hands the body over in one message
         response = _Response(send)
         work = asyncio.create_task(self._serve(scope, bytes(first.get("body", b"")), response.send))
-        disconnect = asyncio.create_task(_disconnected(receive))
+        disconnect = asyncio.create_task(disconnected(receive))
         cut_off = asyncio.create_task(self._state.cut_off.wait())
         tasks = [work, disconnect, cut_off]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if response.complete:  # servers report a disconnect after the last byte, too: only counting is left
                 await asyncio.wait([work])
-            disconnected = disconnect.done()
+            left = disconnect.done()
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
         if not work.cancelled():
             work.result()
-        elif not disconnected:
+        elif not left:
             await response.cut_off()
 
     async def _serve(self, scope: Scope, body: bytes, send: Send) -> None:
@@ -164,8 +164,3 @@ async def _send_whole(answer: WorkerAnswer, send: Send) -> str:
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
     return "ok" if answer.status == 200 else str(answer.status)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -72,12 +72,7 @@ class Fleet:
 
     def choose_prefill(self, demand: Demand, tried: Collection[Worker]) -> Worker | None:
         """Return a prefill worker of the model that has a warm decode worker; one not tried before if there is one."""
-        pool = self.prefill.get(demand.model, ())  # none if a reload has removed the model
-        usable = [
-            worker
-            for worker in pool
-            if worker.usable and demand.model not in worker.lacking and self._warm_decode(worker, demand)
-        ]
+        usable = self._with_a_pair(demand)
         untried = [w for w in usable if w not in tried and any(d not in tried for d in self._warm_decode(w, demand))]
         return self._policy(demand.model).choose(_unsuspected(untried or usable), demand)
 
@@ -115,14 +110,13 @@ class Fleet:
 
     def without_a_pair(self) -> list[str]:
         """Return the models that no pair of workers can serve now."""
-        return [model for model in self.prefill if not self._has_a_pair(model)]
+        return [model for model in self.prefill if not self._with_a_pair(Demand(model, 0))]
 
-    def _has_a_pair(self, model: str) -> bool:
-        demand = Demand(model, 0)
-        return any(
-            worker.usable and model not in worker.lacking and self._warm_decode(worker, demand)
-            for worker in self.prefill[model]
-        )
+    def _with_a_pair(self, demand: Demand) -> list[Worker]:
+        """Return the prefill workers of a model that have a warm decode worker; none if a reload has removed it."""
+        pool = self.prefill.get(demand.model, ())
+        able = [worker for worker in pool if worker.usable and demand.model not in worker.lacking]
+        return [worker for worker in able if self._warm_decode(worker, demand)]
 
     def changed(self) -> None:
         """Wake the requests that wait for a worker."""
