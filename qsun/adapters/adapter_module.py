@@ -64,9 +64,7 @@ class AdapterLibrary:
 
     def __init__(self, decode: DecodeModule):
         self.decode = decode
-        self._skeleton: Any = empty_model(
-            decode.model.config
-        )  # an adapter's base has the same, or check_pair refuses it
+        self._skeleton: Any = empty_model(decode.model.config)  # an adapter's base has the same, by check_pair
         self._shared: WeakValueDictionary[str, SharedPrefill] = WeakValueDictionary()  # the open adapters hold them
         self._lock = threading.Lock()  # weights are loaded once, also where two threads ask for them
 
