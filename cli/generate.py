@@ -11,6 +11,7 @@ import typer
 
 from qsun.cli.terminal import screen
 from qsun.cli.terminal.device import check_device
+from qsun.cli.terminal.options import DEVICE, KV_DTYPE
 from qsun.errors import QsunError
 
 _EXAMPLES = """Answer prompts: a prefill module reads each, the decode module writes the answer.
@@ -54,13 +55,11 @@ def generate(
     seed: int = typer.Option(0, help="Random seed; each prompt draws its own numbers."),
     stop: list[str] = typer.Option([], help="Text that ends an answer and is left out; may be repeated."),
     batch_size: int = typer.Option(64, help="Prompts that are decoded together."),
-    kv_dtype: str = typer.Option(
-        "auto", help="Dtype of the decode batch's KV: auto is that of activations, fp8 takes half of 16 bits."
-    ),
+    kv_dtype: str = KV_DTYPE,
     speculate: int = typer.Option(
         0, help="Tokens that a prompt drafts from its own text and checks in one step; pays where text repeats."
     ),
-    device: str | None = typer.Option(None, help="cpu, cuda, cuda:1 ... Default: a GPU if available."),
+    device: str | None = DEVICE,
     dtype: str | None = typer.Option(None, help="Of activations: float32, bfloat16 ... Default: the decode module's."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object for each prompt."),
 ) -> None:

@@ -1,5 +1,6 @@
 """`qsun quantize`: one command from a model directory to a decode module."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,9 @@ import typer
 
 from qsun.cli.terminal import results, screen
 from qsun.cli.terminal.device import check_device
-from qsun.cli.terminal.options import settings_and_inputs
+from qsun.cli.terminal.options import CONFIG, DEVICE, DRY_RUN, RESUME, settings_and_inputs
 from qsun.config import FORMATS, METHODS, QuantConfig
+from qsun.errors import shortened
 
 EXAMPLES = """Quantize the decode module of a model: a Hugging Face directory, a hub id, or [bold]demo[/].
 
@@ -67,14 +69,10 @@ def quantize(
     dtype: str | None = typer.Option(
         None, help="Dtype of the computation: auto, float32, bfloat16, float16. Default: auto."
     ),
-    device: str | None = typer.Option(None, help="cpu, cuda, cuda:1 ... Default: a GPU if available."),
-    config: Path | None = typer.Option(
-        None, help="YAML file of settings and inputs; command-line options override it."
-    ),
-    resume: bool = typer.Option(False, "--resume", help="Continue an interrupted run."),
-    dry_run: bool = typer.Option(
-        False, "--dry-run", help="Check everything and print the plan without writing anything."
-    ),
+    device: str | None = DEVICE,
+    config: Path | None = CONFIG,
+    resume: bool = RESUME,
+    dry_run: bool = DRY_RUN,
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
 ) -> None:
     settings, inputs = settings_and_inputs(QuantConfig, locals(), _INPUTS)
@@ -88,11 +86,11 @@ def quantize(
     if resume:
         screen.note_fresh_start(out)
     if dry_run:
-        results.show(job.plan.to_dict(), as_json, _plan_text)
+        results.show(asdict(job.plan), as_json, _plan_text)
         return
     if job.calibration is not None and not as_json:
         screen.note(f"calibration: {len(job.calibration.samples)} samples from {job.calibration.source}; the first:")
-        screen.note("  " + _shortened(job.calibration.preview))
+        screen.note("  " + shortened(job.calibration.preview, 240))
     try:
         with screen.progress(quiet=as_json) as progress:
             report = run_job(job, resume, progress)
@@ -113,11 +111,6 @@ def _warn_of_unserved(served: list[str], covered: tuple[str, ...], model: str) -
             f"warning: calibration does not cover served module {name}; at 2 and 3 bits its answers may be lost: "
             f"add --calib DATA --calib-prefill {name}"
         )
-
-
-def _shortened(text: str, limit: int = 240) -> str:
-    flat = " ".join(text.split())
-    return flat if len(flat) <= limit else flat[:limit] + " ..."
 
 
 def _plan_text(plan: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ import typer
 
 from qsun.cli.terminal import screen
 from qsun.cli.terminal.device import check_device
+from qsun.cli.terminal.options import DEVICE, KV_DTYPE
 from qsun.errors import QsunError
 
 _EXAMPLES = """Serve many prefill modules from one decode module through OpenAI's API, in one process.
@@ -50,9 +51,7 @@ def serve(
     ),
     max_batch: int = typer.Option(64, min=1, help="Requests that prefill or decode at a time."),
     kv_memory: str = typer.Option("auto", help="Memory for KV, such as 2GiB. Default: a quarter of what is free."),
-    kv_dtype: str = typer.Option(
-        "auto", help="Dtype of the decode batch's KV: auto is that of activations, fp8 takes half of 16 bits."
-    ),
+    kv_dtype: str = KV_DTYPE,
     prefix_cache: str = typer.Option("256MiB", help="Memory for KV of prompt prefixes; 0: none."),
     prefill_tokens: int = typer.Option(512, min=1, help="Prompt tokens read between two decode steps."),
     speculate: int = typer.Option(
@@ -67,7 +66,7 @@ def serve(
     max_body: str = typer.Option("1MiB", help="Longest body of a request."),
     drain: float = typer.Option(30.0, min=1, help="Seconds for running requests to finish on shutdown."),
     dtype: str | None = typer.Option(None, help="Of activations: float32, bfloat16 ... Default: the decode module's."),
-    device: str | None = typer.Option(None, help="cpu, cuda, cuda:1 ... Default: a GPU if available."),
+    device: str | None = DEVICE,
     threads: int = typer.Option(0, min=0, help="CPU threads. Default: as torch chooses, one for each core."),
     admin: bool = typer.Option(False, "--admin", help="Add and remove modules by POST and DELETE /admin/models."),
     partitioned: bool = typer.Option(

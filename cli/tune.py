@@ -8,7 +8,7 @@ import typer
 
 from qsun.cli.terminal import screen
 from qsun.cli.terminal.device import check_device
-from qsun.cli.terminal.options import settings_and_inputs
+from qsun.cli.terminal.options import CONFIG, DEVICE, DRY_RUN, RESUME, settings_and_inputs
 from qsun.errors import QsunError
 from qsun.tuning.config import TuneConfig
 
@@ -88,14 +88,10 @@ def tune(
     dtype: str | None = typer.Option(
         None, help="Dtype of the forward pass: auto, float32, bfloat16, float16. Default: auto."
     ),
-    device: str | None = typer.Option(None, help="cpu, cuda, cuda:1 ... Default: a GPU if available."),
-    config: Path | None = typer.Option(
-        None, help="YAML file of settings and inputs; command-line options override it."
-    ),
-    resume: bool = typer.Option(False, "--resume", help="Continue an interrupted run."),
-    dry_run: bool = typer.Option(
-        False, "--dry-run", help="Check everything and print the plan without writing anything."
-    ),
+    device: str | None = DEVICE,
+    config: Path | None = CONFIG,
+    resume: bool = RESUME,
+    dry_run: bool = DRY_RUN,
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
 ) -> None:
     settings, inputs = settings_and_inputs(TuneConfig, locals(), _INPUTS)

@@ -37,7 +37,7 @@ def one_line(error: "ValidationError", root: "type[BaseModel]") -> str:
     if kind == "value_error":
         text = str(context["error"])
         own = isinstance(context["error"], QsunError) or not place
-        return text if own else f"{place} {_shown(first['input'])} is invalid: {text}"
+        return text if own else f"{place} {shortened(repr(first['input']))} is invalid: {text}"
     if kind == "extra_forbidden":
         known = _known(root, [str(part) for part in first["loc"][:-1]])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, 1)
@@ -47,8 +47,10 @@ def one_line(error: "ValidationError", root: "type[BaseModel]") -> str:
         return f"{place} is missing; add it"
     if kind in _MESSAGES:
         choices = str(context.get("expected", "")).replace("'", "")
-        return f"{place} {_shown(first['input'])} {_MESSAGES[kind].format_map(context | {'expected': choices})}"
-    return f"{place} {_shown(first['input'])} is invalid: {first['msg'][:1].lower()}{first['msg'][1:]}"
+        return (
+            f"{place} {shortened(repr(first['input']))} {_MESSAGES[kind].format_map(context | {'expected': choices})}"
+        )
+    return f"{place} {shortened(repr(first['input']))} is invalid: {first['msg'][:1].lower()}{first['msg'][1:]}"
 
 
 def _is_branch(part: object) -> bool:
@@ -72,6 +74,7 @@ def _models_in(annotation: Any) -> "list[type[BaseModel]]":
     return [model for argument in get_args(annotation) for model in _models_in(argument)]
 
 
-def _shown(value: object, limit: int = 80) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= limit else text[:limit] + "..."
+def shortened(text: object, limit: int = 80) -> str:
+    """Return a text on one line, cut to so many characters."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= limit else line[:limit] + "..."

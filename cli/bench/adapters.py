@@ -5,7 +5,7 @@ from pathlib import Path
 import typer
 
 from qsun.cli.terminal import results, screen
-from qsun.cli.terminal.device import check_device
+from qsun.cli.terminal.device import use_device
 from qsun.config import check_one_of
 
 
@@ -34,17 +34,14 @@ def adapters(
 
       qsun bench adapters --decode out/int4 --prefill-weights decode --count 32
     """
-    check_device(device)
+    where = use_device(device, threads)
     check_one_of("--prefill-weights", prefill_weights, ("base", "decode"))
-    import torch
-
     from qsun.eval.output.machine import describe_machine
     from qsun.eval.speed.adapter_speed import AdapterRun, bench_adapters, report_text
     from qsun.runtime.decode_module import load_decode
 
-    torch.set_num_threads(threads)
-    module = load_decode(decode, device, dtype)
+    module = load_decode(decode, where, dtype)
     run = AdapterRun(count, rank, prompt, rounds, steps, prefill_weights == "decode")
-    result = bench_adapters(module, run, screen.note) | describe_machine(next(module.model.parameters()).device)
+    result = bench_adapters(module, run, screen.note) | describe_machine(where)
     results.save(out, "adapters", result)
     results.show(result, as_json, report_text)

@@ -5,7 +5,7 @@ from pathlib import Path
 import typer
 
 from qsun.cli.terminal import results, screen
-from qsun.cli.terminal.device import check_device
+from qsun.cli.terminal.device import use_device
 
 
 def engine(
@@ -37,25 +37,21 @@ def engine(
 
       qsun bench engine --decode out/int4 --prefill out/math --prefill out/code --rate 10
     """
-    check_device(device)
-    import torch
-
+    where = use_device(device, threads)
     from qsun.eval.load.workload import Lengths, Workload
     from qsun.eval.output.machine import describe_machine
     from qsun.eval.simulate.engine_comparison import EngineComparison, compare_in_rounds, report_text
     from qsun.runtime.decode_module import load_decode
     from qsun.runtime.prefill_module import load_prefill
 
-    torch.set_num_threads(threads)
-    module = load_decode(decode, device, dtype)
-    weight = next(module.model.parameters())
-    loaded = {name: load_prefill(name, module, weight.dtype) for name in dict.fromkeys(prefill)}
+    module = load_decode(decode, where, dtype)
+    loaded = {name: load_prefill(name, module, module.model.dtype) for name in dict.fromkeys(prefill)}
     models = {f"model-{number}": loaded[name] for number, name in enumerate(prefill, 1)}
     workload = Workload(tuple(models), skew, Lengths.parse(prompt), Lengths.parse(output), seed)
     with screen.progress(quiet=as_json) as progress:
         runs = EngineComparison(module, models, max_batch, prefill_tokens)
         result = compare_in_rounds(runs, workload.trace(rate, requests), rounds, progress)
     result |= {"rate": rate, "skew": skew, "prompt": prompt, "output": output, "models": len(models)}
-    result |= describe_machine(weight.device)
+    result |= describe_machine(where)
     results.save(out, "engine", result)
     results.show(result, as_json, report_text)

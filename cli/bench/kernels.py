@@ -5,9 +5,8 @@ from pathlib import Path
 import typer
 
 from qsun.cli.terminal import results, screen
-from qsun.cli.terminal.device import check_device
+from qsun.cli.terminal.device import use_device
 from qsun.cli.terminal.options import whole_numbers
-from qsun.device import default_device
 from qsun.errors import QsunError
 
 
@@ -55,13 +54,11 @@ def kernels(
     )
     from qsun.eval.speed.model_shapes import MODEL_SHAPES
 
-    check_device(device or None)
-    where = default_device(device)
+    where = use_device(device, threads)
     on_gpu = where.type == "cuda"
     if not model and not shape:
         model, shape = (list(MODEL_SHAPES), []) if on_gpu else ([], ["4096x4096", "14336x4096"])
     wanted = rows or ("1,2,4,8,16,32,64,128,256" if on_gpu else "1,4,16,64,256")
-    torch.set_num_threads(threads)
     result = bench_kernels(
         layers_of(model, shape),
         whole_numbers("rows", wanted),

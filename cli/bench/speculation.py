@@ -5,7 +5,7 @@ from pathlib import Path
 import typer
 
 from qsun.cli.terminal import results, screen
-from qsun.cli.terminal.device import check_device
+from qsun.cli.terminal.device import use_device
 from qsun.cli.terminal.options import whole_numbers
 from qsun.errors import QsunError
 
@@ -31,9 +31,7 @@ def speculation(
 
       qsun bench speculation demo --data prompts.jsonl --batch 1,4,16 --drafts 2,4,8,16
     """
-    check_device("cpu")
-    import torch
-
+    where = use_device("cpu", threads)
     from qsun.eval.output.machine import describe_machine
     from qsun.eval.speed.speculation import compare_speculation, report_text
     from qsun.model.pairing import find_base
@@ -42,11 +40,8 @@ def speculation(
     from qsun.tuning.examples import read_examples
 
     batches, lengths = whole_numbers("batch", batch), whole_numbers("drafts", drafts)
-    if threads:
-        torch.set_num_threads(threads)
-    module = load_decode(decode, "cpu", dtype)
-    weight = module.model.model.embed_tokens.weight
-    reader = load_prefill(prefill or find_base(decode)[1], module, weight.dtype)
+    module = load_decode(decode, where, dtype)
+    reader = load_prefill(prefill or find_base(decode)[1], module, module.model.dtype)
     if module.tokenizer is None:
         raise QsunError(f"{decode} has no tokenizer; speculation is measured on text")
     most = module.model.config.max_position_embeddings - max_tokens
@@ -57,6 +52,6 @@ def speculation(
             for size in batches
             for row in compare_speculation(module, reader, found[:limit], size, lengths, max_tokens, progress)
         ]
-    result = {"decode": decode, "prefill": prefill, "rows": rows} | describe_machine(weight.device)
+    result = {"decode": decode, "prefill": prefill, "rows": rows} | describe_machine(where)
     results.save(out, "speculation", result)
     results.show(result, as_json, report_text)

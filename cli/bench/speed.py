@@ -5,9 +5,8 @@ from pathlib import Path
 import typer
 
 from qsun.cli.terminal import results, screen
-from qsun.cli.terminal.device import check_device
+from qsun.cli.terminal.device import use_device
 from qsun.cli.terminal.options import whole_numbers
-from qsun.device import default_device
 from qsun.errors import QsunError
 
 
@@ -41,13 +40,11 @@ def speed(
 
       qsun bench speed --decode out/int4 --base ./Llama-3.2-1B --batches 1,8
     """
-    check_device(device or None)
+    where = use_device(device, threads)
     if bool(shape) == bool(decode):
         raise QsunError("give either --shape NAME or --decode DIR" + (", not both" if shape else ""))
     if base and not decode:
         raise QsunError("--base needs --decode; --shape makes its own base")
-    import torch
-
     from qsun.eval.output.machine import describe_machine
     from qsun.eval.speed.contenders import loaded_contenders, made_contenders
     from qsun.eval.speed.decode_speed import Points, bench_speed
@@ -60,9 +57,6 @@ def speed(
         seconds,
         whole_numbers("prompts", prompts),
     )
-    where = default_device(device)
-    if threads:
-        torch.set_num_threads(threads)
     if decode:
         contenders = loaded_contenders(decode, base or None, where)
     else:

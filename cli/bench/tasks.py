@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from qsun.cli.terminal import results, screen
-from qsun.cli.terminal.device import check_device
+from qsun.cli.terminal.device import check_device, use_device
 from qsun.cli.terminal.options import names, numbers, whole_numbers
 
 
@@ -144,13 +144,9 @@ def tuning(
 
       qsun bench tuning demo --data out/tasks/math-train.jsonl
     """
-    check_device(device or None)
-    import torch
-
+    use_device(device, threads)
     from qsun.eval.speed.tuning_speed import compare_tuning
 
-    if threads:
-        torch.set_num_threads(threads)
     found = compare_tuning(decode, data, steps, batch_size, device or None)
     line = (
         f"SUN {1000 * found['sun']:.1f} ms, full fine-tune {1000 * found['full']:.1f} ms a step: {found['ratio']:.3f}"

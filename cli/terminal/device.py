@@ -1,7 +1,12 @@
-"""The --device option."""
+"""The --device and --threads options."""
+
+from typing import TYPE_CHECKING
 
 from qsun.device import default_device
 from qsun.errors import QsunError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def check_device(device: str | None) -> None:
@@ -15,3 +20,13 @@ def check_device(device: str | None) -> None:
         raise QsunError(f"device {device!r} is not supported; use cpu, cuda or cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
         raise QsunError(f"device {device!r}: there is no CUDA device; use --device cpu")
+
+
+def use_device(device: str | None, threads: int = 0) -> "torch.device":
+    """Return the device to compute on, and take so many CPU threads; 0: as torch chooses. Raises as `check_device`."""
+    check_device(device or None)
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    return default_device(device)

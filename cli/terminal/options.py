@@ -6,10 +6,20 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar
 
+import typer
+
 from qsun.config import Settings, read_config_file
 from qsun.errors import QsunError
 
 S = TypeVar("S", bound=Settings)
+# options that several commands have
+CONFIG = typer.Option(None, help="YAML file of settings and inputs; command-line options override it.")
+DEVICE = typer.Option(None, help="cpu, cuda, cuda:1 ... Default: a GPU if available.")
+DRY_RUN = typer.Option(False, "--dry-run", help="Check everything and print the plan without writing anything.")
+KV_DTYPE = typer.Option(
+    "auto", help="Dtype of the decode batch's KV: auto is that of activations, fp8 takes half of 16 bits."
+)
+RESUME = typer.Option(False, "--resume", help="Continue an interrupted run.")
 
 
 def settings_and_inputs(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,6 @@ class Divergence:
     top1: float
     loss: float
     reference_loss: float
-
-    def to_dict(self) -> dict[str, float]:
-        return asdict(self)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from qsun.errors import QsunError
+from qsun.errors import QsunError, shortened
 from qsun.eval.tasks import tasks_directory
 from qsun.runtime.decode_module import DecodeModule
 from qsun.runtime.prefill_module import PrefillModule
@@ -68,7 +68,7 @@ def run_task(prefill: PrefillModule, decode: DecodeModule, task: str, settings: 
             )
     # unusable data, an unsafe task, a missing chat template; lm-eval asserts some of what it cannot do
     except (ValueError, KeyError, OSError, AssertionError) as error:
-        raise QsunError(f"task {task}: {' '.join(str(error).split())[:200]}") from None
+        raise QsunError(f"task {task}: {shortened(error, 200)}") from None
     return _outcome(task, results)
 
 

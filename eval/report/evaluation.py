@@ -177,14 +177,14 @@ def _responses(entry: Entry, source: Path, modules: "_Modules") -> Mapping[str, 
     positions = prefill.model.config.max_position_embeddings
     examples, _ = read_examples([str(source)], tokenizer, positions, "evaluation")
     found = response_divergence(prefill.model, decode.model, modules.reference(entry).model, examples)
-    return {"kind": "responses", "variant": entry.name, "source": str(source), **found.to_dict()}
+    return {"kind": "responses", "variant": entry.name, "source": str(source), **asdict(found)}
 
 
 def _text(job: Evaluation, source: Path, entry: Entry, names: list[str], modules: "_Modules") -> Mapping[str, Any]:
     module, reference = modules.decoder(entry.decode), modules.reference(entry)
     windows = read_windows(source, str(entry.full_precision()[0]), *job.windows).to(modules.device)
     found = text_divergence(module.model, reference.model, windows)
-    return {"kind": "text", "variants": names, "decode": entry.decode, "source": str(source), **found.to_dict()}
+    return {"kind": "text", "variants": names, "decode": entry.decode, "source": str(source), **asdict(found)}
 
 
 class _Modules:

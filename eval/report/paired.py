@@ -6,7 +6,7 @@ worse than A, not the spread of the examples' difficulty.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -27,9 +27,6 @@ class Paired:
     only_a: int
     only_b: int
     p_value: float
-
-    def to_dict(self) -> dict[str, float]:
-        return asdict(self)
 
 
 def compare(a: Sequence[bool], b: Sequence[bool], seed: int = 0) -> Paired:

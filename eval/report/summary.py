@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from statistics import fmean
 from typing import Any
@@ -72,7 +73,7 @@ def _cells(values: Mapping[str, list[Sequence[float]]], reference: str) -> dict[
             and list(map(len, theirs)) == list(map(len, groups))
             and all(map(_binary, groups + theirs))
         ):
-            cell |= compare_groups([(_right(a), _right(b)) for a, b in zip(theirs, groups, strict=True)]).to_dict()
+            cell |= asdict(compare_groups([(_right(a), _right(b)) for a, b in zip(theirs, groups, strict=True)]))
         cells[name] = cell
     return cells
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from qsun.data.jsonl import PlacedRow, read_rows
 from qsun.data.shapes import RowLeftOut, recognize
-from qsun.errors import QsunError
+from qsun.errors import QsunError, shortened
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -93,7 +93,7 @@ def _loaded(where: str, **source: Any) -> Iterator[PlacedRow]:
     except Exception as error:  # many kinds, down to those of its HTTP library
         raise QsunError(
             f"{where} is not a {FILES}, and cannot be loaded as a data set ID, ID:SPLIT or "
-            f"ID:CONFIG:SPLIT: {' '.join(str(error).split())[:200]}"
+            f"ID:CONFIG:SPLIT: {shortened(error, 200)}"
         ) from None
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qsun.demo import base_directory
-from qsun.errors import QsunError
+from qsun.errors import QsunError, shortened
 
 DEMO = "demo"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -34,7 +34,7 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(_WANTED)))
     except Exception as error:  # the hub's client raises many kinds, down to those of its HTTP library
-        reason = " ".join(str(error).split())[:160]
+        reason = shortened(error, 160)
         raise QsunError(f"{name} is not a directory here and could not be downloaded from the Hub: {reason}") from None
 
 
@@ -50,7 +50,7 @@ def load_tokenizer(directory: Path) -> Any | None:
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exceptions, others what a missing package raises
-        reason = " ".join(str(error).split())[:200]
+        reason = shortened(error, 200)
     lacking = [name for name in ("sentencepiece", "google.protobuf") if not _installed(name)]
     if "tokenizer.json" not in present and lacking:
         packages = " ".join(lacking).replace("google.", "")

@@ -213,6 +213,11 @@ def partial_path(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
+def existing_parent(path: Path) -> Path:
+    """Return the nearest directory above a path that exists."""
+    return next(parent for parent in path.absolute().parents if parent.exists())
+
+
 def written_bytes(out: Path) -> int:
     """Return the bytes on disk of what an interrupted run has written; its files have holes."""
     return sum(512 * file.stat().st_blocks for file in (partial_path(out) / "module").glob("*.safetensors"))
@@ -239,7 +244,7 @@ def _take_lock(path: Path, mode: str, kind: int) -> IO[bytes]:
 
 def check_free(out: Path, resume: bool, lock: bool = True) -> None:
     """Raise QsunError if OUT exists or cannot be created, if another run writes it, or an interrupted one is there."""
-    above = next(parent for parent in out.absolute().parents if parent.exists())
+    above = existing_parent(out)
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         fault = "is not writable" if above.is_dir() else "is a file"
         raise QsunError(f"output directory {out} cannot be created: {above} {fault}; choose another place")

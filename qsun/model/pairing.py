@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qsun.errors import QsunError
+from qsun.errors import QsunError, shortened
 from qsun.model.architectures import kv_shape
 from qsun.model.checkpoint import Checkpoint, files_fingerprint, read_json
 from qsun.model.locate import find_model
@@ -295,7 +295,5 @@ def _line(name: str, a: Any, b: Any, fix: str) -> str:
     return f"{name} is {_shown(a)} in the prefill module and {_shown(b)} in the decode module; {fix}"
 
 
-def _shown(value: Any, limit: int = 60) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    text = " ".join(text.split())
-    return text if len(text) <= limit else text[:limit] + "..."
+def _shown(value: Any) -> str:
+    return shortened(value if isinstance(value, str) else json.dumps(value, default=str), 60)

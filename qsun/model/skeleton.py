@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from qsun.errors import QsunError
+from qsun.errors import QsunError, shortened
 from qsun.model.architectures import ARCHITECTURES, TEXT_MODELS, Architecture, architecture_of, block_prefix
 from qsun.model.checkpoint import Checkpoint, read_json
 
@@ -67,7 +67,7 @@ class Skeleton:
         try:
             filled.load_state_dict(cast, strict=True, assign=True)
         except RuntimeError as error:
-            raise QsunError(f"{prefix}*: {' '.join(str(error).split())[:300]}") from None
+            raise QsunError(f"{prefix}*: {shortened(error, 300)}") from None
         return filled.to(self.device).eval().requires_grad_(False)
 
     def embed(self, batches: list[Tensor]) -> list[Tensor]:
@@ -179,7 +179,7 @@ def _parsed(values: Mapping[str, Any], directory: Path) -> Any:
     try:
         return AutoConfig.for_model(**{key: value for key, value in values.items() if key != "quantization_config"})
     except Exception as error:  # each config class checks in its own way, down to those of a strict dataclass
-        raise QsunError(f"{directory / 'config.json'}: {' '.join(str(error).split())[:300]}") from None
+        raise QsunError(f"{directory / 'config.json'}: {shortened(error, 300)}") from None
 
 
 def _text_values(directory: Path) -> dict[str, Any] | None:

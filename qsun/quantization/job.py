@@ -18,7 +18,16 @@ from qsun.model.checkpoint import Checkpoint, check_full_precision
 from qsun.model.formats import check_format
 from qsun.model.locate import DEMO, find_model, load_tokenizer
 from qsun.model.manifest import check_base_files
-from qsun.model.output_dir import Part, Shard, check_free, check_outside, lay_out, partial_path, written_bytes
+from qsun.model.output_dir import (
+    Part,
+    Shard,
+    check_free,
+    check_outside,
+    existing_parent,
+    lay_out,
+    partial_path,
+    written_bytes,
+)
 from qsun.model.quantization_config import check_fused, check_overrides
 from qsun.model.skeleton import EMBEDDING, HEAD, Skeleton, read_model_config
 from qsun.quantization.plan import Plan, check_disk, make_plan, output_parts
@@ -94,7 +103,7 @@ def prepare(
     parts = output_parts(skeleton, specs, config.format)
     shards = lay_out(parts.values())
     plan = make_plan(skeleton, config, specs, samples, shards)
-    check_disk(plan, _existing_parent(partial_path(out).parent), written_bytes(out))
+    check_disk(plan, existing_parent(partial_path(out)), written_bytes(out))
     scale_dtype = skeleton.base_dtype if config.scale_dtype == "auto" else getattr(torch, config.scale_dtype)
     if scale_dtype == torch.float32:
         scale_dtype = torch.float16
@@ -152,10 +161,3 @@ def _read_samples(skeleton: Skeleton, config: QuantConfig, sources: list[str], p
         sources, tokenizer, skeleton.config.vocab_size, config.samples, seq_len, config.seed, prefill.numbers
     )
     return hold_out(found) if config.polish else found
-
-
-def _existing_parent(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path

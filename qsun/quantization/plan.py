@@ -1,10 +1,9 @@
 """What a run writes and needs, known before it starts: the output's tensors, disk, memory. --dry-run shows it."""
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -44,9 +43,6 @@ class Plan:
     output_bytes: int
     peak_ram_bytes: int
     peak_vram_bytes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def block_part(index: int) -> str:

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -124,4 +125,4 @@ def _quantize(job: Job, work: Workdir, counter: ProgressCounter, inputs: dict[st
     read_back(job, directory, digests, probe)
     counter.done("read back")
     errors = [record["block_error"] for record in records[:-1]]
-    return {"out": str(job.out), **summary, "block_errors": errors, "polish": learned, "plan": job.plan.to_dict()}
+    return {"out": str(job.out), **summary, "block_errors": errors, "polish": learned, "plan": asdict(job.plan)}

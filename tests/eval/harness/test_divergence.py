@@ -1,6 +1,7 @@
 """KL and perplexity against float64, on a model whose logits are known."""
 
 import types
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ def test_text_against_float64():
     g = torch.Generator().manual_seed(2)
     first, second = torch.randn(11, 11, generator=g), torch.randn(11, 11, generator=g)
     windows = torch.randint(0, 11, (37, 9), generator=g)
-    found = text_divergence(model_of(second), model_of(first), windows).to_dict()
+    found = asdict(text_divergence(model_of(second), model_of(first), windows))
     read, following = windows[:, :-1].flatten(), windows[:, 1:].flatten().tolist()
     assert found == pytest.approx(exact(second.double()[read], first.double()[read], following), rel=1e-5)
 
@@ -94,7 +95,7 @@ def test_decode_positions_against_a_forward_pass_with_two_sets_of_weights(tiny_m
     following = [token for e in examples for token in e.response]
     wanted = exact(expected["d"].detach(), expected["r"].detach(), following)
     assert expected["d"].shape == (24, VOCAB)
-    found = response_divergence(prefill, decode, reference, examples, batch_size=2).to_dict()
+    found = asdict(response_divergence(prefill, decode, reference, examples, batch_size=2))
     assert found == pytest.approx(wanted, rel=2e-5)
 
 

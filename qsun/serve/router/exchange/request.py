@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from qsun.errors import shortened
 from qsun.serve.cluster.schema import RequestLimits
 from qsun.serve.http.errors import HttpError
 
@@ -98,7 +99,7 @@ def _json_object(raw: bytes) -> dict[str, Any]:
         # as a worker will get it: 1e999 parses to an infinity and "\ud800" to half a character, which JSON cannot hold
         json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
-        raise HttpError(400, f"the body is not JSON: {' '.join(str(error).split())[:200]}") from None
+        raise HttpError(400, f"the body is not JSON: {shortened(error, 200)}") from None
     if not isinstance(body, dict):
         raise HttpError(400, "the body is not a JSON object; send one with model and prompt or messages")
     return body
