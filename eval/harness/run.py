@@ -41,8 +41,8 @@ def run_task(prefill: PrefillModule, decode: DecodeModule, task: str, settings: 
     """Run one task, or a group of tasks, with lm-eval.
 
     Returns:
-        {"metric", "values": the metric of every example in the task's order, "rate", "stderr", "all": every metric of
-        the task as lm-eval computes it, "version"}.
+        {"metric", "values": the metric of every example in the task's order, "all": every metric of the task as lm-eval
+        computes it, "version"}.
     Raises:
         QsunError: no such task, or a task that runs code without permission.
     """
@@ -114,13 +114,9 @@ def _outcome(task: str, results: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(first[0][metric], (int, float)):
             raise QsunError(f"task {name}: {metric} has no number for each example; use --text for perplexity")
         values += [float(sample[metric]) for sample in sorted(first, key=lambda s: s["doc_id"])]
-    mean = sum(values) / len(values)
-    variance = sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)
     return {
         "metric": metric,
         "values": values,
-        "rate": mean,
-        "stderr": (variance / len(values)) ** 0.5,
         "all": {name: _numbers(results["results"][name]) for name in names},
         "version": {name: results["versions"].get(name) for name in names},
     }

@@ -143,13 +143,11 @@ class AdmissionQueue:
         self._count += 1
         self._queues[model].append((self._count, times))
 
-    def next(self, held: Mapping[str, int], most: int) -> RequestTimes | None:
-        """Return the next request of a model with fewer than `most` admitted; it stays in the queue until `take`."""
-        able = [model for model, queue in self._queues.items() if queue and held[model] < most]
-        if not able:
-            return None
+    def next(self) -> RequestTimes | None:
+        """Return the next request; it stays in the queue until `take`."""
         key = self._served.__getitem__ if self._fair else lambda model: self._queues[model][0][0]
-        return self._queues[min(able, key=key)][0][1]
+        model = min((model for model, queue in self._queues.items() if queue), key=key, default=None)
+        return None if model is None else self._queues[model][0][1]
 
     def take(self, times: RequestTimes) -> None:
         """Remove the request that `next` returned."""

@@ -110,10 +110,9 @@ class Capacity:
     rate: float
     result: SimulationResult
 
-    def tokens_per_s(self, all_workers: bool = False) -> float:
-        """Return the throughput of a decode worker, or averaged over all workers."""
-        system = self.result.system
-        return self.result.steady_tokens_per_s() / (system.workers if all_workers else len(system.decode))
+    def tokens_per_s(self) -> float:
+        """Return the throughput of a decode worker."""
+        return self.result.steady_tokens_per_s() / len(self.result.system.decode)
 
 
 def mean_tpot_ms(result: SimulationResult) -> float:

@@ -129,12 +129,9 @@ class _DecodeProcess:
 
     def _admit(self) -> None:
         """Admit requests while there is room. A request that lacks KV is not overtaken."""
-        most = self.kind.max_batch_per_model or self.kind.max_batch
         while sum(self._held.values()) < self.kind.max_batch:
-            times = self._waiting.next(self._held, most)
-            if times is None:
-                return
-            if not self._room.fits(self._share(times), times):
+            times = self._waiting.next()
+            if times is None or not self._room.fits(self._share(times), times):
                 return
             self._waiting.take(times)
             self._room.take(self._share(times), times)

@@ -131,15 +131,13 @@ def _row(
     return row
 
 
-def where_ratio(
-    rows: Sequence[Mapping[str, Any]], kind: str, wanted: float, key: str = "ratio_same_tpot"
-) -> float | None:
-    """Return the smallest skew, interpolated, at which a system's ratio reaches `wanted`; None if it never does.
+def where_ratio(rows: Sequence[Mapping[str, Any]], kind: str, wanted: float) -> float | None:
+    """Return the smallest skew, interpolated, at which "ratio_same_tpot" reaches `wanted`; None if it never does.
 
     If the previous skew has no ratio to interpolate from, it is the simulated skew itself.
     """
     before: tuple[float, float] | None = None
-    for skew, ratio in ((row["skew"], row[key]) for row in rows if row["system"] == kind):
+    for skew, ratio in ((row["skew"], row["ratio_same_tpot"]) for row in rows if row["system"] == kind):
         if ratio is None:
             before = None
             continue

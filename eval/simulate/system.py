@@ -20,7 +20,6 @@ class DecodeWorker:
         turns: one batch a model, because each has its own decode module; a step then runs the batches one after the
             other. Otherwise one batch holds rows of all models: the shared decode module.
         max_batch: rows at once of all models together, including those whose prompt is being read.
-        max_batch_per_model: rows of one model at once.
         kv_tokens: prompt and output tokens of its rows at once.
         prefill_tokens: 0 if prompts are read elsewhere. Otherwise this worker reads them itself, as qsun's in-process
             engine does: a step first reads up to this many prompt tokens, and then decodes all running rows, including
@@ -35,7 +34,6 @@ class DecodeWorker:
     variant: str = SUN
     turns: bool = False
     max_batch: int = 64
-    max_batch_per_model: int | None = None
     kv_tokens: int | None = None
     prefill_tokens: int = 0
     fair: bool = False
@@ -67,7 +65,7 @@ class System:
         if self.policy not in POLICIES:
             raise QsunError(f"policy {self.policy!r} is not known; use one of {', '.join(POLICIES)}")
         for worker in self.decode:
-            sizes = (worker.max_batch, worker.max_batch_per_model or 1, worker.kv_tokens or 1)
+            sizes = (worker.max_batch, worker.kv_tokens or 1)
             if min(sizes) < 1:
                 raise QsunError(f"system {self.name}: a decode worker with a limit of {min(sizes)}; use 1 or more")
             if not self.prefill and worker.prefill_tokens < 1:
