@@ -59,18 +59,6 @@ def turn_example(tokenizer: Any, row: Mapping[str, Any], turn: int, where: str) 
 
     Returns None if the template renders the prompt differently once it is answered.
     """
-    prompt, whole = _render_turn(tokenizer, row, turn, where)
-    if not whole.startswith(prompt):
-        return None
-    head, tail = (rendered_tokens(tokenizer, text) for text in (prompt, whole[len(prompt) :]))
-    return _example(tokenizer, head, tail, where)
-
-
-def _render_turn(tokenizer: Any, row: Mapping[str, Any], turn: int, where: str) -> tuple[str, str]:
-    """Render the text before the answer at `turn`, and the text up to its end.
-
-    Usually, but not always, the second begins with the first. row: messages, and tools if there are any.
-    """
     messages, tools = row["messages"], tools_of(row, where)
     try:
         prompt = chat_text(tokenizer, messages[:turn], tools=tools)
@@ -78,7 +66,10 @@ def _render_turn(tokenizer: Any, row: Mapping[str, Any], turn: int, where: str) 
     except QsunError as error:
         raise QsunError(f"{where}: {error}") from None
     check_text(whole, where)
-    return prompt, whole
+    if not whole.startswith(prompt):
+        return None
+    head, tail = (rendered_tokens(tokenizer, text) for text in (prompt, whole[len(prompt) :]))
+    return _example(tokenizer, head, tail, where)
 
 
 def tools_of(row: Mapping[str, Any], where: str) -> list[dict[str, Any]] | None:

@@ -91,19 +91,15 @@ def ray_token(environment: Mapping[str, str]) -> str | None:
         where = str(file)
         if not path and not file.is_file():
             return None
-        token = _token_in(file)
+        try:
+            token = file.read_text(encoding="ascii", errors="replace").strip()
+        except OSError as error:
+            raise QsunError(
+                f"Ray's token in {file} cannot be read: {error.strerror}; correct RAY_AUTH_TOKEN_PATH"
+            ) from None
     if not re.fullmatch(r"[!-~]+", token):  # httpx names an invalid header with its value
         raise QsunError(f"the token in {where} is empty or not valid in an HTTP header; create another one")
     return token
-
-
-def _token_in(file: Path) -> str:
-    try:
-        return file.read_text(encoding="ascii", errors="replace").strip()
-    except OSError as error:
-        raise QsunError(
-            f"Ray's token in {file} cannot be read: {error.strerror}; correct RAY_AUTH_TOKEN_PATH"
-        ) from None
 
 
 def ray_service(cluster: Cluster, planned: Sequence[PlannedApp], ray_version: str) -> dict[str, Any]:
