@@ -107,6 +107,16 @@ def int4(tmp_path_factory):
     return out
 
 
+def test_default_rates_fall_with_the_width():
+    def rate(width, **settings):
+        return qsun.TuneConfig(**settings).peak_lr(width)
+
+    assert [rate(128), rate(128, lora_rank=4), rate(128, baseline="full")] == pytest.approx([3e-3, 6e-3, 3e-3])
+    assert [rate(512), rate(512, lora_rank=4), rate(512, baseline="full")] == pytest.approx([7.5e-4, 1.5e-3, 3.75e-4])
+    assert rate(512, baseline="full", lora_rank=4) == pytest.approx(1.5e-3)
+    assert rate(512, lr=0.1, lora_rank=4) == 0.1
+
+
 def test_against_an_int4_decode_module(int4, data, tmp_path):
     config = qsun.TuneConfig(steps=30, batch_size=16, lr=2e-3)
     report = qsun.tune(int4, tmp_path / "out", data, config, device="cpu")
