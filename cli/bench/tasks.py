@@ -9,6 +9,7 @@ import typer
 from qsun.cli.terminal import results, screen
 from qsun.cli.terminal.device import check_device, use_device
 from qsun.cli.terminal.options import names, numbers, whole_numbers
+from qsun.errors import QsunError
 
 
 def tasks(
@@ -30,6 +31,10 @@ def tasks(
     batch_size: int = typer.Option(32, min=1, help="Examples a step."),
     lr: float | None = typer.Option(None, help="Peak rate of prefill modules. Default: 3e-3 for demo, else by width."),
     full_lr: float | None = typer.Option(None, help="Peak rate of full fine-tunes. Default: as --lr."),
+    rates: str = typer.Option(
+        "", help="Peak rates to try instead, such as 3e-4,1e-3; SUN and full fine-tunes take their best on validation."
+    ),
+    rate_steps: int = typer.Option(0, min=0, help="Steps of a trial. Default: a quarter of --steps."),
     lora_lr: str = typer.Option("", help="Peak rate of adapters, or one for each rank. Default: by width."),
     train: int = typer.Option(8192, min=1, help="Training examples of each embedded task."),
     valid: int = typer.Option(256, min=1, help="Examples of each validation."),
@@ -55,7 +60,8 @@ def tasks(
 
       qsun bench tasks -o out/study --seeds 1 --steps 400
 
-      qsun bench tasks -o out/mine --base ./SmolLM2-135M --task calls=train.jsonl,valid.jsonl,test.jsonl,json
+      qsun bench tasks -o out/mine --base ./SmolLM2-135M --rates 3e-4,1e-3 \
+        --task calls=train.jsonl,valid.jsonl,test.jsonl,json
     """
     study = _study(locals())
     from qsun.eval.study.matrix import write_matrix
@@ -82,6 +88,8 @@ def _study(options: dict[str, Any]) -> Any:
 
     check_one_of("--dtype", options["dtype"], DTYPES)
     lr, steps, own = options["lr"], options["steps"], options["task"]
+    if options["rates"] and (lr is not None or options["full_lr"] is not None):
+        raise QsunError("--rates are tried in place of --lr and --full-lr; give either")
     rate = lr if lr is not None else (3e-3 if options["base"] == "demo" else 0.0)
     tasks = tuple(map(StudyTask.parse, own)) or EMBEDDED
     parsed = {
@@ -89,6 +97,7 @@ def _study(options: dict[str, Any]) -> Any:
         "curve": tuple(sorted({c for c in whole_numbers("curve", options["curve"]) if c < steps})),
         "lora_ranks": tuple(whole_numbers("lora-ranks", options["lora_ranks"])),
         "lora_lr": tuple(numbers("lora-lr", options["lora_lr"])),
+        "rates": tuple(numbers("rates", options["rates"])),
         "bits": tuple(whole_numbers("bits", options["bits"])),
         "methods": tuple(names(options["methods"])),
         "lr": rate,

@@ -1,7 +1,9 @@
 """The modules that a study tunes, in the order in which they need each other."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from qsun.eval.study.study import Study
@@ -20,6 +22,7 @@ class Tuned:
         init, teacher: names of the modules that it starts from and learns from.
         lora_rank: of the adapter that is tuned; 0: all weights.
         weights: what an adapter is tuned on, as in TuneConfig.prefill_weights.
+        rate: the peak rate that it tries; 0: it has the study's.
     """
 
     name: str
@@ -30,10 +33,11 @@ class Tuned:
     teacher: str = ""
     lora_rank: int = 0
     weights: Literal["base", "decode"] = "base"
+    rate: float = 0.0
 
-    def config(self, study: Study, seed: int) -> TuneConfig:
-        """Return the settings of tuning it."""
-        rate = study.full_lr if self.full else study.lr
+    def config(self, study: Study, seed: int, chosen: float = 0.0) -> TuneConfig:
+        """Return the settings of tuning it. chosen: the best of the rates tried, if any were."""
+        rate = self.rate or chosen or (study.full_lr if self.full else study.lr)
         if self.lora_rank:
             rates = study.lora_lr or (0.0,)
             rate = rates[study.lora_ranks.index(self.lora_rank) % len(rates)]
@@ -43,6 +47,24 @@ class Tuned:
         rank = 0 if self.init else self.lora_rank  # an adapter to start from has its own
         values |= {"lora_rank": rank, "prefill_weights": self.weights, "valid_examples": study.valid}
         return TuneConfig.from_dict(values | {"baseline": "full" if self.full else "none"})
+
+
+def trials(study: Study) -> Iterator[Tuned]:
+    """SUN and the full fine-tune with each rate that is tried."""
+    steps = study.rate_steps or max(1, study.steps // 4)
+    for rate in study.rates:
+        yield Tuned(f"sun-at-{rate:g}", steps, rate=rate)
+        yield Tuned(f"full-at-{rate:g}", steps, full=True, rate=rate)
+
+
+def chosen_rate(study: Study, out: Path, task: str, full: bool) -> float:
+    """Return the rate with the least validation loss, the first of equals; 0 if none were tried."""
+
+    def loss(rate: float) -> float:
+        folder = study.module(out, study.first_seed, task, f"{'full' if full else 'sun'}-at-{rate:g}")
+        return float(json.loads((folder / "report.json").read_text())["best_valid_loss"])
+
+    return min(study.rates, key=loss) if study.rates else 0.0
 
 
 def before_quantizing(study: Study, seed: int, hard: bool) -> Iterator[Tuned]:

@@ -17,6 +17,7 @@ class Scores:
         self.right: dict[str, dict[str, dict[str, str]]] = result["right"]
         self.first = next(iter(self.right.values()))
         self.study: dict[str, Any] = result["study"]
+        self.rates: dict[str, dict[str, float]] = result.get("rates", {})
         self.tasks = [task["name"] for task in self.study["tasks"] if not task["hard"]]
         self.hard = [task["name"] for task in self.study["tasks"] if task["hard"]]
         self.best = aligned_method(self.study["methods"])
@@ -59,6 +60,9 @@ def _head(scores: Scores) -> str:
     study, first = scores.study, scores.first
     counts = ", ".join(f"{task} {len(first[task]['sun'])}" for task in scores.tasks)
     rates = " and ".join(f"{rate:g}" if rate else "by width" for rate in (study["lr"], study["full_lr"]))
+    if scores.rates:
+        best = ", ".join(f"{found['sun']:g} and {found['full']:g} on {task}" for task, found in scores.rates.items())
+        rates = f"{best}, the best of {', '.join(f'{rate:g}' for rate in study['rates'])} on validation data"
     text = (
         f"Right answers, %, of base {study['base']}; test examples: {counts}; seeds: {study['seeds']}. "
         f"{study['steps']} steps of {study['batch_size']} examples; peak rates of SUN and full fine-tune: {rates}. "

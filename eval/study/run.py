@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from qsun.errors import QsunError
+from qsun.eval.study.modules import chosen_rate
 from qsun.eval.study.stages import STAGES, Work, check_tasks, variants
 from qsun.eval.study.study import Study
 from qsun.eval.study.task import StudyTask
@@ -28,7 +29,8 @@ def run_study(study: Study, out: Path, processes: int = 2, progress: Progress = 
     """Do what is missing under `out` and return all scores.
 
     Returns:
-        {"study": ..., "right": {seed: {task: {variant: "0110..."}}}}; one digit an example of the test set.
+        {"study": ..., "right": {seed: {task: {variant: "0110..."}}}}; one digit an example of the test set. Where rates
+        were tried, "rates": {task: {"sun": ..., "full": ...}} too.
     Raises:
         QsunError: `out` holds another study, or a task or the base cannot be used.
     """
@@ -51,7 +53,13 @@ def run_study(study: Study, out: Path, processes: int = 2, progress: Progress = 
         str(seed): {task.name: _answers(study, out, seed, task) for task in study.tasks_of(seed)}
         for seed in study.all_seeds
     }
-    return {"study": asdict(study), "right": right}
+    result: dict[str, Any] = {"study": asdict(study), "right": right}
+    if study.rates:
+        result["rates"] = {
+            task.name: {kind: chosen_rate(study, out, task.name, kind == "full") for kind in ("sun", "full")}
+            for task in study.tasks
+        }
+    return result
 
 
 def missing_work(study: Study, out: Path) -> list[Work]:

@@ -8,7 +8,7 @@ from typing import Any
 from qsun.device import default_device, load_dtype
 from qsun.errors import QsunError
 from qsun.eval.harness.exact_match import score_examples
-from qsun.eval.study.modules import Tuned, after_adapters, after_quantizing, before_quantizing
+from qsun.eval.study.modules import Tuned, after_adapters, after_quantizing, before_quantizing, chosen_rate, trials
 from qsun.eval.study.study import Study
 from qsun.eval.study.task import StudyTask, read_test
 from qsun.model.locate import find_model, load_tokenizer
@@ -51,6 +51,13 @@ def check_tasks(study: Study) -> None:
             read_test(Path(task.test), tokenizer, read_model_config(directory).max_position_embeddings, study.test)
 
 
+def trying(study: Study, out: Path) -> Iterator[Work]:
+    """Each rate that is tried, for a prefill module and a full fine-tune of each task."""
+    for task in study.tasks:
+        for module in trials(study):
+            yield _tune_work(study, out, study.first_seed, task, module)
+
+
 def tuning(study: Study, out: Path) -> Iterator[Work]:
     """SUN, the full fine-tune, and the adapters of both, of each task and seed."""
     for seed in study.all_seeds:
@@ -88,6 +95,8 @@ def _tune(study: Study, out: Path, seed: int, task: StudyTask, module: Tuned) ->
 
     target, folder = study.module(out, seed, task.name, module.name), out / f"seed{seed}"
     decode = study.decoder(out, seed, study.aligned_method, module.bits) if module.bits else study.base
+    has_own = module.rate or module.lora_rank
+    chosen = 0.0 if has_own else chosen_rate(study, out, task.name, module.full)
     train, valid = (
         task.data(folder, *split, seed) for split in (("train", study.train), ("valid", max(300, study.valid)))
     )
@@ -95,7 +104,7 @@ def _tune(study: Study, out: Path, seed: int, task: StudyTask, module: Tuned) ->
         decode,
         target,
         train,
-        module.config(study, seed),
+        module.config(study, seed, chosen),
         eval_data=valid,
         init=place(module.init),
         teacher=place(module.teacher),
@@ -210,4 +219,4 @@ def _tuned_against(
             yield f"{name} lora{rank} on its weights, distilled", module(f"lora{rank}-on-int{bits}-distilled"), decoder
 
 
-STAGES = (tuning, quantizing, aligning, distilling, scoring)
+STAGES = (trying, tuning, quantizing, aligning, distilling, scoring)

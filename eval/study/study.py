@@ -30,6 +30,8 @@ class Study:
         text: calibrate every decode module with the packaged text too.
         lr, full_lr, lora_lr: peak rates of prefill modules, full fine-tunes, adapters, chosen on validation data; 0: by
             width. Of adapters, one for each rank, or one for all; none: by width.
+        rates: peak rates to try in place of lr and full_lr, with the first seed: a prefill module and a full fine-tune
+            of each task take the one with the least validation loss after rate_steps steps; 0: a quarter of `steps`.
         valid: validation examples of every tuning.
         train, test: examples drawn of an embedded task. Files are used whole, but for `test` if it is not 0.
         bits, methods, group_size, sym: of the decode modules. The last calibrated method, or `refined`, is aligned.
@@ -52,6 +54,8 @@ class Study:
     lr: float = 3e-3
     full_lr: float = 3e-3
     lora_lr: tuple[float, ...] = ()
+    rates: tuple[float, ...] = ()
+    rate_steps: int = 0
     train: int = 8192
     test: int = 500
     valid: int = 256
@@ -73,8 +77,11 @@ class Study:
         if self.lora_lr and len(self.lora_lr) not in {1, len(self.lora_ranks)}:
             counts = f"{len(self.lora_lr)} rates for {len(self.lora_ranks)} adapter ranks"
             raise QsunError(f"lora_lr has {counts}; give one, or one for each")
-        if self.align_share != 1 and not (self.lr and (self.lora_lr or not self.lora_ranks)):
+        if self.align_share != 1 and not ((self.lr or self.rates) and (self.lora_lr or not self.lora_ranks)):
             raise QsunError(f"align_share {self.align_share:g} is a share of lr and lora_lr; give them")
+        if any(rate <= 0 for rate in self.rates) or len(set(self.rates)) < len(self.rates):
+            shown = ", ".join(f"{rate:g}" for rate in self.rates)
+            raise QsunError(f"rates {shown} must be different numbers above 0")
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise QsunError(f"tasks {', '.join(names)} contain a duplicate; give each its own name")

@@ -11,7 +11,7 @@ from qsun.demo.tasks import HARD_TASKS, TASKS, examples, write_jsonl
 from qsun.errors import QsunError
 from qsun.eval.report.variants import from_file
 from qsun.eval.study.matrix import write_matrix
-from qsun.eval.study.modules import after_quantizing, before_quantizing
+from qsun.eval.study.modules import after_quantizing, before_quantizing, chosen_rate, trials
 from qsun.eval.study.report import Scores, bits_figure, curve_figure, markdown
 from qsun.eval.study.run import run_study
 from qsun.eval.study.stages import STAGES, variants
@@ -92,6 +92,25 @@ def test_rates():
     assert [t.config(by_width, 0).lr for t in before_quantizing(by_width, 1, hard=False) if t.lora_rank] == [0, 0]
 
 
+def test_rates_are_tried_first_and_the_best_of_each_is_taken(tmp_path):
+    study = Study(seeds=2, steps=100, rates=(1e-3, 4e-3, 2e-3), align_share=0.5)
+    tried = list(STAGES[0](study, tmp_path))
+    assert len(tried) == 2 * 3 * len(study.tasks) and {work.steps for work in tried} == {25}
+    losses = {"sun-at-0.001": 0.3, "sun-at-0.004": 0.1, "sun-at-0.002": 0.2}
+    losses |= {"full-at-0.001": 0.2, "full-at-0.004": 0.5, "full-at-0.002": 0.1}
+    for name, loss in losses.items():
+        study.module(tmp_path, 0, "math", name).mkdir(parents=True)
+        (study.module(tmp_path, 0, "math", name) / "report.json").write_text(json.dumps({"best_valid_loss": loss}))
+    sun, full = (chosen_rate(study, tmp_path, "math", full) for full in (False, True))
+    assert (sun, full) == (4e-3, 2e-3)
+    made = {t.name: t.config(study, 1, full if t.full else sun).lr for t in before_quantizing(study, 1, hard=False)}
+    assert made == {"sun": 4e-3, "full": 2e-3}
+    assert {t.config(study, 1, sun).lr for t in after_quantizing(study)} == {2e-3}
+    assert [t.config(study, 0).lr for t in trials(study) if not t.full] == [1e-3, 4e-3, 2e-3]
+    scores = Scores(invented(study, tmp_path) | {"rates": {"math": {"sun": sun, "full": full}}})
+    assert "0.004 and 0.002 on math, the best of 0.001, 0.004, 0.002 on validation data" in markdown(scores)
+
+
 def test_an_embedded_task_by_its_name():
     assert StudyTask.parse("code") == StudyTask("code")
     assert StudyTask.parse("shift").hard
@@ -110,6 +129,8 @@ def test_an_embedded_task_by_its_name():
         (("--bits", "5"), "bits"),
         (("--lora-ranks", "4,16", "--lora-lr", "1e-3,2e-3,3e-3"), "lora_lr has 3 rates for 2 adapter ranks; give one"),
         (("--lora-ranks", "4", "--align-share", 0.2), "align_share 0.2 is a share of lr and lora_lr; give them"),
+        (("--rates", "1e-3,0"), "rates 0.001, 0 must be different numbers above 0"),
+        (("--rates", "1e-3", "--lr", "1e-3"), "--rates are tried in place of --lr and --full-lr; give either"),
         (("--methods", "rtn"), "use no calibration; add one, such as refined"),
         (("--methods", "magic"), "magic"),
         (("--base", "nowhere"), "nowhere is not a directory"),
@@ -156,6 +177,7 @@ def test_a_study_grows_by_adapters_and_distillation(cli, tmp_path):
         write_jsonl(tmp_path / f"{split}.jsonl", examples("math", split, 40 if split == "train" else 4))
     options = ["--task", f"mine={','.join(files)}", "--seeds", 1, "--steps", 2, "--curve", "", "--align-steps", 1]
     options += ["--bits", 4, "--methods", "gptq", "--no-text", "--batch-size", 4, "--processes", 1, "--samples", 8]
+    options += ["--rates", "1e-5,3e-3", "--rate-steps", 1]
     first = cli("bench", "tasks", "-o", out, *options, "--json")
     assert first.code == 0, first.err
     written = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
@@ -165,6 +187,8 @@ def test_a_study_grows_by_adapters_and_distillation(cli, tmp_path):
     )
     second = cli("bench", "tasks", "-o", out, *options, "--json")
     assert second.code == 0, second.err
+    assert json.loads(second.out)["rates"] == {"mine": {"sun": 3e-3, "full": 3e-3}}
+    assert json.loads((out / "seed0/mine/full/report.json").read_text())["plan"]["peak_lr"] == 3e-3
     before, after = (json.loads(answer.out)["right"]["0"]["mine"] for answer in (first, second))
     assert before == {name: after[name] for name in before}
     assert set(after) - set(before) == {
