@@ -94,8 +94,10 @@ def test_no_rows(pretend_cuda):
 
 
 def test_a_layer_that_moves_reserves_a_workspace_there(pretend_cuda):
-    moved = layer().to("cuda:1")
-    assert reserved(torch.device("cuda:1")) is not None
+    here = layer()
+    assert reserved(torch.device("cuda:1")) is None
+    moved = here.to("cuda:1")
+    assert reserved(torch.device("cuda:1")).buffer.device == torch.device("cuda:1")
     x = torch.randn(1, K, device="cuda:1").bfloat16()
     assert kernels(pretend_cuda, moved, x) == {"triton::packed_matmul": 1}
 

@@ -10,9 +10,23 @@ from tests.places import ROOT
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
 
 
+def files(page):
+    return re.findall(r"(?:qsun|kernels|eval|cli|tests)/[\w/-]+\.(?:py|json|yaml)\b", (ROOT / page).read_text())
+
+
+def names(page):
+    found = re.findall(r"(?<![\w.])qsun(?:\.[a-zA-Z_]\w*)+\b(?!/)", (ROOT / page).read_text())
+    return [name for name in found if not name.endswith((".json", ".partial"))]
+
+
+def test_files_and_names_are_found():
+    assert len({path for page in PAGES for path in files(page)}) > 30
+    assert {"qsun.quantize", "qsun.generate", "qsun.load_decode"} <= {*names("README.md")}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_files_exist(page):
-    for path in re.findall(r"(?:qsun|kernels|eval|cli|tests)/[\w/-]+\.(?:py|json|yaml)\b", (ROOT / page).read_text()):
+    for path in files(page):
         assert (ROOT / path).exists(), path
 
 
@@ -27,9 +41,8 @@ def test_files_of_the_flows_exist():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_python_names_exist(page):
-    for name in re.findall(r"(?<![\w.])qsun(?:\.[a-zA-Z_]\w*)+\b(?!/)", (ROOT / page).read_text()):
-        if not name.endswith((".json", ".partial")):
-            assert resolves(name), name
+    for name in names(page):
+        assert resolves(name), name
 
 
 def examples(page):

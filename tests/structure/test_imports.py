@@ -94,6 +94,17 @@ def imported(path):
         yield from (as_module(name) for name in names if name.partition(".")[0] == "qsun")
 
 
+def test_imports_are_seen_wherever_they_stand(tmp_path):
+    file = tmp_path / "some.py"
+    file.write_text(
+        "import torch, qsun.cli.main\nfrom qsun.kernels import layout\nfrom qsun import tune\n"
+        "if TYPE_CHECKING:\n    from qsun.model.quantized import Quantized\n"
+        "def f():\n    from qsun.eval.output.table import Table\n"
+    )
+    seen = {"cli.main", "kernels.layout", "qsun", "qsun.model.quantized", "eval.output.table"}
+    assert set(imported(file)) == seen
+
+
 def as_module(name):
     """The public name of a linked package, qsun.eval.tasks, as its folder at the top, eval.tasks."""
     return name.removeprefix("qsun.") if name.split(".")[1:2] and name.split(".")[1] in LINKS else name
@@ -185,3 +196,4 @@ def test_core_does_not_print_or_read_the_environment():
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id != "print", path
             assert not (isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")), path
+            assert not (isinstance(node, ast.alias) and node.name in ("environ", "getenv")), path

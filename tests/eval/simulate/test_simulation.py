@@ -104,6 +104,7 @@ def test_two_prefill_workers_by_lindley():
     system = shared(("m",), prefill=2)
     result = simulate(trace, system, curves(lambda *_: 1e-9, lambda tokens: tokens / 12))
     free = [0.0, 0.0]
+    assert len(result.times) == 500
     for times in result.times:
         start = max(times.request.arrival, min(free))
         free[free.index(min(free))] = start + (times.request.prompt_tokens - 1) / 12

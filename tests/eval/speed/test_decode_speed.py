@@ -161,6 +161,7 @@ def test_time_is_up():
 
 def test_a_filled_cache_has_no_empty_column():
     cache = filled_batch(made_contenders("tiny", "bf16", CPU).prefill, 3, 6, 4).cache
+    assert len(cache.buffers) == TINY.layers
     for keys, values in cache.buffers:
         assert (keys[:3, :, :6].abs().sum(-1) > 0).all()
         assert (values[:3, :, :6].abs().sum(-1) > 0).all()

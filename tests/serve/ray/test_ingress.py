@@ -78,7 +78,7 @@ def test_a_drain_lets_streams_finish_and_ends_the_longest_with_an_error(ingress)
 def test_a_drain_of_nothing_is_short(ingress):
     async def scenario():
         async with ingress(limits={"drain_seconds": 600.0}) as (made, _, _):
-            await made.drain()
+            await asyncio.wait_for(made.drain(), 60)
 
     run(scenario)
 

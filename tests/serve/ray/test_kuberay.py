@@ -35,6 +35,7 @@ def printed(**changes):
 
 def pods(spec):
     groups = [spec["rayClusterConfig"]["headGroupSpec"], *spec["rayClusterConfig"]["workerGroupSpecs"]]
+    assert len(groups) == 2
     return [group["template"]["spec"] for group in groups]
 
 
