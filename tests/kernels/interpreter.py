@@ -1,5 +1,7 @@
 """A pytest plugin of what Triton's interpreter runs: memory that nobody wrote is NaN, and calls take half the time."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import triton.language as tl
@@ -13,17 +15,29 @@ def empty_is_nan():
 
 @pytest.fixture(autouse=True, scope="session")
 def language_patched_once():
-    """A call of a device function replaces Triton's language only where the kernel's launch or another call did not.
+    """Triton's language stays replaced from the first test to the last.
 
-    Triton 3.9 looks through all of it at each call, which takes half of the time and changes nothing.
+    Triton 3.9 looks through all of it at each launch and at each call of a device function, which takes half of the
+    time and changes nothing.
     """
+    scope = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", lambda function: SimpleNamespace(restore=lambda: None))
+        yield
+    scope.restore()
 
-    def call(function, *arguments, **options):
-        known = function.fn.__globals__.values()
-        if any(each is lang and tl.core.is_builtin(lang.load) for each in known for lang in (tl, tl.core)):
-            interpreter._patch_lang(function.fn)
-        return function.rewrite()(*arguments, **options)
+
+@pytest.fixture(autouse=True, scope="session")
+def dtypes_looked_up_once():
+    """Triton 3.9 makes a table of all of them at each load and conversion."""
+    found, look_up = {}, interpreter._get_np_dtype
+
+    def known(dtype):
+        name = dtype.scalar.name
+        if name not in found:
+            found[name] = look_up(dtype)
+        return found[name]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter.InterpretedFunction, "__call__", call)
+        patch.setattr(interpreter, "_get_np_dtype", known)
         yield

@@ -1,6 +1,7 @@
 """`make gpu` needs torch, triton, transformers and pytest, and collects the tests of the GPU alone."""
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -8,11 +9,13 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from textwrap import dedent
+from types import SimpleNamespace
 
 import pytest
 
 from tests.gpu import bench, floors, stages, wheels
 from tests.places import ROOT
+from tests.warm_process import WarmProcess
 
 ABSENT = ["accelerate", "datasets", "fastapi", "lm_eval", "matplotlib", "openai", "peft", "prometheus_client"]
 ABSENT += ["pydantic", "simpy", "uvicorn"]
@@ -29,6 +32,36 @@ BLOCK = dedent(f"""
 def run(code, *arguments):
     command = [sys.executable, "-c", BLOCK + dedent(code), *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+
+
+class WarmPython(WarmProcess):
+    """What bench.py wants of a Popen of Python, forked from a process that has torch and transformers already."""
+
+    def __init__(self, command, cwd, stdout, stderr, start_new_session):
+        assert command[0] == sys.executable and stdout is stderr and start_new_session
+        super().__init__(run_script, command[1:], cwd, stdout.name)
+        self.stdout.close()
+        self.stderr.close()
+
+
+def run_script(arguments, cwd, log):
+    os.setsid()
+    os.chdir(cwd)
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
+
+
+def run_pytest(arguments):
+    sys.exit(pytest.main(arguments))
+
+
+@pytest.fixture
+def few_plugins(monkeypatch):
+    """Pytest without what other packages add to it, which takes two seconds to import."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
 
 
 def test_only_the_gpu_tests_are_collected():
@@ -117,7 +150,7 @@ def test_never(): pass
 """
 
 
-def test_failures_count_although_the_time_is_over(tmp_path, monkeypatch):
+def test_failures_count_although_the_time_is_over(few_plugins, tmp_path, monkeypatch):
     """Each test's outcome is on the disk before the next begins."""
     file, folder = tmp_path / "test_some.py", tmp_path / "out"
     file.write_text(OUTCOMES)
@@ -131,11 +164,14 @@ def test_failures_count_although_the_time_is_over(tmp_path, monkeypatch):
     assert "test_some.py::test_wrong: assert (1 + 1) == 3" in text
 
 
-def test_parts_share_out_the_tests(tmp_path):
+def test_parts_share_out_the_tests(few_plugins, tmp_path):
     file = tmp_path / "test_some.py"
     file.write_text(OUTCOMES.replace("time.sleep(600)", "pass"))
     for part in range(2):
-        subprocess.run(stages.tests_command(tmp_path, f"{part}/2", [file]), cwd=ROOT, capture_output=True, check=False)
+        command = stages.tests_command(tmp_path, f"{part}/2", [file])
+        assert command[:3] == [sys.executable, "-m", "pytest"]
+        with WarmProcess(run_pytest, command[3:]) as process:
+            process.wait(600)
     assert floors.tests_line(tmp_path) == "- tests: 3 passed, 1 failed, 1 skipped, 0 of 5 not run"
 
 
@@ -162,12 +198,24 @@ def test_what_was_measured_survives_a_kill_of_everything(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_whole_run_on_a_cpu(tmp_path):
-    command = [sys.executable, "tests/gpu/bench.py", tmp_path, "--device", "cpu", "--stages", "step,kernels,serve,tune"]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=540, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    for wanted in ("Decode step, tiny", "3 requests of 8 + 4 tokens", "Slower than bf16", "tune: done"):
-        assert wanted in done.stdout
+def test_the_whole_run_on_a_cpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, "argv", ["bench.py", str(tmp_path), "--device", "cpu", "--stages", "step,kernels,serve,tune"]
+    )
+    named = SimpleNamespace(Popen=WarmPython, TimeoutExpired=subprocess.TimeoutExpired)
+    monkeypatch.setattr(bench, "subprocess", named)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as left:
+            bench.main()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    said = capsys.readouterr().out
+    assert not left.value.code, said
+    for wanted in ("Decode step, tiny", "3 requests of 8 + 4 tokens", "Slower than bf16"):
+        assert wanted in said
+    for stage in ("step", "kernels", "serve", "tune"):
+        assert f"- {stage}: done, " in said
 
 
 def test_the_report_compares_with_floors_and_goals(tmp_path):
