@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import threading
 from contextlib import contextmanager, suppress
 
@@ -11,28 +9,22 @@ import httpx
 import pytest
 
 from tests.serve.api.test_api import until
+from tests.warm_process import qsun_process
 
 
 @contextmanager
 def serving(*options, decode="demo"):
     """Run `qsun serve`; yields its process and a client."""
-    command = [sys.executable, "-m", "qsun.cli.main", "serve", "--decode", decode, "--port", "0", "--json", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
+    with qsun_process("serve", "--decode", decode, "--port", "0", "--json", *options) as process:
         line = process.stdout.readline()
         assert line, process.stderr.read()
         with httpx.Client(base_url=json.loads(line)["url"], timeout=60) as client:
             yield process, client
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-        process.stderr.close()
 
 
 @pytest.mark.slow
 def test_it_serves_the_base_and_drains_at_sigterm():
-    with serving("--threads", "1") as (process, client):
+    with serving("--threads", "1", "--drain", "600") as (process, client):
         body = {"model": "base", "prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}
         with client.stream("POST", "/v1/completions", json=body) as stream:
             lines = stream.iter_lines()
