@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from qsun.model.formats import pack_rows
 from qsun.model.quantized import Quantized
 from qsun.runtime.quant_linear import QuantLinear
 
@@ -90,6 +89,8 @@ def marlin(weights: Quantized, group_size: int, dtype: torch.dtype, bits: int) -
     from vllm.scalar_type import scalar_types
 
     N, K = weights.q.shape
+    from qsun.model.formats import pack_rows  # formats needs pydantic, and `make gpu` runs without it
+
     words = pack_rows(weights.q.t(), 4)
     scales, none = weights.scales.to(dtype), utils.marlin_make_empty_g_idx(words.device)
     fixed = {"weight_zp": none, "g_idx": none, "g_idx_sort_indices": none, "wtype": scalar_types.uint4b8}

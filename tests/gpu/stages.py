@@ -47,13 +47,12 @@ class Clock:
 
 def shape_of(device, wanted):
     """Return a shape's name: the wanted one on a GPU, a tiny one elsewhere, to see that the stage runs."""
-    from qsun.eval.speed import decode_speed, kernel_bench
+    from qsun.eval.speed import kernel_bench
     from qsun.eval.speed.model_shapes import MODEL_SHAPES, ModelShape
 
     if device.type == "cuda":
         return wanted
     kernel_bench._BEYOND_CACHES_BYTES[device.type] = 1 << 18
-    decode_speed._COPY_BYTES[device.type] = 1 << 24
     MODEL_SHAPES.setdefault(TINY, ModelShape(256, 2, 4, 2, 64, 512, 1024))
     return TINY
 
