@@ -19,13 +19,6 @@ from tests.tiny_models import SEQUENCE, build_model, random_tokens
 
 pytest_plugins = ["tests.engine_rig", "tests.pretend_cuda.plugin"]
 
-# Their single tests take up to a minute each, with processes of their own: one that began last would run alone.
-LONGEST = ("tests/kernels/test_interpreter.py", "tests/serve/ray/test_up_on_ray.py", "tests/structure/test_make_gpu.py")
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
-
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
