@@ -223,6 +223,24 @@ def test_half_precision_weights_have_float32_masters(tiny_model):
     torch.testing.assert_close(weight.float().mean() - before.float().mean(), torch.tensor(moved), rtol=0.05, atol=0)
 
 
+def test_gradients_of_passes_add_up_and_are_clipped(tiny_model, monkeypatch):
+    monkeypatch.setattr("qsun.tuning.optimizer._PIECE", 200)  # a few rows at a time, and a rest
+    model = qsun.load_decode(tiny_model("llama"), "cpu", torch.bfloat16).model.requires_grad_(False)
+    weight = model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
+    optimizer = Optimizer(model, 0.0, Processes(torch.device("cpu")))
+    master = optimizer.masters["model.layers.0.mlp.up_proj.weight"]
+    moment = torch.zeros_like(master)
+    for clip in (1e9, 3.0, 1e9):  # the gradients of a step do not reach the next
+        passes = [torch.randn_like(weight) for _ in range(3)]
+        for weight.grad in passes:
+            optimizer.take_gradients()
+        total = sum(each.double() for each in passes)
+        norm = optimizer.step(lr=1e-3, clip=clip)
+        assert norm == pytest.approx(total.norm().item(), rel=1e-6)
+        moment = 0.9 * moment + 0.1 * (total * min(1.0, clip / norm)).float()
+        torch.testing.assert_close(optimizer.adamw.state[master]["exp_avg"], moment, rtol=1e-4, atol=1e-6)
+
+
 def test_the_learning_rate_rises_and_falls():
     rates = [learning_rate(step, 100, 2.0, 0.1, 0.05) for step in range(100)]
     assert rates[0] == pytest.approx(0.2)
