@@ -138,9 +138,7 @@ class Optimizer:
             moments = [key for key in _MOMENTS if f"{key}.{name}" in kept]  # there are none before the first step
             if moments and self.adamw is not None:
                 loaded = {key: kept.rows(f"{key}.{name}", first, last) for key in moments}
-                self.adamw.state[master] = {
-                    key: value.to("cpu" if key == "step" else master.device) for key, value in loaded.items()
-                }
+                self.adamw.state[master] = {key: value.to(master.device) for key, value in loaded.items()}
         self._publish()
 
 
