@@ -36,6 +36,11 @@ def pack_rows(values: Tensor, bits: int) -> Tensor:
 def _pack_piece(values: Tensor, bits: int) -> Tensor:
     rows, columns = values.shape
     words = (rows * bits + 31) // 32
+    if 32 % bits == 0:
+        wide = values.new_zeros(words * (32 // bits), columns, dtype=torch.int32)
+        wide[:rows] = values
+        shifts = _shifts(bits, values.device)
+        return (wide.view(words, -1, columns) << shifts).sum(1, dtype=torch.int32)  # no two share a bit
     packed = torch.zeros(words + 1, columns, dtype=torch.int64, device=values.device)
     starts = torch.arange(rows, device=values.device) * bits
     wide = values.to(torch.int64) << (starts % 32)[:, None]
@@ -45,12 +50,20 @@ def _pack_piece(values: Tensor, bits: int) -> Tensor:
     return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
 
 
+def _shifts(bits: int, device: torch.device) -> Tensor:
+    """Return where the values of a word start, (32 / bits, 1), if none straddles two words."""
+    return torch.arange(0, 32, bits, dtype=torch.int32, device=device)[:, None]
+
+
 def unpack_rows(packed: Tensor, bits: int, rows: int) -> Tensor:
     """Undo `pack_rows`. Returns (rows, C) uint8."""
     return torch.cat([_unpack_piece(piece, bits, rows) for piece in _column_pieces(packed)], 1)
 
 
 def _unpack_piece(packed: Tensor, bits: int, rows: int) -> Tensor:
+    if 32 % bits == 0:
+        values = (packed[:, None] >> _shifts(bits, packed.device)) & (2**bits - 1)
+        return values.to(torch.uint8).flatten(0, 1)[:rows]
     words = torch.cat([packed.to(torch.int64) & 0xFFFFFFFF, packed.new_zeros(1, packed.shape[1], dtype=torch.int64)])
     starts = torch.arange(rows, device=packed.device) * bits
     pairs = words[starts // 32] | (words[starts // 32 + 1] << 32)

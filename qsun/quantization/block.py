@@ -70,8 +70,14 @@ def quantize_block(
     return results
 
 
-def collect(ours: Activations, reference: Activations | None, number: int, weights: Sequence[Tensor] = ()) -> Moments:
-    """Return second moments of a stage's input over the counted positions of all batches.
+def collect(
+    ours: Activations,
+    reference: Activations | None,
+    number: int,
+    weights: Sequence[Tensor] = (),
+    absolute: bool = False,
+) -> Moments:
+    """Return second moments of a stage's input over the counted positions of all batches; absolute: mean |x| as well.
 
     weights: (N_i, K) in full precision. Fewer outputs than inputs make it cheaper to know what those outputs lack than
     how the inputs moved: (N, K) sums instead of (K, K).
@@ -87,7 +93,7 @@ def collect(ours: Activations, reference: Activations | None, number: int, weigh
         if x_reference is not None and sum(map(len, weights)) < x.shape[-1]:
             lacking = torch.cat([nn.functional.linear(x_reference - x, weight) for weight in weights], 1)
             missing, x_reference = lacking if missing is None else lacking + missing, None
-        moments = moments or Moments.zeros(x.shape[-1], x.device)
+        moments = moments or Moments.zeros(x.shape[-1], x.device, absolute)
         moments.add(x, x_reference, missing)
     assert moments is not None  # there is always a batch
     return moments
@@ -114,7 +120,7 @@ def quantize_layers(
         quantized = rtn(weight, grid_of(spec, scale_dtype), scale_search=config.scale_search)
         parts = zip(weight.split(rows), quantized.split(rows), strict=True)
         return [LayerResult(part, spec, weight_error(original, part.dequantize())) for original, part in parts]
-    if not torch.isfinite(moments.absolute).all():
+    if not torch.isfinite(moments.gram.diagonal()).all():
         raise QsunError(f"the input of {name} has NaN or Inf; try --dtype float32")
     hessian = moments.hessian()
     quantized = _pass(weight, moments, hessian, grid_of(spec, scale_dtype), config)
@@ -161,7 +167,7 @@ def fold_scales(job: Job, index: int, block: nn.Module, ours: Activations) -> No
         if isinstance(producer, nn.Linear) and not specs[prefix + stage.producer].quantized:
             continue  # it is stored in the base's dtype, which could not hold the scaled weights exactly
         linears = [linear_of(block, name) for name in stage.layers]
-        moments = collect(ours, None, number)
+        moments = collect(ours, None, number, absolute=True)
         weights = [linear.weight.data for linear in linears]
         grid = grid_of(spec, job.scale_dtype)
         scales = channel_scales(weights, moments.hessian(), moments.mean_absolute(), grid)

@@ -136,7 +136,6 @@ class Expected:
     gram: Any = 0.0
     drift: Any = 0.0
     missing: Any = None
-    absolute: Any = 0.0
     tokens: int = 0
 
     def add(self, name: str, weight: Tensor, added: bool, ours: dict[str, Tensor], full: dict[str, Tensor]) -> None:
@@ -144,7 +143,6 @@ class Expected:
         narrow = name.endswith(("o_proj", "down_proj")) and len(weight) < len(weight.t())
         lacking = (x_full - x) @ weight.double().t() if narrow else None
         self.gram += x.t() @ x
-        self.absolute += x.abs().sum(0)
         self.drift = None if narrow else self.drift + (x_full - x).t() @ x
         self.tokens += len(x)
         mine, theirs = residual_of(ours, name), residual_of(full, name)
@@ -183,7 +181,6 @@ def compare(found: dict[str, Moments], expected: dict[str, Expected], drift: boo
         wanted = expected[name]
         assert moments.tokens == wanted.tokens, name
         assert_same(moments.hessian() * moments.tokens, wanted.gram, name)
-        assert_same(moments.absolute, wanted.absolute, name)
         for term in ("drift", "missing"):
             ours, theirs = getattr(moments, term), getattr(wanted, term) if drift else None
             assert (ours is None) == (theirs is None), f"{name}, {term}"

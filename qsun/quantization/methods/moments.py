@@ -17,20 +17,20 @@ class Moments:
         gram: (K, K) float32, sum of x x^T with x the input that the quantized module sees.
         drift: (K, K), sum of (x_full - x) x^T: how the full-precision input moves with x. None: not tracked.
         missing: (N, K), sum of m x^T, with m what the layer's output should have more than W x. None likewise.
-        absolute: (K,), sum of |x|.
+        absolute: (K,), sum of |x|, for AWQ. None: not tracked.
         tokens: rows seen.
     """
 
     gram: Tensor
-    absolute: Tensor
+    absolute: Tensor | None = None
     drift: Tensor | None = None
     missing: Tensor | None = None
     tokens: int = 0
 
     @classmethod
-    def zeros(cls, features: int, device: torch.device) -> "Moments":
+    def zeros(cls, features: int, device: torch.device, absolute: bool = False) -> "Moments":
         gram = torch.zeros(features, features, device=device)
-        return cls(gram, torch.zeros(features, device=device))
+        return cls(gram, torch.zeros(features, device=device) if absolute else None)
 
     def add(self, x: Tensor, x_full: Tensor | None = None, missing: Tensor | None = None) -> None:
         """Add rows. x, x_full: (rows, K); missing: (rows, N), what outputs should have more, but for x_full's part.
@@ -40,7 +40,8 @@ class Moments:
         """
         exact = x.float()
         add_gram(self.gram, exact)
-        self.absolute += exact.abs().sum(0)
+        if self.absolute is not None:
+            self.absolute += exact.abs().sum(0)
         self.tokens += len(x)
         right = x if x.dtype == torch.bfloat16 else exact
         if x_full is not None:
@@ -55,6 +56,7 @@ class Moments:
         return full.div_(max(self.tokens, 1))
 
     def mean_absolute(self) -> Tensor:
+        assert self.absolute is not None  # whoever asks had it tracked
         return self.absolute / max(self.tokens, 1)
 
 

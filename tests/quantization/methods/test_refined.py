@@ -19,7 +19,7 @@ def inputs(tokens=4000, K=48, hidden=24, seed=0):
 
 
 def moments_of(x, x_full=None, gap=None):
-    moments = Moments.zeros(x.shape[1], x.device)
+    moments = Moments.zeros(x.shape[1], x.device, absolute=True)
     for start in range(0, len(x), 700):
         rows = slice(start, start + 700)
         moments.add(x[rows], None if x_full is None else x_full[rows], None if gap is None else gap[rows])
