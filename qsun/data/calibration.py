@@ -128,7 +128,7 @@ def _read_source(name: str, tokenizer: Any, seq_len: int) -> list[Sample]:
             f"calibration source {name} needs a tokenizer, and the model directory has none; give .npy token ids"
         )
     if file_kind(str(path)) == ".txt":
-        return _windows(encode(tokenizer, _read_text(path)), seq_len, name)
+        return _windows(tokenizer, encode(tokenizer, _read_text(path)), seq_len, name)
     return _row_samples(name, tokenizer, seq_len)
 
 
@@ -188,7 +188,8 @@ def _row_samples(name: str, tokenizer: Any, seq_len: int) -> list[Sample]:
     samples = [item for item in found if isinstance(item, Sample)]
     texts = [item for item in found if isinstance(item, str)]
     if texts:
-        samples += _windows([token for text in texts for token in encode(tokenizer, text)], seq_len, name)
+        tokens = [token for text in texts for token in encode(tokenizer, text)]
+        samples += _windows(tokenizer, tokens, seq_len, name)
     if not samples:
         raise QsunError(f"calibration source {name} is empty")
     return samples
@@ -215,10 +216,13 @@ def _row_sample(tokenizer: Any, row: Mapping[str, Any], seq_len: int, where: str
     return Sample(tokens, prefill)
 
 
-def _windows(tokens: list[int], seq_len: int, name: str) -> list[Sample]:
+def _windows(tokenizer: Any, tokens: list[int], seq_len: int, name: str) -> list[Sample]:
+    """Cut running text; each window starts with the BOS that the tokenizer gives a text, if it does."""
     if len(tokens) < seq_len:
         raise QsunError(
             f"calibration source {name} is too short: {len(tokens)} tokens, and one sample is {seq_len}; "
             f"use --seq-len {max(2, len(tokens))} or more text"
         )
-    return [Sample(tuple(tokens[i : i + seq_len])) for i in range(0, len(tokens) - seq_len + 1, seq_len)]
+    first = [tokenizer.bos_token_id] if encode(tokenizer, "")[:1] == [tokenizer.bos_token_id] else []
+    body, size = tokens[len(first) :], seq_len - len(first)
+    return [Sample((*first, *body[i : i + size])) for i in range(0, len(body) - size + 1, size)]
