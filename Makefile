@@ -11,7 +11,7 @@ REAL_BASE ?= HuggingFaceTB/SmolLM2-135M-Instruct
 REAL_DATA ?= $(REAL_OUT)/data
 REAL_ARGS ?=
 REAL_GRID = --methods refined --group-size 64 --sym --bits 4,3,2 --dtype bfloat16
-REAL_BUDGET = --seeds 1 --steps 120 --curve "" --align-steps 30 --batch-size 16 --lr 3e-4 --valid 64
+REAL_BUDGET = --seeds 1 --steps 200 --rates 3e-4,1e-3 --curve "" --align-steps 40 --batch-size 16 --valid 64 --samples 1024 --no-text
 REAL_TASK = --task $(1)=$(REAL_DATA)/$(1)-train.jsonl,$(REAL_DATA)/$(1)-valid.jsonl,$(REAL_DATA)/$(1)-test.jsonl,$(2)
 
 
@@ -44,13 +44,15 @@ bench:  ## KL and CPU seconds of every pass on the embedded base; BENCH="MODEL -
 
 real: $(REAL_DATA)/snips-train.jsonl  ## docs/results/real: hours on a CPU; stop and resume it at will; REAL_ARGS=--dry-run: what is left
 	$(PYTHON) -m qsun.cli.main bench tasks -o $(REAL_OUT)/study --base $(REAL_BASE) $(call REAL_TASK,snips,json) \
-		$(call REAL_TASK,django,exact) $(REAL_GRID) $(REAL_BUDGET) $(REAL_ARGS)
+		$(call REAL_TASK,django,exact) $(call REAL_TASK,svamp,expression) $(REAL_GRID) $(REAL_BUDGET) $(REAL_ARGS)
 
 $(REAL_DATA)/snips-train.jsonl:
 	mkdir -p $(REAL_OUT)
 	test -d $(REAL_OUT)/snips || git clone -q --depth 1 https://github.com/sonos/nlu-benchmark $(REAL_OUT)/snips
 	test -d $(REAL_OUT)/django || git clone -q --depth 1 https://github.com/odashi/ase15-django-dataset $(REAL_OUT)/django
-	$(PYTHON) -m qsun.cli.main bench task-data -o $(REAL_DATA) --snips $(REAL_OUT)/snips --django $(REAL_OUT)/django
+	test -d $(REAL_OUT)/svamp || git clone -q --depth 1 https://github.com/arkilpatel/SVAMP $(REAL_OUT)/svamp
+	$(PYTHON) -m qsun.cli.main bench task-data -o $(REAL_DATA) --snips $(REAL_OUT)/snips --django $(REAL_OUT)/django \
+		--svamp $(REAL_OUT)/svamp
 
 oracles:  ## other tools load our modules and give our logits; makes .oracles/* environments (gigabytes)
 	tests/oracles/run.sh

@@ -88,6 +88,8 @@ def _study(options: dict[str, Any]) -> Any:
 
     check_one_of("--dtype", options["dtype"], DTYPES)
     lr, steps, own = options["lr"], options["steps"], options["task"]
+    if options["rate_steps"] and not options["rates"]:
+        raise QsunError(f"--rate-steps {options['rate_steps']} are steps of a trial; give the --rates to try")
     if options["rates"] and (lr is not None or options["full_lr"] is not None):
         raise QsunError("--rates are tried in place of --lr and --full-lr; give either")
     rate = lr if lr is not None else (3e-3 if options["base"] == "demo" else 0.0)
@@ -122,11 +124,12 @@ def _write_report(result: dict[str, Any], out: Path) -> str:
 
 
 def task_data(
-    out: Path = typer.Option(..., "--out", "-o", help="Folder for {snips,django}-{train,valid,test}.jsonl."),
+    out: Path = typer.Option(..., "--out", "-o", help="Folder for {snips,django,svamp}-{train,valid,test}.jsonl."),
     snips: Path = typer.Option(..., help="A checkout of github.com/sonos/nlu-benchmark."),
     django: Path = typer.Option(..., help="A checkout of github.com/odashi/ase15-django-dataset."),
+    svamp: Path | None = typer.Option(None, help="A checkout of github.com/arkilpatel/SVAMP. Default: without it."),
 ) -> None:
-    """Turn two public data sets into the tasks of docs/results/real: tool calls, and lines of Python.
+    """Turn public data sets into the tasks of docs/results/real: tool calls, lines of Python, word problems.
 
     Example:
 
@@ -134,7 +137,7 @@ def task_data(
     """
     from qsun.eval.study.real_data import write_real_tasks
 
-    for name, count in write_real_tasks(snips, django, out).items():
+    for name, count in write_real_tasks(snips, django, out, svamp).items():
         typer.echo(f"{out / name}.jsonl: {count} examples")
 
 

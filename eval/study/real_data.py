@@ -1,9 +1,12 @@
-"""Two public data sets as rows of prompt and response: the tasks of docs/results/real.
+"""Public data sets as rows of prompt and response: the tasks of docs/results/real.
 
 Snips (github.com/sonos/nlu-benchmark, 2017-06-custom-intent-engines, CC0): an utterance becomes a JSON call. Django
-(github.com/odashi/ase15-django-dataset, MIT): a line of English becomes a line of Python, its tokens apart.
+(github.com/odashi/ase15-django-dataset, MIT): a line of English becomes a line of Python, its tokens apart. SVAMP
+(github.com/arkilpatel/SVAMP, MIT; the ASDiv part of its training rows CC BY-NC 4.0): a word problem becomes a prefix
+expression.
 """
 
+import csv
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -14,13 +17,14 @@ from qsun.errors import QsunError
 
 Row = Mapping[str, str]
 _VALID, _TEST, _LONGEST = 500, 1000, 300  # rows; rows of django; characters of a django line
+_PROBLEMS_VALID = 300  # rows of svamp
 
 
-def write_real_tasks(snips: Path, django: Path, out: Path) -> dict[str, int]:
-    """Write `out`/{snips,django}-{train,valid,test}.jsonl, always the same rows; return how many each file has.
+def write_real_tasks(snips: Path, django: Path, out: Path, svamp: Path | None = None) -> dict[str, int]:
+    """Write `out`/{snips,django,svamp}-{train,valid,test}.jsonl, always the same rows; return how many each file has.
 
     Args:
-        snips, django: checkouts of the two repositories.
+        snips, django, svamp: checkouts of the repositories; None: without this one.
     Raises:
         QsunError: a file of theirs is missing or not what it was.
     """
@@ -39,6 +43,11 @@ def write_real_tasks(snips: Path, django: Path, out: Path) -> dict[str, int]:
         "django-valid": lines[-_VALID - _TEST : -_TEST],
         "django-test": lines[-_TEST:],
     }
+    if svamp is not None:
+        problems, asked = (_svamp(svamp / "data/mawps-asdiv-a_svamp" / name) for name in ("train.csv", "dev.csv"))
+        rng.shuffle(problems)
+        files["svamp-train"], files["svamp-valid"] = problems[:-_PROBLEMS_VALID], problems[-_PROBLEMS_VALID:]
+        files["svamp-test"] = asked
     out.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -94,3 +103,15 @@ def _django(folder: Path) -> list[Row]:
         if len(english) < _LONGEST and len(code) < _LONGEST:
             found.setdefault(f"# {english.strip()}\n", " ".join(code.split()))
     return [{"prompt": prompt, "response": response} for prompt, response in found.items()]
+
+
+def _svamp(file: Path) -> list[Row]:
+    try:
+        with file.open(encoding="utf-8", newline="") as opened:
+            found = list(csv.DictReader(opened))
+        return [
+            {"prompt": f"Problem: {row['Question']}\nEquation:", "response": f" {row['Equation']}"} for row in found
+        ]
+    except (OSError, KeyError) as error:
+        raise QsunError(f"{file}: {error!r}; give a checkout of github.com/arkilpatel/SVAMP") from None
+    return [{"prompt": f"Problem: {text}\nEquation:", "response": f" {expression}"} for text, expression in found]

@@ -53,6 +53,29 @@ def test_rows_of_both_formats(cli, checkouts, tmp_path):
     assert {"prompt": "# set x to 7.\n", "response": "x = 7"} in lines, "the first of two with the same prompt"
 
 
+def test_word_problems_are_a_third_task(cli, checkouts, tmp_path):
+    snips, django = checkouts
+    folder = tmp_path / "svamp/data/mawps-asdiv-a_svamp"
+    folder.mkdir(parents=True)
+    problems = "".join(f'"{n} birds, number0 leave",- number0 number1\n' for n in range(310))
+    (folder / "train.csv").write_text(f"Question,Equation\n{problems}")
+    (folder / "dev.csv").write_text("Numbers,Question,Equation\n1 2,How many ?,+ number0 number1\n")
+    out = tmp_path / "out"
+    asked = ("bench", "task-data", "-o", out, "--snips", snips, "--django", django, "--svamp", tmp_path / "svamp")
+    answer = cli(*asked)
+    assert answer.code == 0, answer.err
+    rows = {n: (out / f"svamp-{n}.jsonl").read_text().splitlines() for n in ("train", "valid", "test")}
+    assert [len(found) for found in rows.values()] == [10, 300, 1]
+    wanted = {"prompt": "Problem: How many ?\nEquation:", "response": " + number0 number1"}
+    assert json.loads(rows["test"][0]) == wanted
+    assert len({*rows["train"], *rows["valid"]}) == 310
+    (folder / "dev.csv").write_text("Text\nx\n")
+    wrong = cli(*asked)
+    assert (
+        wrong.code == 2 and "dev.csv: KeyError('Question'); give a checkout of github.com/arkilpatel/SVAMP" in wrong.err
+    )
+
+
 def test_what_is_no_checkout_is_said_in_one_line(cli, checkouts, tmp_path):
     snips, django = checkouts
     out = ["-o", tmp_path / "out"]

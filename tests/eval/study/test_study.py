@@ -130,6 +130,7 @@ def test_an_embedded_task_by_its_name():
         (("--lora-ranks", "4,16", "--lora-lr", "1e-3,2e-3,3e-3"), "lora_lr has 3 rates for 2 adapter ranks; give one"),
         (("--lora-ranks", "4", "--align-share", 0.2), "align_share 0.2 is a share of lr and lora_lr; give them"),
         (("--rates", "1e-3,0"), "rates 0.001, 0 must be different numbers above 0"),
+        (("--rate-steps", 5), "--rate-steps 5 are steps of a trial; give the --rates to try"),
         (("--rates", "1e-3", "--lr", "1e-3"), "--rates are tried in place of --lr and --full-lr; give either"),
         (("--methods", "rtn"), "use no calibration; add one, such as refined"),
         (("--methods", "magic"), "magic"),
