@@ -22,6 +22,14 @@ from qsun.eval.output.table import Table
 from qsun.runtime.decode_module import load_decode
 
 QUANTIZERS = Path(__file__).parent / "quantizers.py"
+# A small process of its own: a child's peak begins with the memory of the process that forks it.
+MEASURE = """
+import json, os, subprocess, sys
+process = subprocess.Popen(sys.argv[1:], stdout=sys.stderr)
+_, status, used = os.wait4(process.pid, 0)
+print(json.dumps([used.ru_utime + used.ru_stime, used.ru_maxrss]))
+sys.exit(status != 0)
+"""
 COLUMNS = {
     "tool": "{tool}",
     "grid": "{grid}",
@@ -46,11 +54,14 @@ def run(arguments: list[str], log: Path) -> dict[str, float]:
     """Run a command with one thread, in its log's folder; return CPU seconds and peak memory, children included."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GPTQMODEL_CPU_WORKERS": "2"}
     with log.open("w") as printed:
-        process = subprocess.Popen(arguments, env=environment, cwd=log.parent, stdout=printed, stderr=subprocess.STDOUT)
-        _, status, used = os.wait4(process.pid, 0)
-    if status:
+        measuring = [sys.executable, "-c", MEASURE, *arguments]
+        done = subprocess.run(
+            measuring, check=False, env=environment, cwd=log.parent, stdout=subprocess.PIPE, stderr=printed
+        )
+    if done.returncode:
         raise SystemExit(f"{' '.join(arguments)} failed:\n{log.read_text()[-2000:]}")
-    return {"cpu_seconds": used.ru_utime + used.ru_stime, "peak_mib": used.ru_maxrss / 1024}
+    seconds, kib = json.loads(done.stdout)
+    return {"cpu_seconds": seconds, "peak_mib": kib / 1024}
 
 
 def main() -> None:
