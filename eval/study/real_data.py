@@ -108,10 +108,7 @@ def _django(folder: Path) -> list[Row]:
 def _svamp(file: Path) -> list[Row]:
     try:
         with file.open(encoding="utf-8", newline="") as opened:
-            found = list(csv.DictReader(opened))
-        return [
-            {"prompt": f"Problem: {row['Question']}\nEquation:", "response": f" {row['Equation']}"} for row in found
-        ]
+            found = [(row["Question"], row["Equation"]) for row in csv.DictReader(opened)]
     except (OSError, KeyError) as error:
         raise QsunError(f"{file}: {error!r}; give a checkout of github.com/arkilpatel/SVAMP") from None
     return [{"prompt": f"Problem: {text}\nEquation:", "response": f" {expression}"} for text, expression in found]
