@@ -11,7 +11,7 @@ REAL_BASE ?= HuggingFaceTB/SmolLM2-135M-Instruct
 REAL_DATA ?= $(REAL_OUT)/data
 REAL_ARGS ?=
 REAL_GRID = --methods refined --group-size 64 --sym --bits 4,3,2 --dtype bfloat16
-REAL_BUDGET = --seeds 1 --steps 200 --rates 3e-4,1e-3 --curve "" --align-steps 40 --batch-size 16 --valid 64 --samples 1024 --no-text
+REAL_BUDGET = --seeds 1 --steps 200 --rates 3e-4,1e-3 --curve "" --align-steps 40 --align-share 0.1 --batch-size 16 --valid 64 --samples 1024 --no-text
 REAL_TASK = --task $(1)=$(REAL_DATA)/$(1)-train.jsonl,$(REAL_DATA)/$(1)-valid.jsonl,$(REAL_DATA)/$(1)-test.jsonl,$(2)
 
 
