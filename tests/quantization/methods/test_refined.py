@@ -1,8 +1,11 @@
 """The compensated target against a float64 least-squares solution with explicit inputs."""
 
+import pytest
 import torch
 
-from qsun.quantization.block import output_errors
+from qsun.config import LayerSpec, QuantConfig
+from qsun.errors import QsunError
+from qsun.quantization.block import output_errors, quantize_layers
 from qsun.quantization.methods.gptq import GptqOptions, gptq
 from qsun.quantization.methods.grid import Grid
 from qsun.quantization.methods.moments import Moments, add_gram
@@ -107,3 +110,13 @@ def test_output_error_is_relative_to_the_output():
     exact = (x @ (weight - moved).t()).square().sum() / (x @ weight.t()).square().sum()
     (ours,) = output_errors(weight, moved, moments_of(x).hessian(), [len(weight)])
     assert abs(ours - float(exact)) < 1e-3 * float(exact)
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq", "refined"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_activations_that_are_no_numbers_name_the_layer(method, value):
+    x_full, x, gap, weight = inputs(tokens=8, K=64)
+    x[5, 3] = value
+    config, moments = QuantConfig(method=method, group_size=64), moments_of(x, x_full, gap)
+    with pytest.raises(QsunError, match=r"the input of layers\.0\.up has NaN or Inf; try --dtype float32"):
+        quantize_layers([weight], moments, LayerSpec(4, 64, True), config, torch.float16, "layers.0.up")
