@@ -69,6 +69,7 @@ def test_word_problems_are_a_third_task(cli, checkouts, tmp_path):
     wanted = {"prompt": "Problem: How many ?\nEquation:", "response": " + number0 number1"}
     assert json.loads(rows["test"][0]) == wanted
     assert len({*rows["train"], *rows["valid"]}) == 310
+    assert rows["valid"] != sorted(rows["valid"], key=lambda row: int(row.split()[2])), "shuffled before the split"
     (folder / "dev.csv").write_text("Text\nx\n")
     wrong = cli(*asked)
     assert (
