@@ -15,7 +15,6 @@ from torch import Tensor
 from qsun.data.examples import TokenExample
 from qsun.errors import QsunError
 from qsun.memory import clear_out_of_memory, peak_rss_bytes
-from qsun.model.checkpoint import Checkpoint
 from qsun.model.manifest import write_json
 from qsun.model.output_dir import Workdir
 from qsun.progress import Progress
@@ -26,7 +25,7 @@ from qsun.tuning.models import TuneModels, WholeModels, attention_over
 from qsun.tuning.optimizer import learning_rate
 from qsun.tuning.output import plot_losses, write_module
 from qsun.tuning.processes import Processes
-from qsun.tuning.split_tensors import SplitTensors
+from qsun.tuning.run_state import RunState
 from qsun.tuning.teacher import answer_prompts
 
 
@@ -79,7 +78,7 @@ def run_tuning(job: TuneJob, resume: bool = False, progress: Progress = lambda *
         report = tuner.report() | {"seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
         directory = work.module
         if processes.first:
-            write_module(job, work, tuner.best_weights(), tuner.models.adapter)
+            write_module(job, work, tuner.state.best(), tuner.models.adapter)
         processes.wait()
         if processes.first or tuner.models.in_step:
             report["saved_valid_loss"] = tuner.loss_of_saved(directory)
@@ -119,7 +118,7 @@ class Tuner:
     """A run of tuning: the models, the optimizer, and the loss curve so far."""
 
     def __init__(self, job: TuneJob, work: Workdir, processes: Processes):
-        self.job, self.work, self.processes = job, work, processes
+        self.job, self.processes = job, processes
         self.config = job.config
         self.models: TuneModels = _models(job, processes)
         self.optimizer = self.models.optimizer
@@ -127,11 +126,11 @@ class Tuner:
         self.step, self.seconds, self.tokens_per_second = 0, 0.0, 0.0
         self.train_loss: list[tuple[int, float]] = []
         self.valid_loss: list[tuple[int, float]] = []
-        self.best_parts: list[str] = []
+        self.state = RunState(work, processes)
         self._restore()
 
     def run(self, progress: Progress) -> None:
-        """Run the remaining steps; the state is saved at each validation."""
+        """Run the remaining steps; the state is saved at validations, but not every few seconds."""
         job = self.job
         every = self.config.eval_every or max(1, job.steps // 10)
         if not self.valid_loss:
@@ -227,14 +226,10 @@ class Tuner:
         best = min((loss for _, loss in self.valid_loss), default=float("inf"))
         self.valid_loss.append((self.step, loss))
         if loss < best:
-            self.best_parts = self._write_shares("best", self.optimizer.tuned())
-        self._save()
-
-    def _write_shares(self, kind: str, tensors: dict[str, Tensor]) -> list[str]:
-        """Write this process's part. Returns the names of the parts of all processes."""
-        parts = [f"{kind}-{self.step:09d}-{rank}" for rank in range(self.processes.count)]
-        self.work.write(parts[self.processes.rank], tensors, {})
-        return parts
+            self.state.keep_best(self.step, self.optimizer.tuned())
+        if self.state.is_due():
+            curve = {"step": self.step, "seconds": self.seconds, "train": self.train_loss, "valid": self.valid_loss}
+            self.state.save(self.step, self.optimizer.state(), curve)
 
     def _label(self) -> str:
         valid = f"validation {self.valid_loss[-1][1]:.4f}"
@@ -242,34 +237,15 @@ class Tuner:
             return valid
         return f"loss {self.train_loss[-1][1]:.4f}, {self.tokens_per_second:,.0f} tokens/s, {valid}"
 
-    def _save(self) -> None:
-        """Write the state of this step, a part from each process, then delete the state before it."""
-        parts = self._write_shares("share", self.optimizer.state())
-        self.processes.wait()
-        if self.processes.first:  # a state's record is written after all of its parts
-            curve = {"step": self.step, "seconds": self.seconds, "train": self.train_loss, "valid": self.valid_loss}
-            self.work.write(f"state-{self.step:09d}", {}, curve | {"parts": parts, "best_parts": self.best_parts})
-            old = [*self.work.names("state-")[:-1], *self.work.names("share-"), *self.work.names("best-")]
-            for name in old:
-                if name not in parts + self.best_parts:
-                    self.work.drop(name)
-        self.processes.wait()
-
     def _restore(self) -> None:
-        kept = self.work.names("state-")
-        if not kept:
+        found = self.state.saved()
+        if found is None:
             return
-        curve = self.work.record(kept[-1])
-        self.optimizer.restore(self._read_shares(curve["parts"]))
-        self.step, self.seconds, self.best_parts = curve["step"], curve["seconds"], curve["best_parts"]
+        tensors, curve = found
+        self.optimizer.restore(tensors)
+        self.step, self.seconds = curve["step"], curve["seconds"]
         self.train_loss = [(step, loss) for step, loss in curve["train"]]
         self.valid_loss = [(step, loss) for step, loss in curve["valid"]]
-
-    def _read_shares(self, parts: list[str]) -> SplitTensors:
-        return SplitTensors([Checkpoint(self.work.part(name)) for name in parts])
-
-    def best_weights(self) -> SplitTensors:
-        return self._read_shares(self.best_parts)
 
     def loss_of_saved(self, directory: Path) -> float:
         """Return the validation loss of the finished directory, loaded as a user would; releases what was tuned."""

@@ -188,7 +188,7 @@ def test_what_is_read_back_takes_the_place_of_what_was_tuned(decoders, dense, fe
         with Workdir(job.out, job.settings(), resume=False) as work:
             tuner = Tuner(job, work, Processes(job.device))
             tuner.run(lambda *_: None)
-            write_module(job, work, tuner.best_weights(), tuner.models.adapter)
+            write_module(job, work, tuner.state.best(), tuner.models.adapter)
             watched.model = weakref.ref(tuner.models.model)
             saved = tuner.loss_of_saved(work.module)
         assert watched.model() is None

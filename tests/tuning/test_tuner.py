@@ -228,6 +228,18 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(step, settings, talking_model, f
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_a_run_without_a_state_begins_again(talking_model, few, tmp_path, monkeypatch):
+    monkeypatch.setattr("qsun.tuning.run_state._SAVE_SECONDS", 1e9)
+    whole = qsun.tune(talking_model, tmp_path / "whole", few, FAST, device="cpu")
+    with pytest.raises(KeyboardInterrupt):
+        qsun.tune(talking_model, tmp_path / "out", few, FAST, device="cpu", progress=stop_after(5))
+    kept = [path.stem for path in (tmp_path / "out.partial" / "parts").glob("*.safetensors")]
+    assert len(kept) == 1 and kept[0].startswith("best-")
+    report = qsun.tune(talking_model, tmp_path / "out", few, FAST, device="cpu", resume=True)
+    assert report["train_loss"] == whole["train_loss"]
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
+
+
 def test_what_is_kept_is_no_pickle(talking_model, few, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         qsun.tune(talking_model, tmp_path / "out", few, FAST, device="cpu", progress=stop_after(5))

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import qsun
 from qsun.model.output_dir import Workdir
+from qsun.tuning import run_state
 from qsun.tuning.job import prepare_tuning
 from qsun.tuning.processes import Processes
 from qsun.tuning.tuner import Tuner
@@ -81,6 +82,7 @@ def save_measurements(base, data, gradients, config):
 
 def run_all(runs):
     torch.set_num_threads(1)
+    run_state._SAVE_SECONDS = 0.0
     for settings in json.loads(runs):
         run(**settings)
 
