@@ -143,6 +143,30 @@ def rotate_and_store(
 
 
 @triton.jit
+def _part_of_row(
+    length, split, window, MOST_SPLITS: tl.constexpr, BLOCK: tl.constexpr, SHARE: tl.constexpr, WINDOW: tl.constexpr
+):
+    """Return the first column of a split, the one after its last, and how many splits the row has."""
+    first = 0
+    if WINDOW:
+        first = tl.maximum(length - window, 0)
+    share = tl.maximum(tl.cdiv(tl.cdiv(length - first, MOST_SPLITS), BLOCK) * BLOCK, SHARE)
+    start = first + split * share
+    return start, tl.minimum(start + share, length), tl.cdiv(length - first, share)
+
+
+@triton.jit
+def _prefetch_kv(at, start, end, D: tl.constexpr):
+    """Bring columns start .. end of a head into L2; one thread asks."""
+    size = tl.maximum(end - start, 0) * (D * at.dtype.element_ty.primitive_bitwidth // 8)
+    tl.inline_asm_elementwise(
+        "{ .reg .pred one; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 one, t, 0; setp.gt.and.s32 one, $2, 0, one;"
+        "@one cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r", [(at + start * D).to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def split_attention(
     q_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, columns_ptr, out_ptr, partials_ptr, counters_ptr,
     key_row, key_head, value_row, value_head, scale_row, scale_head, kv_heads, scale, softcap, window,
@@ -159,18 +183,19 @@ def split_attention(
     FP8: keys and values are e4m3, which one instruction for two turns into float16, exactly; bfloat16 would take three.
     So products are in float16, with q over its largest and values' scales times 448, and the rest in float32.
     """
-    _follow(PDL)
     pair, split = tl.program_id(0), tl.program_id(1)
     row, head = (pair // kv_heads).to(tl.int64), pair % kv_heads
-    length = tl.load(columns_ptr + row).to(tl.int32) + 1
-    first = 0
-    if WINDOW:
-        first = tl.maximum(length - window, 0)
-    share = tl.maximum(tl.cdiv(tl.cdiv(length - first, MOST_SPLITS), BLOCK) * BLOCK, SHARE)
-    used = tl.cdiv(length - first, share)
+    if PDL:
+        gdc_launch_dependents()
+        # A hint: the length is read again after the wait, as the kernel before might have written it.
+        length = tl.minimum(tl.load(columns_ptr + row).to(tl.int32) + 1, key_head // D)
+        start, end, used = _part_of_row(length, split, window, MOST_SPLITS, BLOCK, SHARE, WINDOW)
+        _prefetch_kv(keys_ptr + row * key_row + head.to(tl.int64) * key_head, start, end, D)
+        _prefetch_kv(values_ptr + row * value_row + head.to(tl.int64) * value_head, start, end, D)
+        gdc_wait()
+    length = tl.load(columns_ptr + row, cache_modifier=".cg").to(tl.int32) + 1
+    start, end, used = _part_of_row(length, split, window, MOST_SPLITS, BLOCK, SHARE, WINDOW)
     if split < used:
-        start = first + split * share
-        end = tl.minimum(start + share, length)
         g, d, lane = tl.arange(0, G), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK)
         q_at = ((row * kv_heads + head) * GROUP + g)[:, None] * D + d[None, :]
         q_inside = (g < GROUP)[:, None] & (d < D)[None, :]
@@ -213,21 +238,28 @@ def split_attention(
             SIZE: tl.constexpr = G * BLOCK_D + 2 * G
             mine = partials_ptr + pair.to(tl.int64) * tl.num_programs(1) * SIZE
             inner = g[:, None] * BLOCK_D + d[None, :]
-            tl.store(mine + split * SIZE + inner, acc)
+            head_inside = (g < GROUP)[:, None]
+            tl.store(mine + split * SIZE + inner, acc, mask=head_inside)
             tl.store(mine + split * SIZE + G * BLOCK_D + g, most)
             tl.store(mine + split * SIZE + G * BLOCK_D + G + g, total)
             tl.debug_barrier()  # every thread has stored before one of them counts
             if tl.atomic_add(counters_ptr + pair, 1, sem="acq_rel") == used - 1:
-                most = tl.full((G,), float("-inf"), tl.float32)
-                total = tl.zeros((G,), tl.float32)
+                s = tl.arange(0, triton.next_power_of_2(MOST_SPLITS))
+                at = mine + s[None, :] * SIZE + G * BLOCK_D + g[:, None]
+                mosts = tl.load(at, mask=(s < used)[None, :], other=float("-inf"), cache_modifier=".cg")
+                totals = tl.load(at + G, mask=(s < used)[None, :], other=0.0, cache_modifier=".cg")
+                most = tl.max(mosts, 1)
+                total = tl.sum(totals * tl.exp2(mosts - most[:, None]), 1)
                 acc = tl.zeros((G, BLOCK_D), tl.float32)
-                for s in tl.range(used):
-                    part = mine + s * SIZE
-                    its_most = tl.load(part + G * BLOCK_D + g, cache_modifier=".cg")
-                    above = tl.maximum(most, its_most)
-                    fade, gain = tl.exp2(most - above), tl.exp2(its_most - above)
-                    total = total * fade + tl.load(part + G * BLOCK_D + G + g, cache_modifier=".cg") * gain
-                    acc = acc * fade[:, None] + tl.load(part + inner, cache_modifier=".cg") * gain[:, None]
-                    most = above
+                for first_split in tl.range(0, used, 4):  # four at a time: each load would wait for L2
+                    for i in tl.static_range(4):
+                        there = tl.full((G,), first_split + i, tl.int32) < used
+                        both = head_inside & there[:, None]
+                        part = mine + (first_split + i) * SIZE
+                        its_most = tl.load(
+                            part + G * BLOCK_D + g, mask=there, other=float("-inf"), cache_modifier=".cg"
+                        )
+                        its_acc = tl.load(part + inner, mask=both, other=0.0, cache_modifier=".cg")
+                        acc += its_acc * tl.exp2(its_most - most)[:, None]
                 tl.store(counters_ptr + pair, 0)  # ready for the next launch
                 tl.store(out_ptr + q_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=q_inside)

@@ -33,7 +33,7 @@ class KernelLaunch:
 
     block_n: weight rows a program; block_m: rows of x a program; split_k: programs that share the columns;
     fold: take zero points off the accumulator instead of off every weight (matmul_triton.packed_matmul);
-    tiles: in a pass of its loop.
+    tiles: in a pass of its loop; prefetch_kib: of its weights, brought into L2 while the kernels before it still run.
     """
 
     block_n: int
@@ -43,6 +43,11 @@ class KernelLaunch:
     stages: int
     fold: bool
     tiles: int = 1
+    prefetch_kib: int = 8
+
+    def ahead(self, bits: int) -> int:
+        """Return the tiles of each 64 rows that a program brings into L2."""
+        return 1024 * self.prefetch_kib // (2 * TILES[bits].words * self.block_n)
 
 
 @dataclass(frozen=True)

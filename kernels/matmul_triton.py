@@ -62,9 +62,8 @@ def _prefetch(values_ptr, start, last_group, padded_n, BN: tl.constexpr):
 
 @triton.jit
 def _prefetch_words(words_ptr, tile, count, tiles, BN: tl.constexpr, SIZE: tl.constexpr):
-    """Bring `count` tiles of SIZE words of each 64 rows into L2, at most 64 KiB a program; one thread asks."""
-    MOST: tl.constexpr = 65536 // (2 * SIZE * (BN // 64))
-    size = tl.where(tl.program_id(2) == 0, tl.minimum(count, MOST) * (2 * SIZE), 0)
+    """Bring `count` tiles of SIZE words of each 64 rows into L2; one thread asks."""
+    size = tl.where(tl.program_id(2) == 0, count * (2 * SIZE), 0)
     for block in tl.static_range(BN // 64):
         at = words_ptr + ((tl.program_id(0) * (BN // 64) + block) * tiles + tile) * SIZE
         tl.inline_asm_elementwise(
@@ -86,10 +85,10 @@ def _add_high(low, high, FIRST: tl.constexpr, PLANES: tl.constexpr, BITS: tl.con
         return high * (1.0 / FACTOR)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "ahead"])
 def packed_matmul(
     x_ptr, words_ptr, scales_ptr, zeros_ptr, bias_ptr, residual_ptr, y_ptr, partials_ptr, counters_ptr,
-    M, N, K, padded_n, stride_x,
+    M, N, K, padded_n, stride_x, ahead,
     BITS: tl.constexpr, BN: tl.constexpr, B: tl.constexpr, GROUP: tl.constexpr, SPLIT_K: tl.constexpr,
     BF16: tl.constexpr, ASM: tl.constexpr, ASYM: tl.constexpr, FOLD: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SILU: tl.constexpr,
@@ -107,8 +106,9 @@ def packed_matmul(
     factor have an accumulator of their own. Otherwise each weight is centred before the product, which costs an
     instruction for two weights instead of a product.
 
-    PDL: the program starts while the kernels before it still run. Until it waits for them, it only brings its weights
-    and scales into L2; it reads and writes nothing. The next kernel may start once every program is past its wait.
+    PDL: the program starts while the kernels before it still run. Until it waits for them, it only brings its scales
+    and `ahead` tiles of its weights into L2; it reads and writes nothing. The next kernel may start once every program
+    is past its wait.
     """
     DTYPE: tl.constexpr = (tl.bfloat16 if BF16 else tl.float16) if ASM else tl.float32
     OFFSET: tl.constexpr = offset_of(BITS, BF16)
@@ -138,7 +138,7 @@ def packed_matmul(
     start = tl.minimum(first, passes - 1) * GROUPS
     if PDL:
         count = tl.minimum(last * TILES, tiles) - first * TILES
-        _prefetch_words(words_ptr, first * TILES, count, tiles, BN, 64 * WIDTH)
+        _prefetch_words(words_ptr, first * TILES, tl.minimum(count, ahead), tiles, BN, 64 * WIDTH)
     if ASM and GROUP:
         _prefetch(scales_ptr, start, last_group, padded_n, BN)
         if LOAD_ZEROS:
@@ -270,7 +270,7 @@ def _finish(
         counter = counters_ptr + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
         if tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT_K - 1:
             total = tl.zeros((BN, B), tl.float32)
-            for split in tl.range(SPLIT_K):
+            for split in tl.static_range(SPLIT_K):  # unrolled: one after another, each load would wait for L2
                 total += tl.load(partials_ptr + split * M * N + at, mask=inside, other=0.0, cache_modifier=".cg")
             tl.store(counter, 0)  # ready for the next launch
             _epilogue(total, rows, batch, bias_ptr, residual_ptr, y_ptr, M, N, BN, B, BIAS, RESIDUAL, SILU)

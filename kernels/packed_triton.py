@@ -85,7 +85,7 @@ def packed_product(
     epilogue = (x if bias is None else bias, x if residual is None else residual)  # absent ones are never read
     packed_matmul[grid](
         *(x, *weights, *epilogue, y, *scratch),
-        *(M, N, K, padded_rows(N), x.stride(0)),
+        *(M, N, K, padded_rows(N), x.stride(0), launch.ahead(bits)),
         BITS=bits,
         GROUP=tile_group(group_size, K),
         BF16=x.dtype != torch.float16,  # the interpreter runs bfloat16's algebra in float32

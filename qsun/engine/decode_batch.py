@@ -83,7 +83,9 @@ class DecodeBatch:
                     break
                 self.cache.advance(places)
             rows = [self.rows[place] for place in places]
-            yield list(zip(rows, choose(logits[places, turn], rows, eos), strict=True))
+            # a list of places as an index would make the host wait for the step
+            chosen = logits[:, turn] if len(places) == len(logits) else logits[places, turn]
+            yield list(zip(rows, choose(chosen, rows, eos), strict=True))
         for place, (row, draft) in enumerate(zip(self.rows, drafts, strict=True)):
             if draft and row.drafts is not None:
                 self.drafted += len(draft)

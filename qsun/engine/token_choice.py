@@ -1,7 +1,6 @@
 """How rows choose their next tokens: each by its own request's settings and random numbers."""
 
 from collections.abc import Sequence, Set
-from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,8 @@ from torch import Tensor
 from qsun.engine.requests import TokenLogprob
 from qsun.engine.row import DecodeRow
 from qsun.runtime.tokens.sampling import draw
+
+_PARTS = 64  # of a row of logits
 
 
 class ChosenToken(NamedTuple):
@@ -22,8 +23,9 @@ class ChosenToken(NamedTuple):
 
 def choose(logits: Tensor, rows: Sequence[DecodeRow], eos: Set[int] = frozenset()) -> list[ChosenToken]:
     """Choose a token for each row of (B, vocabulary) logits and let the row take it. eos: the model's end tokens."""
-    best, tokens = logits.max(-1)
-    errors = ["" if isfinite(logit) else "the model computed NaN or Inf for this prompt" for logit in best.tolist()]
+    tokens = most_likely(logits)
+    known = tokens.tolist()
+    errors = ["" if token >= 0 else "the model computed NaN or Inf for this prompt" for token in known]
     shaped = [place for place, row in enumerate(rows) if row.request.sampling.shapes_logits and not errors[place]]
     final = logits.float().clone() if shaped else logits
     for place in shaped:
@@ -33,12 +35,28 @@ def choose(logits: Tensor, rows: Sequence[DecodeRow], eos: Set[int] = frozenset(
     drawing = [place for place, row in enumerate(rows) if row.random is not None]
     if drawing:
         tokens[drawing] = _drawn(final[drawing], [rows[place] for place in drawing])
-    logprobs = _logprobs(logits, tokens, rows)
+    if shaped or drawing:
+        known = tokens.tolist()
+    logprobs = _logprobs(logits, tokens.clamp(min=0), rows)
     choices = []
-    for place, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+    for place, (row, token) in enumerate(zip(rows, (max(0, token) for token in known), strict=True)):
         failure = row.advance(token)
         choices.append(ChosenToken(token, logprobs.get(place), errors[place] or failure))
     return choices
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """Return the first most likely token of each row of (B, vocabulary) logits, int64 (B,); -1: NaN or Inf are in it.
+
+    In two stages where it can: a GPU would give each row to a few threads.
+    """
+    if logits.is_cuda and logits.shape[1] % _PARTS == 0:
+        parts, places = logits.unflatten(1, (_PARTS, -1)).max(-1)
+        best, part = parts.max(-1)
+        tokens = part * (logits.shape[1] // _PARTS) + places.gather(1, part[:, None])[:, 0]
+    else:
+        best, tokens = logits.max(-1)
+    return torch.where(best.isfinite(), tokens, -1)
 
 
 def _drawn(logits: Tensor, rows: Sequence[DecodeRow]) -> Tensor:

@@ -20,7 +20,7 @@ KERNEL_MODELS = ["llama-3.1-8b", "llama-3.1-70b-tp4", "llama-3.2-1b", "qwen3-8b"
 STEP_POINTS = [(1, 1024), (8, 1024), (32, 1024), (64, 1024), (1, 128), (64, 128)]  # batch, context
 BITS = (4, 2)  # of decode modules and products
 TEST_FILES = [f"tests/gpu/test_{name}.py" for name in ("decode", "step", "products", "generation", "lora")]
-MOST_PARTS = 8  # of the tests, side by side: compiling kernels takes most of their time
+MOST_PARTS = 14  # of the tests, side by side: compiling kernels takes most of their time
 KV_BYTES = {"cuda": 8 << 30, "cpu": 1 << 24}  # of the engine that serves
 LOADS = {"cuda": [(64, 256, 64), (256, 512, 128)], "cpu": [(3, 8, 4)]}  # requests, prompt tokens, new tokens
 TINY = "tiny"
@@ -59,7 +59,7 @@ def shape_of(device, wanted):
 
 def tests(folder, device, clock):
     """Tests of the GPU, each part in a process of its own; outcomes.py writes them as they come."""
-    parts = max(1, min(MOST_PARTS, (os.cpu_count() or 1) // 2))
+    parts = max(1, min(MOST_PARTS, (os.cpu_count() or 1) - 2))
     running = []
     for part in range(parts):
         with (folder / f"tests-{part}.log").open("w") as log:

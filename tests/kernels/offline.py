@@ -47,10 +47,14 @@ class MachineCode:
         """Where instructions whose name starts so are among all."""
         return [at for at, name in enumerate(self.names) if name.startswith(prefixes)]
 
-    def waits_first(self) -> bool:
-        """Whether it waits for the kernels before it ahead of all that it reads and writes; prefetches are neither."""
-        waits = self.place("ACQBULK")
-        return len(waits) == 1 and waits[0] < min(self.place("LDG", "STG", "ATOM", "RED", "LD.", "ST."))
+    def waits_first(self, hints=0) -> bool:
+        """Whether it waits for the kernels before it ahead of all that it reads and writes; prefetches are neither.
+
+        hints: loads ahead of the wait, of what only prefetches go by.
+        """
+        waits, stores = self.place("ACQBULK"), self.place("STG", "ATOM", "RED", "ST.")
+        ahead = [at for at in self.place("LDG", "LD.") if waits and at < waits[0]]
+        return len(waits) == 1 and waits[0] < min(stores) and len(ahead) == hints
 
     def spills(self) -> bool:
         return self.stack_bytes > 0 or any(name.startswith(("LDL", "STL")) for name in self.instructions)

@@ -18,7 +18,7 @@ def compile_product(launch, bits, group, asym, *, bf16=True, epilogue="br", even
     """
     types = {f"{name}_ptr": "*bf16" if bf16 else "*fp16" for name in _POINTERS}
     types |= {"words_ptr": "*i16", "partials_ptr": "*fp32", "counters_ptr": "*i32"}
-    types |= {"M": "i32", "N": "i32!", "K": "i32!", "padded_n": "i32!", "stride_x": "i32!"}
+    types |= {"M": "i32", "N": "i32!", "K": "i32!", "padded_n": "i32!", "stride_x": "i32!", "ahead": "i32"}
     constants = {
         "BITS": bits,
         "BN": launch.block_n,

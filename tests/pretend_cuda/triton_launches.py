@@ -35,7 +35,7 @@ class Kernel:
 
 
 def packed_matmul(
-    x, words, scales, zeros, bias, residual, y, partials, counters, M, N, K, padded_n, stride_x, **options
+    x, words, scales, zeros, bias, residual, y, partials, counters, M, N, K, padded_n, stride_x, ahead, **options
 ):
     weight = weights(words, scales, zeros if options["ASYM"] else None, N, K, options["GROUP"], options["BITS"])
     product = x.float() @ weight.t()

@@ -65,12 +65,13 @@ class DecodeStep:
         view = self._view(width)
         with on_device(self.device):
             padded = [[*row, *[0] * (width - len(row))] for row in tokens]
-            fed = torch.tensor(padded, dtype=torch.int64, device=self.device)
             columns = None
             if self.static:
-                cache.tokens[: len(tokens)] = fed
+                cache.tokens[: len(tokens)].copy_(torch.tensor(padded))
                 fed = cache.tokens[: view[0]]
-            elif width > 1:  # what pads a row stays at its last column, within the model's positions
+            else:
+                fed = torch.tensor(padded, device=self.device)
+            if not self.static and width > 1:  # what pads a row stays at its last column, within the model's positions
                 last = torch.tensor([[len(row) - 1] for row in tokens], device=self.device)
                 columns = cache.lengths[: view[0], None] + torch.arange(width, device=self.device).minimum(last)
             if isinstance(cache, FixedSlots) and fed.is_cuda:
