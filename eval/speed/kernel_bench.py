@@ -73,6 +73,7 @@ def bench_kernels(
     kind: KernelVariant,
     patience: Patience,
     note: Note = lambda _: None,
+    peers: bool = True,
 ) -> dict[str, Any]:
     """Time every contender at every layer shape.
 
@@ -80,6 +81,7 @@ def bench_kernels(
         layers: (model, layer, N, K), from `layers_of`.
         rows: values of M.
         note: called with what is left out and why.
+        peers: False: ours and bf16 only, as some of the others search for launches, or compile, for a minute a shape.
     Returns:
         {"device", "copy_gb_per_s", "rows": [KernelTiming as dict], "geometric_mean": {kernel: {M: ratio to bf16}}}.
     Raises:
@@ -96,7 +98,7 @@ def bench_kernels(
         if time.perf_counter() - started > 60 * patience.minutes:
             note(f"{model} {layer} {N}x{K} left out: {patience.minutes:g} minutes are over")
             continue
-        contenders = dict(_contenders(N, K, kind, note))
+        contenders = dict(_contenders(N, K, kind, note, peers))
         for M in rows:
             x = torch.randn(M, K, device=device).to(kind.dtype)
             medians = interleaved(_calls(contenders, x), device, patience.rounds, patience.seconds)
@@ -149,14 +151,14 @@ def random_weights(N: int, K: int, kind: KernelVariant) -> Quantized:
     return Quantized(q, scales.bfloat16().float(), torch.full_like(drawn, steps // 2) if kind.sym else drawn)
 
 
-def _contenders(N: int, K: int, kind: KernelVariant, note: Note) -> Iterator[tuple[str, list[Product]]]:
+def _contenders(N: int, K: int, kind: KernelVariant, note: Note, peers: bool) -> Iterator[tuple[str, list[Product]]]:
     """Yield each contender's products with copies of one matrix, once its result is checked."""
     weights = random_weights(N, K, kind)
     device = kind.device
     copies = max(2, math.ceil(_BEYOND_CACHES_BYTES[device.type] / (N * K * kind.bits / 8)))
     x = torch.randn(3, K, device=device).to(kind.dtype)
     wanted = x.float() @ weights.dequantize().t()
-    for name, builder in (CUDA_CONTENDERS if device.type == "cuda" else CPU_CONTENDERS).items():
+    for name, builder in (CUDA_CONTENDERS if peers and device.type == "cuda" else CPU_CONTENDERS).items():
         try:
             build = builder(weights, kind.group_size, kind.dtype, kind.bits)
             products = [build() for _ in range(copies)]

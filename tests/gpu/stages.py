@@ -75,22 +75,23 @@ def tests_command(folder, part, files=tuple(TEST_FILES)):
 
 
 def kernels(folder, device, clock):
-    """Every contender at every layer shape and M, a point at a time."""
+    """Ours and bf16 at every layer shape and M, then the peers, which may search for a minute; a point at a time."""
     from qsun.eval.output.machine import describe_machine
-    from qsun.eval.speed.kernel_bench import KernelVariant, Patience, bench_kernels, layers_of
+    from qsun.eval.speed.kernel_bench import OURS, KernelVariant, Patience, bench_kernels, layers_of
 
     append(folder, "machine", describe_machine(device))
     models = KERNEL_MODELS if device.type == "cuda" else [shape_of(device, "")]
-    for model in models:
-        for rows in (ROWS[:3], ROWS[3:]) if device.type == "cuda" else ([1],):
-            for bits, layer in product(BITS, layers_of([model], [])):
-                if not clock.has_time():
-                    return print(f"{model} {layer[1]} M={rows}, {bits} bits and all after it: no time", flush=True)
-                kind = KernelVariant(128, True, torch.bfloat16, device, bits)
-                result = bench_kernels([layer], rows, kind, Patience(15, 0.5), lambda line: print(line, flush=True))
-                for row in result["rows"]:
-                    if row["kernel"] != "bf16" or bits == BITS[0]:
-                        append(folder, "kernels", {"bits": bits, **row})
+    parts = [(ROWS[:3], False), (ROWS[3:], False), (ROWS[:3], True)] if device.type == "cuda" else [([1], False)]
+    for (rows, peers), model in product(parts, models):
+        for bits, layer in product(BITS, layers_of([model], [])):
+            if not clock.has_time():
+                return print(f"{model} {layer[1]} M={rows}, {bits} bits and all after it: no time", flush=True)
+            kind, patience = KernelVariant(128, True, torch.bfloat16, device, bits), Patience(15, 0.5)
+            result = bench_kernels([layer], rows, kind, patience, lambda line: print(line, flush=True), peers)
+            for row in result["rows"]:
+                known = row["kernel"] in OURS if peers else row["kernel"] == "bf16" and bits != BITS[0]
+                if not known:
+                    append(folder, "kernels", {"bits": bits, **row})
     return None
 
 

@@ -45,7 +45,7 @@ def test_the_processors_are_busy_at_batch_1(N, K, bits):
     launch = choose_launch(1, N, K, 128, "default", bits)
     programs = math.ceil(N / launch.block_n) * launch.split_k
     in_flight = programs / 132 * launch.block_n * 2 * TILES[bits].words * launch.tiles * (launch.stages - 1)
-    assert 24 * 1024 <= in_flight <= 128 * 1024
+    assert 16 * 1024 <= in_flight <= 128 * 1024
     assert programs / 132 / math.ceil(programs / 132) > 0.8  # the last round is nearly full
 
 
@@ -59,7 +59,7 @@ def test_partial_sums_are_few_and_processors_even(layers, most):
             passes = math.ceil(K / 128 / launch.tiles)
             tiles = math.ceil(N / launch.block_n) * math.ceil(M / launch.block_m)
             busiest = math.ceil(tiles * launch.split_k / 132) * math.ceil(passes / launch.split_k)
-            assert tiles * passes / 132 >= 0.75 * busiest, (M, N, K)
+            assert tiles * passes / 132 >= 0.65 * busiest, (M, N, K)
             moved += 8 * M * N * launch.split_k if launch.split_k > 1 else 0
         assert moved <= most * sum(N * K / 2 for N, K in layers), M
 

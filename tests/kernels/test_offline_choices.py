@@ -27,6 +27,8 @@ MOST = {
     (4, 32): [2.5, 3.4, 4.2, 6.1],
     (8, 128): [2.7, 3.1, 3.6, 4.8],
 }
+# 64 rows on 4 warps, where Triton takes HGMMA, have more, and are faster on an H200 all the same (docs/kernels.md).
+MORE = 0.8
 
 
 def choices():
@@ -59,7 +61,8 @@ def check(bits, group, launch, epilogue, asym=False):
     assert max(words + values) < wait < go < min(code.place("LDG", "STG", "ATOM"))
     if not asym:
         most = MOST[bits, group][(launch.block_m // 8).bit_length() - 1]
-        assert lane_instructions(code, launch, bits) <= most, code.loop
+        few_rows = launch.block_m == 32 and launch.block_n < 32 * launch.warps
+        assert lane_instructions(code, launch, bits) <= most + MORE * few_rows, code.loop
 
 
 @pytest.mark.parametrize(("bits", "group", "N", "K", "M"), QUICK)
