@@ -49,7 +49,7 @@ def test_the_processors_are_busy_at_batch_1(N, K, bits):
     assert programs / 132 / math.ceil(programs / 132) > 0.8  # the last round is nearly full
 
 
-@pytest.mark.parametrize(("layers", "most"), [(LLAMA_8B, 0.55), (QWEN_7B, 0.75)], ids=["llama", "qwen"])
+@pytest.mark.parametrize(("layers", "most"), [(LLAMA_8B, 0.3), (QWEN_7B, 0.35)], ids=["llama", "qwen"])
 def test_partial_sums_are_few_and_processors_even(layers, most):
     """A block's partial sums, written and read, over its weights of 4 bits; and what the busiest processor does."""
     for M in range(1, 129):
@@ -59,7 +59,7 @@ def test_partial_sums_are_few_and_processors_even(layers, most):
             passes = math.ceil(K / 128 / launch.tiles)
             tiles = math.ceil(N / launch.block_n) * math.ceil(M / launch.block_m)
             busiest = math.ceil(tiles * launch.split_k / 132) * math.ceil(passes / launch.split_k)
-            assert tiles * passes / 132 >= 0.65 * busiest, (M, N, K)
+            assert tiles * passes / 132 >= 0.7 * busiest, (M, N, K)
             moved += 8 * M * N * launch.split_k if launch.split_k > 1 else 0
         assert moved <= most * sum(N * K / 2 for N, K in layers), M
 
