@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +154,9 @@ def candidates(M: int, N: int, K: int, group_size: int, bits: int = 4) -> Iterat
             if padded_rows(N) % block_n or block_n * block_m > 64 * 64 * warps:
                 continue  # more accumulators than registers
             folds = (True, False) if block_m <= 32 else (False,)
-            for fold in folds:
-                for stages in (3, 4, 5, 6):
-                    for passed in (1, 2) if block_m <= 16 else (1,):
-                        yield from (KernelLaunch(block_n, block_m, s, warps, stages, fold, passed) for s in splits)
+            for fold, stages, passed in product(folds, (2, 3, 4, 5, 6), (1, 2) if block_m <= 16 else (1,)):
+                for split_k, prefetch in product(splits, (0, 8, 32)):
+                    yield KernelLaunch(block_n, block_m, split_k, warps, stages, fold, passed, prefetch)
 
 
 def workspace_bytes(M: int, N: int, K: int, group_size: int, gpu: str, bits: int = 4) -> tuple[int, int]:

@@ -86,19 +86,29 @@ def packed_product(
     packed_matmul[grid](
         *(x, *weights, *epilogue, y, *scratch),
         *(M, N, K, padded_rows(N), x.stride(0), launch.ahead(bits)),
-        BITS=bits,
-        GROUP=tile_group(group_size, K),
-        BF16=x.dtype != torch.float16,  # the interpreter runs bfloat16's algebra in float32
-        ASM=not _INTERPRETED,
-        ASYM=zeros is not None,
         BIAS=bias is not None,
         RESIDUAL=residual is not None,
         SILU=y.shape[1] != N,
-        EVEN_K=K % (launch.tiles * TILES[bits].columns) == 0,
-        **_launch_options(launch),
+        **_constants(K, group_size, bits, x.dtype, zeros is not None, launch),
         **pdl_options(x.device),
     )
     return y
+
+
+def compile_product(
+    N: int, K: int, group_size: int, bits: int, dtype: torch.dtype, asym: bool, launch: KernelLaunch
+) -> None:
+    """Compile what `packed_product` without an epilogue launches on the current device, into Triton's cache."""
+    pointers = (dtype, torch.int16, *[dtype] * 5, torch.float32, torch.int32)
+    packed_matmul.warmup(
+        *(*pointers, launch.block_m, N, K, padded_rows(N), K, launch.ahead(bits)),
+        grid=(1, 1, 1),
+        BIAS=False,
+        RESIDUAL=False,
+        SILU=False,
+        **_constants(K, group_size, bits, dtype, asym, launch),
+        **pdl_options(torch.device("cuda", torch.cuda.current_device())),
+    )
 
 
 def packed_dequantize(
@@ -123,8 +133,17 @@ def packed_dequantize(
     return out
 
 
-def _launch_options(launch: KernelLaunch) -> dict[str, Any]:
+def _constants(
+    K: int, group_size: int, bits: int, dtype: torch.dtype, asym: bool, launch: KernelLaunch
+) -> dict[str, Any]:
+    """Return what a product is compiled for, without its epilogue."""
     return {
+        "BITS": bits,
+        "GROUP": tile_group(group_size, K),
+        "BF16": dtype != torch.float16,  # the interpreter runs bfloat16's algebra in float32
+        "ASM": not _INTERPRETED,
+        "ASYM": asym,
+        "EVEN_K": K % (launch.tiles * TILES[bits].columns) == 0,
         "BN": launch.block_n,
         "B": launch.block_m,
         "SPLIT_K": launch.split_k,

@@ -82,7 +82,8 @@ def tune_kernels(
 ) -> None:
     """Search launch parameters of the product kernel on this GPU, and write the table that qsun reads from then on.
 
-    Takes minutes a shape, because every launch is compiled. An existing table is extended.
+    Takes minutes a shape, as every launch is compiled, in as many processes as there are cores. An existing table is
+    extended.
 
     Examples:
 
@@ -93,7 +94,7 @@ def tune_kernels(
     import torch
 
     from qsun.eval.speed.kernel_bench import KernelVariant, layers_of
-    from qsun.eval.speed.kernel_tuning import gpu_timer, write_table
+    from qsun.eval.speed.kernel_tuning import parallel_timer, write_table
     from qsun.eval.speed.kernel_tuning import tune_kernels as search_launches
     from qsun.eval.speed.model_shapes import MODEL_SHAPES
     from qsun.kernels.launch_table import table_file
@@ -104,5 +105,5 @@ def tune_kernels(
     gpu = torch.cuda.get_device_name()
     kind = KernelVariant(group_size, not asym, torch.bfloat16, torch.device("cuda"), bits)
     path = out or table_file(gpu)
-    search_launches(layers, kind, gpu, gpu_timer, screen.note, lambda shapes: write_table(shapes, gpu, path))
+    search_launches(layers, kind, gpu, parallel_timer, screen.note, lambda shapes: write_table(shapes, gpu, path))
     typer.echo(f"{path}: launches for {gpu}")

@@ -1,12 +1,17 @@
 """`qsun bench tune-kernels`: time launches of the product kernel on this GPU and write the table that it then reads.
 
 All candidates would take hours to compile, so the search changes one setting at a time, starting from the launch in
-use, until no change is faster.
+use, until no change is faster. What it is about to time is compiled in several processes.
 """
 
+import contextlib
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +38,9 @@ from qsun.progress import Note
 Shapes = dict[str, dict[str, dict[str, Any]]]  # of a launch table
 # Seconds of each launch that computes the right product.
 Timer = Callable[[Sequence[KernelLaunch]], dict[KernelLaunch, float]]
-_SETTINGS = (("split_k",), ("block_n", "warps"), ("stages",), ("tiles",), ("fold",), ("block_m",))
+_SETTINGS = (("split_k",), ("block_n", "warps"), ("stages", "tiles"), ("prefetch_kib",), ("fold",), ("block_m",))
 _COPIES_BYTES = 256 << 20  # of packed weights, beyond any L2
+_FEWEST = 4  # launches for which processes that compile are started
 _GAIN = 0.99  # a launch replaces the best one if it takes less than this fraction of its time
 
 
@@ -102,9 +108,17 @@ def _buckets(gpu: str, kind: KernelVariant, K: int) -> list[Bucket]:
     return list(found.values())
 
 
-def gpu_timer(M: int, N: int, K: int, kind: KernelVariant) -> Timer:
-    """Time launches in CUDA graphs over copies of a matrix; those that fail or compute a wrong result are left out."""
-    from qsun.kernels import packed_triton
+def gpu_timer(
+    M: int, N: int, K: int, kind: KernelVariant, compiling: Callable[[Sequence[KernelLaunch]], None] = lambda _: None
+) -> Timer:
+    """Time launches in CUDA graphs over copies of a matrix; those that fail or compute a wrong result are left out.
+
+    In front of each product is a norm, as in a decode step, for which products wait and meanwhile fetch their weights.
+
+    Args:
+        compiling: called with launches before they are timed.
+    """
+    from qsun.kernels import decode_cuda, packed_triton
 
     weights = random_weights(N, K, kind)
     packed = pack_weights(*weights[:3], kind.group_size, kind.dtype, kind.bits)
@@ -115,12 +129,15 @@ def gpu_timer(M: int, N: int, K: int, kind: KernelVariant) -> Timer:
         for _ in range(max(2, _COPIES_BYTES // (N * K * kind.bits // 8)))
     ]
     x = torch.randn(M, K, device=kind.device).to(kind.dtype)
-    wanted = x.float() @ weights.dequantize().t()
+    norm = partial(decode_cuda.rms_norm, x, torch.ones_like(x[0]), 1e-5)
+    wanted = norm().float() @ weights.dequantize().t()
 
     def product(launch: KernelLaunch, held: PackedWeights, space: Workspace) -> torch.Tensor:
-        return packed_triton.packed_product(x, *held, N, kind.group_size, kind.bits, workspace=space, launch=launch)
+        options: dict[str, Any] = {"workspace": space, "launch": launch}
+        return packed_triton.packed_product(norm(), *held, N, kind.group_size, kind.bits, **options)
 
     def timer(launches: Sequence[KernelLaunch]) -> dict[KernelLaunch, float]:
+        compiling(launches)
         needs = [product_workspace_bytes(M, N, launch) for launch in launches]
         buffer_bytes, counters = (max(sizes) for sizes in zip(*needs, strict=True))
         space = Workspace.allocate(buffer_bytes, counters, kind.device)
@@ -142,6 +159,29 @@ def gpu_timer(M: int, N: int, K: int, kind: KernelVariant) -> Timer:
         return {names[name]: seconds for name, seconds in medians.items()}
 
     return timer
+
+
+def parallel_timer(M: int, N: int, K: int, kind: KernelVariant) -> Timer:
+    """`gpu_timer`, whose launches are compiled side by side into Triton's cache first."""
+
+    def compiling(launches: Sequence[KernelLaunch]) -> None:
+        if len(launches) >= _FEWEST:
+            job = partial(_compiled, N, K, kind.group_size, kind.bits, str(kind.dtype).removeprefix("torch."), kind.sym)
+            list(_compilers().map(job, launches))
+
+    return gpu_timer(M, N, K, kind, compiling)
+
+
+@lru_cache(maxsize=1)
+def _compilers() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(max(1, min(16, (os.cpu_count() or 1) - 1)), get_context("spawn"))
+
+
+def _compiled(N: int, K: int, group_size: int, bits: int, dtype: str, sym: bool, launch: KernelLaunch) -> None:
+    from qsun.kernels.packed_triton import compile_product
+
+    with contextlib.suppress(*unusable_launches()):  # timing them says so
+        compile_product(N, K, group_size, bits, getattr(torch, dtype), not sym, launch)
 
 
 def unusable_launches() -> tuple[type[Exception], ...]:

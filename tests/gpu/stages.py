@@ -154,7 +154,7 @@ def serve(folder, device, clock):
 def tune(folder, device, clock):
     """Launches of our kernel for the headline model, into a table that is whole after each one."""
     from qsun.eval.speed.kernel_bench import KernelVariant, layers_of
-    from qsun.eval.speed.kernel_tuning import gpu_timer, tune_kernels, write_table
+    from qsun.eval.speed.kernel_tuning import parallel_timer, tune_kernels, write_table
 
     if device.type != "cuda":
         return print("launches are timed on a GPU", flush=True)
@@ -169,7 +169,7 @@ def tune(folder, device, clock):
     layers = layers_of(["llama-3.1-8b"], [])
     for bits in BITS:
         kind = KernelVariant(128, True, torch.bfloat16, device, bits)
-        tune_kernels(layers, kind, gpu, gpu_timer, note, lambda shapes: write_table(shapes, gpu, table))
+        tune_kernels(layers, kind, gpu, parallel_timer, note, lambda shapes: write_table(shapes, gpu, table))
     return None
 
 

@@ -32,11 +32,11 @@ def test_timed_graphs_hold_the_products_alone(pretend_cuda, kind):
     assert sum(set(kernels) <= {"aten::linear", "aten::mm"} for kernels in held) == 2
 
 
-def test_the_tuning_timer_times_the_product_alone(pretend_cuda, kind):
+def test_the_tuning_timer_times_products_behind_norms(pretend_cuda, kind):
     start = choose_launch(1, N, K, 128, "default")
     times = kernel_tuning.gpu_timer(1, N, K, kind)([start])
     assert times[start] > 0
-    assert pretend_cuda.graphs[-1].kernels == {"triton::packed_matmul": 3}
+    assert pretend_cuda.graphs[-1].kernels == {"triton::packed_matmul": 3, "triton::rms_norm_rows": 3}
 
 
 def test_a_graph_is_replayed_several_times_a_turn(pretend_cuda, monkeypatch):

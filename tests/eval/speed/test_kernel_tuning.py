@@ -1,6 +1,9 @@
 """Tuning of launches with an invented timer: what is searched, written and read back."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from qsun.eval.speed.kernel_bench import KernelVariant
 from qsun.eval.speed.kernel_tuning import search, tune_kernels, write_table
 from qsun.kernels import launch_table
 from qsun.kernels.launch_table import KernelLaunch, candidates, choose_launch, parse_launch_table
+from tests.places import ROOT
 
 LAYERS = [("", "a", 512, 1024), ("", "again", 512, 1024), ("", "b", 64, 256)]
 
@@ -93,3 +97,59 @@ def test_no_gpu_is_one_line(cli):
     answer = cli("bench", "tune-kernels")
     assert answer.code == 2
     assert "no CUDA device" in answer.err
+
+
+AHEAD = """
+import sys
+import torch
+from pathlib import Path
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Driver:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+driver.set_active(Driver())
+torch.cuda.current_device = lambda: 0
+torch.cuda.get_device_capability = lambda device=None: (9, 0)
+torch.cuda.get_device_name = lambda device=None: "NVIDIA H200"
+
+from qsun.eval.speed.kernel_bench import KernelVariant, random_weights
+from qsun.eval.speed.kernel_tuning import _compiled
+from qsun.kernels import packed_triton
+from qsun.kernels.launch_table import KernelLaunch
+from qsun.kernels.layout import pack_weights
+
+kernels = lambda: len(list(Path(sys.argv[1]).rglob("*.cubin")))
+launch = KernelLaunch(64, 8, 2, 2, 3, True, 2)
+_compiled(512, 1024, 128, 4, "bfloat16", True, launch)
+_compiled(512, 1024, 128, 4, "bfloat16", True, KernelLaunch(48, 8, 2, 2, 3, True, 2))  # no power of two: not raised
+assert kernels() == 1
+
+class Compiles:  # in place of the launch
+    def __getitem__(self, grid):
+        return lambda *args, **options: real.warmup(*args, grid=grid, **options)
+
+real, packed_triton.packed_matmul = packed_triton.packed_matmul, Compiles()
+packed_triton._check = lambda *_: None
+packed_triton.pdl_options = lambda _: {"PDL": True, "launch_pdl": True}
+kind = KernelVariant()
+packed = pack_weights(*random_weights(512, 1024, kind)[:3], 128, torch.bfloat16, 4)
+x = torch.randn(5, 1024).bfloat16()
+packed_triton.packed_product(x, *packed, 512, 128, 4, launch=launch)
+assert kernels() == 1, "the product did not find what was compiled ahead"
+packed_triton.packed_product(x, *packed, 512, 128, 4, launch=launch, bias=x[0, :512])
+assert kernels() == 2
+"""
+
+
+@pytest.mark.slow
+def test_what_is_compiled_ahead_is_what_a_product_launches(tmp_path):
+    pytest.importorskip("triton")
+    here = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", AHEAD, str(tmp_path)], env=here, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr
