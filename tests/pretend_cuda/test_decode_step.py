@@ -7,6 +7,8 @@ import qsun
 from qsun.engine.config import EngineConfig, Sampling
 from qsun.engine.engine import Engine
 from qsun.engine.requests import Request
+from qsun.engine.token_choice import most_likely
+from qsun.eval.speed.decode_speed import filled_batch, take_step
 from tests.engine_rig import run_until_idle, tokens_of
 
 PROMPTS = ((5, 6, 7), tuple(range(3, 40)), (9,))
@@ -55,3 +57,27 @@ def test_captures_share_a_pool_and_fail_for_their_own_thread_only(expected, tiny
     run_until_idle(engine_on(tiny_model("llama"), "cuda:1"))
     assert {options["capture_error_mode"] for options in asked} == {"thread_local"}
     assert len({options["pool"] for options in asked}) == 1 < len(asked)
+
+
+def test_the_host_waits_once_in_a_step(tiny_model, pretend_cuda):
+    """It sends the tokens, and then reads those that were chosen."""
+    model = qsun.load_decode(tiny_model("llama"), "cuda", torch.float32).model
+    batch = filled_batch(model, 3, 20, 8)
+    for _ in range(2):
+        take_step(batch)
+        pretend_cuda.waits.clear()
+    take_step(batch)
+    assert [why for why, _ in pretend_cuda.waits] == ["copy between host and device", "tolist"], pretend_cuda.waits
+
+
+@pytest.mark.parametrize("vocabulary", [7, 64, 6400])
+def test_the_most_likely_token_is_found_in_two_stages(vocabulary, pretend_cuda):
+    logits = torch.randn(9, vocabulary)
+    logits[1] = 0.0  # all equal: the first
+    logits[2, vocabulary // 2 :] = 9.0
+    logits[3, vocabulary - 1] = float("nan")
+    logits[4, 0] = float("inf")
+    logits[5, 1] = float("-inf")
+    wanted = logits.argmax(-1)
+    wanted[3:5] = -1
+    assert most_likely(logits.to("cuda")).tolist() == wanted.tolist() == most_likely(logits).tolist()
