@@ -130,11 +130,11 @@ def gpu_timer(
     ]
     x = torch.randn(M, K, device=kind.device).to(kind.dtype)
     norm = partial(decode_cuda.rms_norm, x, torch.ones_like(x[0]), 1e-5)
+    call = packed_triton.packed_product
     wanted = norm().float() @ weights.dequantize().t()
 
     def product(launch: KernelLaunch, held: PackedWeights, space: Workspace) -> torch.Tensor:
-        options: dict[str, Any] = {"workspace": space, "launch": launch}
-        return packed_triton.packed_product(norm(), *held, N, kind.group_size, kind.bits, **options)
+        return call(norm(), *held, N, kind.group_size, kind.bits, workspace=space, launch=launch)
 
     def timer(launches: Sequence[KernelLaunch]) -> dict[KernelLaunch, float]:
         compiling(launches)

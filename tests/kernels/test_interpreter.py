@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 SLOW = pytest.param("interpreted_products.py", "slow", marks=pytest.mark.slow)
 
 
-FAST = [(f"interpreted_{name}.py", "not slow") for name in ("products", "decode", "lora")]
+FAST = [(f"interpreted_{name}.py", "not slow") for name in ("products", "decode", "lora", "loops")]
 
 
 @pytest.mark.parametrize(("name", "marker"), [*FAST, SLOW])

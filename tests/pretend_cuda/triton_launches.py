@@ -8,6 +8,7 @@ from torch.nn.functional import gelu, silu
 from qsun.kernels import bytes_product, decode_cuda, lora_triton, packed_cuda, packed_triton, workspace
 from qsun.kernels.layout import INTERLEAVED_ROWS, PackedWeights, unpack_weights
 from qsun.kernels.reference import dequantize
+from qsun.quantization.methods import torch_loops, triton_loops
 from qsun.runtime.kv_cache import encode_kv
 from tests.pretend_cuda.tensors import STATE, PretendMode, PretendTensor
 
@@ -132,6 +133,18 @@ def memory_at(address, shape, dtype):
     return torch.frombuffer(held, dtype=dtype).view(shape)
 
 
+def round_block(block, factor, scales, zeros, groups, integers, errors, columns, rows, top, **_):
+    found = torch_loops.round_columns(block, factor, scales, zeros, groups, int(top))
+    for target, value in zip((integers, errors), found, strict=True):
+        target.copy_(value)
+
+
+def move_block(integers, quantized, scales, zeros, pull, hessian, changes, columns, rows, size, top, **_):
+    state, before = (integers, quantized, scales.clone(), zeros), quantized.clone()
+    torch_loops.descend_columns(state, pull, hessian, len(pull) + 1, (int(top), torch.float16))
+    changes.copy_(quantized - before)
+
+
 def weights(words, scales, zeros, N, K, group, bits):
     q, scale, zero = unpack_weights(PackedWeights(words, scales, zeros), N, K, group or -1, bits)
     return dequantize(q, scale, zero, None, torch.float32)
@@ -146,6 +159,8 @@ def patches():
     yield workspace, "_of_devices", {}
     for compute in (rms_norm_rows, gated_rows, rotate_and_store, split_attention):
         yield decode_cuda, compute.__name__, Kernel(compute.__name__, compute)
+    for compute in (round_block, move_block):
+        yield triton_loops, compute.__name__, Kernel(compute.__name__, compute)
     operators = {
         "qsun::packed_linear": packed_cuda.packed_linear,
         "qsun::packed_input_grad": packed_cuda.packed_input_grad,

@@ -53,7 +53,18 @@ PACKAGES = [
     "cli.bench",
     "cli",
 ]
-KERNEL_IMPORTS = {"torch", "triton", "qsun", "typing", "json", "functools", "pathlib", "collections", "dataclasses"}
+KERNEL_IMPORTS = {
+    "itertools",
+    "torch",
+    "triton",
+    "qsun",
+    "typing",
+    "json",
+    "functools",
+    "pathlib",
+    "collections",
+    "dataclasses",
+}
 KERNEL_IMPORTS |= {"importlib", "contextlib", "ctypes", "llvmlite", "logging", "threading"}
 LONGEST_FILE, LONGEST_FUNCTION, WIDEST_FOLDER = 300, 40, 14
 

@@ -1,4 +1,4 @@
-"""The loops over columns that no matrix product can do: compiled by numba for a CPU, in torch elsewhere.
+"""The loops over columns that no matrix product can do: compiled by numba for a CPU, by Triton for a GPU.
 
 Matrices are transposed, (K, N): a column of weights is one run of memory, and rows, which never depend on each other,
 are the innermost and only parallel dimension. The order of every sum is that of the code, so neither the number of
@@ -66,7 +66,7 @@ class Loops(Protocol):
 
 def loops_on(device: torch.device) -> Loops:
     """Return the fastest loops that this device has."""
-    compiled = _compiled() if device.type == "cpu" else None
+    compiled = {"cpu": _compiled, "cuda": _on_gpu}.get(device.type, lambda: None)()
     return cast(Loops, compiled or torch_loops)
 
 
@@ -77,3 +77,12 @@ def _compiled() -> ModuleType | None:
     except ImportError:  # numba lags behind new versions of Python
         return None
     return compiled_loops
+
+
+@cache
+def _on_gpu() -> ModuleType | None:
+    try:
+        from qsun.quantization.methods import triton_loops
+    except ImportError:
+        return None
+    return triton_loops

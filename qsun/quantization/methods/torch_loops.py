@@ -1,4 +1,4 @@
-"""The loops of `loops.py` in torch: for GPUs, and for CPUs without numba."""
+"""The loops of `loops.py` in torch: where neither numba nor Triton does them."""
 
 import torch
 from torch import Tensor
@@ -47,20 +47,28 @@ def descend_columns(
     rounding: tuple[int, torch.dtype],
 ) -> Tensor:
     """Implement `Loops.descend_columns`."""
-    integers, quantized, scales, zeros = state
+    quantized = state[1]
     before, pull = quantized.clone(), pull.clone()
     for start in range(0, len(pull), _INNER):
         columns = slice(start, min(start + _INNER, len(pull)))
         change = _move_integers(state, columns, pull[columns], hessian[columns, columns], size, rounding[0])
         pull.addmm_(hessian[:, columns], change, alpha=-1)
+    refit_groups(state, pull, hessian, size, rounding[1])
+    return before - quantized
+
+
+def refit_groups(
+    state: tuple[Tensor, Tensor, Tensor, Tensor], pull: Tensor, hessian: Tensor, size: int, dtype: torch.dtype
+) -> None:
+    """Refit the scales of the groups inside a block, one after another; state and pull are changed in place."""
+    integers, quantized, scales, zeros = state
     for group in range(len(scales) if size <= len(pull) else 0):
         columns = slice(group * size, (group + 1) * size)
         levels = integers[columns] - zeros[group]
-        move = refit(levels, scales[group], pull[columns], hessian[columns, columns], rounding[1])
+        move = refit(levels, scales[group], pull[columns], hessian[columns, columns], dtype)
         scales[group] += move
         quantized[columns] = levels * scales[group]
         pull.addmm_(hessian[:, columns], levels * move, alpha=-1)
-    return before - quantized
 
 
 def _move_integers(

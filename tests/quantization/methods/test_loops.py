@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qsun.quantization.methods import torch_loops
-from qsun.quantization.methods.loops import _compiled, loops_on
+from qsun.quantization.methods.loops import _compiled, _on_gpu, loops_on
 from qsun.quantization.methods.rounding import round_scales, round_to_grid
 
 CPU = torch.device("cpu")
@@ -28,14 +28,18 @@ def grids(G, N, sym=True, seed=1):
 
 def test_the_right_loops_are_chosen(chosen_loops):
     assert loops_on(CPU).__name__.endswith(f"{chosen_loops}_loops")
-    assert loops_on(torch.device("cuda")) is torch_loops
+    assert loops_on(torch.device("cuda")).__name__.endswith("triton_loops")
+    assert loops_on(torch.device("meta")) is torch_loops
 
 
-def test_without_numba_torch_does_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "numba", None)  # importing it now fails
-    monkeypatch.delitem(sys.modules, "qsun.quantization.methods.compiled_loops", raising=False)
-    monkeypatch.delattr("qsun.quantization.methods.compiled_loops", raising=False)
-    assert _compiled.__wrapped__() is None
+@pytest.mark.parametrize(
+    ("package", "loops", "found"), [("numba", "compiled_loops", _compiled), ("triton", "triton_loops", _on_gpu)]
+)
+def test_without_a_compiler_torch_does_it(package, loops, found, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)  # importing it now fails
+    monkeypatch.delitem(sys.modules, f"qsun.quantization.methods.{loops}", raising=False)
+    monkeypatch.delattr(f"qsun.quantization.methods.{loops}", raising=False)
+    assert found.__wrapped__() is None
 
 
 @pytest.mark.parametrize("N", ROWS)
