@@ -122,12 +122,8 @@ def gpu_timer(
 
     weights = random_weights(N, K, kind)
     packed = pack_weights(*weights[:3], kind.group_size, kind.dtype, kind.bits)
-    copies = [
-        PackedWeights(
-            packed.words.clone(), packed.scales.clone(), None if packed.zeros is None else packed.zeros.clone()
-        )
-        for _ in range(max(2, _COPIES_BYTES // (N * K * kind.bits // 8)))
-    ]
+    count = max(2, _COPIES_BYTES // (N * K * kind.bits // 8))
+    copies = [PackedWeights(*(None if t is None else t.clone() for t in packed)) for _ in range(count)]  # type: ignore[arg-type]
     x = torch.randn(M, K, device=kind.device).to(kind.dtype)
     norm = partial(decode_cuda.rms_norm, x, torch.ones_like(x[0]), 1e-5)
     call = packed_triton.packed_product
