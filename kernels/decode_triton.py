@@ -189,7 +189,8 @@ def split_attention(
         gdc_launch_dependents()
         # A hint: the length is read again after the wait, as the kernel before might have written it.
         length = tl.minimum(tl.load(columns_ptr + row).to(tl.int32) + 1, key_head // D)
-        start, end, used = _part_of_row(length, split, window, MOST_SPLITS, BLOCK, SHARE, WINDOW)
+        start, end, _ = _part_of_row(length, split, window, MOST_SPLITS, BLOCK, SHARE, WINDOW)
+        end = tl.minimum(end, start + BLOCK)  # more would keep all programs waiting for their first columns
         _prefetch_kv(keys_ptr + row * key_row + head.to(tl.int64) * key_head, start, end, D)
         _prefetch_kv(values_ptr + row * value_row + head.to(tl.int64) * value_head, start, end, D)
         gdc_wait()

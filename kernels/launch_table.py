@@ -127,8 +127,8 @@ def _cost(M: int, N: int, K: int, launch: KernelLaunch, table: LaunchTable, tile
     """Return the bytes that the busiest processor waits for; what comes from L2 counts half.
 
     Partial sums count four times, as nothing of their program overlaps them, and once more at half weight, as the last
-    program of a tile reads all of them when most processors are done. With what this chooses for the layers of
-    Llama-3.1-8B at 1 to 64 rows, an H200 takes 4% more time than with the fastest launches (docs/results/gpu).
+    program of a tile reads all of them when most processors are done. What this chooses for the layers of
+    Llama-3.1-8B at 1 to 64 rows took an H200 4% more time than the fastest launches (docs/results/gpu).
     """
     batch = min(M, launch.block_m)
     programs = ceil_div(N, launch.block_n) * launch.split_k * ceil_div(M, launch.block_m)
@@ -155,8 +155,14 @@ def candidates(M: int, N: int, K: int, group_size: int, bits: int = 4) -> Iterat
                 continue  # more accumulators than registers
             folds = (True, False) if block_m <= 32 else (False,)
             for fold, stages, passed in product(folds, (2, 3, 4, 5, 6), (1, 2) if block_m <= 16 else (1,)):
-                for split_k, prefetch in product(splits, (0, 8, 32)):
-                    yield KernelLaunch(block_n, block_m, split_k, warps, stages, fold, passed, prefetch)
+                for split_k, ahead in product(splits, _prefetches(block_n, bits)):
+                    yield KernelLaunch(block_n, block_m, split_k, warps, stages, fold, passed, ahead)
+
+
+def _prefetches(block_n: int, bits: int) -> list[int]:
+    """Return the values of prefetch_kib that make a difference: each brings another number of tiles."""
+    tile_kib = 2 * TILES[bits].words * block_n / 1024
+    return [kib for kib in (0, 8, 16, 32, 64) if not kib or kib >= tile_kib]
 
 
 def workspace_bytes(M: int, N: int, K: int, group_size: int, gpu: str, bits: int = 4) -> tuple[int, int]:

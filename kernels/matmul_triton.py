@@ -270,8 +270,11 @@ def _finish(
         counter = counters_ptr + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
         if tl.atomic_add(counter, 1, sem="acq_rel") == SPLIT_K - 1:
             total = tl.zeros((BN, B), tl.float32)
-            for split in tl.static_range(SPLIT_K):  # unrolled: one after another, each load would wait for L2
-                total += tl.load(partials_ptr + split * M * N + at, mask=inside, other=0.0, cache_modifier=".cg")
+            for four in tl.range(0, SPLIT_K, 4):  # one after another, each load would wait for L2
+                for i in tl.static_range(4):
+                    there = inside & (four + i < SPLIT_K)
+                    part = partials_ptr + (four + i) * M * N + at
+                    total += tl.load(part, mask=there, other=0.0, cache_modifier=".cg")
             tl.store(counter, 0)  # ready for the next launch
             _epilogue(total, rows, batch, bias_ptr, residual_ptr, y_ptr, M, N, BN, B, BIAS, RESIDUAL, SILU)
 

@@ -82,8 +82,7 @@ def tune_kernels(
 ) -> None:
     """Search launch parameters of the product kernel on this GPU, and write the table that qsun reads from then on.
 
-    Takes minutes a shape, as every launch is compiled, in as many processes as there are cores. An existing table is
-    extended.
+    Takes minutes a shape, as every launch is compiled, in up to 16 processes. An existing table is extended.
 
     Examples:
 

@@ -7,9 +7,11 @@ use, until no change is faster. What it is about to time is compiled in several 
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -35,6 +37,7 @@ from qsun.kernels.layout import PackedWeights, pack_weights
 from qsun.kernels.workspace import Workspace
 from qsun.progress import Note
 
+log = logging.getLogger(__name__)
 Shapes = dict[str, dict[str, dict[str, Any]]]  # of a launch table
 # Seconds of each launch that computes the right product.
 Timer = Callable[[Sequence[KernelLaunch]], dict[KernelLaunch, float]]
@@ -158,14 +161,23 @@ def gpu_timer(
 
 
 def parallel_timer(M: int, N: int, K: int, kind: KernelVariant) -> Timer:
-    """`gpu_timer`, whose launches are compiled side by side into Triton's cache first."""
+    """Return `gpu_timer`, whose launches are compiled side by side into Triton's cache first."""
 
     def compiling(launches: Sequence[KernelLaunch]) -> None:
         if len(launches) >= _FEWEST:
-            job = partial(_compiled, N, K, kind.group_size, kind.bits, str(kind.dtype).removeprefix("torch."), kind.sym)
-            list(_compilers().map(job, launches))
+            compile_ahead(N, K, kind, launches)
 
     return gpu_timer(M, N, K, kind, compiling)
+
+
+def compile_ahead(N: int, K: int, kind: KernelVariant, launches: Sequence[KernelLaunch]) -> None:
+    """Compile launches side by side; what no process could compile is compiled when it is timed."""
+    job = partial(_compiled, N, K, kind.group_size, kind.bits, str(kind.dtype).removeprefix("torch."), kind.sym)
+    try:
+        list(_compilers().map(job, launches))
+    except BrokenProcessPool as error:
+        _compilers.cache_clear()
+        log.warning("launches are compiled one after another this time: %s", error)
 
 
 @lru_cache(maxsize=1)

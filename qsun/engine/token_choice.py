@@ -46,9 +46,9 @@ def choose(logits: Tensor, rows: Sequence[DecodeRow], eos: Set[int] = frozenset(
 
 
 def most_likely(logits: Tensor) -> Tensor:
-    """Return the first most likely token of each row of (B, vocabulary) logits, int64 (B,); -1: NaN or Inf are in it.
+    """Return the first most likely token of each row of (B, vocabulary) logits, int64 (B,).
 
-    In two stages where it can: a GPU would give each row to a few threads.
+    -1: the row's largest logit is NaN or Inf. In two stages where it can: a GPU would give each row to a few threads.
     """
     if logits.is_cuda and logits.shape[1] % _PARTS == 0:
         parts, places = logits.unflatten(1, (_PARTS, -1)).max(-1)

@@ -75,6 +75,7 @@ def run_tuning(job: TuneJob, resume: bool = False, progress: Progress = lambda *
         tuner = Tuner(job, work, processes)
         tuner.run(progress if processes.first else lambda *_: None)
         seconds = round(time.perf_counter() - started, 3)
+        processes.wait()  # until all have written their share of the best weights
         report = tuner.report() | {"seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
         directory = work.module
         if processes.first:

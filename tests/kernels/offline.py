@@ -116,13 +116,18 @@ def _disassembled(cubin):
 
 
 def _main_loop(code):
-    """(first, last) address of the backward branch that spans most."""
-    best = (0, -1)
+    """(first, last) address of the backward branch that spans most, of those with tensor cores where there are any."""
+    loops = [(0, -1)]
     for address, name, operands in code:
         target = re.search(r"0x([0-9a-f]+)", operands) if name.startswith("BRA") else None
-        if target and address - int(target[1], 16) > max(0, best[1] - best[0]):
-            best = (int(target[1], 16), address)
-    return best
+        if target and int(target[1], 16) < address:
+            loops.append((int(target[1], 16), address))
+    multiplies = [address for address, name, _ in code if name.startswith(("HMMA", "HGMMA"))]
+
+    def size(loop):
+        return any(loop[0] <= address <= loop[1] for address in multiplies), loop[1] - loop[0]
+
+    return max(loops, key=size)
 
 
 def _slack(loop):

@@ -59,8 +59,8 @@ def test_captures_share_a_pool_and_fail_for_their_own_thread_only(expected, tiny
     assert len({options["pool"] for options in asked}) == 1 < len(asked)
 
 
-def test_the_host_waits_once_in_a_step(tiny_model, pretend_cuda):
-    """It sends the tokens, and then reads those that were chosen."""
+def test_the_host_waits_to_send_tokens_and_to_read_them(tiny_model, pretend_cuda):
+    """And for nothing else in a step of greedy rows."""
     model = qsun.load_decode(tiny_model("llama"), "cuda", torch.float32).model
     batch = filled_batch(model, 3, 20, 8)
     for _ in range(2):

@@ -313,6 +313,17 @@ def test_two_processes_give_the_gradients_and_the_curve_of_one(small, talking_mo
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_two_processes_without_a_state_keep_the_best_weights_and_begin_again(small, talking_model, few, tmp_path):
+    common = {"base": talking_model, "out": tmp_path / "out", "data": few, "save_s": 1e9}
+    succeeded, _ = in_two_processes(common | {"stop": 5})
+    assert not succeeded
+    kept = [path.stem for path in (tmp_path / "out.partial" / "parts").glob("*.safetensors")]
+    assert len(kept) == 2 and all(name.startswith("best-") for name in kept)
+    succeeded, said = in_two_processes(common)
+    assert succeeded, said
+    same_curve(json.loads((tmp_path / "out" / "report.json").read_text()), small[1])
+
+
 def test_one_process_goes_on_where_two_stopped(small, talking_model, few, tmp_path):
     succeeded, said = in_two_processes({"base": talking_model, "out": tmp_path / "out", "data": few, "stop": 5})
     assert not succeeded and "KeyboardInterrupt" in said

@@ -58,11 +58,12 @@ def stop_after(step, pause_s=0):
     return progress
 
 
-def run(base, out, data, gradients=None, stop=-1, teacher=None, timeout_s=None, pause_s=0, **settings):
+def run(base, out, data, gradients=None, stop=-1, teacher=None, timeout_s=None, pause_s=0, save_s=0.0, **settings):
     """Tune, Ctrl-C after the step `stop`; before it save this process's gradients and the bytes of weights it holds.
 
-    timeout_s: of the process group's own waits.
+    timeout_s: of the process group's own waits. save_s: between two states.
     """
+    run_state._SAVE_SECONDS = save_s
     config = qsun.TuneConfig.from_dict(CONFIG.to_dict() | settings)
     if timeout_s is not None:
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))
@@ -82,7 +83,6 @@ def save_measurements(base, data, gradients, config):
 
 def run_all(runs):
     torch.set_num_threads(1)
-    run_state._SAVE_SECONDS = 0.0
     for settings in json.loads(runs):
         run(**settings)
 

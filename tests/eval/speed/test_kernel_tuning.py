@@ -2,13 +2,18 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
+from multiprocessing import get_context
 
 import pytest
 import torch
 
 from qsun.errors import QsunError
+from qsun.eval.speed import kernel_tuning
 from qsun.eval.speed.kernel_bench import KernelVariant
 from qsun.eval.speed.kernel_tuning import search, tune_kernels, write_table
 from qsun.kernels import launch_table
@@ -143,6 +148,27 @@ assert kernels() == 1, "the product did not find what was compiled ahead"
 packed_triton.packed_product(x, *packed, 512, 128, 4, launch=launch, bias=x[0, :512])
 assert kernels() == 2
 """
+
+
+def killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_tuning_goes_on_where_processes_that_compile_die(monkeypatch, caplog):
+    pools = []
+
+    @lru_cache
+    def compilers():
+        pools.append(ProcessPoolExecutor(2, get_context("fork")))
+        return pools[-1]
+
+    monkeypatch.setattr(kernel_tuning, "_compilers", compilers)
+    monkeypatch.setattr(kernel_tuning, "_compiled", killed)
+    launches = [KernelLaunch(64, 8, splits, 2, 3, True) for splits in range(1, 5)]
+    for _ in range(2):
+        kernel_tuning.compile_ahead(512, 1024, KernelVariant(), launches)
+    assert len(pools) == 2
+    assert caplog.text.count("launches are compiled one after another") == 2
 
 
 @pytest.mark.slow
