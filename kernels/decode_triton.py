@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from qsun.kernels.fields_triton import prefetch_into_l2
+
 
 @triton.jit
 def _follow(PDL: tl.constexpr):
@@ -157,13 +159,8 @@ def _part_of_row(
 
 @triton.jit
 def _prefetch_kv(at, start, end, D: tl.constexpr):
-    """Bring columns start .. end of a head into L2; one thread asks."""
-    size = tl.maximum(end - start, 0) * (D * at.dtype.element_ty.primitive_bitwidth // 8)
-    tl.inline_asm_elementwise(
-        "{ .reg .pred one; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 one, t, 0; setp.gt.and.s32 one, $2, 0, one;"
-        "@one cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r", [(at + start * D).to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+    """Bring columns start .. end of a head into L2."""
+    prefetch_into_l2(at + start * D, (end - start) * (D * at.dtype.element_ty.primitive_bitwidth // 8))
 
 
 @triton.jit

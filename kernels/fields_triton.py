@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Device functions that decode packed words and group values for tensor cores and accumulators.
+"""Device functions that decode packed words and group values for tensor cores and accumulators, and fetch ahead.
 
 A plane is the field of the same place in every word of a row (layout.py). In bfloat16 a field put below the bits of
 128.0 reads 128 + q, or 128 + factor * q where it lies higher in the seven bits of the mantissa: two fields of 2 or 3
@@ -102,7 +102,7 @@ def _take_asm(bits, plane, part, bf16, paired=True):
     if parts_of(bits, bf16) == 2:
         mask = 0x80 if part else 0x7F
     take = f"lop3.b32 t, t, {_pair(mask)}, {_pair(magic)}, 0xea;" if bf16 else f"and.b32 t, t, {_pair(mask)};"
-    return f"shr.b32 t, $1, {shift};" + take
+    return f"shr.b32 t, $1, {shift};{take}"
 
 
 @triton.constexpr_function
@@ -132,6 +132,16 @@ def _centred_asm(bits, plane, bf16, shifted):
     inverse = (0x3F80 if bf16 else 0x3C00) - ((factor.bit_length() - 1) << (7 if bf16 else 10))
     add = f"mov.b32 one, {_pair(inverse)}; fma.rn.{kind} $0, t, one, {minus};"
     return "{ .reg .b32 t, u, one; " + take + add + "}"
+
+
+@triton.jit
+def prefetch_into_l2(at, size):
+    """Bring `size` bytes from an address on into L2, both multiples of 16; one thread asks. Up to 0: nothing."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred one; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 one, t, 0; setp.gt.and.s32 one, $2, 0, one;"
+        "@one cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r", [at.to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -205,13 +215,9 @@ def centred_weights(
         return (offset_of(BITS, BF16) / factor_of(BITS, PLANE) + q) * unit_of(BF16) + minus
     elif spread(BITS, PLANE):
         return tl.inline_asm_elementwise(
-            CODE,
-            "=r,r,r,r,r",
-            [words[0], words[1], words[2], minus],
-            dtype=tl.bfloat16 if BF16 else tl.float16,
-            is_pure=True,
-            pack=2,
-        )
+            CODE, "=r,r,r,r,r", [words[0], words[1], words[2], minus], dtype=tl.bfloat16 if BF16 else tl.float16,
+            is_pure=True, pack=2,
+        )  # fmt: skip
     else:
         return tl.inline_asm_elementwise(
             CODE,

@@ -17,6 +17,7 @@ from qsun.kernels.fields_triton import (
     minus_of,
     offset_of,
     parts_of,
+    prefetch_into_l2,
     raw_weights,
     slabs_of,
     unit_of,
@@ -62,15 +63,11 @@ def _prefetch(values_ptr, start, last_group, padded_n, BN: tl.constexpr):
 
 @triton.jit
 def _prefetch_words(words_ptr, tile, count, tiles, BN: tl.constexpr, SIZE: tl.constexpr):
-    """Bring `count` tiles of SIZE words of each 64 rows into L2; one thread asks."""
+    """Bring `count` tiles of SIZE words of each 64 rows into L2."""
     size = tl.where(tl.program_id(2) == 0, count * (2 * SIZE), 0)
     for block in tl.static_range(BN // 64):
         at = words_ptr + ((tl.program_id(0) * (BN // 64) + block) * tiles + tile) * SIZE
-        tl.inline_asm_elementwise(
-            "{ .reg .pred one; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 one, t, 0; setp.gt.and.s32 one, $2, 0, one;"
-            "@one cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-            "=r,l,r", [at.to(tl.int64), size], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
+        prefetch_into_l2(at, size)
 
 
 @triton.jit
