@@ -5,8 +5,8 @@ import torch
 
 from qsun.quantization.methods import triton_loops
 from qsun.quantization.methods.loops import loops_on
-from qsun.quantization.methods.rounding import round_scales, round_to_grid
-from tests.quantization.methods.test_loops import descend_by_definition, grids, matrices, round_by_definition
+from qsun.quantization.methods.rounding import round_to_grid
+from tests.quantization.methods.test_loops import a_descent, descend_by_definition, grids, matrices, round_by_definition
 
 pytest_plugins = ["tests.kernels.interpreter"]
 ROWS = [1, 16, 41]  # a program has 16
@@ -36,15 +36,8 @@ def test_columns_are_rounded_by_definition(B, N, sym):
 @pytest.mark.parametrize("N", ROWS)
 @pytest.mark.parametrize(("B", "size"), [(32, 32), (128, 64), (128, 128), (96, 96), (64, 192)])
 def test_a_block_descends_by_definition(B, size, N, dtype):
-    target, x = matrices((B, N), (4 * B, B))
-    hessian = x.t() @ x / len(x)
-    scales, zeros = grids(max(1, B // size), N, False)
-    scales = round_scales(scales, dtype)
-    each = [t.repeat_interleave(min(B, size), 0) for t in (scales, zeros)]
-    integers = round_to_grid(target, *each, 15)
-    state = (integers, (integers - each[1]) * each[0], scales.clone(), zeros)
-    pull = hessian @ (target - state[1])
-    kept, before = pull.clone(), state[1].clone()
+    state, pull, hessian = a_descent(B, size, N, dtype)
+    kept, before, scales = pull.clone(), state[1].clone(), state[2].clone()
     exact = descend_by_definition(state, pull, hessian, size, 15, dtype)
     change = triton_loops.descend_columns(state, pull, hessian, size, (15, dtype))
     assert torch.equal(pull, kept)

@@ -27,6 +27,11 @@ def _nearest(weight, scale, zero, top):
 
 
 @triton.jit
+def _grid_at(scales_ptr, zeros_ptr, at, inside):
+    return tl.load(scales_ptr + at, mask=inside, other=1.0), tl.load(zeros_ptr + at, mask=inside, other=0.0)
+
+
+@triton.jit
 def _effect(changes, matrix_ptr, i, columns, B: tl.constexpr):
     """Return the sum of the changes of the columns before i, each times its entry in column i of a square matrix."""
     column = tl.arange(0, B)
@@ -45,9 +50,7 @@ def round_block(
     for i in tl.range(columns):
         weight = tl.load(block_ptr + i * rows + row, mask=inside, other=0.0)
         weight -= _effect(errors, factor_ptr, i, columns, B)
-        group = tl.load(groups_ptr + i) * rows
-        scale = tl.load(scales_ptr + group + row, mask=inside, other=1.0)
-        zero = tl.load(zeros_ptr + group + row, mask=inside, other=0.0)
+        scale, zero = _grid_at(scales_ptr, zeros_ptr, tl.load(groups_ptr + i) * rows + row, inside)
         level = _nearest(weight, scale, zero, top)
         error = tl.div_rn(weight - (level - zero) * scale, tl.load(factor_ptr + i * columns + i))
         tl.store(integers_ptr + i * rows + row, level, mask=inside)
@@ -64,11 +67,10 @@ def move_block(
     inside = row < rows
     changes = tl.zeros((B, R), tl.float32)
     for i in tl.range(columns):
-        at, group = i * rows + row, (i // size) * rows
+        at = i * rows + row
         weight = tl.load(quantized_ptr + at, mask=inside, other=0.0)
         pull = tl.load(pull_ptr + at, mask=inside, other=0.0) - _effect(changes, hessian_ptr, i, columns, B)
-        scale = tl.load(scales_ptr + group + row, mask=inside, other=1.0)
-        zero = tl.load(zeros_ptr + group + row, mask=inside, other=0.0)
+        scale, zero = _grid_at(scales_ptr, zeros_ptr, (i // size) * rows + row, inside)
         step = tl.div_rn(1.0, tl.load(hessian_ptr + i * columns + i))
         level = _nearest(weight + pull * step, scale, zero, top)
         moved = (level - zero) * scale

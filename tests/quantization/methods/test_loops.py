@@ -111,20 +111,25 @@ def descend_by_definition(state, pull, hessian, size, top, dtype):
     return integers, quantized, scales
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("N", ROWS)
-@pytest.mark.parametrize(("B", "size"), [(32, 32), (128, 32), (128, 64), (128, 128), (96, 96), (64, 192)])
-def test_a_block_descends_by_definition(B, size, N, dtype):
+def a_descent(B, size, N, dtype):
+    """The state of a block after rounding to nearest, its pull, and its Hessian."""
     target, x = matrices((B, N), (4 * B, B))
     hessian = x.t() @ x / len(x)
     scales, zeros = grids(max(1, B // size), N, False)
     scales = round_scales(scales, dtype)
     each = [t.repeat_interleave(min(B, size), 0) for t in (scales, zeros)]
     integers = round_to_grid(target, *each, 15)
-    state = (integers, (integers - each[1]) * each[0], scales.clone(), zeros)
-    pull = hessian @ (target - state[1])
+    state = (integers, (integers - each[1]) * each[0], scales, zeros)
+    return state, hessian @ (target - state[1]), hessian
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("N", ROWS)
+@pytest.mark.parametrize(("B", "size"), [(32, 32), (128, 32), (128, 64), (128, 128), (96, 96), (64, 192)])
+def test_a_block_descends_by_definition(B, size, N, dtype):
+    state, pull, hessian = a_descent(B, size, N, dtype)
     exact = descend_by_definition(state, pull, hessian, size, 15, dtype)
-    before = state[1].clone()
+    before, scales = state[1].clone(), state[2].clone()
     change = loops_on(CPU).descend_columns(state, pull, hessian, size, (15, dtype))
     assert torch.allclose(change, before - state[1], atol=1e-6)
     same = (state[0] == exact[0]).all(0) & (state[2] == exact[2]).all(0)
