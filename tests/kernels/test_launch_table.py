@@ -18,7 +18,7 @@ from qsun.kernels.launch_table import (
     shape_key,
     workspace_bytes,
 )
-from qsun.kernels.layout import TILES
+from qsun.kernels.layout import TILES, pack_weights
 
 LLAMA_8B = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)]
 QWEN_7B = [(4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)]
@@ -140,3 +140,19 @@ def test_candidates_are_many_and_distinct():
         found = list(candidates(M, N, K, 32))
         assert len(found) == len(set(found)) > 20
         assert all(math.ceil(N / 64) * 64 % launch.block_n == 0 for launch in found)
+
+
+@pytest.mark.parametrize("bits", TILES)
+def test_what_is_fetched_ahead_is_what_a_launch_says(bits):
+    N, K = 512, 1024
+    packed = pack_weights(
+        torch.zeros(N, K, dtype=torch.uint8), torch.ones(1, N), torch.zeros(1, N), -1, torch.bfloat16, bits
+    )
+    tile_bytes = packed.words[0, 0].numel() * 2
+    for block_n in (64, 128, 256):
+        for kib in (0, 16, 64):
+            launch = KernelLaunch(block_n, 8, 1, 2, 3, True, prefetch_kib=kib)
+            fetched = launch.ahead(bits) * tile_bytes * block_n // 64
+            assert fetched <= 1024 * kib < fetched + tile_bytes * block_n // 64
+    tried = {(launch.block_n, launch.ahead(bits), launch.prefetch_kib) for launch in candidates(8, N, K, 128, bits)}
+    assert len({(block_n, ahead) for block_n, ahead, _ in tried}) == len(tried)  # none twice
