@@ -24,19 +24,25 @@ class ChosenToken(NamedTuple):
 def choose(logits: Tensor, rows: Sequence[DecodeRow], eos: Set[int] = frozenset()) -> list[ChosenToken]:
     """Choose a token for each row of (B, vocabulary) logits and let the row take it. eos: the model's end tokens."""
     tokens = most_likely(logits)
-    known = tokens.tolist()
-    errors = ["" if token >= 0 else "the model computed NaN or Inf for this prompt" for token in known]
-    shaped = [place for place, row in enumerate(rows) if row.request.sampling.shapes_logits and not errors[place]]
-    final = logits.float().clone() if shaped else logits
-    for place in shaped:
-        errors[place] = rows[place].shape(final[place], eos)
+    shaped = [place for place, row in enumerate(rows) if row.request.sampling.shapes_logits]
+    final, errors = logits, [""] * len(rows)
     if shaped:
+        final, known = logits.float().clone(), tokens.tolist()
+        shaped = [place for place in shaped if known[place] >= 0]
+        for place in shaped:
+            errors[place] = rows[place].shape(final[place], eos)
         tokens[shaped] = final[shaped].argmax(-1)
     drawing = [place for place, row in enumerate(rows) if row.random is not None]
-    if drawing:
-        tokens[drawing] = _drawn(final[drawing], [rows[place] for place in drawing])
-    if shaped or drawing:
-        known = tokens.tolist()
+    if len(drawing) == len(rows):
+        tokens = _drawn(final, rows).where(tokens >= 0, -1)
+    elif drawing:
+        drawn = _drawn(final[drawing], [rows[place] for place in drawing])
+        tokens[drawing] = drawn.where(tokens[drawing] >= 0, -1)
+    known = tokens.tolist()
+    errors = [
+        "the model computed NaN or Inf for this prompt" if token < 0 else error
+        for token, error in zip(known, errors, strict=True)
+    ]
     logprobs = _logprobs(logits, tokens.clamp(min=0), rows)
     choices = []
     for place, (row, token) in enumerate(zip(rows, (max(0, token) for token in known), strict=True)):
@@ -60,16 +66,13 @@ def most_likely(logits: Tensor) -> Tensor:
 
 
 def _drawn(logits: Tensor, rows: Sequence[DecodeRow]) -> Tensor:
-    settings = [row.request.sampling for row in rows]
-    numbers = torch.cat([torch.rand(1, generator=row.random, dtype=torch.float64) for row in rows])
-    return draw(
-        logits,
-        numbers.to(logits.device),
-        torch.tensor([s.temperature for s in settings], dtype=torch.float64),
-        torch.tensor([s.top_p for s in settings], dtype=torch.float64),
-        torch.tensor([s.top_k for s in settings]),
-        torch.tensor([s.min_p for s in settings], dtype=torch.float64),
-    )
+    settings = []
+    for row in rows:
+        number = torch.rand(1, generator=row.random, dtype=torch.float64).item()
+        own = row.request.sampling
+        settings.append((number, own.temperature, own.top_p, own.top_k, own.min_p))
+    # one transfer: each would make the host wait
+    return draw(logits, *torch.tensor(settings, dtype=torch.float64).to(logits.device).unbind(1))
 
 
 def _logprobs(logits: Tensor, tokens: Tensor, rows: Sequence[DecodeRow]) -> dict[int, TokenLogprob]:

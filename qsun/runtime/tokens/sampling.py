@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 _SEED_STRIDE = 0x9E3779B1  # odd, so that the low 32 bits differ: torch's generator on a CPU reads no others
+_HEAD = 512  # most likely tokens, among which nearly every draw ends
 
 
 def row_seed(seed: int, number: int) -> int:
@@ -22,7 +23,7 @@ def draw(
     top_k: int | Tensor = 0,
     min_p: float | Tensor = 0.0,
 ) -> Tensor:
-    """Invert the cumulative distribution of the kept tokens, most likely first.
+    """Invert the cumulative distribution of the kept tokens, most likely first, of equal ones the lowest first.
 
     Args:
         logits: (B, vocabulary). numbers: (B,) uniform in [0, 1), float64.
@@ -31,9 +32,26 @@ def draw(
     Returns:
         (B,) tokens.
     """
-    temperature, top_p, top_k, min_p = (
-        torch.as_tensor(setting, device=logits.device).reshape(-1, 1) for setting in (temperature, top_p, top_k, min_p)
+    settings = torch.stack(
+        [
+            torch.as_tensor(setting, dtype=torch.float64, device=logits.device).expand(len(logits))
+            for setting in (numbers, temperature, top_p, top_k, min_p)
+        ],
+        1,
     )
+    if logits.shape[1] <= 2 * _HEAD:
+        return _draw_of_all(logits, settings)
+    rows = 1 if logits.device.type == "cpu" else len(logits)  # one row's numbers stay in a CPU's cache
+    parts = zip(logits.split(rows), settings.split(rows), strict=True)
+    tokens, found = (torch.cat(found) for found in zip(*(_draw_of_head(*part) for part in parts), strict=True))
+    left = (~found).nonzero().flatten()
+    if len(left):
+        tokens[left] = _draw_of_all(logits[left], settings[left])
+    return tokens
+
+
+def _draw_of_all(logits: Tensor, settings: Tensor) -> Tensor:
+    numbers, temperature, top_p, top_k, min_p = settings[..., None].unbind(1)
     ordered, tokens = logits.double().sort(dim=-1, descending=True, stable=True)
     # from the largest down, so that the smallest temperature overflows to 0 probability and not to NaN
     probabilities = ((ordered - ordered[:, :1]) / temperature).softmax(-1)
@@ -44,9 +62,47 @@ def draw(
     probabilities = probabilities.where(mass - probabilities < top_p, 0)  # the token that crosses top_p is kept
     probabilities = probabilities.where(probabilities >= min_p * probabilities[:, :1], 0)
     mass = probabilities.cumsum(-1)
-    place = (mass <= numbers[:, None] * mass[:, -1:]).sum(-1, keepdim=True)
+    place = (mass <= numbers * mass[:, -1:]).sum(-1, keepdim=True)
     last = ((probabilities > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
     return tokens.gather(-1, place.minimum(last)).squeeze(-1)
+
+
+def _draw_of_head(logits: Tensor, settings: Tensor) -> tuple[Tensor, Tensor]:
+    """Return tokens and which of them are right, both (B,): those whose draw needs only the most likely tokens.
+
+    Sorting a whole vocabulary takes as long as a small model's decode step.
+    """
+    numbers, temperature, top_p, top_k, min_p = settings[..., None].unbind(1)
+    values, tokens, known = _head(logits)
+    largest, count = values[:, :1].double(), known.sum(-1, keepdim=True)
+    weights = ((values.double() - largest) / temperature).exp() * known  # the first is 1
+    mass = weights.cumsum(-1)
+    every = ((logits.double() - largest) / temperature).exp()
+    all_kept = every.where(every >= min_p, 0).sum(-1, keepdim=True)
+    limited = (top_k > 0) & (top_k < logits.shape[1])
+    left = every.sum(-1, keepdim=True).where(~limited, mass.gather(-1, (top_k.long() - 1).clamp(0, _HEAD - 1)))
+    rank = torch.arange(_HEAD, device=logits.device)
+    kept = known & ((rank < top_k) | ~limited) & (mass - weights < top_p * left) & (weights >= min_p)
+    kept_count = kept.sum(-1, keepdim=True)
+
+    # The sum of the kept weights. Where the last kept token is not in the head, it is known up to that token's weight.
+    ends = (kept_count < count) | limited
+    head_sum, last = mass.gather(-1, (kept_count - 1).clamp(min=0)), weights.gather(-1, (count - 1).clamp(min=0))
+    low, high = (head_sum.where(ends, (top_p * left + more).minimum(all_kept)) for more in (0, last))
+    place, same = ((kept & (mass <= numbers * total)).sum(-1, keepdim=True) for total in (low, high))
+    found = (place == same) & (ends | (place < count)) & (~limited | (top_k <= count))
+    return tokens.gather(-1, place.minimum((kept_count - 1).clamp(min=0))).squeeze(-1), found.squeeze(-1)
+
+
+def _head(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return values, tokens and validity, (B, _HEAD) each: as many places of the stable order as are certain.
+
+    topk leaves the order of equal values open, and which of those that equal the last one it returns.
+    """
+    values, tokens = logits.topk(_HEAD, -1)
+    tokens, order = tokens.sort(-1)
+    values, order = values.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    return values, tokens.gather(-1, order), values > values[:, -1:]
 
 
 class Constraint(Protocol):

@@ -1,5 +1,7 @@
 """Draws follow the distribution that transformers' own logits processors leave."""
 
+import math
+
 import pytest
 import torch
 from transformers import (
@@ -10,6 +12,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from qsun.runtime.tokens import sampling
 from qsun.runtime.tokens.sampling import draw, row_seed
 
 
@@ -39,6 +42,64 @@ def test_the_share_of_each_token_is_its_probability(temperature, top_p, top_k, m
     tokens = draw(logits.expand(20_000, -1), grid, temperature, top_p, top_k, min_p)
     shares = torch.bincount(tokens, minlength=23) / 20_000
     torch.testing.assert_close(shares.double(), expected, atol=2e-4, rtol=0)
+
+
+def brute_force(row, number, temperature, top_p, top_k, min_p):
+    """The token of one row, by sums that are exact to the last bit."""
+    order = sorted(range(len(row)), key=lambda token: (-row[token], token))
+    weights = [math.exp((row[token] - row[order[0]]) / temperature) for token in order]
+    weights = weights[: int(top_k) or None]
+    left, kept = math.fsum(weights), []
+    for weight in weights:
+        if math.fsum(kept) >= top_p * left:
+            break
+        kept.append(weight)
+    kept = [weight for weight in kept if weight >= min_p]
+    below, total = 0.0, math.fsum(kept)
+    for token, weight in zip(order, kept, strict=False):
+        below += weight
+        if below > number * total:
+            return token
+    return order[len(kept) - 1]
+
+
+def few(values, count, seed):
+    return torch.tensor(values, dtype=torch.float64)[
+        torch.randint(len(values), (count,), generator=torch.Generator().manual_seed(seed))
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 4.0])
+def test_large_vocabularies_draw_what_sums_over_all_their_tokens_give(dtype, spread):
+    vocabulary, count = 1537, 48
+    torch.manual_seed(int(spread))
+    logits = (spread * torch.randn(count, vocabulary)).to(dtype)  # bfloat16: many are equal
+    logits[1::5, torch.randperm(vocabulary)[:1100]] = float("-inf")  # as a grammar leaves them
+    settings = [
+        torch.rand(count, dtype=torch.float64),
+        few([0.3, 1.0, 1.0, 2.0], count, 1),
+        few([1.0, 1.0, 0.95, 0.5, 1e-9], count, 2),
+        few([0, 0, 1, 40, 511, 512, 700, 9000], count, 3),
+        few([0.0, 0.0, 0.05, 1e-6, 1.0], count, 4),
+    ]
+    expected = [
+        brute_force(row, *own) for row, *own in zip(logits.tolist(), *(s.tolist() for s in settings), strict=True)
+    ]
+    assert draw(logits, *settings).tolist() == expected
+    together = sampling._draw_of_head(logits, torch.stack(settings, 1))  # as on a GPU
+    assert [t for t, found in zip(*together, strict=True) if found] == [
+        t for t, found in zip(expected, together[1], strict=True) if found
+    ]
+
+
+def test_usual_draws_sort_no_vocabulary(monkeypatch):
+    torch.manual_seed(0)
+    logits = 6 * torch.randn(64, 5000)
+    monkeypatch.setattr(sampling, "_draw_of_all", None)
+    numbers = torch.linspace(0, 0.99, 64, dtype=torch.float64)
+    for settings in ((1.0,), (0.7, 0.95), (1.0, 1.0, 40), (1.0, 0.9, 50, 0.05), (1.0, 1.0, 0, 0.05)):
+        draw(logits, numbers, *settings)
 
 
 def test_the_ends_of_the_unit_interval():
