@@ -4,7 +4,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -66,8 +66,8 @@ class EngineThread:
             raise Refused(self.failure)
         return await asyncio.wrap_future(outcome)
 
-    async def submit(self, requests: Sequence[Request]) -> AsyncGenerator[Update, None]:
-        """Queue requests, all or none. Returns their updates as they come; closing it early cancels what still runs.
+    async def submit(self, requests: Sequence[Request]) -> "Updates":
+        """Queue requests, all or none. Returns their updates as they come; closing them early cancels what still runs.
 
         Raises:
             Refused, Full, QsunError: as Engine.submit.
@@ -84,7 +84,7 @@ class EngineThread:
         except asyncio.CancelledError:
             self.cancel(requests)
             raise
-        return self._updates(requests, updates)
+        return Updates(self, requests, updates)
 
     def cancel(self, requests: Sequence[Request]) -> None:
         """Cancel requests; those that are done are ignored."""
@@ -94,19 +94,6 @@ class EngineThread:
     def _drop(self, request: str) -> None:
         self._streams.pop(request, None)
         self._engine.cancel(request)
-
-    async def _updates(
-        self, requests: Sequence[Request], updates: "asyncio.Queue[Update]"
-    ) -> AsyncGenerator[Update, None]:
-        running = {request.id: request for request in requests}
-        try:
-            while running:
-                update = await updates.get()
-                if update.finish:
-                    del running[update.request]
-                yield update
-        finally:
-            self.cancel(list(running.values()))
 
     def _run(self) -> None:
         try:
@@ -149,6 +136,27 @@ class EngineThread:
         for loop, batch in by_loop.items():
             if not loop.is_closed():
                 loop.call_soon_threadsafe(_put_all, batch)
+
+
+class Updates(AsyncIterator[Update]):
+    """Updates of requests until all have ended. Not a generator: one that nobody has begun to read closes silently."""
+
+    def __init__(self, thread: EngineThread, requests: Sequence[Request], updates: "asyncio.Queue[Update]"):
+        self._thread, self._updates = thread, updates
+        self._running = {request.id: request for request in requests}
+
+    async def __anext__(self) -> Update:
+        if not self._running:
+            raise StopAsyncIteration
+        update = await self._updates.get()
+        if update.finish:
+            self._running.pop(update.request, None)
+        return update
+
+    def close(self) -> None:
+        """Cancel what still runs; no more updates come."""
+        self._thread.cancel(list(self._running.values()))
+        self._running.clear()
 
 
 def _put_all(batch: "list[tuple[asyncio.Queue[Update], Update]]") -> None:

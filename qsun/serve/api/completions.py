@@ -4,7 +4,6 @@ import asyncio
 import secrets
 import uuid
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -14,7 +13,7 @@ from qsun.config import Settings
 from qsun.engine.config import Sampling
 from qsun.engine.engine import Engine
 from qsun.engine.requests import Full, Refused, Request, Update
-from qsun.engine.thread import SHUTTING_DOWN, EngineThread
+from qsun.engine.thread import SHUTTING_DOWN, EngineThread, Updates
 from qsun.errors import QsunError
 from qsun.runtime.tokens.sampling import row_seed
 from qsun.serve.api.answers.answer import Answer, Choice, Style
@@ -53,10 +52,10 @@ class ServeLimits(Settings):
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer in progress: still empty, with the updates that fill it."""
+    """An answer in progress: still empty, with the updates that fill it, which whoever sends it must close."""
 
     answer: Answer
-    updates: AsyncGenerator[Update, None]
+    updates: Updates
     choices: dict[str, Choice]
 
     def _choice(self, update: Update) -> Choice:
@@ -67,23 +66,21 @@ class Reply:
         return self.choices[update.request]
 
     async def whole(self) -> dict[str, Any]:
-        async with aclosing(self.updates) as updates:
-            async for update in updates:
-                self._choice(update).take(update)
+        async for update in self.updates:
+            self._choice(update).take(update)
         return self.answer.whole()
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """Yield server-sent events. A failure is an event of its own, and no [DONE] follows it."""
-        async with aclosing(self.updates) as updates:
-            for event in self.answer.opening():
-                yield event
-            try:
-                async for update in updates:
-                    for event in self.answer.events(self._choice(update), update):
-                        yield event
-            except HttpError as failure:
-                yield self.answer.failure(failure)
-                return
+        for event in self.answer.opening():
+            yield event
+        try:
+            async for update in self.updates:
+                for event in self.answer.events(self._choice(update), update):
+                    yield event
+        except HttpError as failure:
+            yield self.answer.failure(failure)
+            return
         for event in self.answer.closing():
             yield event
 
@@ -107,6 +104,7 @@ class Completions:
             form = self._tool_format(body)
             prompts = await self._tokens(body)
             requests = await self._requests(body, prompts, form)
+            answer = self._answer(body, prompts, form, answer_type)
             updates = await self.thread.submit(requests)
         except Full as full:
             raise busy(str(full), self._retry_seconds()) from None
@@ -114,7 +112,6 @@ class Completions:
             raise HttpError(503 if self.thread.failure else 404, str(refused), "model") from None
         except QsunError as error:
             raise HttpError(400, str(error).replace("max_new_tokens", "max_tokens")) from None
-        answer = self._answer(body, prompts, form, answer_type)
         choices = {request.id: choice for request, choice in zip(requests, answer.choices, strict=True)}
         return Reply(answer, updates, choices)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from qsun.serve.api.answers.answer import Answer
 from qsun.serve.api.answers.chat import ChatAnswer
@@ -14,7 +15,7 @@ from qsun.serve.api.answers.response import ResponseAnswer
 from qsun.serve.api.bodies.chat import ChatBody
 from qsun.serve.api.bodies.completion import CompletionBody
 from qsun.serve.api.bodies.responses import ResponsesBody
-from qsun.serve.api.completions import Completions
+from qsun.serve.api.completions import Completions, Reply
 from qsun.serve.api.errors import DESCRIBED
 from qsun.serve.http.errors import HttpError
 from qsun.serve.http.guard import disconnected
@@ -30,9 +31,11 @@ def add_generation_routes(app: FastAPI, completions: Completions, check_open: Ca
         check_open()
         reply = await completions.start(body, kind)
         if body.stream:
-            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            return StreamingResponse(kept_alive(reply.stream()), media_type="text/event-stream", headers=headers)
-        return JSONResponse(await _unless_gone(http, reply.whole()))
+            return _EventStream(reply)
+        try:
+            return JSONResponse(await _unless_gone(http, reply.whole()))
+        finally:
+            reply.updates.close()
 
     @app.post("/v1/completions", responses=DESCRIBED, response_class=JSONResponse)
     async def complete(body: CompletionBody, http: Request) -> Response:
@@ -46,6 +49,22 @@ def add_generation_routes(app: FastAPI, completions: Completions, check_open: Ca
     async def respond(body: ResponsesBody, http: Request) -> Response:
         """OpenAI's Responses API for text and functions. Nothing is stored between requests."""
         return await answer(body.as_chat(), http, partial(ResponseAnswer, settings=body.settings()))
+
+
+class _EventStream(StreamingResponse):
+    """A reply as server-sent events. However it ends, also before its first event, its requests end with it."""
+
+    def __init__(self, reply: Reply):
+        self._reply, self._events = reply, kept_alive(reply.stream())
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(self._events, media_type="text/event-stream", headers=headers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._reply.updates.close()
+            await self._events.aclose()  # Starlette leaves it open where the client cannot be sent to
 
 
 async def kept_alive(

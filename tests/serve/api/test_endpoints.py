@@ -6,6 +6,7 @@ import json
 import pytest
 
 from qsun._version import __version__
+from qsun.serve.api.app import build_app
 from qsun.serve.api.generation import kept_alive
 from qsun.serve.api.metrics import Metrics
 from qsun.serve.http.wire import KEEP_ALIVE
@@ -127,6 +128,48 @@ def test_a_silent_stream_is_kept_alive_and_closed_at_once():
 
     assert asyncio.run(scenario()) == [b"first", KEEP_ALIVE, KEEP_ALIVE, b"second"]
     assert closed == [True]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses"])
+@pytest.mark.parametrize("sent", [0, 1, 3], ids=["before the head", "before an event", "amid events"])
+def test_a_stream_that_cannot_be_sent_frees_its_slot(client, path, sent):
+    body = {"prompt": "abc", "echo": True} if path == "/v1/completions" else {"messages": ASK}
+    body = {"input": "count"} if path == "/v1/responses" else {**body, "ignore_eos": True}
+    most = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
+    content = json.dumps({"model": "math", most: 450, "stream": True, **body}).encode()
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "headers": [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))],
+        "query_string": b"",
+        "client": ("127.0.0.1", 1),
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "scheme": "http",
+        "server": ("127.0.0.1", 1),
+        "root_path": "",
+    }
+    left = sent
+
+    async def scenario():
+        async def receive(unread=[content]):
+            if unread:
+                return {"type": "http.request", "body": unread.pop(), "more_body": False}
+            return await asyncio.get_running_loop().create_future()
+
+        async def send(message):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise OSError("the client is gone")
+
+        with pytest.raises(BaseException):  # whatever the server makes of it
+            await build_app(client.serving, admin=False)(scope, receive, send)
+
+    asyncio.run(scenario())
+    until(lambda: 'outcome="cancelled"} 1' in client.get("/metrics").text, 20)
+    assert client.serving.thread.state.models["math"].decoding == 0
 
 
 def test_a_client_that_leaves_a_whole_answer_frees_its_slot(client):
