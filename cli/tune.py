@@ -120,7 +120,7 @@ def tune(
         with screen.progress(quiet) as progress:
             report = run_tuning(job, resume, progress)
     except KeyboardInterrupt:
-        screen.interrupted("the last validated step is kept, --resume continues")
+        screen.interrupted("the last saved state, of at most every 30 seconds, is kept: --resume continues")
     if processes.first:
         typer.echo(json.dumps(report) if as_json else "\n".join(_report_lines(report)))
 

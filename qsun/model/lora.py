@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qsun.errors import QsunError
 from qsun.model.architectures import architecture_of
 from qsun.model.checkpoint import Checkpoint, files_fingerprint, read_json
 from qsun.model.manifest import read_manifest, write_json
+from qsun.model.output_dir import save_tensors
 from qsun.model.pairing import ADAPTER, ADAPTER_WEIGHTS, named_base, on_decode_weights
 from qsun.model.skeleton import linear_of, plain_linear
 
@@ -228,7 +228,7 @@ def write_adapter(adapter: Adapter, base: str, tuned: Mapping[str, Tensor], dire
         for part, start in zip(_PARTS, pair, strict=True):
             value = tuned.get(f"{layer}.{part}", start)
             tensors[f"{_PREFIX}{layer}.{part}.weight"] = value.detach().float().cpu().contiguous()
-    save_file(tensors, directory / ADAPTER_WEIGHTS, {"format": "pt"})
+    save_tensors(tensors, directory / ADAPTER_WEIGHTS)
     write_json(directory / ADAPTER_CONFIG, _config_json(tensors, adapter.settings, base))
 
 

@@ -1,9 +1,11 @@
 """The unfinished output, OUT.partial: files are laid out first and filled part by part, and appear by one rename."""
 
+import errno
 import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 import struct
 from collections.abc import Iterable, Mapping
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -119,6 +122,17 @@ class ShardWriter:
                 os.fsync(file.fileno())
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file. Raises OSError as other writes do, where safetensors has an error of its own."""
+    try:
+        save_file(tensors, path, {"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+
+
 class Workdir:
     """An unfinished output directory: `module` becomes OUT; beside it are records of finished parts.
 
@@ -142,7 +156,8 @@ class Workdir:
         self._lock = _take_lock(self.root / "lock", "ab", fcntl.LOCK_EX) if lock else None
         for directory in (self.root / "parts", self.module):
             directory.mkdir(parents=True, exist_ok=True)
-        write_json(self.root / "run.json", settings)
+        if lock:
+            write_json(self.root / "run.json", settings)
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         record = self.root / "run.json"
@@ -169,7 +184,7 @@ class Workdir:
     def write(self, name: str, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         """Write a finished part to its own file, and then its record."""
         draft = self.part(name).with_suffix(".draft")
-        save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, draft, {"format": "pt"})
+        save_tensors({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, draft)
         draft.replace(self.part(name))
         self.note(name, record)
 
@@ -183,7 +198,7 @@ class Workdir:
     def drop(self, name: str) -> None:
         """Delete a part, its record first."""
         self._record(name).unlink()
-        self.part(name).unlink()
+        self.part(name).unlink(missing_ok=True)
 
     def _record(self, name: str) -> Path:
         return self.root / "parts" / f"{name}.json"
@@ -197,10 +212,14 @@ class Workdir:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Release the lock, so that another run can continue this one."""
+    def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
+        """Release the lock, so that another run can continue this one. Raises QsunError where the disk is full."""
         if self._lock is not None:
             self._lock.close()
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise QsunError(
+                f"no space left on the disk of {self.out}; finished parts are kept: free some, and use --resume"
+            ) from None
 
     def publish(self) -> None:
         """Make the module appear at OUT, and delete the parts."""

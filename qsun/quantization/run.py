@@ -7,7 +7,6 @@ Nothing but hidden states is carried from block to block, so memory does not gro
 by recomputing the hidden states through the finished blocks, from the tensors that were written.
 """
 
-import errno
 import hashlib
 import logging
 import time
@@ -67,22 +66,15 @@ def run_job(job: Job, resume: bool = False, progress: Progress = lambda *_: None
     """Carry out a prepared job; see `quantize`."""
     started, started_cpu = time.perf_counter(), time.process_time()
     counter, inputs = ProgressCounter(job, progress), _fingerprints(job)
-    try:
-        with Workdir(job.out, _settings(job, inputs), resume) as work, clear_out_of_memory(job.plan.peak_ram_bytes):
-            counter.done("fingerprint")
-            report = _quantize(job, work, counter, inputs) | {
-                "seconds": round(time.perf_counter() - started, 3),
-                "cpu_seconds": round(time.process_time() - started_cpu, 3),
-                "peak_rss_bytes": peak_rss_bytes(),
-            }
-            write_report(work.module, report)
-            work.publish()
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise QsunError(
-                f"no space left on the disk of {job.out}; finished blocks are kept: free some, and use --resume"
-            ) from None
-        raise
+    with Workdir(job.out, _settings(job, inputs), resume) as work, clear_out_of_memory(job.plan.peak_ram_bytes):
+        counter.done("fingerprint")
+        report = _quantize(job, work, counter, inputs) | {
+            "seconds": round(time.perf_counter() - started, 3),
+            "cpu_seconds": round(time.process_time() - started_cpu, 3),
+            "peak_rss_bytes": peak_rss_bytes(),
+        }
+        write_report(work.module, report)
+        work.publish()
     if job.config.calibrated and not job.prefill.modules:
         log.warning(
             "calibrated without the prefill modules that will write its KV; your tasks' data and modules "

@@ -49,10 +49,11 @@ class DecodeModule:
 
     @property
     def eos_tokens(self) -> set[int]:
-        """Tokens that end an answer."""
+        """Tokens that end an answer: the model's, and the tokenizer's, with which tuning ends responses."""
         own = self.model.generation_config.eos_token_id
         own = self.model.config.eos_token_id if own is None else own
-        return set() if own is None else set(own) if isinstance(own, (list, tuple)) else {own}
+        taught = None if self.tokenizer is None else self.tokenizer.eos_token_id
+        return {*(own if isinstance(own, (list, tuple)) else [own]), taught} - {None}
 
 
 def load_decode(

@@ -96,12 +96,12 @@ class TuneConfig(Settings):
         """Whether a conventional fine-tune is trained, to compare with."""
         return self.baseline == "full"
 
-    def peak_lr(self, hidden_size: int) -> float:
-        """Return lr, or one that falls with the model's width: 3e-3 at 128, 6e-3 for LoRA (docs/tuning.md).
+    def peak_lr(self, hidden_size: int, adapter: bool = False) -> float:
+        """Return lr, or one that falls with the model's width: 3e-3 at 128, 6e-3 for an adapter (docs/tuning.md).
 
         A full fine-tune's falls faster: at 576 a third of a prefill module's rate was better for it.
         """
         narrower = 128 / hidden_size
-        if self.lora_rank:
+        if adapter or self.lora_rank:
             return self.lr or 6e-3 * narrower
         return self.lr or 3e-3 * narrower ** (1.5 if self.fine_tune else 1.0)

@@ -14,12 +14,13 @@ from qsun.data.examples import TokenExample, check_vocabulary
 from qsun.device import compute_dtype, default_device
 from qsun.errors import QsunError
 from qsun.memory import available_bytes, clear_out_of_memory
-from qsun.model.checkpoint import Checkpoint, files_fingerprint, read_json
+from qsun.model.checkpoint import Checkpoint, files_fingerprint
 from qsun.model.locate import find_model, load_tokenizer
 from qsun.model.lora import Adapter, AdapterSettings, adapter_file, fresh_adapter, stored_adapter, target_names
 from qsun.model.output_dir import check_free, check_outside
 from qsun.model.pairing import find_base, weights_fingerprint
 from qsun.model.skeleton import EMBEDDING, empty_model, read_model_config, weight_shape
+from qsun.model.stored_layers import quantized_layer_names
 from qsun.runtime.rotary import rope_boundary
 from qsun.tuning.config import TuneConfig
 from qsun.tuning.examples import crosses, draw, fingerprint, hold_out, read_examples, token_count
@@ -61,7 +62,7 @@ class TuneJob:
 
     @property
     def peak_lr(self) -> float:
-        return self.config.peak_lr(read_model_config(self.base).hidden_size)
+        return self.config.peak_lr(read_model_config(self.base).hidden_size, self.tunes_adapter)
 
     @property
     def tunes_adapter(self) -> bool:
@@ -153,18 +154,29 @@ class TuneJob:
         tuned = self._adapter_weights(model) if self.tunes_adapter else weights
         item = torch.finfo(self.dtype).bits // 8
         taught = item * self._teacher_weights()
+        frozen = _loaded_bytes(self.decode, item)
         if not self.config.shard:
-            gradient = 4 + item if item < 4 else 4
-            return (1 if fine_tune or self.one_copy else 2) * weights * item + taught + tuned * (12 + gradient), 0
-        stored = Checkpoint(self.decode)
-        quantized = bool(read_json(self.decode / "config.json").get("quantization_config"))
-        frozen = stored.size_bytes(stored.names()) if quantized else weights * item
+            modules = frozen if self.one_copy else weights * item + (0 if fine_tune else frozen)
+            own = 4 if self.tunes_adapter else item  # bytes of a tuned weight, and of its gradient
+            # a share of float32 masters, moments and gradients; alone, float32 parameters and gradients are their own
+            optimizer = 8 if own == 4 and processes == 1 else 16 / processes
+            adapter = tuned * own if self.tunes_adapter else 0
+            return modules + adapter + taught + int(tuned * (own + optimizer)), 0
         shared = taught + (0 if fine_tune else frozen) + (weights * item if self.tunes_adapter else 0) + tuned * 16
         block = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
         embedding = model.model.embed_tokens.weight.numel()
         # gathered at a time: two blocks and the gradient of one, or an embedding and its gradient
         gathered = max(block * (3 * item + 4), embedding * (2 * item + 4))
         return shared // processes + gathered, shared
+
+
+def _loaded_bytes(directory: Path, item: int) -> int:
+    """Return the bytes of a loaded module: quantized layers as they are stored, everything else in the dtype."""
+    stored = Checkpoint(directory)
+    layers = set(quantized_layer_names(stored))
+    packed = [name for name in stored.names() if name.rpartition(".")[0] in layers]
+    plain = set(stored.names()) - set(packed)
+    return stored.size_bytes(packed) + item * sum(math.prod(stored.shape(name)) for name in plain)
 
 
 @clear_out_of_memory(instead=LESS_MEMORY)

@@ -83,6 +83,13 @@ class Optimizer:
             if master is not None:
                 add_gradient(master, new)
 
+    def multiply_gradients(self, factor: float) -> None:
+        """Multiply the masters' gradients, which are float32."""
+        if factor != 1:
+            for master in self.masters.values():
+                if master.grad is not None:
+                    master.grad.mul_(factor)
+
     @torch.no_grad()
     def step(self, lr: float, clip: float) -> float:
         """Take one step of AdamW. Returns the norm of the gradient before clipping."""
@@ -139,6 +146,8 @@ class Optimizer:
             if moments and self.adamw is not None:
                 loaded = {key: kept.rows(f"{key}.{name}", first, last) for key in moments}
                 self.adamw.state[master] = {key: value.to(master.device) for key, value in loaded.items()}
+                if master.device.type == "cpu":  # as `step` leaves it: AdamW moves a weight that has no gradient, too
+                    master.grad = torch.zeros_like(master)
         self._publish()
 
 

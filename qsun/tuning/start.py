@@ -136,6 +136,11 @@ def find_teacher(name: str, decode: Path) -> TeacherPlan:
                 "give a whole model"
             ) from None
         check_pair(directory, reader)
+        if made.get("decode_fingerprint", now := files_fingerprint(reader)) != now:
+            raise QsunError(
+                f"teacher {name} was tuned against another decode module than the one that is now {reader}; put that "
+                "one back, or give a whole model"
+            )
     shaped = adapter_base(directory) if (directory / ADAPTER_CONFIG).exists() else directory
     _check_vocabulary(name, shaped, directory, decode)
     files = (weights_fingerprint(directory), *([files_fingerprint(reader)] if reader else []))

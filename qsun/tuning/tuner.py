@@ -28,6 +28,9 @@ from qsun.tuning.processes import Processes
 from qsun.tuning.run_state import RunState
 from qsun.tuning.teacher import answer_prompts
 
+_WRITTEN = "written"  # the record that the first process has written the module
+_FLOAT16_TOKENS = 256  # a loss divided by more would have gradients of activations below float16's smallest values
+
 
 def tune(  # noqa: PLR0913, PLR0917
     decode: str | Path,
@@ -80,7 +83,8 @@ def run_tuning(job: TuneJob, resume: bool = False, progress: Progress = lambda *
         directory = work.module
         if processes.first:
             write_module(job, work, tuner.state.best(), tuner.models.adapter)
-        processes.wait()
+            work.note(_WRITTEN, {})
+        processes.wait_until(lambda: work.finished(_WRITTEN))
         if processes.first or tuner.models.in_step:
             report["saved_valid_loss"] = tuner.loss_of_saved(directory)
             _check_saved(report)
@@ -111,6 +115,8 @@ def _workdir(job: TuneJob, resume: bool, processes: Processes) -> Workdir:
     """Let the first process create the working directory once all have found its place free."""
     processes.wait()
     work = Workdir(job.out, job.settings(), resume) if processes.first else None
+    if work is not None and work.finished(_WRITTEN):  # by a run that ended before it published
+        work.drop(_WRITTEN)
     processes.wait()
     return work or Workdir(job.out, job.settings(), resume=True, lock=False)
 
@@ -163,6 +169,7 @@ class Tuner:
         They do not depend on how examples are split over processes and pieces.
         """
         tokens = sum(len(example.response) for example in examples)
+        scale = _FLOAT16_TOKENS if self.job.dtype == torch.float16 else tokens
         total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         for piece in self._passes(examples):
             with attention_over(piece, self.processes.device):
@@ -170,8 +177,9 @@ class Tuner:
                 if loss is not None:
                     total += loss.detach() / tokens
                     if loss.requires_grad:  # if all prompts have one token, nothing is prefilled
-                        (loss / tokens).backward()
+                        (loss / scale).backward()
             self.optimizer.take_gradients()
+        self.optimizer.multiply_gradients(scale / tokens)
         self.processes.sum_([total])
         return float(total)
 

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qsun.model.checkpoint import INDEX_FILE, STORED_DTYPES, Checkpoint, read_header
-from qsun.model.output_dir import ShardWriter, lay_out, stored_as
+from qsun.model.output_dir import ShardWriter, Workdir, lay_out, stored_as
 
 
 def random_tensor(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -89,3 +89,10 @@ def test_a_file_that_an_interrupted_run_began_keeps_what_it_holds(parts, tmp_pat
     for part in parts[1:]:
         again.write(part)
     assert (tmp_path / "model.safetensors").read_bytes().endswith(joined(parts, tmp_path))
+
+
+def test_only_the_process_that_has_the_lock_writes_the_settings(tmp_path, monkeypatch):
+    with Workdir(tmp_path / "out", {"a": 1}, resume=False) as first:
+        monkeypatch.setattr("qsun.model.output_dir.write_json", None)  # all of a run's processes would, at once
+        Workdir(tmp_path / "out", {"a": 1}, resume=True, lock=False)
+        assert json.loads((first.root / "run.json").read_text()) == {"a": 1}

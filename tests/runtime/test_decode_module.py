@@ -1,5 +1,6 @@
 """load_decode against transformers with the same weights."""
 
+import json
 import shutil
 
 import pytest
@@ -126,3 +127,13 @@ def test_tensors_that_no_module_uses(tiny_model, tmp_path, caplog):
 def test_what_cannot_be_loaded_is_refused(settings, message):
     with pytest.raises(qsun.QsunError, match=message):
         qsun.load_decode("demo", **settings)
+
+
+def test_an_answer_ends_with_the_models_tokens_and_with_the_tokenizers(tmp_path):
+    """Tuning ends responses with the tokenizer's; a ChatML fine-tune often keeps its base's config.json."""
+    other = shutil.copytree(base_directory(), tmp_path / "other")
+    for name in ("config.json", "generation_config.json"):
+        found = json.loads((other / name).read_text())
+        (other / name).write_text(json.dumps({**found, "eos_token_id": 3}))
+    decode = qsun.load_decode(other, "cpu")
+    assert decode.eos_tokens == {3, decode.tokenizer.eos_token_id} != {3}

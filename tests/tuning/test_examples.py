@@ -26,8 +26,8 @@ from tests.tiny_models import write_jsonl
 
 @pytest.fixture
 def read(tmp_path, demo_tokenizer):
-    def run(*rows, max_len=100, tokenizer=demo_tokenizer):
-        return read_examples([str(write_jsonl(tmp_path / "rows.jsonl", list(rows)))], tokenizer, max_len)
+    def run(*rows, max_len=100, tokenizer=demo_tokenizer, **options):
+        return read_examples([str(write_jsonl(tmp_path / "rows.jsonl", list(rows)))], tokenizer, max_len, **options)
 
     return run
 
@@ -85,6 +85,7 @@ def test_long_examples_are_left_out_and_counted(read):
     [
         ({}, "line 1: needs 'messages', or 'prompt' and 'response', or (for calibration) 'text'; it has nothing"),
         ({"text": "a"}, "it has text"),
+        ({"text": "a", "response": "b"}, "line 1: needs 'messages', or 'prompt' and 'response'; it has text, response"),
         ({"prompt": 3, "response": "a"}, "'prompt' is 3, not text"),
         (
             {"prompt": "a\ud83d", "response": "a"},
@@ -110,6 +111,12 @@ def test_rows_that_cannot_be_used(row, says, read):
         read(row)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("row", [{"text": "a"}, {"text": "a", "response": "b"}, {"text": "a", "response": None}])
+def test_text_is_no_prompt_for_a_teacher_to_answer(row, read):
+    with pytest.raises(QsunError, match="line 1: needs 'messages', or 'prompt' and 'response'; it has text"):
+        read(row, needs_response=False)
 
 
 def test_a_template_that_rewrites_the_prompt(read, demo_tokenizer):
