@@ -8,9 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
-from qsun.errors import QsunError
+from qsun.errors import QsunError, shortened
 
 
 def chat_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
@@ -34,9 +32,10 @@ def chat_text(
         tools: schemas of the functions that the model may call, in OpenAI's form.
         add_generation_prompt: end where the assistant's answer begins.
         continue_final_message: leave the last message open instead, for the model to continue.
-        template_args: further variables of the template, such as enable_thinking.
+        template_args: further variables of the template, such as enable_thinking. A name that is a parameter of
+            apply_chat_template is that: `chat_template` replaces the template, which is a program.
     Raises:
-        QsunError: no template, or one that refuses these messages.
+        QsunError: no template, or one that refuses these messages or fails on them.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise QsunError("the model's tokenizer has no chat template; give the prompt as text")
@@ -49,8 +48,9 @@ def chat_text(
             continue_final_message=continue_final_message,
             **(template_args or {}),
         )
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
-        raise QsunError(f"the model's chat template refuses these messages: {error}") from None
+    except Exception as error:  # a template is the model's own program, and may divide by zero
+        reason = shortened(error, 300) or type(error).__name__
+        raise QsunError(f"the model's chat template refuses these messages: {reason}") from None
 
 
 def rendered_tokens(tokenizer: Any, text: str) -> list[int]:

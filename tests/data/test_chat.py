@@ -92,6 +92,25 @@ def test_variables_of_the_template(tokenizer):
     assert chat_text(tokenizer, [USER]) == "answers"
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ 1 // 0 }}", "division"),
+        ("{{ messages.x.y }}", "has no attribute"),
+        ("{% for", "end of template"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ 'x' % 5 }}", "not all arguments"),
+        ("{{ 10.0 ** 999 }}", "out of range"),
+    ],
+)
+def test_a_template_that_fails_is_one_line_whatever_its_error_is(tokenizer, template, reason):
+    tokenizer.chat_template = template
+    with pytest.raises(QsunError, match=f"template refuses these messages: .*{reason}") as refused:
+        chat_text(tokenizer, [USER])
+    assert "\n" not in str(refused.value)
+
+
 def test_no_template(tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(QsunError, match="no chat template; give the prompt as text"):

@@ -39,12 +39,13 @@ class RowText:
         return self._tokenizer.decode(self._tokens[start:end], skip_special_tokens=self._skip)
 
     def _extend(self, new: str, may_stop: bool) -> bool:
-        longest = max(map(len, self._stops), default=1)
-        start = max(len(self.text) - longest + 1, 0)
+        known = len(self.text)
         self.text += new
         if not may_stop:
             return False
-        found = [place for place in (self.text.find(stop, start) for stop in self._stops) if place >= 0]
+        # each from where it would end in the new text: one that was complete before, when none was looked for, is past
+        places = [self.text.find(stop, max(known - len(stop) + 1, 0)) for stop in self._stops]
+        found = [place for place in places if place >= 0]
         if found:
             self.text = self.text[: min(found)]
         return bool(found)

@@ -18,6 +18,7 @@ from qsun.serve.api.admin import add_admin_routes
 from qsun.serve.api.completions import Completions, ServeLimits
 from qsun.serve.api.errors import DESCRIBED, add_error_handlers
 from qsun.serve.api.generation import add_generation_routes
+from qsun.serve.api.json_route import JsonRoute
 from qsun.serve.api.metrics import Metrics
 from qsun.serve.api.tokens import add_token_routes
 from qsun.serve.http.errors import HttpError
@@ -74,6 +75,7 @@ def build_app(serving: Serving, admin: bool = False) -> FastAPI:
             await asyncio.to_thread(serving.thread.stop)
 
     app = FastAPI(title="qsun serve", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.router.route_class = JsonRoute
     add_error_handlers(app)
     _add_status_routes(app, serving)
     _add_model_routes(app, serving)

@@ -182,7 +182,7 @@ class Completions:
         asked = (body.max_completion_tokens if isinstance(body, ChatBody) else None) or body.max_tokens
         most, positions = self.limits.max_tokens, self.engine.positions
         if asked == 0:
-            asked = 1  # echo alone: the token that the engine gives is left out
+            asked = 1  # echo alone: the answer leaves out the token that the engine chooses
         if asked is None and not chat:
             asked = _DEFAULT_COMPLETION_TOKENS if not most else min(most, _DEFAULT_COMPLETION_TOKENS)
         if asked is None:
@@ -210,7 +210,9 @@ class Completions:
         )
         if isinstance(body, CompletionBody):
             answer = CompletionAnswer(body.model, prompts, body.n, style)
-            answer.echo, answer.no_tokens = body.echo, body.max_tokens == 0
+            answer.echo, answer.prompt_logprobs = body.echo, body.echo and body.logprobs is not None
+            for choice in answer.choices:
+                choice.prompt_only = body.max_tokens == 0
             answer.prompt_texts = [
                 prompt if isinstance(prompt, str) else self._text(prompt) for prompt in body.prompt if body.echo
             ]

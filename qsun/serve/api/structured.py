@@ -17,6 +17,9 @@ _LAYOUT = {
     "item_separator": ", ",
     "key_separator": ": ",
 }  # optional spaces need not end
+# of a JSON schema: what maps names to schemas, and what is data; all else is a schema, a list of them, or a plain value
+_MAPS = frozenset(("$defs", "definitions", "dependencies", "dependentSchemas", "patternProperties", "properties"))
+_DATA = frozenset(("const", "default", "enum", "examples"))
 
 
 class Grammars:
@@ -102,17 +105,41 @@ class JsonConstraint:
 
 
 def call_schema(functions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the JSON schema of a call to one of the functions, each with a name and parameters."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": function["name"]},
-                "arguments": function.get("parameters") or {"type": "object"},
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for function in functions
-    ]
+    """Return the JSON schema of a call to one of the functions, each with a name and parameters.
+
+    Raises:
+        QsunError: parameters that are nested too deeply.
+    """
+    calls = []
+    for number, function in enumerate(functions):
+        place = "#/properties/arguments" if len(functions) == 1 else f"#/anyOf/{number}/properties/arguments"
+        try:
+            arguments = _moved(function.get("parameters") or {"type": "object"}, place)
+        except RecursionError:
+            raise QsunError(f"the JSON schema of {function['name']} is nested too deeply; use fewer levels") from None
+        calls.append(
+            {
+                "type": "object",
+                "properties": {"name": {"const": function["name"]}, "arguments": arguments},
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+        )
     return calls[0] if len(calls) == 1 else {"anyOf": calls}
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """Return a schema as part of a larger one, at `place`: its references to its own parts lead there."""
+    if isinstance(schema, list):
+        return [_moved(part, place) for part in schema]
+    if not isinstance(schema, dict) or isinstance(schema.get("$id"), str):  # below an $id they lead to what has it
+        return schema
+    moved = dict(schema)
+    for key, value in schema.items():
+        if key in _MAPS and isinstance(value, dict):
+            moved[key] = {name: _moved(part, place) for name, part in value.items()}
+        elif key == "$ref" and isinstance(value, str) and (value in ("", "#") or value.startswith("#/")):
+            moved[key] = place + value[1:]
+        elif key not in _DATA:
+            moved[key] = _moved(value, place)
+    return moved

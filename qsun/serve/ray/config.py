@@ -16,7 +16,7 @@ from qsun.errors import QsunError
 from qsun.serve.cluster.schema import Cluster
 from qsun.serve.http.keys import is_loopback
 from qsun.serve.ray.engine.command import LOOPBACK_DEVICE
-from qsun.serve.ray.plan import PlannedApp
+from qsun.serve.ray.plan import PlannedApp, gpus_of_replica
 
 IMAGE = "YOUR-REGISTRY/qsun-vllm:latest"
 _PATH = "/api/serve/applications/"
@@ -151,10 +151,11 @@ def _most_workers(cluster: Cluster) -> list[int]:
 def _resources(cluster: Cluster) -> dict[str, str]:
     # ingresses, one more of them during an update, are beside workers
     ingresses = math.ceil((cluster.ray.ingress_replicas + 1) / sum(_most_workers(cluster)))
-    found = {"cpu": f"{max(1, round(cluster.ray.cpus + ingresses))}", "memory": "32Gi"}
-    if cluster.launch.device == "cuda":
-        found["nvidia.com/gpu"] = str(cluster.launch.tensor_parallel_size)
-    return found
+    found = {"cpu": str(math.ceil(cluster.ray.cpus + ingresses)), "memory": "32Gi"}
+    # replicas that share a GPU, or have Ray count none, still run on one
+    least = cluster.launch.tensor_parallel_size if cluster.launch.device == "cuda" else 0
+    gpus = max(math.ceil(gpus_of_replica(cluster)), least)
+    return found | ({"nvidia.com/gpu": str(gpus)} if gpus else {})
 
 
 def _own_resources(cluster: Cluster) -> dict[str, str]:

@@ -129,10 +129,7 @@ def _pool_app(name: str, pool: Pool, served: dict[str, Any], cluster: Cluster) -
 def _engines(cluster: Cluster) -> Iterator[tuple[str, Any]]:
     """Yield Serve's options of a pool's deployment."""
     limits, ray = cluster.limits, cluster.ray
-    gpus = ray.gpus
-    if gpus is None:
-        gpus = 0 if cluster.launch.device == "cpu" else cluster.launch.tensor_parallel_size
-    yield "ray_actor_options", {"num_cpus": ray.cpus, "num_gpus": gpus, "resources": ray.resources}
+    yield "ray_actor_options", {"num_cpus": ray.cpus, "num_gpus": gpus_of_replica(cluster), "resources": ray.resources}
     # the ingress bounds requests; its health checks must get through beside as many as it admits
     yield "max_ongoing_requests", 2 * limits.concurrent_requests * ray.ingress_replicas + 64
     yield "health_check_period_s", cluster.health.interval_seconds
@@ -142,6 +139,13 @@ def _engines(cluster: Cluster) -> Iterator[tuple[str, Any]]:
     yield "logging_config", {"enable_access_log": False}  # a line for each health check and each half of a request
     yield "max_surge_percent", ray.surge_percent
     yield "request_router_config", {"request_router_class": "qsun.serve.ray.routing:NamedReplica"}
+
+
+def gpus_of_replica(cluster: Cluster) -> float:
+    """Return how many of its node's GPUs a replica takes; a part of one where several share it."""
+    if cluster.ray.gpus is not None:
+        return cluster.ray.gpus
+    return 0 if cluster.launch.device == "cpu" else cluster.launch.tensor_parallel_size
 
 
 def _replicas(pool: Pool) -> dict[str, Any]:

@@ -176,7 +176,7 @@ def test_openais_own_client(server):
         ({"prompt": ["x"] * 17}, "at most 16 items"),
         ({"prompt": ["x"] * 8, "n": 3}, "8 prompts x n 3 is over the limit of 16"),
         ({"temperature": -1}, "temperature"),
-        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("nan")}, "the body is not JSON: NaN is not a number"),
         ({"top_p": 0}, "top_p"),
         ({"presence_penalty": 2.5}, "presence_penalty"),
         ({"suffix": "x"}, "suffix is not supported; leave it out"),
@@ -201,8 +201,24 @@ def test_what_is_no_json_is_told_so(server):
     for content in (b"{bad", b"", b"\xff\xfe", b"[" * 5000):
         response = server.post("/v1/completions", content=content, headers={"Content-Type": "application/json"})
         assert response.status_code == 400, response.text
-    surrogate = b'{"model": "math", "prompt": "\\ud800"}'
-    assert server.post("/v1/completions", content=surrogate).status_code == 400
+
+
+NOT_JSON = ("NaN", "-Infinity", "1e999", '"\\ud83d"', '{"\\udfff": [1]}', "9" * 5000, "[" * 5000)
+TOOL = '[{"type": "function", "name": "f", "parameters": {"description": %s}}]'
+
+
+@pytest.mark.parametrize("value", NOT_JSON, ids=lambda v: v[:10])
+def test_a_body_that_no_answer_could_repeat_is_refused_whichever_field_has_it(server, value):
+    head, headers = '{"model": "math", "max_tokens": 1, ', {"Content-Type": "application/json"}
+    for path, fields in (
+        ("/v1/completions", '"prompt": %s}'),
+        ("/v1/responses", '"input": "x", "metadata": {"a": %s}}'),
+        ("/v1/responses", f'"input": "x", "tool_choice": "none", "tools": {TOOL}}}'),
+        ("/v1/chat/completions", '"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"x": %s}}'),
+        ("/tokenize", '"prompt": "x", "unknown": %s}'),
+    ):
+        body = (head + fields % value).encode()
+        assert "the body is not JSON: " in error_of(server.post(path, content=body, headers=headers), 400)
 
 
 def test_a_chat_template_that_refuses_is_a_reason(server):

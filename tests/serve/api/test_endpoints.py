@@ -102,8 +102,14 @@ def test_the_prompt_is_part_of_an_echo(client):
     assert ask(client, prompt="abc", max_tokens=4, echo=True).json()["choices"][0]["text"] == "abc" + alone
     parts = events(ask(client, prompt="abc", max_tokens=4, echo=True, stream=True))[:-1]
     assert "".join(part["choices"][0]["text"] for part in parts) == "abc" + alone
-    nothing = ask(client, prompt="abc", max_tokens=0, echo=True).json()["choices"][0]
-    assert (nothing["text"], nothing["finish_reason"]) == ("abc", "length")
+    asked = {"prompt": "abc", "max_tokens": 0, "echo": True, "logprobs": 1}
+    nothing = ask(client, **asked).json()
+    (choice,) = nothing["choices"]
+    assert (choice["text"], choice["finish_reason"], nothing["usage"]["completion_tokens"]) == ("abc", "length", 0)
+    *parts, usage, _ = events(ask(client, **asked, stream=True, stream_options={"include_usage": True}))
+    assert "".join(part["choices"][0]["text"] for part in parts) == "abc"
+    assert parts[0]["choices"][0]["logprobs"] == choice["logprobs"]
+    assert usage["usage"]["completion_tokens"] == 0
 
 
 def test_a_silent_stream_is_kept_alive_and_closed_at_once():

@@ -70,6 +70,26 @@ def test_adapters_of_one_engine_transfer_nothing_and_their_pod_has_room_for_an_i
     assert pods(printed())[1]["containers"][0]["resources"]["limits"]["cpu"] == "2"
 
 
+@pytest.mark.parametrize(
+    ("ray", "launch", "cpu", "gpus"),
+    [
+        ({}, {"device": "cpu"}, "2", None),
+        ({"cpus": 1.5}, {"device": "cpu"}, "3", None),
+        ({"cpus": 2.5, "ingress_replicas": 11}, {"device": "cpu"}, "5", None),
+        ({}, {"tensor_parallel_size": 2}, "2", "2"),
+        ({"gpus": 4}, {"tensor_parallel_size": 2}, "2", "4"),
+        ({"gpus": 0.5}, {}, "2", "1"),
+        ({"gpus": 0}, {}, "2", "1"),
+        ({"gpus": 1}, {"device": "cpu"}, "2", "1"),
+    ],
+)
+def test_a_replica_fits_its_pod(ray, launch, cpu, gpus):
+    limits = pods(printed(ray={"transfer_device": "eth0"} | ray, launch=launch))[1]["containers"][0]["resources"][
+        "limits"
+    ]
+    assert (limits["cpu"], limits.get("nvidia.com/gpu")) == (cpu, gpus)
+
+
 def test_worker_pods_have_the_resources_that_replicas_take():
     """KubeRay pastes the parameter into the command line of `ray start`, which reads JSON."""
     spec = printed(ray={"transfer_device": "eth0", "resources": {"a100": 0.5, "b": 2.0}})

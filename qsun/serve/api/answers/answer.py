@@ -4,7 +4,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from qsun.engine.requests import TokenLogprob, Update
@@ -24,6 +24,7 @@ class Choice:
         parser: where the answer may call tools. text: what the client sees of it, without calls.
         offsets: of each token: the length of the model's text before it.
         prompt_logprobs: of all of the prompt's tokens but the first, which nothing predicts.
+        prompt_only: the client asked for no token (max_tokens 0), so the one that the engine chose is not part of it.
     """
 
     index: int
@@ -37,10 +38,13 @@ class Choice:
     finish: str = ""
     cached_tokens: int = 0
     offsets: list[int] = field(default_factory=list)
+    prompt_only: bool = False
     _written: int = 0
 
     def take(self, update: Update) -> tuple[str, list[Call]]:
         """Apply an update. Returns the new content and calls that the client sees."""
+        if self.prompt_only:
+            update = replace(update, tokens=(), text="", logprobs=(), finish=update.finish and "length")
         self.offsets += [self._written] * len(update.tokens)
         self._written += len(update.text)
         self.tokens += update.tokens
@@ -54,6 +58,11 @@ class Choice:
         self.text += content
         self.calls += calls
         return content, calls
+
+    @property
+    def calls_before_text(self) -> int:
+        """How many of the calls the model made before it said anything."""
+        return 0 if self.parser is None else self.parser.calls_before_content
 
     @property
     def reason(self) -> str | None:

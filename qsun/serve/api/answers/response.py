@@ -12,7 +12,10 @@ from qsun.serve.http.wire import encode_event
 
 
 class ResponseAnswer(Answer):
-    """The answer of /v1/responses, of a single choice. settings: what it repeats of its request."""
+    """The answer of /v1/responses, of a single choice. settings: what it repeats of its request.
+
+    Its output is in the order in which the model began each item. All that it says is one message.
+    """
 
     prefix = "resp"
 
@@ -23,8 +26,10 @@ class ResponseAnswer(Answer):
         self._message_id = f"msg_{uuid.uuid4().hex}"
 
     def whole(self) -> dict[str, Any]:
-        items = [self._message(self._only.text)] if self._only.text or not self._only.calls else []
-        return self._body([*items, *map(_call_item, self._only.calls)])
+        items = [_call_item(call) for call in self._only.calls]
+        if self._only.text or not items:
+            items.insert(self._only.calls_before_text, self._message(self._only.text))
+        return self._body(items)
 
     def _body(self, output: list[dict[str, Any]]) -> dict[str, Any]:
         finish = self._only.finish
@@ -67,22 +72,30 @@ class ResponseAnswer(Answer):
             yield self._event(f"response.{kind}", response=self._body([]))
 
     def events(self, choice: Choice, update: Update) -> Iterator[bytes]:
-        began = bool(choice.text)
-        content, calls = choice.take(update)
+        began, known = bool(choice.text), len(choice.calls)
+        content, _ = choice.take(update)
+        ahead = max(known, choice.calls_before_text if choice.text else len(choice.calls))
+        for place, call in enumerate(choice.calls[known:ahead], known):
+            yield from self._whole_call(place, call)
         if not began and (content or (update.finish and not choice.calls)):
-            yield self._event("response.output_item.added", output_index=0, item=self._message(None))
-            yield self._event("response.content_part.added", **self._place, part=_part(""))
+            yield from self._begin_message()
         if content:
             yield self._event("response.output_text.delta", **self._place, delta=content, logprobs=[])
         if update.finish and (choice.text or not choice.calls):
             yield from self._end_message(choice.text)
-        for number, call in enumerate(calls, len(choice.calls) - len(calls) + bool(choice.text)):
-            yield from self._whole_call(number, call)
+        for place, call in enumerate(choice.calls[ahead:], ahead + 1):
+            yield from self._whole_call(place, call)
+
+    def _begin_message(self) -> Iterator[bytes]:
+        at = {"output_index": self._only.calls_before_text}
+        yield self._event("response.output_item.added", **at, item=self._message(None))
+        yield self._event("response.content_part.added", **self._place, part=_part(""))
 
     def _end_message(self, text: str) -> Iterator[bytes]:
+        at = {"output_index": self._only.calls_before_text}
         yield self._event("response.output_text.done", **self._place, text=text, logprobs=[])
         yield self._event("response.content_part.done", **self._place, part=_part(text))
-        yield self._event("response.output_item.done", output_index=0, item=self._message(text))
+        yield self._event("response.output_item.done", **at, item=self._message(text))
 
     def _whole_call(self, place: int, call: Call) -> Iterator[bytes]:
         item = _call_item(call)
@@ -102,7 +115,8 @@ class ResponseAnswer(Answer):
 
     @property
     def _place(self) -> dict[str, Any]:
-        return {"item_id": self._message_id, "output_index": 0, "content_index": 0}
+        place = self._only.calls_before_text
+        return {"item_id": self._message_id, "output_index": place, "content_index": 0}
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         self._number += 1

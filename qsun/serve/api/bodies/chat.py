@@ -1,9 +1,11 @@
 """POST /v1/chat/completions."""
 
+import inspect
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from qsun.engine.config import MOST_LOGPROBS
 from qsun.serve.api.bodies.fields import Body, Flag, Name, Positive, Text, wrong
@@ -63,6 +65,14 @@ class ResponseFormat(Body):
         return {"type": "object"} if self.type == "json_object" else None
 
 
+@cache
+def _rendering_parameters() -> frozenset[str]:
+    """Parameters of the function that renders. A client's `chat_template` would be a program that the server runs."""
+    from transformers import PreTrainedTokenizerBase
+
+    return frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+
+
 class Conversation(Body):
     """Messages, and how they become a prompt."""
 
@@ -71,6 +81,15 @@ class Conversation(Body):
     add_generation_prompt: Flag | None = None
     continue_final_message: Flag = False
     chat_template_kwargs: dict[str, Any] = {}
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _are_variables(cls, given: dict[str, Any]) -> dict[str, Any]:
+        name = next((name for name in given if name in _rendering_parameters()), None)
+        if name is not None:
+            message = f"chat_template_kwargs.{name} is not a variable of the chat template; leave it out"
+            raise wrong("chat_template_kwargs", message)
+        return given
 
     @model_validator(mode="after")
     def _answers_follow_calls(self) -> "Conversation":

@@ -36,13 +36,24 @@ class ToolFormat:
 
 
 def _call(value: Any) -> _Called | None:
-    """Read {"name": ..., "arguments" or "parameters": ...}."""
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+    """Read {"name": ..., "arguments" or "parameters": ...}; None for anything else, and for what JSON cannot hold."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or _is_broken(value["name"]):
         return None
     arguments = value.get("arguments", value.get("parameters", {}))
     if isinstance(arguments, str):
         arguments = _parsed(arguments)
-    return (value["name"], json.dumps(arguments, ensure_ascii=False)) if isinstance(arguments, dict) else None
+    if not isinstance(arguments, dict):
+        return None
+    try:
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        return value["name"], json.dumps(arguments) if _is_broken(text) else text
+    except (ValueError, RecursionError):  # NaN and infinities, which Python reads
+        return None
+
+
+def _is_broken(text: str) -> bool:
+    """Return whether it has half a character, such as "\\ud83d": valid as an escape, but not in UTF-8."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _parsed(text: str) -> Any:

@@ -26,6 +26,8 @@ class ToolParser:
 
     Args:
         most: calls that the client takes; later ones are dropped.
+    Attributes:
+        calls_before_content: how many calls came before the first content.
     """
 
     def __init__(self, form: ToolFormat, most: int | None = None):
@@ -34,7 +36,8 @@ class ToolParser:
         self._inside = False
         self._opening = ""
         self._begun = self._called = False  # content or a call came already; the last thing was a call
-        self._count = 0
+        self._count = self.calls_before_content = 0
+        self._said = False  # content came already, be it spaces
 
     def feed(self, text: str, last: bool = False) -> tuple[str, list[Call]]:
         """Take more text, all of it with `last`. Returns the content and the calls that are certain by now."""
@@ -54,8 +57,12 @@ class ToolParser:
             if found is None:
                 content += self._opening + inside[self._kept :] + (self._form.closes if end >= 0 else "")
             else:
-                calls += self._take(found)
+                taken = self._take(found)
+                calls += taken
                 self._called = True
+                if not (self._said or content):
+                    self.calls_before_content += len(taken)
+        self._said |= bool(content)
         return content, calls
 
     @property

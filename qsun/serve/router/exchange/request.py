@@ -5,14 +5,13 @@ a request that needs more than that is refused with a reason: several answers, o
 would compute with its own weights (vLLM does so for prompt logprobs). Unknown fields pass through.
 """
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-from qsun.errors import shortened
 from qsun.serve.cluster.schema import RequestLimits
 from qsun.serve.http.errors import HttpError
+from qsun.serve.http.json_body import parse_json
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 CHARACTERS_PER_TOKEN = 4
@@ -95,18 +94,12 @@ def prompt_tokens(path: str, body: dict[str, Any]) -> int:
 
 def _json_object(raw: bytes) -> dict[str, Any]:
     try:
-        body = json.loads(raw, parse_constant=_reject_constant)
-        # as a worker will get it: 1e999 parses to an infinity and "\ud800" to half a character, which JSON cannot hold
-        json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise HttpError(400, f"the body is not JSON: {shortened(error, 200)}") from None
+        body = parse_json(raw)
+    except ValueError as error:
+        raise HttpError(400, f"the body is not JSON: {error}") from None
     if not isinstance(body, dict):
         raise HttpError(400, "the body is not a JSON object; send one with model and prompt or messages")
     return body
-
-
-def _reject_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number")
 
 
 def _without_nulls(body: dict[str, Any]) -> dict[str, Any]:

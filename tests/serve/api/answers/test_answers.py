@@ -148,6 +148,36 @@ def test_a_response_calls_tools_whole_and_in_a_stream():
     assert [done[0], done[1]] == body["output"]
 
 
+ADD, NOW = '<tool_call>{"name": "add"}</tool_call>', '<tool_call>{"name": "now"}</tool_call>'
+ORDERS = [
+    (f"Sure.{ADD}", ["Sure.", "add"]),
+    (f"{ADD}\nI have called it.", ["add", "I have called it."]),
+    (f"{ADD}{NOW} both", ["add", "now", "both"]),
+    (f"{ADD} (and) {NOW} (so)", ["add", "(and)(so)", "now"]),
+    (f"(So) {ADD} (and) {NOW}", ["(So)(and)", "add", "now"]),
+    (f"{ADD}<tool_call>no</tool_call>{NOW}", ["add", "<tool_call>no</tool_call>", "now"]),
+    (f"{ADD}{NOW}", ["add", "now"]),
+    ("Hello", ["Hello"]),
+    ("", [""]),
+]
+
+
+@pytest.mark.parametrize(("text", "order"), ORDERS, ids=lambda v: str(v)[:20])
+def test_items_of_a_response_are_in_the_order_of_the_answer(text, order):
+    for cut in range(len(text) + 1):
+        answer = ResponseAnswer("m", [[1]], 1, Style(Spelling(None)), [ToolParser(HERMES)], settings={})
+        events = [event for piece, finish in ((text[:cut], ""), (text[cut:], "eos"))
+                  for event in streamed(answer, Update("r", (5,), piece, finish))]  # fmt: skip
+        output = answer.whole()["output"]
+        assert [item.get("name") or item["content"][0]["text"] for item in output] == order
+        for kind, named in (("added", [item["id"] for item in output]), ("done", output)):
+            items = {event["output_index"]: event["item"] for event in events if event["type"].endswith(f"item.{kind}")}
+            found = [items[place]["id"] if kind == "added" else items[place] for place in range(len(items))]
+            assert found == named
+        places = {item["id"]: place for place, item in enumerate(output)}
+        assert all(places[event["item_id"]] == event["output_index"] for event in events if "item_id" in event)
+
+
 def test_a_response_that_says_nothing_has_an_empty_message():
     answer = ResponseAnswer("m", [[1]], 1, Style(Spelling(None)), settings={})
     answer.choices[0].take(Update("r", (5,), "", "length"))
@@ -162,21 +192,60 @@ def test_token_counts_in_every_chunk_where_they_are_wanted():
     assert [event["usage"]["completion_tokens"] for event in events] == [1, 2, 3, 3]
 
 
+def echoed(prompt, text, logprobs=True, prompt_only=False):
+    """The same echo of a prompt of tokens and text, and of "ef", whole and by the chunks of its stream."""
+    spelling = Spelling(Pieces(*"?" * 7, "a", "bc", "d", "e", "f"))
+    answer = CompletionAnswer("m", [prompt], 1, Style(spelling, True, True, True))
+    answer.echo, answer.prompt_logprobs, answer.prompt_texts = True, logprobs, [text]
+    answer.choices[0].prompt_only = prompt_only
+    scores = tuple(TokenLogprob(token, -1.0, ((9, -0.1),)) for token in prompt[1:])
+    events = [json.loads(event[6:]) for event in answer.opening()]
+    for token, piece in ((10, "e"),) if prompt_only else ((10, "e"), (11, "f")):
+        score = (TokenLogprob(token, -0.5, ((token, -0.5),)),) if logprobs else ()
+        finish = "eos" if prompt_only else "length" if token == 11 else ""
+        prompt_scores = scores if logprobs and token == 10 else ()
+        events += streamed(answer, Update("r", (token,), piece, finish, "", score, 0, prompt_scores))
+    events += [json.loads(event[6:]) for event in answer.closing() if b"DONE" not in event]
+    return answer.whole(), events
+
+
 def test_an_echo_puts_the_prompt_before_the_answer():
-    answer = CompletionAnswer("m", [[7, 8, 9]], 1, Style(Spelling(Pieces(*"?" * 7, "a", "bc", "d", "e"))))
-    answer.echo, answer.prompt_texts = True, ["abcd"]
-    choice = answer.choices[0]
-    choice.take(Update("r", (10,), "e", "length", "", (TokenLogprob(10, -0.5, ((10, -0.5),)),)))
-    choice.prompt_logprobs += [TokenLogprob(8, -1.0, ((9, -0.1),)), TokenLogprob(9, -2.0, ((9, -2.0),))]
-    body = answer.whole()["choices"][0]
-    assert body["text"] == "abcde"
-    assert body["logprobs"] == {
-        "tokens": ["a", "bc", "d", "e"],
-        "token_logprobs": [None, -1.0, -2.0, -0.5],
-        "top_logprobs": [None, {"d": -0.1}, {"d": -2.0}, {"e": -0.5}],
-        "text_offset": [0, 1, 3, 4],
+    whole, _ = echoed([7, 8, 9], "abcd")
+    assert whole["choices"][0]["text"] == "abcdef"
+    assert whole["choices"][0]["logprobs"] == {
+        "tokens": ["a", "bc", "d", "e", "f"],
+        "token_logprobs": [None, -1.0, -1.0, -0.5, -0.5],
+        "top_logprobs": [None, {"d": -0.1}, {"d": -0.1}, {"e": -0.5}, {"f": -0.5}],
+        "text_offset": [0, 1, 3, 4, 5],
     }
-    answer.no_tokens = True  # max_tokens 0
-    alone = answer.whole()["choices"][0]
-    assert (alone["text"], alone["finish_reason"]) == ("abcd", "length")
-    assert alone["logprobs"]["tokens"] == ["a", "bc", "d"]
+    one_token, _ = echoed([7], "a")
+    assert one_token["choices"][0]["logprobs"]["token_logprobs"] == [None, -0.5, -0.5]
+    assert one_token["choices"][0]["logprobs"]["text_offset"] == [0, 1, 2]
+
+
+def test_an_echo_without_tokens_is_the_prompt_alone():
+    whole, _ = echoed([7, 8, 9], "abcd", prompt_only=True)
+    (choice,) = whole["choices"]
+    assert (choice["text"], choice["finish_reason"], choice["token_ids"]) == ("abcd", "length", [])
+    assert choice["logprobs"]["tokens"] == ["a", "bc", "d"]
+    assert (whole["usage"]["completion_tokens"], whole["usage"]["total_tokens"]) == (0, 3)
+
+
+@pytest.mark.parametrize("prompt_only", [False, True], ids=["answer", "max_tokens 0"])
+@pytest.mark.parametrize("logprobs", [False, True], ids=["text", "logprobs"])
+@pytest.mark.parametrize(("prompt", "text"), [([7, 8, 9], "abcd"), ([7], "a")], ids=["prompt", "one token"])
+def test_a_stream_of_an_echo_says_what_the_whole_answer_says(prompt, text, logprobs, prompt_only):
+    whole, events = echoed(prompt, text, logprobs, prompt_only)
+    (choice,) = whole["choices"]
+    chunks = [event["choices"][0] for event in events if event["choices"]]
+    assert chunks[0]["text"] == text
+    assert "".join(chunk["text"] for chunk in chunks) == choice["text"]
+    assert [token for chunk in chunks for token in chunk.get("token_ids", [])] == choice["token_ids"]
+    parts = [chunk["logprobs"] for chunk in chunks if chunk["logprobs"]]
+    joined = {key: [value for part in parts for value in part[key]] for key in parts[0]} if parts else None
+    assert joined == choice["logprobs"]
+    assert (joined is not None) == logprobs
+    reasons = [chunk["finish_reason"] for chunk in chunks]
+    assert [*reasons[:-1], choice["finish_reason"]] == [None] * (len(reasons) - 1) + ["length"] == reasons
+    assert events[0]["usage"]["completion_tokens"] == 0
+    assert events[-1]["usage"] == whole["usage"]

@@ -10,6 +10,7 @@ from qsun.serve.api.bodies.chat import ChatBody
 from qsun.serve.api.bodies.completion import CompletionBody
 from qsun.serve.api.bodies.responses import ResponsesBody
 from qsun.serve.api.bodies.sampling import SamplingBody
+from qsun.serve.api.bodies.tokens import TokenizeBody
 from qsun.serve.api.errors import _first
 
 ASK = {"role": "user", "content": "1+1"}
@@ -123,6 +124,17 @@ def test_a_final_message_is_continued():
     assert (arguments["continue_final_message"], arguments["add_generation_prompt"]) == (True, False)
     message, _ = told(ChatBody, messages=[ASK], continue_final_message=True, add_generation_prompt=True)
     assert "cannot be combined" in message
+
+
+@pytest.mark.parametrize("name", ["chat_template", "tokenize", "return_dict", "padding", "tokenizer_kwargs", "tools"])
+@pytest.mark.parametrize("body_type", [ChatBody, TokenizeBody])
+def test_clients_set_variables_of_the_template_and_not_how_it_is_rendered(body_type, name):
+    variables = {"enable_thinking": False}
+    body = body_type.model_validate({"model": "m", "messages": [ASK], "chat_template_kwargs": variables})
+    assert body.template_arguments()["template_args"] == variables
+    message, param = told(body_type, messages=[ASK], chat_template_kwargs=variables | {name: "{{ 1 }}"})
+    assert param == "chat_template_kwargs"
+    assert message == f"chat_template_kwargs.{name} is not a variable of the chat template; leave it out"
 
 
 def test_a_response_is_a_chat():

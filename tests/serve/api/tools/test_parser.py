@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from fastapi.responses import JSONResponse
 
 from qsun.errors import QsunError
 from qsun.serve.api.tools.formats import FORCED, HERMES, LLAMA3, MISTRAL, format_of
@@ -11,6 +12,12 @@ from qsun.serve.api.tools.parser import ToolParser
 ONE = '{"name": "add", "arguments": {"a": 1, "b": "x}<"}}'
 TWO = '{"name": "now", "arguments": {}}'
 A, B = ("add", {"a": 1, "b": "x}<"}), ("now", {})
+
+UNSENDABLE = [
+    '<tool_call>{"name": "add", "arguments": {"a": NaN}}</tool_call>',
+    '<tool_call>{"name": "add", "arguments": {"a": [-1e999]}}</tool_call>',
+    '<tool_call>{"name": "\\ud83d", "arguments": {}}</tool_call>',
+]  # what would be no JSON, or no UTF-8, as a call
 
 ANSWERS = [
     (HERMES, f"<tool_call>\n{ONE}\n</tool_call>", "", [A]),
@@ -29,7 +36,14 @@ ANSWERS = [
     (LLAMA3, f"It is {ONE}", f"It is {ONE}", []),
     (LLAMA3, "<|python_tag|>print(1)", "<|python_tag|>print(1)", []),
     (FORCED, ONE, "", [A]),
-]
+    *((HERMES, text, text, []) for text in UNSENDABLE),
+    (MISTRAL, '[TOOL_CALLS]add[ARGS]{"a": Infinity}', '[TOOL_CALLS]add[ARGS]{"a": Infinity}', []),
+    (LLAMA3, '{"name": "add", "parameters": {"a": NaN}}', '{"name": "add", "parameters": {"a": NaN}}', []),
+    (HERMES, '<tool_call>{"name": "say", "arguments": {"to": "ok \\ud83d"}}</tool_call>', "",
+     [("say", {"to": "ok \ud83d"})]),
+    (HERMES, '<tool_call>{"name": "say", "arguments": {"to": "\\ud83d\\ude00 Köln"}}</tool_call>', "",
+     [("say", {"to": "😀 Köln"})]),
+]  # fmt: skip
 
 
 def read(form, pieces, most=None):
@@ -39,6 +53,7 @@ def read(form, pieces, most=None):
         content += text
         calls += found
     assert len({call.id for call in calls}) == len(calls)
+    JSONResponse([content, *(call.as_json() for call in calls)])  # it can be sent
     return content, [(call.name, json.loads(call.arguments)) for call in calls]
 
 
@@ -48,6 +63,11 @@ def test_calls_and_content(form, text, content, calls):
     assert read(form, [*text, ""]) == (content, calls)
     for cut in range(len(text)):
         assert read(form, [text[:cut], text[cut:]]) == (content, calls)
+
+
+def test_arguments_are_readable_where_they_can_be():
+    _, (call,) = ToolParser(FORCED).feed('{"name": "say", "arguments": {"to": "K\\u00f6ln"}}', last=True)
+    assert call.arguments == '{"to": "Köln"}'
 
 
 def test_plain_text_is_not_held_back():
