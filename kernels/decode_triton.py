@@ -88,7 +88,9 @@ def _store_head(at, scale_at, x, d, inside, FP8: tl.constexpr):
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000
         small = (x + 24576.0) - 24576.0  # float32's step there is 2^-9
-        x = tl.where(tl.abs(x) < 0.015625, small, bits.to(tl.float32, bitcast=True))
+        rounded = tl.where(tl.abs(x) < 0.015625, small, bits.to(tl.float32, bitcast=True))
+        # a NaN stays one: the sum above makes -0 of a GPU's own, 0x7FFFFFFF
+        x = tl.where(x == x, rounded, x)  # noqa: PLR0124
         tl.store(at + d, x.to(at.dtype.element_ty), mask=inside)
         tl.store(scale_at, scale)
     else:

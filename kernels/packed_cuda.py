@@ -1,6 +1,7 @@
 """The product with packed weights on a GPU: the Triton kernels, their scratch memory, and inputs of another dtype."""
 
-from importlib.util import find_spec
+import logging
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -11,10 +12,52 @@ from qsun.kernels.launch_table import dequantize_above_m, workspace_bytes
 from qsun.kernels.layout import PackedWeights, separate_gate_up, unpack_weights
 from qsun.kernels.workspace import reserve, reserved
 
+logger = logging.getLogger(__name__)
+_CAPABILITY = (8, 0)  # of a GPU that has bfloat16 in its tensor cores, and that Triton compiles for
 
-def available() -> bool:
-    """Return whether triton is installed."""
-    return find_spec("triton") is not None
+
+@cache
+def available(device: torch.device) -> bool:
+    """Return whether the Triton kernels run on a CUDA device; where they do not, warn once and say why."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _CAPABILITY:
+        problem = "its compute capability is {}.{}, below the {}.{} that they need".format(*capability, *_CAPABILITY)
+    else:
+        problem = _import_problem() or _launch_problem(device)
+    if problem:
+        logger.warning("%s computes without our Triton kernels, which is slower: %s", device, problem)
+    return not problem
+
+
+def _import_problem() -> str:
+    """Return why the kernels cannot be imported; nothing where they can."""
+    version = ""
+    try:
+        import triton
+
+        version = triton.__version__
+        from qsun.kernels import decode_cuda, lora_triton, packed_triton  # noqa: F401
+    except (ImportError, AttributeError) as error:  # the latter is what an old Triton raises
+        if not version:
+            return f"triton cannot be imported ({error}); pip install triton"
+        return f"Triton {version} is too old ({error}); use 3.5 or later, which comes with torch 2.9"
+    return ""
+
+
+def _launch_problem(device: torch.device) -> str:
+    """Return why the smallest kernel cannot be compiled and launched on a device; nothing where it can."""
+    from qsun.kernels.decode_cuda import rms_norm
+
+    x = torch.ones(1, 16, dtype=torch.float16, device=device)
+    try:
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            rms_norm(x, x[0], 1.0)
+    except Exception as error:  # of any type: subprocess, ptxas, the driver
+        lines = str(error).splitlines() or [""]
+        return (
+            f"a first one failed ({type(error).__name__}: {lines[0]}); Triton needs a C compiler and Python's headers"
+        )
+    return ""
 
 
 def packed_linear(

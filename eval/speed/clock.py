@@ -9,6 +9,8 @@ from functools import partial
 
 import torch
 
+from qsun.engine.decode.graph_pool import capture
+
 _TURN_SECONDS, _MOST_REPLAYS = 0.002, 50  # of a graph in one turn: the gap before its first kernel is then noise
 
 
@@ -74,16 +76,13 @@ def _in_turn(calls: Sequence[Callable[[], object]], device: torch.device) -> Cal
 
 def _graph(calls: Sequence[Callable[[], object]], device: torch.device) -> Callable[[], float]:
     """Capture all calls in one graph, so that Python's launch overhead is not timed."""
+
+    def body() -> None:
+        for call in calls:
+            call()
+
     with torch.cuda.device(device):
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for call in calls[:2]:
-                call()  # compile and warm up outside the capture
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph, stream=stream):
-            for call in calls:
-                call()
+        graph = capture(torch.device("cuda", torch.cuda.current_device()), body)
 
     def replays(count: int) -> float:
         with torch.cuda.device(device):

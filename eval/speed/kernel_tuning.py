@@ -22,6 +22,7 @@ import torch
 from qsun.errors import QsunError
 from qsun.eval.speed.clock import interleaved
 from qsun.eval.speed.kernel_bench import KernelVariant, check_bits, random_weights
+from qsun.kernels import packed_cuda
 from qsun.kernels.launch_table import (
     Bucket,
     KernelLaunch,
@@ -50,7 +51,7 @@ _GAIN = 0.99  # a launch replaces the best one if it takes less than this fracti
 def search(start: KernelLaunch, offered: Iterable[KernelLaunch], timer: Timer) -> tuple[KernelLaunch, float, float]:
     """Return the fastest launch reached from `start` by changing one setting at a time, its seconds, and `start`'s."""
     pool = list(dict.fromkeys([start, *offered]))
-    times = timer([start])
+    times, tried = timer([start]), {start}
     if start not in times:
         raise QsunError(f"the launch in use, {start}, gives a wrong product on this GPU; please report this")
     best, first = start, times[start]
@@ -59,9 +60,8 @@ def search(start: KernelLaunch, offered: Iterable[KernelLaunch], timer: Timer) -
         improved = False
         for setting in _SETTINGS:
             same = {name: value for name, value in dataclasses.asdict(best).items() if name not in setting}
-            near = [
-                launch for launch in pool if launch not in times and same.items() <= dataclasses.asdict(launch).items()
-            ]
+            near = [each for each in pool if each not in tried and same.items() <= dataclasses.asdict(each).items()]
+            tried.update(near)  # those that fail or are wrong have no time
             times |= timer(near) if near else {}
             reached = min((launch for launch in [best, *near] if launch in times), key=times.__getitem__)
             if times[reached] < _GAIN * times[best]:
@@ -120,7 +120,11 @@ def gpu_timer(
 
     Args:
         compiling: called with launches before they are timed.
+    Raises:
+        QsunError: the kernels do not run on this device.
     """
+    if not packed_cuda.available(kind.device):
+        raise QsunError(f"{kind.device} does not run the kernels that would be tuned; the warning above says why")
     from qsun.kernels import decode_cuda, packed_triton
 
     weights = random_weights(N, K, kind)
@@ -202,9 +206,11 @@ def unusable_launches() -> tuple[type[Exception], ...]:
 
 
 def write_table(shapes: Shapes, gpu: str, path: Path) -> None:
-    """Add tuned shapes to the table at `path`, or to the one in use where there is no file."""
+    """Add tuned launches to the table at `path`, or to the one in use where there is no file; others stay."""
     table = json_table(path) or _as_json(gpu)
-    table["shapes"] = table.get("shapes", {}) | shapes
+    held = table.setdefault("shapes", {})
+    for key, launches in shapes.items():
+        held[key] = held.get(key, {}) | launches
     parse_launch_table(table)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
@@ -226,4 +232,8 @@ def _as_json(gpu: str) -> dict[str, Any]:
         "dequantize_above_m": table.dequantize_above_m,
         "dependent_launch": table.dependent_launch,
         "buckets": buckets,
+        "shapes": {
+            key: {str(max_m): dataclasses.asdict(launch) for max_m, launch in rows.items()}
+            for key, rows in table.shapes.items()
+        },
     }

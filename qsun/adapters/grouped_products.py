@@ -31,7 +31,7 @@ class GroupedProducts:
     @staticmethod
     def serves(runs: Sequence[Run], device: torch.device) -> bool:
         """Return whether there is a kernel for these adapters on a device."""
-        if not runs or device.type != "cuda" or not packed_cuda.available():
+        if not runs or device.type != "cuda" or not packed_cuda.available(device):
             return False
         from qsun.kernels.lora_triton import MOST_RANK
 
@@ -40,7 +40,7 @@ class GroupedProducts:
     @staticmethod
     def warm(rank: int, dtype: torch.dtype, device: torch.device) -> None:
         """Compile what passes launch where this is the largest rank of their adapters, if there is a kernel for it."""
-        if device.type != "cuda" or not packed_cuda.available():
+        if device.type != "cuda" or not packed_cuda.available(device):
             return
         from qsun.kernels.lora_triton import MOST_RANK, warm_lora_rows
 

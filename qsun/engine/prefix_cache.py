@@ -30,7 +30,7 @@ class PrefixCache:
     def __init__(self, budget_bytes: int):
         self.budget_bytes = budget_bytes
         self.bytes = self.hits = self.lookups = 0
-        self._blocks: OrderedDict[bytes, LayerKV] = OrderedDict()
+        self._blocks: OrderedDict[bytes, Tensor] = OrderedDict()  # (2 layers, heads, tokens, head_dim), K before V
         self._modules: dict[bytes, int] = {}
 
     def find(self, module: int, tokens: Sequence[int], variant: int = 0) -> tuple[int, LayerKV]:
@@ -46,26 +46,25 @@ class PrefixCache:
         if not keys:
             return 0, []
         self.hits += len(keys) * BLOCK_TOKENS
-        blocks = [self._blocks[key] for key in keys]
-        joined = [
-            (torch.cat([keys for keys, _ in layer], 1), torch.cat([values for _, values in layer], 1))
-            for layer in zip(*blocks, strict=True)
-        ]
-        return len(keys) * BLOCK_TOKENS, joined
+        parts = torch.cat([self._blocks[key] for key in keys], 2).unbind()
+        return len(keys) * BLOCK_TOKENS, list(zip(parts[::2], parts[1::2], strict=True))
 
     def keep(self, module: int, tokens: Sequence[int], layers: LayerKV, variant: int = 0) -> None:
-        """Keep the whole blocks of a prompt; layers: (heads, tokens, head_dim), at least as many tokens."""
+        """Keep the whole blocks of a prompt, a copy of each for all layers at once.
+
+        Args:
+            layers: (heads, tokens, head_dim), equal in all, with at least as many tokens.
+        """
         if not self.budget_bytes or len(tokens) < BLOCK_TOKENS:
             return
-        new = []
-        for number, key in enumerate(_keys(module, tokens, variant)):
+        keys = _keys(module, tokens, variant)
+        cut = [part.split(BLOCK_TOKENS, 1) for layer in layers for part in layer]  # views
+        for number, key in enumerate(keys):
             if key not in self._blocks:
-                part = slice(number * BLOCK_TOKENS, (number + 1) * BLOCK_TOKENS)
-                self._blocks[key] = [(keys[:, part].clone(), values[:, part].clone()) for keys, values in layers]
+                self._blocks[key] = torch.stack([views[number] for views in cut])
                 self._modules[key] = module
-                self.bytes += _bytes(self._blocks[key])
-            new.append(key)
-        for key in reversed(new):
+                self.bytes += self._blocks[key].nbytes
+        for key in reversed(keys):
             self._blocks.move_to_end(key)
         while self.bytes > self.budget_bytes:
             self._drop(next(iter(self._blocks)))
@@ -76,7 +75,7 @@ class PrefixCache:
             self._drop(key)
 
     def _drop(self, key: bytes) -> None:
-        self.bytes -= _bytes(self._blocks.pop(key))
+        self.bytes -= self._blocks.pop(key).nbytes
         del self._modules[key]
 
 
@@ -88,7 +87,3 @@ def _keys(module: int, tokens: Sequence[int], variant: int) -> list[bytes]:
         chain.update(array("q", tokens[start : start + BLOCK_TOKENS]).tobytes())
         keys.append(chain.digest())
     return keys
-
-
-def _bytes(block: LayerKV) -> int:
-    return sum(tensor.numel() * tensor.element_size() for layer in block for tensor in layer)

@@ -142,10 +142,10 @@ def fuse_blocks(model: Any, config: Any) -> None:
     """Replace the blocks of a transformers model on a GPU whose projections are merged, and its last norm, in place.
 
     Blocks of OLMo 2 (whose norms of queries and keys span all heads), with projections merged in the checkpoint (Phi 3)
-    or with heads that the kernels do not support stay as they are.
+    or with heads that the kernels do not support stay as they are, and all blocks where the kernels do not run.
     """
-    architecture = architecture_of(config.model_type)
-    if config.model_type == "olmo2" or not packed_cuda.available():
+    architecture, device = architecture_of(config.model_type), model.model.embed_tokens.weight.device
+    if config.model_type == "olmo2" or device.type != "cuda" or not packed_cuda.available(device):
         return
     for layer, block in enumerate(model.model.layers):
         if _fusible(block, config):

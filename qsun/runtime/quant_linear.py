@@ -35,7 +35,7 @@ class QuantLinear(nn.Module):
 
     * "bytes": q (out, in) uint8, scales (groups, out) float32, zeros (groups, out) uint8. Any bits and shape.
     * "cpu_int4": two weights a byte as torch's int4 op reads them; at most 4 bits, bfloat16 activations, on a CPU.
-    * "triton": packed as the Triton kernels read them, `bits` a weight; 16-bit activations, on a GPU.
+    * "triton": packed as the Triton kernels read them, `bits` a weight; 16-bit activations, on a GPU that runs them.
 
     Attributes:
         storage: one of these names.
@@ -159,17 +159,14 @@ class QuantLinear(nn.Module):
         packed_cuda.reserve_workspace(self.out_features, self.in_features, self.group_size, self.bits, device)
 
     def _choose_storage(self, weights: Quantized) -> str:
-        N, K, device = self.out_features, self.in_features, weights.q.device.type
-        if weights.g_idx is not None or device not in ("cpu", "cuda"):
+        N, K, device = self.out_features, self.in_features, weights.q.device
+        if weights.g_idx is not None or device.type not in ("cpu", "cuda"):
             return "bytes"
-        if device == "cpu":
+        if device.type == "cpu":
             fits = self.bits <= 4 and self.dtype == torch.bfloat16 and int4pack_cpu.usable(N, K, self.group_size)
             return "cpu_int4" if fits else "bytes"
         fits = self.dtype in (torch.bfloat16, torch.float16) and packable(N, K, self.group_size)
-        if fits and not packed_cuda.available():
-            logger.warning("triton is not installed: products on the GPU dequantize first; pip install triton")
-            return "bytes"
-        return "triton" if fits else "bytes"
+        return "triton" if fits and packed_cuda.available(device) else "bytes"
 
     def _unpacked(self) -> Quantized:
         """Return the integers, columns in stored order and rows in their original order."""

@@ -177,12 +177,22 @@ def test_an_empty_list():
         ([[5]], {"temperatur": 1}, "unknown setting 'temperatur'"),
         ([[5]], {"top_p": 0.0}, "top_p 0.0 is out of range"),
         ([[5]], {"seed": [1, 2]}, "2 seeds for 1 prompts"),
+        ([[5]], {"seed": 1 << 63}, "seed 9223372036854775808 is out of range; use less than 9223372036854775808"),
+        ([[5]], {"seed": [1 << 64]}, "18446744073709551616 is out of range; use less than 18446744073709551616"),
+        ([[5]], {"seed": [-(1 << 63) - 1]}, "-9223372036854775809 is out of range; use -9223372036854775808 or more"),
     ],
 )
 def test_what_is_refused(prompts, settings, says, tiny_model):
     prefill, decode = pair(tiny_model("llama"))
     with pytest.raises(qsun.QsunError, match=says.replace("(", r"\(")):
         qsun.generate(prefill, decode, prompts, **({"max_new_tokens": 4} | settings))
+
+
+@pytest.mark.parametrize("seed", [-(1 << 63), (1 << 63) - 1, [0, (1 << 64) - 1]])
+def test_the_outermost_seeds_draw(seed, modules):
+    prefills, decode = modules
+    answers = qsun.generate(prefills[0], decode, [[5, 6], [7, 8]], seed=seed, temperature=2.0, max_new_tokens=3)
+    assert all(answers)
 
 
 def test_a_quantized_module_does_not_prefill(tiny_model, tmp_path):

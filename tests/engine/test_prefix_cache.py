@@ -62,6 +62,24 @@ def test_kept_blocks_do_not_hold_the_prompts_buffers():
     assert all(map(torch.equal, found[0], kv(64)[0]))
 
 
+def test_a_block_takes_one_copy_for_all_layers(pretend_cuda):
+    """And is freed alone: it is a part of no larger tensor."""
+    cache, random = PrefixCache(1 << 20), torch.Generator().manual_seed(0)
+    layers = [tuple(torch.randn(2, 3, 100, 4, generator=random).to("cuda")) for _ in range(5)]
+    pretend_cuda.clear()
+    cache.keep(1, list(range(100)), layers)
+    assert sum(pretend_cuda.kernels.values()) == 3, pretend_cuda.kernels
+    held = [block.inner.untyped_storage().nbytes() for block in cache._blocks.values()]
+    assert held == [5 * 2 * 3 * BLOCK_TOKENS * 4 * 4] * 3
+    assert cache.bytes == sum(held)
+    pretend_cuda.clear()
+    length, found = cache.find(1, list(range(100)))
+    assert sum(pretend_cuda.kernels.values()) == 1, pretend_cuda.kernels
+    for ours, theirs in zip(found, layers, strict=True):
+        for part, whole in zip(ours, theirs, strict=True):
+            assert torch.equal(part.cpu(), whole[:, :length].cpu())
+
+
 def test_no_budget_keeps_nothing():
     cache = PrefixCache(0)
     cache.keep(1, list(range(64)), kv(64))

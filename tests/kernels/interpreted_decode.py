@@ -162,6 +162,23 @@ def test_the_fp8_kv_write(dtype, rotate):
         assert (b == 3).all() and (s == 7).all()
 
 
+def test_a_nan_stays_one_in_fp8():
+    """Of all bits set, as a GPU's own are: a sum that overflows must not make a number of it.
+
+    Before the last cast, which loses every NaN in the interpreter (on a GPU it does not).
+    """
+    width, nan = 64, torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(SINGLE)
+    qkv = torch.randn(1, 3 * width)
+    qkv[0, [width, 2 * width]] = nan  # of the key and the value
+    uncast = [torch.zeros(1, 1, 1, width) for _ in range(2)]
+    scales = tuple(torch.zeros(1, 1, 1, 1) for _ in range(2))
+    rotate_and_store_kv(qkv, None, None, *uncast, torch.tensor([0]), scales)
+    for kept, scale, x in zip(uncast, scales, qkv[0, width:].split(width), strict=True):
+        assert kept[..., 0].isnan().all()
+        cast = (x[1:] / scale).to(torch.float8_e4m3fn).float()
+        assert torch.equal(kept[..., 1:], cast)
+
+
 @pytest.mark.parametrize("dtype", [HALF, SINGLE], ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), SHAPES)
 def test_attention(heads, kv_heads, width, dtype):

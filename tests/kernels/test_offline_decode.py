@@ -79,6 +79,7 @@ def test_rotation(normed, offset, fp8):
     constants = {"D": 128, "BLOCK_D": 128, "ROTATE": True, "NORM": normed, "OFFSET": offset, "FP8": fp8, "PDL": True}
     code = compile_kernel(rotate_and_store, types, constants, 90, 1)
     assert not code.spills() and lets_the_next_start(code)
+    assert code.place("FSETP.NAN") or not fp8, "a NaN that is stored as one"
 
 
 @pytest.mark.parametrize("gelu", [False, True])

@@ -89,7 +89,7 @@ def device_of(tensor):
 
 
 @contextlib.contextmanager
-def stream(chosen):
+def on_stream(chosen):
     before = _streams.get(chosen.device.index)
     _streams[chosen.device.index] = chosen
     with device(chosen.device):
@@ -102,10 +102,11 @@ def stream(chosen):
 @contextlib.contextmanager
 def graph(captured, pool=None, stream=None, capture_error_mode="global"):
     """Without `stream`, torch captures on a stream of the device that was current when it first captured: device 0."""
-    captured.device = torch.device("cuda", 0) if stream is None else stream.device
+    side = PretendStream(torch.device("cuda", 0)) if stream is None else stream
+    captured.device = side.device
     STATE.capturing = captured
     STATE.log.graphs.append(captured)
-    with device(captured.device):
+    with on_stream(side):
         try:
             yield
         finally:
@@ -156,7 +157,7 @@ def patches():
         "Stream": PretendStream,
         "Event": PretendEvent,
         "CUDAGraph": PretendGraph,
-        "stream": stream,
+        "stream": on_stream,
         "graph": graph,
         "device": device,
         "device_of": device_of,

@@ -14,11 +14,13 @@ def pretend_cuda(monkeypatch):
     if importlib.util.find_spec("triton") is None:
         pytest.skip("needs triton, whose launches it replaces")
     import qsun.runtime.ops  # noqa: F401  (defines the operators that are replaced)
-    from qsun.kernels import packed_triton
+    from qsun.kernels import packed_cuda, packed_triton
+    from qsun.quantization.methods import loops
     from tests.pretend_cuda import attention, cuda_api, tensors, triton_launches
 
-    packed_triton.gpu_name.cache_clear()
-    packed_triton.pdl_options.cache_clear()
+    known = packed_triton.gpu_name, packed_triton.pdl_options, packed_cuda.available, loops._on_gpu  # of a device
+    for each in known:
+        each.cache_clear()
     for module in (cuda_api, triton_launches, attention):
         for owner, name, stand_in in module.patches():
             monkeypatch.setattr(owner, name, stand_in)
@@ -28,5 +30,5 @@ def pretend_cuda(monkeypatch):
     with torch.no_grad(), tensors.PretendMode():
         yield tensors.STATE.log
     torch.__future__.set_overwrite_module_params_on_conversion(overwrites)
-    packed_triton.gpu_name.cache_clear()
-    packed_triton.pdl_options.cache_clear()
+    for each in known:
+        each.cache_clear()

@@ -5,6 +5,7 @@ import torch
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from qsun.errors import QsunError
 from qsun.eval.speed import clock, kernel_bench, kernel_tuning, model_shapes
 from qsun.eval.speed.contenders import SUN, made_contenders
 from qsun.eval.speed.decode_speed import filled_batch
@@ -68,6 +69,13 @@ def test_launches_that_do_not_fit_are_left_out(pretend_cuda, kind, monkeypatch, 
 
     monkeypatch.setattr(packed_triton, "packed_matmul", Limited())
     assert list(kernel_tuning.gpu_timer(1, N, K, kind)([start, large])) == [start]
+
+
+def test_a_gpu_without_the_kernels_is_not_tuned(pretend_cuda, kind, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    with pytest.raises(QsunError, match="cuda does not run the kernels"):
+        kernel_tuning.gpu_timer(1, N, K, kind)
+    assert "compute capability is 7.5" in caplog.text
 
 
 def test_other_errors_end_the_tuning(pretend_cuda, kind, monkeypatch):

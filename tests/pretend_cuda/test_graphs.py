@@ -15,6 +15,7 @@ from qsun.engine.decode.slot_memory import free_tokens
 from qsun.engine.engine import Engine
 from qsun.engine.requests import Request
 from qsun.engine.warming import warm
+from qsun.eval.speed.clock import interleaved
 from qsun.runtime.kv_cache import kv_bytes_per_token
 from qsun.runtime.quant_linear import QuantLinear
 from tests.engine_rig import run_until_idle, tokens_of
@@ -30,6 +31,7 @@ def expected(tiny_model):
 @pytest.fixture(autouse=True)
 def own_pools(monkeypatch):
     monkeypatch.setattr(graph_pool, "_pools", {})
+    monkeypatch.setattr(graph_pool, "_sides", {})
 
 
 def loaded(directory, device):
@@ -208,6 +210,55 @@ def test_graphs_share_a_pool_until_all_are_gone(pretend_cuda, monkeypatch):
     del other, again
 
 
+@pytest.fixture
+def product(pretend_cuda, monkeypatch):
+    """A function that runs a product as cuBLAS does: its workspace stays with the stream, a graph keeps its address.
+
+    It returns where the workspace lies: "pool" if a capture allocated it.
+    """
+    held = {}
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", held.clear, raising=False)
+
+    def run(device="cuda:0"):
+        capturing = torch.cuda.is_current_stream_capturing()
+        return held.setdefault(torch.cuda.current_stream(device), "pool" if capturing else "ordinary memory")
+
+    run.held = held
+    return run
+
+
+@pytest.mark.parametrize("time_it", [False, True], ids=["decode", "clock"])
+def test_freeing_one_modules_graphs_leaves_anothers_workspace(product, time_it):
+    """When a graph dies torch frees its stream's workspace, and another graph may have that of the same stream."""
+    found = []
+    for _ in range(2):
+        if time_it:
+            interleaved({"product": [lambda: found.append(product())]}, torch.device("cuda", 0), rounds=1)
+        else:
+            graph_pool.capture(torch.device("cuda", 0), lambda: found.append(product()))
+        assert found[-1] == "pool"
+        assert not product.held  # the next product that is not captured gets a workspace of its own
+
+
+def test_a_capture_that_fails_leaves_no_workspace_of_its_pool(product):
+    def body():
+        if product() == "pool":
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        graph_pool.capture(torch.device("cuda", 0), body)
+    assert not product.held
+
+
+def test_all_captures_of_a_device_are_on_one_stream(pretend_cuda):
+    streams = []
+    for index in (0, 1, 0):
+        device = torch.device("cuda", index)
+        graph_pool.capture(device, lambda device=device: streams.append(torch.cuda.current_stream(device)))
+    assert streams[0] is streams[1] is streams[4] is streams[5]
+    assert [stream.device.index for stream in streams] == [0, 0, 1, 1, 0, 0]
+
+
 def test_threads_capture_one_after_the_other(pretend_cuda):
     running, most = [], []
 
@@ -218,7 +269,7 @@ def test_threads_capture_one_after_the_other(pretend_cuda):
         running.pop()
 
     with ThreadPoolExecutor(2) as threads:
-        for each in [threads.submit(graph_pool.capture, torch.device("cuda", 0), body) for _ in range(2)]:
+        for each in [threads.submit(graph_pool.capture, torch.device("cuda", index), body) for index in range(2)]:
             each.result()
     assert most == [1] * 4
 

@@ -85,6 +85,7 @@ def test_layers_that_differ_in_bias_or_dtype_are_all_warmed(pretend_cuda):
     biases = (None, torch.zeros(N, device="cuda"))
     dtypes = (torch.bfloat16, torch.float16)
     layers = [QuantLinear(weights(), bias, 4, dtype) for bias in biases for dtype in dtypes]
+    pretend_cuda.launches.clear()
     _warm_products(torch.nn.ModuleList(layers), 1)
     assert len({(each["BIAS"], each["BF16"]) for each in pretend_cuda.launches}) == 4
 

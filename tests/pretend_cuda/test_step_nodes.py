@@ -7,6 +7,7 @@ import torch
 
 import qsun
 from qsun.engine.decode import decode_step
+from qsun.kernels import packed_cuda
 from qsun.runtime.fused_block import FusedBlock, FusedNorm
 from qsun.runtime.seam import unread_masks
 from tests.gpu import fused_steps
@@ -77,6 +78,8 @@ def test_a_step_of_other_blocks_has_its_masks(quantized, pretend_cuda, monkeypat
 def test_float32_takes_the_blocks_themselves(quantized, pretend_cuda):
     """The kernels compute in 16 bits; a float32 module has the tokens of a CPU."""
     directory = quantized()
+    assert packed_cuda.available(torch.device("cuda", 0))  # which launches a kernel
+    pretend_cuda.launches.clear()
     model, answers = generate(directory, torch.float32)
     assert all(isinstance(block, FusedBlock) for block in model.model.layers)
     assert isinstance(model.model.norm, FusedNorm)

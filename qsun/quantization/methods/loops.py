@@ -5,6 +5,7 @@ are the innermost and only parallel dimension. The order of every sum is that of
 threads nor a second run changes a bit.
 """
 
+import logging
 from functools import cache
 from types import ModuleType
 from typing import Protocol, cast
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from qsun.quantization.methods import torch_loops
+
+logger = logging.getLogger(__name__)
 
 
 class Loops(Protocol):
@@ -66,7 +69,7 @@ class Loops(Protocol):
 
 def loops_on(device: torch.device) -> Loops:
     """Return the fastest loops that this device has."""
-    compiled = {"cpu": _compiled, "cuda": _on_gpu}.get(device.type, lambda: None)()
+    compiled = _compiled() if device.type == "cpu" else _on_gpu(device) if device.type == "cuda" else None
     return cast(Loops, compiled or torch_loops)
 
 
@@ -80,9 +83,15 @@ def _compiled() -> ModuleType | None:
 
 
 @cache
-def _on_gpu() -> ModuleType | None:
+def _on_gpu(device: torch.device) -> ModuleType | None:
+    one, group = torch.ones(1, 1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
     try:
         from qsun.quantization.methods import triton_loops
-    except ImportError:
+
+        triton_loops.round_columns(one, one, one, one, group, 1)
+    except Exception as error:  # of any type: no Triton, or an old one; no C compiler; ptxas; the driver
+        lines = str(error).splitlines() or [""]
+        reason = f"{type(error).__name__}: {lines[0]}"
+        logger.warning("passes on %s loop over columns in torch, which is slower, as Triton failed: %s", device, reason)
         return None
     return triton_loops

@@ -17,6 +17,7 @@ from qsun.quantization.methods.torch_loops import least_error, refit_groups
 
 __all__ = ["descend_columns", "least_error", "round_columns"]
 _ROWS = 16  # of a program
+_WIDEST = 128  # columns of a launch: their changes are in registers
 
 
 @triton.jit
@@ -85,8 +86,14 @@ def round_columns(
 ) -> tuple[Tensor, Tensor]:
     """Implement `Loops.round_columns`."""
     integers, errors = torch.empty_like(block), torch.empty_like(block)
-    inputs = [t.contiguous() for t in (block, factor, scales, zeros, groups)]
-    _launch(round_block, block, *inputs, integers, errors, *block.shape, float(top))
+    grid = [t.contiguous() for t in (scales, zeros)]
+    block = block.contiguous() if len(block) <= _WIDEST else block.clone()
+    for start in range(0, len(block), _WIDEST):
+        here, later = slice(start, start + _WIDEST), slice(start + _WIDEST, None)
+        part, local = block[here], factor[here, here].contiguous()
+        found = integers[here], errors[here]
+        _launch(round_block, part, part, local, *grid, groups[here].contiguous(), *found, *part.shape, float(top))
+        block[later].addmm_(factor[here, later].t(), errors[here], alpha=-1)
     return integers, errors
 
 

@@ -1,10 +1,12 @@
 """Tuning of launches with an invented timer: what is searched, written and read back."""
 
+import dataclasses
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from multiprocessing import get_context
@@ -17,7 +19,7 @@ from qsun.eval.speed import kernel_tuning
 from qsun.eval.speed.kernel_bench import KernelVariant
 from qsun.eval.speed.kernel_tuning import search, tune_kernels, write_table
 from qsun.kernels import launch_table
-from qsun.kernels.launch_table import KernelLaunch, candidates, choose_launch, parse_launch_table
+from qsun.kernels.launch_table import KernelLaunch, candidates, choose_launch, load_launch_table, parse_launch_table
 from tests.places import ROOT
 
 LAYERS = [("", "a", 512, 1024), ("", "again", 512, 1024), ("", "b", 64, 256)]
@@ -50,6 +52,31 @@ def test_launches_that_are_wrong_are_never_chosen():
     assert best.stages in (start.stages, 6)
     with pytest.raises(QsunError, match="gives a wrong product"):
         search(start, [], lambda launches: {})
+
+
+def test_no_launch_is_tried_twice():
+    """Not one that fails either, which takes as long to compile."""
+    start, tried = choose_launch(8, 512, 1024, 128, "default"), Counter()
+
+    def counting(launches):
+        tried.update(launches)
+        return {launch: 10 + abs(launch.split_k - 4) for launch in launches if launch.warps != 8}
+
+    search(start, candidates(8, 512, 1024, 128), counting)
+    assert any(launch.warps == 8 for launch in tried)
+    assert set(tried.values()) == {1}
+
+
+def test_a_new_file_has_the_launches_in_use_as_well(tmp_path):
+    """And a search that has found one launch of a shape leaves the shape's others."""
+    path, shipped = tmp_path / "new.json", load_launch_table("NVIDIA H200")
+    key, launches = next(iter(shipped.shapes.items()))
+    first = KernelLaunch(64, 8, 2, 2, 3, True)
+    changed = min(launches)
+    write_table({key: {str(changed): dataclasses.asdict(first)}}, "NVIDIA H200", path)
+    written = parse_launch_table(json.loads(path.read_text()))
+    assert len(launches) > 1
+    assert written == dataclasses.replace(shipped, shapes=shipped.shapes | {key: launches | {changed: first}})
 
 
 def test_a_table_is_written_added_to_and_read(tmp_path, monkeypatch):

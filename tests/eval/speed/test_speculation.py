@@ -38,3 +38,17 @@ def test_the_command(cli, tmp_path):
     assert [row["drafts"] for row in json.loads(answer.out)["rows"]] == [0, 3]
     wrong = cli("bench", "speculation", "demo", "--data", data, "--batch", "one")
     assert wrong.code != 0 and "whole numbers" in wrong.err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--batch", "1,0"), "batch '1,0' is out of range; use sizes of 1 or more"),
+        (("--batch", ""), "batch '' is out of range"),
+        (("--max-tokens", 512), "max_tokens 512 leaves no room for a prompt in the model's 512 positions"),
+    ],
+)
+def test_wrong_options_are_one_clear_line(cli, tmp_path, options, says):
+    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "calc 1+2>", "response": "3"}])
+    answer = cli("bench", "speculation", "demo", "--data", data, *options)
+    assert answer.code == 2 and says in answer.err and answer.err.count("\n") == 1, answer.err

@@ -44,3 +44,9 @@ def test_the_ratio_is_the_median_of_the_pairs(tmp_path, monkeypatch):
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     found = tuning_speed.compare_tuning("demo", tmp_path / "code.jsonl", steps=3, batch_size=4, device="cpu")
     assert found == {"sun": 3, "full": 4, "ratio": 0.75, "steps": 3}
+
+
+def test_data_of_both_sides_cannot_be_a_pipe(cli, pipe):
+    answer = cli("bench", "tuning", "demo", "--data", pipe())
+    assert answer.code == 2
+    assert "is a pipe, which can be read only once" in answer.err

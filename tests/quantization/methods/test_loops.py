@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from qsun.quantization.methods import torch_loops
-from qsun.quantization.methods.loops import _compiled, _on_gpu, loops_on
+from qsun.quantization.methods.gptq import GptqOptions, gptq
+from qsun.quantization.methods.grid import Grid
+from qsun.quantization.methods.loops import _compiled, loops_on
 from qsun.quantization.methods.rounding import round_scales, round_to_grid
 
 CPU = torch.device("cpu")
@@ -28,18 +30,50 @@ def grids(G, N, sym=True, seed=1):
 
 def test_the_right_loops_are_chosen(chosen_loops):
     assert loops_on(CPU).__name__.endswith(f"{chosen_loops}_loops")
-    assert loops_on(torch.device("cuda")).__name__.endswith("triton_loops")
     assert loops_on(torch.device("meta")) is torch_loops
 
 
-@pytest.mark.parametrize(
-    ("package", "loops", "found"), [("numba", "compiled_loops", _compiled), ("triton", "triton_loops", _on_gpu)]
-)
-def test_without_a_compiler_torch_does_it(package, loops, found, monkeypatch):
+def test_a_gpu_has_loops_in_triton(pretend_cuda):
+    assert loops_on(torch.device("cuda", 0)).__name__.endswith("triton_loops")
+
+
+def test_a_group_as_wide_as_a_row_takes_several_launches_on_a_gpu(pretend_cuda):
+    """One of 4096 columns would take as many registers for each row."""
+    (weight, x) = matrices((24, 320), (400, 320))
+    options = GptqOptions(static_groups=False, scale_search=False, sweeps=0)
+    grid, hessian = Grid(4, -1, True), x.t() @ x / 400
+    found = gptq(weight.to("cuda"), hessian.to("cuda"), grid, options)
+    widths = [(len(launch["args"][0]), launch["B"]) for launch in pretend_cuda.launches[1:]]  # after a first try
+    assert widths == [(128, 128), (128, 128), (64, 64)]
+    assert torch.equal(found.q.cpu(), gptq(weight, hessian, grid, options).q)
+
+
+def without(package, loops, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)  # importing it now fails
     monkeypatch.delitem(sys.modules, f"qsun.quantization.methods.{loops}", raising=False)
     monkeypatch.delattr(f"qsun.quantization.methods.{loops}", raising=False)
-    assert found.__wrapped__() is None
+
+
+def test_without_numba_torch_does_it(monkeypatch):
+    without("numba", "compiled_loops", monkeypatch)
+    assert _compiled.__wrapped__() is None
+
+
+@pytest.mark.parametrize("missing", ["Triton", "C compiler"])
+def test_without_triton_or_a_c_compiler_a_gpu_quantizes_in_torch(missing, pretend_cuda, monkeypatch, caplog):
+    def compile_it(*_, **__):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+
+    if missing == "Triton":
+        without("triton", "triton_loops", monkeypatch)
+    else:
+        monkeypatch.setattr("qsun.quantization.methods.triton_loops._launch", compile_it)
+    for _ in range(2):
+        assert loops_on(torch.device("cuda", 0)) is torch_loops
+    (warning,) = caplog.messages
+    assert "passes on cuda:0 loop over columns in torch" in warning
+    assert ("halted; None in sys.modules" if missing == "Triton" else "Failed to find C compiler.") in warning
+    assert "\n" not in warning
 
 
 @pytest.mark.parametrize("N", ROWS)
