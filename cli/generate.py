@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,16 +26,17 @@ Examples:
 
   qsun generate out/int4 --prefill math=out/math --prefill code=out/code --input prompts.jsonl --json > answers.jsonl
 
-A line of the .jsonl file is {"prompt": "text"} or {"messages": [...]}, with "model" where there are several prefill
-modules; all are decoded in one batch. Answers come in the order of the prompts; a single one appears as it is written.
+A line of the .jsonl file is {"prompt": "text"} or {"messages": [...]}, with "tools" for the chat template, and "model"
+where there are several prefill modules; all are decoded in one batch. Answers come in the order of the prompts; a
+single one appears as it is written.
 """
 
 
 @dataclass(frozen=True)
 class _AskedPrompt:
-    """A prompt, as text or as messages for the chat template; its module; and its name in errors."""
+    """A prompt, as text or as a row with messages, and tools, for the chat template; its module; its name in errors."""
 
-    text: str | list[dict[str, Any]]
+    given: str | Mapping[str, Any]
     model: str
     where: str
 
@@ -116,8 +117,17 @@ def _prompts(texts: list[str], file: Path | None, chat: bool, models: list[str])
         raise QsunError('give a prompt, such as qsun generate demo "calc 12+7>", or --input FILE.jsonl')
     if len(models) > 1:
         raise QsunError('several prefill modules: name one for each prompt by "model" in a file (--input)')
-    for number, text in enumerate(texts or [sys.stdin.read()]):
-        yield _AskedPrompt(_message(text) if chat else text, models[0], f"prompt {number}")
+    for number, text in enumerate(texts or [_standard_input()]):
+        if any("\udc80" <= character <= "\udcff" for character in text):  # how Python keeps such bytes
+            raise QsunError(f"prompt {number} is not valid UTF-8; convert it, for example with iconv")
+        yield _AskedPrompt(_as_chat(text) if chat else text, models[0], f"prompt {number}")
+
+
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise QsunError(f"standard input is not valid {error.encoding} ({error.reason}); convert it to UTF-8") from None
 
 
 def _rows(file: Path, chat: bool, models: list[str]) -> Iterator[_AskedPrompt]:
@@ -130,14 +140,14 @@ def _rows(file: Path, chat: bool, models: list[str]) -> Iterator[_AskedPrompt]:
         if model not in models:
             raise QsunError(f"{where}: 'model' is {model!r}; use one of {', '.join(models)}")
         if "messages" in row:
-            yield _AskedPrompt(row["messages"], model, where)
+            yield _AskedPrompt(row, model, where)
         else:
             text = text_of(row, "prompt", where)
-            yield _AskedPrompt(_message(text) if chat else text, model, where)
+            yield _AskedPrompt({**row, **_as_chat(text)} if chat else text, model, where)
 
 
-def _message(text: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": text}]
+def _as_chat(text: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}]}
 
 
 def _answers(
@@ -165,14 +175,12 @@ def _answers(
 
 
 def _encoded(tokenizer: Any, prompt: _AskedPrompt) -> Any:
-    if isinstance(prompt.text, str):
-        return prompt.text
-    from qsun.data.chat import chat_tokens
+    """Return text as it is, and the tokens of a chat, which are those that tuning makes of it."""
+    if isinstance(prompt.given, str):
+        return prompt.given
+    from qsun.data.examples import prompt_example
 
-    try:
-        return chat_tokens(tokenizer, prompt.text)
-    except QsunError as error:
-        raise QsunError(f"{prompt.where}: {error}") from None
+    return prompt_example(tokenizer, prompt.given, prompt.where).prompt
 
 
 def _stream(pieces: Iterator[Any]) -> set[str]:

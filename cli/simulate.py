@@ -1,5 +1,6 @@
 """`qsun simulate`: a discrete-event simulation of conventional disaggregation, SUN and QSUN."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -7,16 +8,22 @@ import typer
 
 from qsun.cli.terminal import results, screen
 from qsun.cli.terminal.options import names, numbers
+from qsun.errors import QsunError
+
+_OF_DRAWN_REQUESTS = ("models", "skew", "rate", "need", "prompt", "output", "requests")
 
 
 def simulate(
+    context: typer.Context,
     curves: str = typer.Option(..., help="speed.json of qsun bench speed, or computed:MODEL: bounds of an H200."),
     models: str = typer.Option("3", help="Number of models, or their names, comma-separated, the busiest first."),
     decode_workers: int = typer.Option(4, help="Decode workers of every system."),
     skew: str = typer.Option("0,0.5,1,1.5,2", help="Zipf exponents over models, comma-separated; 0 is uniform."),
     rate: str = typer.Option("", help="Requests/s, comma-separated. Default: search the highest rate of each system."),
     need: float = typer.Option(0.0, help="Without --rate: requests/s to find the fewest workers for."),
-    trace: Path | None = typer.Option(None, help="Replay requests.jsonl of qsun bench serve instead."),
+    trace: Path | None = typer.Option(
+        None, help="Replay requests.jsonl of qsun bench serve instead of drawing requests."
+    ),
     prompt: str = typer.Option(
         "lognormal:512,0.8,4096", help="Prompt tokens: fixed:N, uniform:A-B, lognormal:MED,SIGMA."
     ),
@@ -54,6 +61,14 @@ def simulate(
 
       qsun simulate --curves computed:llama-3.1-8b --models 8 --decode-workers 8 --memory-gb 141
     """
+    given = [name for name in _OF_DRAWN_REQUESTS if _is_given(context, name)]
+    if trace and given:
+        raise QsunError(f"--trace brings its own requests; omit --{' and --'.join(given)}")
+    if not 0 <= need < math.inf:
+        raise QsunError(f"need {need:g} is out of range; use requests/s above 0")
+    if need and rate:
+        raise QsunError("--need belongs to the search that --rate replaces; give one of them")
+    results.prepare(out)
     from qsun.eval.load.workload import Lengths, Workload, read_trace
     from qsun.eval.simulate.capacity import Scenario, default_level
     from qsun.eval.simulate.compared_systems import Deployment
@@ -77,7 +92,7 @@ def simulate(
         overhead_ms,
         qsun_variant,
     )
-    level = default_level(workload, found, max_batch, slo_ttft, slo_tpot)
+    level = default_level(replayed or workload.sample(), found, max_batch, slo_ttft, slo_tpot)
     scenario = Scenario(workload, found, deployment, level, target, requests)
     with screen.progress(quiet=as_json) as progress:
         rates = numbers("rate", rate)
@@ -94,7 +109,12 @@ def _show(result: dict[str, Any], out: Path | None, as_json: bool) -> None:
     results.show(result, as_json, report_text)
 
 
+def _is_given(context: typer.Context, option: str) -> bool:
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 def _names(models: str) -> tuple[str, ...]:
-    if models.isdigit():
+    if models.isdecimal():
         return tuple(f"model-{number + 1}" for number in range(int(models)))
     return tuple(names(models))

@@ -5,7 +5,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,23 @@ def token_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("calibration") / "tokens.npy"
     np.save(path, random_tokens(8, SEQUENCE))
     return path
+
+
+@pytest.fixture
+def pipe() -> Iterator[Callable[..., str]]:
+    """pipe(text): the name of a pipe that gives this text once, as a shell's <(command) has one."""
+    readers = []
+
+    def make(text: str = "") -> str:
+        reader, writer = os.pipe()
+        os.write(writer, text.encode())
+        os.close(writer)
+        readers.append(reader)
+        return f"/dev/fd/{reader}"
+
+    yield make
+    for reader in readers:
+        os.close(reader)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ def adapters(
     """
     where = use_device(device, threads)
     check_one_of("--prefill-weights", prefill_weights, ("base", "decode"))
+    results.prepare(out)
     from qsun.eval.output.machine import describe_machine
     from qsun.eval.speed.adapter_speed import AdapterRun, bench_adapters, report_text
     from qsun.runtime.decode_module import load_decode

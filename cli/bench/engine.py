@@ -38,19 +38,23 @@ def engine(
       qsun bench engine --decode out/int4 --prefill out/math --prefill out/code --rate 10
     """
     where = use_device(device, threads)
+    results.prepare(out)
     from qsun.eval.load.workload import Lengths, Workload
     from qsun.eval.output.machine import describe_machine
-    from qsun.eval.simulate.engine_comparison import EngineComparison, compare_in_rounds, report_text
+    from qsun.eval.simulate.engine_comparison import EngineComparison, check_trace, compare_in_rounds, report_text
     from qsun.runtime.decode_module import load_decode
     from qsun.runtime.prefill_module import load_prefill
 
+    named = {f"model-{number}": name for number, name in enumerate(prefill, 1)}
+    workload = Workload(tuple(named), skew, Lengths.parse(prompt), Lengths.parse(output), seed)
+    trace = workload.trace(rate, requests)
+    check_trace(trace)
     module = load_decode(decode, where, dtype)
     loaded = {name: load_prefill(name, module, module.model.dtype) for name in dict.fromkeys(prefill)}
-    models = {f"model-{number}": loaded[name] for number, name in enumerate(prefill, 1)}
-    workload = Workload(tuple(models), skew, Lengths.parse(prompt), Lengths.parse(output), seed)
+    models = {model: loaded[name] for model, name in named.items()}
     with screen.progress(quiet=as_json) as progress:
         runs = EngineComparison(module, models, max_batch, prefill_tokens)
-        result = compare_in_rounds(runs, workload.trace(rate, requests), rounds, progress)
+        result = compare_in_rounds(runs, trace, rounds, progress)
     result |= {"rate": rate, "skew": skew, "prompt": prompt, "output": output, "models": len(models)}
     result |= describe_machine(where)
     results.save(out, "engine", result)

@@ -55,6 +55,7 @@ def kernels(
     from qsun.eval.speed.model_shapes import MODEL_SHAPES
 
     where = use_device(device, threads)
+    results.prepare(out)
     on_gpu = where.type == "cuda"
     if not model and not shape:
         model, shape = (list(MODEL_SHAPES), []) if on_gpu else ([], ["4096x4096", "14336x4096"])
@@ -90,6 +91,10 @@ def tune_kernels(
 
       qsun bench tune-kernels --shape 6144x4096 -o h200.json
     """
+    if out is not None:
+        results.prepare(out.parent)
+        if out.is_dir():
+            raise QsunError(f"table {out} is a folder; name a file in it")
     import torch
 
     from qsun.eval.speed.kernel_bench import KernelVariant, layers_of

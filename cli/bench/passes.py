@@ -27,9 +27,9 @@ def passes(
     samples: int = typer.Option(128, help="Calibration sequences."),
     seq_len: int = typer.Option(2048, help="Tokens in each."),
     polish: int = typer.Option(0, min=0, help="Then each calibrated method with so many steps of polish, too."),
-    windows: int = typer.Option(96, help="Validation windows for the divergence."),
-    window: int = typer.Option(256, help="Tokens in each."),
-    threads: int = typer.Option(1, help="CPU threads; 1 makes CPU seconds most comparable."),
+    windows: int = typer.Option(96, min=1, help="Validation windows for the divergence."),
+    window: int = typer.Option(256, min=2, help="Tokens in each."),
+    threads: int = typer.Option(1, min=1, help="CPU threads; 1 makes CPU seconds most comparable."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
 ) -> None:
     """Quantize with several methods; print the KL divergence from the full-precision model and CPU seconds.

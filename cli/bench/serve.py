@@ -11,8 +11,10 @@ from qsun.cli.terminal.options import names
 from qsun.errors import QsunError
 from qsun.eval.output.table import Table
 
+_AGAINST = "requests-against.jsonl"
+
 if TYPE_CHECKING:
-    from qsun.eval.load.rounds import Measured
+    from qsun.eval.load.rounds import LoadSettings, Measured
 
 
 def serve(
@@ -76,9 +78,10 @@ def serve(
     key, extra = (*read_keys(api_key_file), "")[0], _object(extra_body)
     urls = {OURS: url} | ({THEIRS: against} if against else {})
     targets = {name: Target(address, endpoint, key, extra, deadline) for name, address in urls.items()}
+    results.prepare(out)
     with screen.progress(quiet=as_json) as progress:
         measured = run_load(targets, settings, progress, screen.note)
-    result: dict[str, Any] = {"urls": urls, "load": _described(rate, concurrency, requests, skew, prompt, output, seed)}
+    result: dict[str, Any] = {"urls": urls, "load": _described(settings, prompts or prompt, output)}
     result |= load_result(measured, level, decode_workers)
     if out is not None:
         _write(out, result, measured)
@@ -91,9 +94,13 @@ def serve(
         typer.echo(_compared(result))
 
 
-def _described(rate: float, concurrency: int, requests: int, skew: float, prompt: str, output: str, seed: int) -> str:
-    how = f"{rate:g} requests/s, open loop" if rate else f"{concurrency} requests in flight, closed loop"
-    return f"{how}, {requests} requests, skew {skew:g}, prompts {prompt}, outputs {output}, seed {seed}"
+def _described(load: "LoadSettings", prompts: Path | str, output: str) -> str:
+    """Describe a load; `prompts` is the file of them, or the lengths of random ones."""
+    how = f"{load.rate:g} requests/s, open loop" if load.rate else f"{load.concurrency} requests in flight, closed loop"
+    own = [key for key in ("model", "max_tokens") if any(key in row for row in load.rows)]
+    file = str(prompts).encode(errors="backslashreplace").decode()  # its name may be any bytes
+    what = f"of {file} with their {' and '.join(own)}" if own else f"of {file}" if load.rows else file
+    return f"{how}, {load.requests} requests, skew {load.skew:g}, prompts {what}, outputs {output}, seed {load.seed}"
 
 
 def _object(text: str) -> dict[str, Any]:
@@ -101,6 +108,8 @@ def _object(text: str) -> dict[str, Any]:
         found = json.loads(text)
     except json.JSONDecodeError as error:
         raise QsunError(f"extra-body {text!r:.60} is not JSON ({error.msg})") from None
+    except (ValueError, RecursionError):
+        raise QsunError(f"extra-body {text!r:.60} has a number of too many digits, or nests too deep") from None
     if not isinstance(found, dict):
         raise QsunError(f'extra-body {text!r:.60} is not a JSON object; use one such as {{"ignore_eos": true}}')
     return found
@@ -120,5 +129,6 @@ def _write(out: Path, result: dict[str, Any], measured: "Measured") -> None:
     records = {name: measured.all_records(name) for name in measured.rounds}
     named = {result["urls"][name]: found for name, found in records.items()}
     results.save(out, "load", result, lambda: load_figure(named, result["load"]))
+    (out / _AGAINST).unlink(missing_ok=True)  # an earlier run's
     for name, found in records.items():
-        write_records(found, out / ("requests.jsonl" if name == "url" else f"requests-{name}.jsonl"))
+        write_records(found, out / ("requests.jsonl" if name == "url" else _AGAINST))

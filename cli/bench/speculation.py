@@ -32,6 +32,7 @@ def speculation(
       qsun bench speculation demo --data prompts.jsonl --batch 1,4,16 --drafts 2,4,8,16
     """
     where = use_device("cpu", threads)
+    results.prepare(out)
     from qsun.eval.output.machine import describe_machine
     from qsun.eval.speed.speculation import compare_speculation, report_text
     from qsun.model.pairing import find_base
@@ -40,11 +41,16 @@ def speculation(
     from qsun.tuning.examples import read_examples
 
     batches, lengths = whole_numbers("batch", batch), whole_numbers("drafts", drafts)
+    if not batches or 0 in batches:
+        raise QsunError(f"batch {batch!r} is out of range; use sizes of 1 or more, such as 1,8")
     module = load_decode(decode, where, dtype)
     reader = load_prefill(prefill or find_base(decode)[1], module, module.model.dtype)
     if module.tokenizer is None:
         raise QsunError(f"{decode} has no tokenizer; speculation is measured on text")
-    most = module.model.config.max_position_embeddings - max_tokens
+    positions = module.model.config.max_position_embeddings
+    most = positions - max_tokens
+    if most < 1:
+        raise QsunError(f"max_tokens {max_tokens} leaves no room for a prompt in the model's {positions} positions")
     found, _ = read_examples(data, module.tokenizer, most, "prompts")
     with screen.progress(quiet=as_json) as progress:
         rows = [

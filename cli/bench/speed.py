@@ -45,6 +45,7 @@ def speed(
         raise QsunError("give either --shape NAME or --decode DIR" + (", not both" if shape else ""))
     if base and not decode:
         raise QsunError("--base needs --decode; --shape makes its own base")
+    results.prepare(out)
     from qsun.eval.output.machine import describe_machine
     from qsun.eval.speed.contenders import loaded_contenders, made_contenders
     from qsun.eval.speed.decode_speed import Points, bench_speed

@@ -72,8 +72,11 @@ def tasks(
         missing = missing_work(study, out)
         results.show([w.described() for w in missing], as_json, lambda _: work_table(missing))
         return
-    with screen.progress(as_json) as progress:
-        result = run_study(study, out, processes, progress)
+    try:
+        with screen.progress(as_json) as progress:
+            result = run_study(study, out, processes, progress)
+    except KeyboardInterrupt:
+        screen.interrupted("finished pieces are kept, the same command continues")
     report = _write_report(result, out)
     write_matrix(study, out)
     results.show(result, as_json, lambda _: report)
@@ -146,7 +149,7 @@ def tuning(
     data: Path = typer.Option(..., help="Training data, as for qsun tune."),
     steps: int = typer.Option(30, min=1, help="Timed steps of each."),
     batch_size: int = typer.Option(32, min=1, help="Examples of a step."),
-    threads: int = typer.Option(0, help="CPU threads. Default: as torch chooses."),
+    threads: int = typer.Option(0, min=0, help="CPU threads. Default: as torch chooses."),
     device: str = typer.Option("", help="cpu or cuda. Default: a GPU if available."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
 ) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qsun.data.calibration import read_calibration
-from qsun.data.examples import TokenExample
+from qsun.data.examples import TokenExample, check_vocabulary
 from qsun.errors import QsunError
 from qsun.model.locate import find_model, load_tokenizer
 from qsun.model.skeleton import read_model_config
@@ -119,24 +119,55 @@ def _batches(examples: Sequence[TokenExample], size: int, device: torch.device) 
     by_length = sorted(examples, key=lambda e: (len(e.response), len(e.prompt)))
     first = 0
     while first < len(by_length):
-        longest = len(by_length[min(first + size, len(by_length)) - 1].response)
-        count = max(1, min(size, _TOKENS_AT_ONCE // longest))
-        yield collate(by_length[first : first + count]).to(device)
-        first += count
+        part = by_length[first : first + size]
+        longest = max(max(len(e.prompt), len(e.response)) for e in part)  # each of the two has a pass of its own
+        part = part[: max(1, _TOKENS_AT_ONCE // longest)]
+        yield collate(part).to(device)
+        first += len(part)
 
 
 def read_windows(valid: Path, model: str, count: int, length: int) -> torch.Tensor:
-    """Read (count, length) token ids: consecutive windows of a .npy of ids, or of any calibration source."""
+    """Read (count, length) token ids: consecutive windows of a .npy of ids, or of any calibration source.
+
+    Raises:
+        QsunError: fewer or shorter windows than asked for, windows that the model has no positions for, or a token
+            outside its vocabulary.
+    """
+    if count < 1 or length < 2:
+        raise QsunError(f"windows {count}x{length} are out of range; use 1 or more, of 2 or more tokens")
+    directory = find_model(model)
+    config = read_model_config(directory)
+    if length > config.max_position_embeddings:
+        most = config.max_position_embeddings
+        raise QsunError(
+            f"windows of {length} tokens go over the {most} positions of {model}; use {most} or fewer tokens"
+        )
     if valid.suffix == ".npy":
-        ids = torch.from_numpy(np.load(valid, allow_pickle=False).astype(np.int64)).flatten()
+        ids = _read_ids(valid)
         if len(ids) < count * length:
             raise QsunError(f"{valid} has {len(ids)} tokens; {count} windows of {length} need {count * length}")
+        check_vocabulary([ids.tolist()], config.vocab_size, None, str(valid))
         return ids[: count * length].view(count, length)
-    directory = find_model(model)
-    vocabulary = read_model_config(directory).vocab_size
-    found = read_calibration([str(valid)], load_tokenizer(directory), vocabulary, count, length, seed=1)
-    if len(found.samples) < count:
+    found = read_calibration([str(valid)], load_tokenizer(directory), config.vocab_size, count, length, seed=1)
+    shortest = min(len(sample.tokens) for sample in found.samples)
+    if shortest < length:
         raise QsunError(
-            f"{valid} gives {len(found.samples)} windows of {length} tokens; use --windows {len(found.samples)}"
+            f"{valid} has a row of {shortest} tokens, and a window is {length}; give running text, or shorter windows"
+        )
+    if len(found.samples) < count:
+        given = len(found.samples)
+        raise QsunError(
+            f"{valid} gives {given} windows of {length} tokens, not {count}; give more text, or use {given}"
         )
     return torch.tensor([sample.tokens for sample in found.samples])
+
+
+def _read_ids(path: Path) -> Tensor:
+    """Read token ids of any shape as (N,)."""
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise QsunError(f"{path} cannot be read as an .npy file: {error}") from None
+    if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu":
+        raise QsunError(f"{path} does not hold an array of integers; save token ids with numpy.save")
+    return torch.from_numpy(ids.astype(np.int64)).flatten()

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
+from math import isclose
+from statistics import fmean
 from typing import Any
 
 from qsun.errors import QsunError, shortened
@@ -41,10 +43,10 @@ def run_task(prefill: PrefillModule, decode: DecodeModule, task: str, settings: 
     """Run one task, or a group of tasks, with lm-eval.
 
     Returns:
-        {"metric", "values": the metric of every example in the task's order, "all": every metric of the task as lm-eval
-        computes it, "version"}.
+        {"metric": the first that is a mean of values from 0 to 1, "values": that of every example in the task's order,
+        "all": every metric of the task as lm-eval computes it, "version"}.
     Raises:
-        QsunError: no such task, or a task that runs code without permission.
+        QsunError: no such task, one without such a metric, or one that runs code without permission.
     """
     from lm_eval import evaluator
 
@@ -104,22 +106,36 @@ def _indexed(task_dir: str, task_data: str, include_defaults: bool) -> Any:
 
 
 def _outcome(task: str, results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return every example's value of the task's first metric and filter; subtasks of a group one after another."""
+    """Return every example's value of the task's first share and filter; subtasks of a group one after another."""
     samples = results["samples"]
     names = sorted(samples)
     values: list[float] = []
     for name in names:
         first = [s for s in samples[name] if s["filter"] == samples[name][0]["filter"]]
-        metric = first[0]["metrics"][0]
-        if not isinstance(first[0][metric], (int, float)):
-            raise QsunError(f"task {name}: {metric} has no number for each example; use --text for perplexity")
-        values += [float(sample[metric]) for sample in sorted(first, key=lambda s: s["doc_id"])]
+        first.sort(key=lambda sample: sample["doc_id"])
+        metrics = first[0]["metrics"]
+        metric = next((m for m in metrics if _is_share(m, first, results["results"][name])), None)
+        if metric is None:
+            raise QsunError(
+                f"task {name}: none of its metrics, {', '.join(metrics)}, is a mean of values from 0 to 1; use --text "
+                "for perplexity"
+            )
+        values += [float(sample[metric]) for sample in first]
     return {
         "metric": metric,
         "values": values,
         "all": {name: _numbers(results["results"][name]) for name in names},
         "version": {name: results["versions"].get(name) for name in names},
     }
+
+
+def _is_share(metric: str, samples: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> bool:
+    """Return whether lm-eval's result of a metric is the mean of the examples' values, all from 0 to 1."""
+    values: list[Any] = [sample.get(metric) for sample in samples]
+    if not all(isinstance(value, (int, float)) and 0 <= value <= 1 for value in values):
+        return False
+    whole = result.get(f"{metric},{samples[0]['filter']}")
+    return isinstance(whole, (int, float)) and isclose(whole, fmean(values), rel_tol=1e-6, abs_tol=1e-9)
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:

@@ -2,13 +2,15 @@
 
 import ast
 import importlib
-import json
 import operator
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from fractions import Fraction
+from math import isfinite
 
+from qsun.demo.tasks import json_equal
 from qsun.errors import QsunError
 
 Scorer = Callable[[str, str], bool]  # answer, right response
@@ -18,20 +20,13 @@ _OPERATORS: dict[str, Callable[[Fraction, Fraction], Fraction]] = {
     "*": operator.mul,
     "/": operator.truediv,
 }
+_LEADING_ZEROS = re.compile(r"(?<![\w.])0+(?=\d)")
 _NODES: dict[type[ast.operator], str] = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
 
 
 def exact(answer: str, response: str) -> bool:
     """Compare texts, in which any white space counts as one blank."""
     return answer.split() == response.split()
-
-
-def json_equal(answer: str, response: str) -> bool:
-    """Compare JSON values; the order of an object's keys does not matter."""
-    try:
-        return bool(json.loads(answer) == json.loads(response))
-    except (ValueError, RecursionError):
-        return False
 
 
 def expression_equal(answer: str, response: str) -> bool:
@@ -48,12 +43,18 @@ def expression_equal(answer: str, response: str) -> bool:
 def _value(text: str) -> Fraction:
     words = text.split()
     if words and words[0] in _OPERATORS and len(words) > 2:
-        rest = iter(words)
-        value = _prefix(rest)
-        if next(rest, None) is not None:
-            raise ValueError("more than one expression")
-        return value
-    return _infix(ast.parse(text.strip(), mode="eval").body)
+        with suppress(ValueError):  # `- 3 + 4` is infix
+            return _prefix_value(words)
+    plain = _LEADING_ZEROS.sub("", text.strip())  # Python refuses 007
+    return _infix(ast.parse(plain, mode="eval").body, plain)
+
+
+def _prefix_value(words: Iterable[str]) -> Fraction:
+    rest = iter(words)
+    value = _prefix(rest)
+    if next(rest, None) is not None:
+        raise ValueError("more than one expression")
+    return value
 
 
 def _prefix(words: Iterator[str]) -> Fraction:
@@ -64,22 +65,33 @@ def _prefix(words: Iterator[str]) -> Fraction:
     return _operand(word)
 
 
-def _infix(node: ast.expr) -> Fraction:
+def _infix(node: ast.expr, text: str) -> Fraction:
     if isinstance(node, ast.BinOp) and type(node.op) in _NODES:
-        return _OPERATORS[_NODES[type(node.op)]](_infix(node.left), _infix(node.right))
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        return -_infix(node.operand)
+        return _OPERATORS[_NODES[type(node.op)]](_infix(node.left, text), _infix(node.right, text))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
+        value = _infix(node.operand, text)
+        return -value if isinstance(node.op, ast.USub) else value
     if isinstance(node, ast.Name):
         return _operand(node.id)
-    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
-        return _operand(str(node.value))
+    if isinstance(node, ast.Constant):
+        return _constant(node.value, (ast.get_source_segment(text, node) or "").replace("_", ""))
     raise ValueError("not arithmetic")
+
+
+def _constant(value: object, text: str) -> Fraction:
+    if isinstance(value, bool):
+        return _operand(str(value))
+    if isinstance(value, int):
+        return Fraction(value)
+    if isinstance(value, float) and isfinite(value):  # and 1e-999999999 is 0: as a Fraction it is too much work
+        return Fraction(text) if value else Fraction(0)
+    raise ValueError("not a number")
 
 
 def _operand(word: str) -> Fraction:
     if word.isidentifier():
         return Fraction(zlib.crc32(word.encode()) + 2, 997)
-    if not re.fullmatch(r"-?\d{1,18}(\.\d{1,18})?", word):  # also bounds the work: 1e999999999 is a Fraction too
+    if not re.fullmatch(r"-?\d{1,99}(\.\d{1,99})?", word):
         raise ValueError("not a number")
     return Fraction(word)
 

@@ -1,6 +1,7 @@
 """One streaming request to an OpenAI-compatible server, and when its tokens arrived."""
 
 import asyncio
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,12 +9,22 @@ from typing import Any
 
 import httpx
 
+from qsun.data.jsonl import check_text
 from qsun.errors import QsunError
 from qsun.serve.http.wire import DONE, BrokenStream, data_events, error_message, parse_event, tokens_in, usage_count
 
 ENDPOINTS = ("completions", "chat")
 NOT_SENT = "not sent"
 _BEYOND_DEADLINE_S = 5.0  # httpx's own timeouts, in case of a wait that the deadline does not cover
+
+
+def check_sendable(value: Any, where: str) -> None:
+    """Raise QsunError for what Python reads from JSON and no request can carry: NaN, half a surrogate pair."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise QsunError(f"{where}: NaN and Infinity are not JSON; use a finite number or null") from None
+    check_text(text, where)
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,7 @@ class Target:
             raise QsunError(f"endpoint {self.endpoint!r} is not known; use {' or '.join(ENDPOINTS)}")
         try:
             valid = httpx.URL(self.url).scheme in ("http", "https")
-        except httpx.InvalidURL:
+        except (httpx.InvalidURL, UnicodeEncodeError):
             valid = False
         if not valid:
             raise QsunError(f"url {self.url!r} is not an http address; use one such as http://127.0.0.1:8000")
@@ -45,6 +56,7 @@ class Target:
             raise QsunError("the API key cannot be sent in an HTTP header; use printable ASCII characters")
         if not self.deadline_s > 0:
             raise QsunError(f"deadline {self.deadline_s:g} is out of range; use more than 0 seconds")
+        check_sendable(self.extra, "extra-body")
 
     @property
     def path(self) -> str:

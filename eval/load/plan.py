@@ -10,7 +10,7 @@ import httpx
 
 from qsun.data.jsonl import read_rows, text_of
 from qsun.errors import QsunError
-from qsun.eval.load.client import PlannedRequest, Target
+from qsun.eval.load.client import PlannedRequest, Target, check_sendable
 from qsun.eval.load.workload import Workload
 from qsun.serve.http.wire import BrokenStream, usage_count
 
@@ -98,6 +98,7 @@ def read_prompts(path: Path, endpoint: str) -> list[dict[str, Any]]:
             if not isinstance(row["max_tokens"], int) or row["max_tokens"] < 1:
                 raise QsunError(f"{where}: max_tokens {row['max_tokens']!r} is not a whole number from 1 up")
             kept["max_tokens"] = row["max_tokens"]
+        check_sendable(kept, where)
         found.append(kept)
     if not found:
         raise QsunError(f"prompts file {path} has no rows")

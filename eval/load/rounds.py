@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qsun.data.jsonl import check_text
 from qsun.errors import QsunError
 from qsun.eval.load.client import Record, Target
 from qsun.eval.load.generator import closed_loop, open_loop
@@ -55,6 +56,8 @@ class LoadSettings:
         if self.rate and not 0 < self.rate < math.inf:
             raise QsunError(f"rate {self.rate:g} is out of range; use requests/s above 0, or --concurrency to saturate")
         zipf_shares(self.models or ("any",), self.skew)
+        for name, text in (("models", ",".join(self.models)), ("prompt-seed", self.prompt_seed)):
+            check_text(text, name)
         for name, low in (("concurrency", 0), ("requests", 1), ("warm_up", 0), ("rounds", 1), ("max_in_flight", 1)):
             if getattr(self, name) < low:
                 raise QsunError(f"{name} {getattr(self, name)} is out of range; use {low} or more")

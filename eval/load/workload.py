@@ -99,6 +99,10 @@ class Workload:
     def shares(self) -> dict[str, float]:
         return zipf_shares(self.models, self.skew)
 
+    def sample(self) -> list[TracedRequest]:
+        """Draw 1,000 requests, for their lengths."""
+        return self.trace(1.0, 1000)
+
     def trace(self, rate: float, requests: int) -> list[TracedRequest]:
         """Draw `requests` arrivals at `rate` a second; at an infinite rate all arrive at 0."""
         if not rate > 0:
@@ -136,7 +140,7 @@ def read_trace(path: Path) -> list[TracedRequest]:
             )
         except KeyError as error:
             raise QsunError(f"{where}: no {error.args[0]!r}; a row has {', '.join(TracedRequest._fields)}") from None
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise QsunError(f"{where}: arrival, prompt_tokens and output_tokens must be numbers") from None
         if not (0 <= request.arrival < math.inf and request.prompt_tokens >= 1 and request.output_tokens >= 1):
             raise QsunError(f"{where}: {request} is out of range; arrival from 0, tokens from 1 up")

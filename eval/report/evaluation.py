@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from qsun.data.examples import TokenExample
+from qsun.data.jsonl import check_no_pipe
 from qsun.device import default_device, load_dtype
 from qsun.errors import QsunError
 from qsun.eval.harness.divergence import read_windows, response_divergence, text_divergence
@@ -27,6 +29,7 @@ from qsun.model.checkpoint import file_sha256, read_json
 from qsun.model.locate import find_model, load_tokenizer
 from qsun.model.manifest import read_manifest, write_json
 from qsun.model.pairing import check_served_pair, weights_fingerprint
+from qsun.model.skeleton import read_model_config
 from qsun.progress import Progress
 from qsun.runtime.decode_module import DecodeModule, load_decode
 from qsun.runtime.prefill_module import PrefillModule, load_prefill
@@ -55,6 +58,10 @@ class Evaluation:
     def place(self) -> torch.device:
         return default_device(self.device)
 
+    def source(self, entry: Entry) -> str:
+        """Return the entry's data of prompts and responses, its own or that of all; may be empty."""
+        return entry.responses or str(self.responses or "")
+
     def settings(self) -> dict[str, Any]:
         """Return what a resumed run must agree with."""
         return json.loads(json.dumps(asdict(self), default=str))
@@ -77,13 +84,11 @@ def evaluate(
     Returns:
         Each part's result: {"kind": "task" | "responses" | "text", "variant", ...}.
     Raises:
-        QsunError: an unknown task, too little text, or `out` exists (without resume) or holds another evaluation.
+        QsunError: an unknown task, too little text, unusable responses, or `out` exists (without resume) or holds
+            another evaluation.
     """
     check_tasks([task for entry in job.matrix.entries for task in entry.answers(job.matrix.tasks)], job.harness)
-    if job.text:
-        read_windows(job.text, str(job.matrix.entries[0].full_precision()[0]), *job.windows)
-    for entry in _compared(job):
-        entry.full_precision()  # a missing base is an error now, not hours later
+    _check_data(job)
     parts = list(_parts(job))
     _claim(job, out, resume)
     modules = _Modules(job)
@@ -98,9 +103,28 @@ def evaluate(
     return results
 
 
+def _check_data(job: Evaluation) -> None:
+    """Raise QsunError, now and not hours later, for a missing base, and for text and responses that cannot be read."""
+    for file in _sources(job):
+        check_no_pipe(file, "evaluation")  # each variant reads it
+    bases = {str(entry.full_precision()[0]) for entry in _compared(job)}
+    if job.text:
+        for base in bases:
+            read_windows(job.text, base, *job.windows)
+    read = {(entry.decode, source): entry for entry in job.matrix.entries if (source := job.source(entry))}
+    for (_, source), entry in read.items():
+        _examples(entry, source)
+
+
+def _sources(job: Evaluation) -> list[Path]:
+    """Return the text and the responses, each once."""
+    responses = [Path(source) for entry in job.matrix.entries if (source := job.source(entry))]
+    return list(dict.fromkeys([*([job.text] if job.text else []), *responses]))
+
+
 def _compared(job: Evaluation) -> list[Entry]:
     """Return entries whose decode module is compared with its base, at decode positions or on text."""
-    return [entry for entry in job.matrix.entries if job.text or entry.responses or job.responses]
+    return [entry for entry in job.matrix.entries if job.text or job.source(entry)]
 
 
 def _claim(job: Evaluation, out: Path, resume: bool) -> None:
@@ -134,9 +158,8 @@ def _contents(job: Evaluation) -> dict[str, str]:
         if directory not in digests:
             digests[directory] = weights_fingerprint(directory)
         found[f"module {name}"] = digests[directory]
-    sources = [Path(entry.responses or job.responses or "") for entry in compared]
-    for source in dict.fromkeys([*([job.text] if job.text else []), *sources]):
-        if source.is_file():  # reading a missing one is an error later
+    for source in _sources(job):
+        if source.is_file():  # and not a data set
             found[f"file {source}"] = file_sha256(source)
     return found
 
@@ -145,9 +168,9 @@ def _parts(job: Evaluation) -> Iterator[_EvaluationPart]:
     for place, entry in enumerate(job.matrix.entries):
         for task in entry.answers(job.matrix.tasks):
             yield _EvaluationPart(f"{entry.name}: {task}", f"{place:03d}-{task}", partial(_task, job, entry, task))
-        source = entry.responses or job.responses
+        source = job.source(entry)
         if source:
-            work = partial(_responses, entry, Path(source))
+            work = partial(_responses, entry, source)
             yield _EvaluationPart(f"{entry.name}: decode positions", f"{place:03d}-responses", work)
     if job.text:
         for place, (entry, names) in enumerate(_decoders(job.matrix)):
@@ -171,13 +194,20 @@ def _task(job: Evaluation, entry: Entry, task: str, modules: "_Modules") -> Mapp
     return {"kind": "task", "variant": entry.name, "task": task, **found}
 
 
-def _responses(entry: Entry, source: Path, modules: "_Modules") -> Mapping[str, Any]:
+def _examples(entry: Entry, source: str) -> list[TokenExample]:
+    """Read prompts and responses that fit into the entry's modules. Raises QsunError for what cannot be used."""
+    directory = find_model(entry.decode)
+    tokenizer = load_tokenizer(directory) or load_tokenizer(entry.full_precision()[0])
+    if tokenizer is None:
+        raise QsunError(f"decode module {entry.decode} has no tokenizer; copy the tokenizer files of its base into it")
+    return read_examples([source], tokenizer, read_model_config(directory).max_position_embeddings, "evaluation")[0]
+
+
+def _responses(entry: Entry, source: str, modules: "_Modules") -> Mapping[str, Any]:
     prefill, decode = modules.pair(entry)
-    tokenizer = load_tokenizer(decode.directory) or load_tokenizer(entry.full_precision()[0])
-    positions = prefill.model.config.max_position_embeddings
-    examples, _ = read_examples([str(source)], tokenizer, positions, "evaluation")
+    examples = _examples(entry, source)
     found = response_divergence(prefill.model, decode.model, modules.reference(entry).model, examples)
-    return {"kind": "responses", "variant": entry.name, "source": str(source), **asdict(found)}
+    return {"kind": "responses", "variant": entry.name, "source": source, **asdict(found)}
 
 
 def _text(job: Evaluation, source: Path, entry: Entry, names: list[str], modules: "_Modules") -> Mapping[str, Any]:

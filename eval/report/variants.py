@@ -20,6 +20,7 @@ from qsun.config import Section, Settings, read_config_file
 from qsun.errors import QsunError
 from qsun.model.checkpoint import read_json
 from qsun.model.locate import find_model
+from qsun.model.manifest import read_manifest
 from qsun.model.pairing import find_base
 
 
@@ -29,7 +30,7 @@ class Entry:
 
     Attributes:
         name: of the variant. prefill, decode: directories, hub ids or "demo"; equal for a model that does both.
-        tasks: lm-eval tasks; empty: all tasks of the evaluation.
+        tasks: lm-eval tasks, may be empty; None: all tasks of the evaluation.
         responses: .jsonl of prompts and responses, for the divergence at decode positions; may be empty.
         base: full-precision base of the decode module; empty: the one that it names.
     """
@@ -37,7 +38,7 @@ class Entry:
     name: str
     prefill: str
     decode: str
-    tasks: tuple[str, ...] = ()
+    tasks: tuple[str, ...] | None = None
     responses: str = ""
     base: str = ""
 
@@ -52,7 +53,7 @@ class Entry:
 
     def answers(self, tasks: Sequence[str]) -> list[str]:
         """Return those of the tasks that this pair answers."""
-        return [task for task in tasks if not self.tasks or task in self.tasks]
+        return [task for task in tasks if self.tasks is None or task in self.tasks]
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class _Variant(Section):
     prefill: str = ""
     decode: str = ""
     base: str = ""
-    tasks: list[str] = Field(default_factory=list)
+    tasks: list[str] | None = None
     responses: str = ""
 
     def entry(self, folder: Path) -> Entry:
@@ -113,7 +114,8 @@ class _Variant(Section):
         if responses and not Path(responses).is_file():
             raise QsunError(f"variant {self.name!r}: responses {self.responses} is not a file beside it")
         prefill, decode, base = (_place(name, folder) for name in (prefill, decode, self.base))
-        return Entry(self.name, prefill, decode, tuple(self.tasks), responses, base)
+        tasks = None if self.tasks is None else tuple(self.tasks)
+        return Entry(self.name, prefill, decode, tasks, responses, base)
 
 
 class _MatrixFile(Settings):
@@ -123,7 +125,7 @@ class _MatrixFile(Settings):
 
     def matrix(self, folder: Path, tasks: Sequence[str]) -> Matrix:
         entries = tuple(variant.entry(folder) for variant in self.variants)
-        named = [task for entry in entries for task in entry.tasks]
+        named = [task for entry in entries for task in entry.tasks or ()]
         wanted = tuple(tasks or self.tasks or named)
         unasked = [task for task in named if not tasks and task not in wanted]
         if unasked:
@@ -154,9 +156,11 @@ def _place(name: str, folder: Path) -> str:
 
 
 def stored_bits(directory: str) -> int:
-    """Return the bits of a quantized module's linear layers from its config.json; 0 for full precision."""
-    config = read_json(find_model(directory) / "config.json").get("quantization_config")
+    """Return the bits of a quantized module's linear layers, overrides aside; 0 for full precision."""
+    path = find_model(directory)
+    config = read_json(path / "config.json").get("quantization_config")
     if not config:
         return 0
-    groups: list[Any] = [*(config.get("config_groups") or {}).values()]
-    return int(config.get("bits") or (groups[0]["weights"]["num_bits"] if groups else 0))
+    groups: list[Any] = [*(config.get("config_groups") or {}).values()]  # the first may be an override's
+    own = read_manifest(path).get("config", {}).get("bits")
+    return int(own or config.get("bits") or (groups[0]["weights"]["num_bits"] if groups else 0))

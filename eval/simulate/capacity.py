@@ -78,28 +78,30 @@ class Scenario:
 
     def life(self) -> float:
         """Return the seconds that a request of mean length takes at a full bf16 worker."""
-        outputs, step = _full_step(self.workload, self.curves, self.deployment.max_batch)
+        outputs, step = _full_step(self.workload.sample(), self.curves, self.deployment.max_batch)
         return outputs * step
 
 
 def default_level(
-    workload: Workload, curves: Curves, max_batch: int, ttft_ms: float = 0.0, tpot_ms: float = 0.0
+    requests: Sequence[TracedRequest], curves: Curves, max_batch: int, ttft_ms: float = 0.0, tpot_ms: float = 0.0
 ) -> ServiceLevel:
     """Return bounds that a system keeps unless queues grow, or those given (above 0).
 
     TPOT: twice SUN's step with a full batch. TTFT: ten such TPOTs and four prefills of a long prompt (95th percentile).
+
+    Args:
+        requests: those to simulate, or a sample of them; only their lengths count.
     """
-    tpot = 2 * _full_step(workload, curves, max_batch)[1]
-    prompt = percentile([request.prompt_tokens for request in workload.trace(1.0, 1000)], 0.95)
+    tpot = 2 * _full_step(requests, curves, max_batch)[1]
+    prompt = percentile([request.prompt_tokens for request in requests], 0.95)
     easy = 10 * tpot + 4 * curves.prefill(int(prompt))
     return ServiceLevel(ttft_ms or 1000 * easy, tpot_ms or 1000 * tpot)
 
 
-def _full_step(workload: Workload, curves: Curves, max_batch: int) -> tuple[float, float]:
+def _full_step(requests: Sequence[TracedRequest], curves: Curves, max_batch: int) -> tuple[float, float]:
     """Return mean output tokens, and seconds of SUN's step with a full batch of half-finished requests."""
-    sample = workload.trace(1.0, 1000)
-    outputs = statistics.fmean(request.output_tokens for request in sample)
-    context = statistics.fmean(request.prompt_tokens for request in sample) + outputs / 2
+    outputs = statistics.fmean(request.output_tokens for request in requests)
+    context = statistics.fmean(request.prompt_tokens for request in requests) + outputs / 2
     return outputs, curves.step(SUN, max_batch, context)
 
 
@@ -161,26 +163,20 @@ def _serving(scenario: Scenario, kind: str, workers: int, rate: float, tpot_ms: 
     return Capacity(rate, result) if scenario.serves(result, tpot_ms) else None
 
 
-def workers_needed(scenario: Scenario, kind: str, rate: float) -> int:
-    """Search the fewest decode workers that serve a rate, by doubling and bisection.
-
-    Raises:
-        QsunError: 4096 workers do not serve it; DoesNotFit if they cannot hold the modules and every request.
-    """
+def workers_needed(scenario: Scenario, kind: str, rate: float) -> int | None:
+    """Search the fewest decode workers that serve a rate, by doubling and bisection; None if 4096 do not."""
 
     def enough(workers: int) -> bool:
         try:
             return scenario.serves(scenario.run(kind, workers, rate))
         except DoesNotFit:  # few workers hold many models each; more workers may fit
-            if workers >= _MOST_WORKERS:
-                raise
             return False
 
     high = 1
     while not enough(high):
         high *= 2
         if high > _MOST_WORKERS:
-            raise QsunError(f"{kind} does not serve {rate:g} requests/s with {_MOST_WORKERS} workers; relax the SLO")
+            return None
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2

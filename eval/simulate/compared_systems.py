@@ -46,6 +46,12 @@ class Deployment:
     step_overhead_ms: float = 0.0
     qsun_variant: str = QSUN
 
+    def __post_init__(self) -> None:
+        if self.memory_bytes is not None and not 0 < self.memory_bytes < math.inf:
+            raise QsunError(
+                f"memory of {self.memory_bytes / 1e9:g} GB is out of range; use more than 0, or leave it out"
+            )
+
     def system(
         self, kind: str, workers: int, shares: Mapping[str, float], prefill: Mapping[str, int], curves: Curves
     ) -> System:

@@ -109,7 +109,7 @@ def load_curves(source: str) -> Curves:
     if source.startswith(COMPUTED):
         return computed_curves(source.removeprefix(COMPUTED))
     path = Path(source)
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise QsunError(f"curves {source} do not exist; give a speed.json of qsun bench speed, or {COMPUTED}MODEL")
     try:
         result = json.loads(path.read_text(encoding="utf-8"))

@@ -178,6 +178,14 @@ def _means(tables: Sequence[dict[int, dict[int, float]]]) -> dict[int, dict[int,
     return {a: {b: statistics.fmean(t[a][b] for t in tables) for b in row} for a, row in tables[0].items()}
 
 
+def check_trace(trace: Sequence[TracedRequest]) -> None:
+    """Raise QsunError for a trace without a request of several tokens: there is no TPOT to compare."""
+    if all(request.output_tokens == 1 for request in trace):
+        raise QsunError(
+            "all requests have 1 output token, so there is no TPOT; use a longer --output, such as fixed:16"
+        )
+
+
 def compare_in_rounds(
     runs: EngineComparison, trace: Sequence[TracedRequest], rounds: int, progress: Progress
 ) -> dict[str, Any]:

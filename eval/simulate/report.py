@@ -31,7 +31,7 @@ _CAPACITY_COLUMNS = (
     {"skew": "{skew:g}", "system": "{system}", "rate": "{rate:.4g}"}
     | _WORKER_COLUMNS
     | {"TPOT ms": "{tpot_ms[mean]:.2f}", "TPOT p99": "{tpot_ms[p99]:.2f}", "busy": "{utilisation:.0%}"}
-    | {"x conv.": "{ratio:.2f}", "same TPOT": "{ratio_same_tpot:.2f}", "needs": "{workers_needed}"}
+    | {"x conv.": "{ratio:.2f}", "same TPOT": "{ratio_same_tpot:.2f}", "needs": "{workers_needed:d}"}
 )
 
 
@@ -53,7 +53,10 @@ def _capacity_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return each system's capacity at each skew, and where the ratios reach 2."""
     served = [row for row in rows if row["rate"]]
     lines = [Table.of(served, _CAPACITY_COLUMNS).text()]
-    lines += [f"{row['system']} at skew {row['skew']:g} meets the SLO at no rate" for row in rows if not row["rate"]]
+    for row in rows:
+        if not row["rate"]:
+            needs = f" with these workers; it needs {row['workers_needed']}" if row["workers_needed"] else ""
+            lines.append(f"{row['system']} at skew {row['skew']:g} meets the SLO at no rate{needs}")
     lines.append(f"needs: fewest decode workers that serve {rows[0]['needed_rate']:.4g} requests/s within the SLO")
     return lines + [_where(rows, kind) for kind in (SUN, QSUN)]
 
@@ -80,10 +83,10 @@ def _capacity_figure(result: Mapping[str, Any]) -> Any:
         mine = [row for row in rows if row["system"] == kind]
         skews = [row["skew"] for row in mine]
         throughput.plot(skews, [row["tokens_per_s_per_decode_worker"] for row in mine], **style)
-        needed.plot(skews, [row["workers_needed"] for row in mine], **style)
+        needed.plot(skews, _numbers(mine, "workers_needed"), **style)
         if kind != CONVENTIONAL:
             for key, look in (("ratio_same_tpot", style), ("ratio", _dotted(kind))):
-                ratio.plot(skews, [math.nan if row[key] is None else row[key] for row in mine], **look)
+                ratio.plot(skews, _numbers(mine, key), **look)
     ratio.axhline(1.0, color=_STYLES[CONVENTIONAL]["color"], linewidth=1)
     ratio.axhline(_DOUBLE, color="0.6", linewidth=1, linestyle="--")
     throughput.set_title("tokens/s of a decode worker at capacity", fontsize=10)
@@ -120,6 +123,11 @@ def _points_figure(result: Mapping[str, Any]) -> Any:
     tidy(ttft, from_zero=False)
     throughput.legend(fontsize=9)
     return figure
+
+
+def _numbers(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    """Return a column of the rows, with gaps where there is no value."""
+    return [math.nan if row[key] is None else row[key] for row in rows]
 
 
 def _dotted(kind: str) -> dict[str, Any]:

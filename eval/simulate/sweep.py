@@ -3,13 +3,13 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
 from qsun.errors import QsunError
 from qsun.eval.load.workload import TracedRequest
 from qsun.eval.simulate.capacity import Capacity, Scenario, find_capacity, highest_rate, mean_tpot_ms, workers_needed
 from qsun.eval.simulate.compared_systems import CONVENTIONAL, KINDS
-from qsun.eval.simulate.curves import SUN
+from qsun.eval.simulate.curves import SUN, DoesNotFit
 from qsun.progress import Progress
 
 SAME_TPOT = 1.05  # "with TPOT within 5%"
@@ -81,37 +81,65 @@ def over_skew(
     """Find the capacity of every system at every skew, and the decode workers that each needs for one rate.
 
     Args:
-        rate: rate to find the fewest workers for; None: 90% of SUN's capacity at the first skew.
+        rate: rate to find the fewest workers for; None: 90% of SUN's capacity at the first skew, or of another
+            system's if SUN meets the SLO at no rate.
     Returns:
         A row for each skew and system: `SimulationResult.summary` at its capacity, with "rate", "skew", "ratio"
         (tokens/s of a decode worker over the conventional system's), "ratio_same_tpot" (the same where the mean TPOT is
-        within 5% of the conventional system's at its own capacity; None if no rate gives that), "workers_needed" and
-        "needed_rate".
+        within 5% of the conventional system's at its own capacity; None if no rate gives that), "workers_needed" (None:
+        no number of workers serves that rate) and "needed_rate".
+    Raises:
+        QsunError: no system serves any rate; DoesNotFit if SUN's workers cannot hold a module or a request.
     """
     rows: list[dict[str, Any]] = []
-    total, done = len(skews) * len(KINDS), 0
+    total, done = 2 * len(skews) * len(KINDS), 0
     for skew in skews:
         here = scenario.at_skew(skew)
-        reference: Capacity | None = None
+        found: dict[str, Capacity | DoesNotFit | None] = {}
         for kind in KINDS:
-            progress(f"skew {skew:g}, {kind}", done, total)
-            found = find_capacity(here, kind, workers)
-            if kind == CONVENTIONAL:
-                reference = found
-            if rate is None:
-                rate = _reference_rate(here, workers, found)
-            rows.append(_row(here, kind, skew, found, reference))
-            rows[-1] |= {"workers_needed": workers_needed(here, kind, rate), "needed_rate": rate}
+            progress(f"skew {skew:g}, {kind}: capacity", done, total)
+            found[kind] = _capacity(here, kind, workers)
             done += 1
+        if rate is None:
+            rate = _reference_rate(found)
+        for kind, capacity in found.items():
+            progress(f"skew {skew:g}, {kind}: workers needed", done, total)
+            # where even a lone request is too slow, more workers do not help
+            needed = None if capacity is None else workers_needed(here, kind, rate)
+            rows.append(_row(here, kind, skew, _served(capacity), _served(found[CONVENTIONAL])))
+            rows[-1] |= {"workers_needed": needed, "needed_rate": rate}
+            done += 1
+        if not any(row["rate"] or row["workers_needed"] for row in rows):
+            _refuse(found)
     progress("done", total, total)
     return rows
 
 
-def _reference_rate(scenario: Scenario, workers: int, conventional: Capacity | None) -> float:
-    found = highest_rate(scenario, SUN, workers) or conventional  # DoesNotFit of SUN reaches the user
-    if found is None:
-        raise QsunError("no system meets the SLO at any rate; relax --slo-ttft or --slo-tpot")
-    return _NEEDED_SHARE * found.rate
+def _capacity(scenario: Scenario, kind: str, workers: int) -> Capacity | DoesNotFit | None:
+    """Return `highest_rate`, or why these workers serve nothing; None if even a lone request is too slow."""
+    try:
+        return highest_rate(scenario, kind, workers)
+    except DoesNotFit as misfit:
+        return misfit
+
+
+def _served(capacity: Capacity | DoesNotFit | None) -> Capacity | None:
+    return capacity if isinstance(capacity, Capacity) else None
+
+
+def _reference_rate(found: Mapping[str, Capacity | DoesNotFit | None]) -> float:
+    """Return 90% of SUN's capacity, or of the first system's that has one."""
+    for capacity in (found[SUN], *found.values()):
+        if isinstance(capacity, Capacity):
+            return _NEEDED_SHARE * capacity.rate
+    return _refuse(found)
+
+
+def _refuse(found: Mapping[str, Capacity | DoesNotFit | None]) -> NoReturn:
+    """Say why no system serves any rate."""
+    if isinstance(misfit := found[SUN], DoesNotFit):
+        raise misfit
+    raise QsunError("no system meets the SLO at any rate; relax --slo-ttft or --slo-tpot")
 
 
 def _row(

@@ -1,5 +1,6 @@
 """A simulated system: decode and prefill workers, and the policy that routes between them."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -64,6 +65,9 @@ class System:
             raise QsunError(f"system {self.name} has no decode workers; give 1 or more")
         if self.policy not in POLICIES:
             raise QsunError(f"policy {self.policy!r} is not known; use one of {', '.join(POLICIES)}")
+        for name, milliseconds in (("transfer_ms", self.transfer_ms), ("overhead_ms", self.step_overhead_ms)):
+            if not 0 <= milliseconds < math.inf:
+                raise QsunError(f"{name} {milliseconds:g} is out of range; use 0 or more milliseconds")
         for worker in self.decode:
             sizes = (worker.max_batch, worker.kv_tokens or 1)
             if min(sizes) < 1:

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from qsun.data.jsonl import check_no_pipe
 from qsun.eval.speed.clock import in_turns, seconds_of
 from qsun.model.output_dir import Workdir
 from qsun.tuning.config import TuneConfig
@@ -30,6 +31,7 @@ def compare_tuning(
     Returns:
         {"sun", "full": median seconds of a step, "ratio": SUN over full fine-tune, the median of the pairs, "steps"}.
     """
+    check_no_pipe(data, "training")  # both read it
     with tempfile.TemporaryDirectory() as folder:
         tuners = {
             how: _tuner(

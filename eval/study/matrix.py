@@ -12,14 +12,16 @@ from qsun.eval.study.task import StudyTask
 def write_matrix(study: Study, out: Path, seed: int = 0) -> Path:
     """Write `out`/matrix.yaml: base, full fine-tune, SUN, and QSUN by bits, aligned and not, of one seed.
 
-    Tasks of your own have no lm-eval task; their entries have responses to measure the divergence on.
+    Tasks of your own have no lm-eval task; their entries have responses to measure the divergence on, and beside
+    embedded tasks an empty list of tasks, as no list means all.
     """
     base = str(Path(study.base).absolute()) if Path(study.base).is_dir() else study.base
     rows: list[dict[str, Any]] = [{"name": "base", "model": base}]
+    tasks = [f"qsun_{task.name}" for task in study.tasks if task.embedded and not task.hard]
     for task in study.tasks:
         if not task.hard:
-            rows += [row | _asked(task, seed) for row in _rows(study, base, out, seed, task)]
-    tasks = [f"qsun_{task.name}" for task in study.tasks if task.embedded and not task.hard]
+            asked = _asked(task, seed) if task.embedded or not tasks else _asked(task, seed) | {"tasks": []}
+            rows += [row | asked for row in _rows(study, base, out, seed, task)]
     matrix = {"reference": "SUN", "tasks": tasks, "variants": rows}
     file = out / "matrix.yaml"
     file.write_text(yaml.safe_dump(matrix, sort_keys=False), encoding="utf-8")

@@ -35,7 +35,7 @@ class Scores:
         return fmean(self.answers(variant, tasks))
 
     def spread(self, variant: str) -> float:
-        """Return the standard deviation over seeds of the mean over tasks; 0 for one seed."""
+        """Return the standard deviation over seeds of the rate of all examples; 0 for one seed."""
         means = [
             fmean(digit == "1" for task in self.tasks for digit in by_task[task][variant])
             for by_task in self.right.values()
@@ -66,9 +66,9 @@ def _head(scores: Scores) -> str:
     text = (
         f"Right answers, %, of base {study['base']}; test examples: {counts}; seeds: {study['seeds']}. "
         f"{study['steps']} steps of {study['batch_size']} examples; peak rates of SUN and full fine-tune: {rates}. "
-        "The spread is the standard deviation over seeds of the mean over tasks; intervals are 95%, by the paired "
-        "bootstrap over all examples; p is of McNemar's test. Both hold for these modules; the spread says how much "
-        "other training runs differ."
+        "The column all counts every example alike, and the spread is its standard deviation over seeds; intervals are "
+        "95%, by the paired bootstrap over all examples; p is of McNemar's test. Both hold for these modules; the "
+        "spread says how much other training runs differ."
     )
     if study["seeds"] > 1 and any(task["train"] for task in study["tasks"]):
         text += " All seeds answer the same test files, whose answers count once a seed: intervals are somewhat narrow."
@@ -97,7 +97,7 @@ def _main(scores: Scores) -> str:
         ]
         for v in sorted(names, key=_kind)
     ]
-    return _table(["", *scores.tasks, "mean", "spread"], rows)
+    return _table(["", *scores.tasks, "all", "spread"], rows)
 
 
 def _detail(scores: Scores, variant: str) -> bool:
@@ -157,7 +157,7 @@ def _curve(scores: Scores) -> str:
         [label, *(_percent(_at(scores, how, steps)) for steps in budgets)]
         for how, label in (("full", "full fine-tune"), ("sun", "SUN"))
     ]
-    return "Mean over tasks by budget, seed 0; every budget is a run of its own:\n\n" + _table(
+    return "All examples by budget, seed 0; every budget is a run of its own:\n\n" + _table(
         ["steps", *map(str, budgets)], rows
     )
 
@@ -169,7 +169,7 @@ def _at(scores: Scores, how: str, steps: int) -> float:
 
 
 def bits_figure(scores: Scores) -> Any:
-    """Draw the mean accuracy by bits: packaged text, decode positions, aligned; a panel a method."""
+    """Draw the accuracy on all examples by bits: packaged text, decode positions, aligned; a panel a method."""
     methods, bits = scores.study["methods"], sorted(scores.study["bits"])
     figure = new_figure(2.6 * len(methods) + 0.6, 3.4)
     panels = figure.subplots(1, len(methods), sharey=True, squeeze=False)[0]
@@ -204,13 +204,13 @@ def bits_figure(scores: Scores) -> Any:
         axes.set_xticks(bits)
         axes.set_xlabel("bits of a decode weight")
         axes.set_ylim(0, 103)
-    panels[0].set_ylabel("right answers, %, mean of tasks")
+    panels[0].set_ylabel("right answers, %, all tasks' examples")
     panels[-1].legend(fontsize=8, loc="lower right")
     return figure
 
 
 def curve_figure(scores: Scores) -> Any:
-    """Draw the mean accuracy by the budget of SUN and of the full fine-tune."""
+    """Draw the accuracy on all examples by the budget of SUN and of the full fine-tune."""
     budgets = [*scores.study["curve"], scores.study["steps"]]
     figure = new_figure(5, 3.4)
     axes = figure.subplots()
@@ -219,7 +219,7 @@ def curve_figure(scores: Scores) -> Any:
     axes.set_xscale("log", base=2)
     axes.set_xticks(budgets, [str(b) for b in budgets])
     axes.set_xlabel(f"steps of {scores.study['batch_size']} examples")
-    axes.set_ylabel("right answers, %, mean of tasks")
+    axes.set_ylabel("right answers, %, all tasks' examples")
     axes.set_ylim(0, 103)
     axes.legend()
     return figure

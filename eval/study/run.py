@@ -1,21 +1,18 @@
 """Run a study: what is missing, stage by stage, in a few processes."""
 
 import json
-import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from qsun.data.jsonl import check_no_pipe
 from qsun.errors import QsunError
 from qsun.eval.study.modules import chosen_rate
-from qsun.eval.study.stages import STAGES, Work, check_tasks, variants
+from qsun.eval.study.stages import STAGES, check_tasks, variants
 from qsun.eval.study.study import Study
 from qsun.eval.study.task import StudyTask
+from qsun.eval.study.work import Work, run_stages
 from qsun.model.checkpoint import file_sha256
 from qsun.model.locate import find_model
 from qsun.model.manifest import write_json
@@ -32,23 +29,11 @@ def run_study(study: Study, out: Path, processes: int = 2, progress: Progress = 
         {"study": ..., "right": {seed: {task: {variant: "0110..."}}}}; one digit an example of the test set. Where rates
         were tried, "rates": {task: {"sun": ..., "full": ...}} too.
     Raises:
-        QsunError: `out` holds another study, or a task or the base cannot be used.
+        QsunError: `out` holds another study, a task or the base cannot be used, or a process was killed.
     """
     check_tasks(study)
     _claim(study, out)
-    stages = _missing(study, out)
-    total, done = sum(map(len, stages)), 0
-    progress("", 0, total)
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        for stage in stages:  # each needs the results of the one before
-            jobs = {pool.submit(_run, work, threads): work for work in stage}
-            for job in as_completed(jobs):
-                if job.exception() is not None:  # now, not after everything that waits
-                    pool.shutdown(cancel_futures=True)
-                job.result()
-                done += 1
-                progress(jobs[job].label, done, total)
+    run_stages(_missing(study, out), processes, progress)
     right = {
         str(seed): {task.name: _answers(study, out, seed, task) for task in study.tasks_of(seed)}
         for seed in study.all_seeds
@@ -95,6 +80,8 @@ def _check_same(study: Study, out: Path) -> dict[str, Any]:
     """Return what study.json holds for this study. Raises QsunError if `out` holds another one."""
     contents = {f"base {study.base}": weights_fingerprint(find_model(study.base))}
     files = [Path(name) for task in study.tasks for name in (task.train, task.valid, task.test) if name]
+    for file in files:
+        check_no_pipe(file, "task")  # every seed reads it
     contents |= {f"file {file}": file_sha256(file) for file in files if file.is_file()}
     settings, file = json.loads(json.dumps(asdict(study))) | {"contents": contents}, out / "study.json"
     if file.exists():
@@ -107,9 +94,3 @@ def _check_same(study: Study, out: Path) -> dict[str, Any]:
             if before.get("contents", {}).get(name, digest) != digest:
                 raise QsunError(f"{name} has changed since the study in {out} was started; choose another folder")
     return settings
-
-
-def _run(work: Work, threads: int) -> None:
-    torch.set_num_threads(threads)
-    work.result.parent.mkdir(parents=True, exist_ok=True)
-    work.function(*work.arguments)

@@ -1,16 +1,15 @@
 """The pieces of work of a study, stage by stage: tuning, quantizing, aligning, scoring."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from qsun.device import default_device, load_dtype
 from qsun.errors import QsunError
-from qsun.eval.harness.exact_match import score_examples
+from qsun.eval.harness.exact_match import answer_limits, score_examples
 from qsun.eval.study.modules import Tuned, after_adapters, after_quantizing, before_quantizing, chosen_rate, trials
 from qsun.eval.study.study import Study
 from qsun.eval.study.task import StudyTask, read_test
+from qsun.eval.study.work import Work
 from qsun.model.locate import find_model, load_tokenizer
 from qsun.model.manifest import write_json
 from qsun.model.output_dir import partial_path
@@ -22,33 +21,24 @@ from qsun.runtime.prefill_module import load_prefill
 from qsun.tuning.tuner import tune
 
 
-@dataclass(frozen=True)
-class Work:
-    """A piece of work: `function(*arguments)` makes `result`, and may need what earlier stages made.
-
-    `steps` are those of tuning; 0: it tunes nothing.
-    """
-
-    label: str
-    result: Path
-    function: Callable[..., None]
-    arguments: tuple[Any, ...]
-    steps: int = 0
-
-    def described(self) -> dict[str, Any]:
-        return {"label": self.label, "result": str(self.result), "steps": self.steps}
-
-
 def check_tasks(study: Study) -> None:
-    """Raise QsunError, before work starts, for a base without tokenizer, a missing scorer or unusable test data."""
+    """Raise QsunError, before work starts, for a base without tokenizer, a missing scorer or unusable test data.
+
+    That includes right responses that no model of these positions can write.
+    """
     directory = find_model(study.base)
     tokenizer = load_tokenizer(directory)
     if tokenizer is None:
         raise QsunError(f"base {study.base} has no tokenizer, and tasks are text")
+    config = read_model_config(directory)
     for task in study.tasks:
         task.find_scorer()
         if not task.embedded:
-            read_test(Path(task.test), tokenizer, read_model_config(directory).max_position_embeddings, study.test)
+            test = read_test(Path(task.test), tokenizer, config.max_position_embeddings, study.test)
+            try:
+                answer_limits(test, config)
+            except QsunError as error:
+                raise QsunError(f"{task.test}: {error}") from None
 
 
 def trying(study: Study, out: Path) -> Iterator[Work]:

@@ -74,6 +74,9 @@ class Study:
                 self.quant_config(method, bits, 0)  # validates them
         if not any(method != "rtn" for method in self.methods):
             raise QsunError(f"methods {', '.join(self.methods)} use no calibration; add one, such as refined")
+        for name, values in (("curve", self.curve), ("lora_ranks", self.lora_ranks)):
+            if any(value < 1 for value in values):
+                raise QsunError(f"{name} has {min(values)}; use whole numbers from 1 up")
         if self.lora_lr and len(self.lora_lr) not in {1, len(self.lora_ranks)}:
             counts = f"{len(self.lora_lr)} rates for {len(self.lora_ranks)} adapter ranks"
             raise QsunError(f"lora_lr has {counts}; give one, or one for each")

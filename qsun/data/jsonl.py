@@ -33,9 +33,15 @@ def read_rows(path: Path, what: str) -> Iterator[PlacedRow]:
 
 
 def file_bytes(path: Path, what: str) -> bytes:
-    """Return the content of a file, decompressed and without a byte order mark. Raises QsunError if it has none."""
-    if not path.is_file():
+    """Return the content of a file or a pipe, decompressed and without a byte order mark.
+
+    Raises:
+        QsunError: no such file, a folder, or not compressed as its name says.
+    """
+    if not path.exists():
         raise QsunError(f"{what} file {path} does not exist")
+    if path.is_dir():
+        raise QsunError(f"{what} file {path} is a folder; name a file in it")
     content = path.read_bytes()
     if path.suffix.lower() == ".gz":
         try:
@@ -43,6 +49,12 @@ def file_bytes(path: Path, what: str) -> bytes:
         except (OSError, EOFError, zlib.error) as error:
             raise QsunError(f"{what} file {path} is not a valid gzip file: {error}") from None
     return content.removeprefix(_BYTE_ORDER_MARK)
+
+
+def check_no_pipe(path: Path, what: str) -> None:
+    """Raise QsunError for a pipe, where a file is read several times or from several places."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise QsunError(f"{what} file {path} is a pipe, which can be read only once; save it to a file first")
 
 
 def _parse(content: bytes, where: str) -> Any:
@@ -53,6 +65,8 @@ def _parse(content: bytes, where: str) -> Any:
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise QsunError(f"{where}: not valid JSON ({error.msg} at {line}column {error.colno})") from None
+    except (ValueError, RecursionError):
+        raise QsunError(f"{where}: a number has too many digits, or the value nests too deep") from None
 
 
 def _as_object(row: Any, where: str) -> PlacedRow:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qsun.data.jsonl import PlacedRow, read_rows
+from qsun.data.jsonl import PlacedRow, check_no_pipe, read_rows
 from qsun.data.shapes import RowLeftOut, recognize
 from qsun.errors import QsunError, shortened
 
@@ -58,13 +58,16 @@ def converted_rows(
 def source_rows(name: str, what: str) -> Iterator[PlacedRow]:
     """Yield the rows of a file, or of a data set named ID, ID:SPLIT or ID:CONFIG:SPLIT; a folder on disk is one too.
 
+    A file without a suffix, such as the pipe of a shell's <(command), holds lines of JSON.
+
     what: the role of the data in the command, for errors.
     """
     path = Path(name)
     kind = file_kind(name)
-    if kind in (".jsonl", ".json"):
+    if kind in (".jsonl", ".json") or (not kind and path.exists() and not path.is_dir()):
         yield from read_rows(path, what)
     elif kind in _TABLES:
+        check_no_pipe(path, what)
         if not path.is_file():
             raise QsunError(f"{what} file {name} does not exist")
         yield from _loaded(f"{what} data {name}", path=_TABLES[kind], data_files=str(path), split="train")

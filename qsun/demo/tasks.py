@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from qsun.demo.corpus import HELD_OUT_ONE_IN, STRING_OPERATIONS, arithmetic_pair, is_held_out, random_word, render_call
 from qsun.errors import QsunError
@@ -168,11 +169,24 @@ def check(task: str, example: TaskExample, answer: str) -> bool:
     if task in ("math", "equation"):
         return _number(answer) == _number(example.response)
     if task == "tool":
-        try:
-            return bool(json.loads(answer) == json.loads(example.response))
-        except (ValueError, RecursionError):
-            return False
+        return json_equal(answer, example.response)
     return answer == example.response
+
+
+def json_equal(answer: str, response: str) -> bool:
+    """Return whether two texts are the same JSON value: keys in any order, 1 equals 1.0, and true is not 1."""
+    try:
+        return _same(json.loads(answer), json.loads(response))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(value, b[key]) for key, value in a.items())
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return isinstance(a, bool) == isinstance(b, bool) and bool(a == b)
 
 
 def write_jsonl(path: Path, rows: Iterable[TaskExample]) -> None:

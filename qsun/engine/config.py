@@ -17,6 +17,8 @@ MOST_DRAFTED = 32
 FP8_CAPABILITY = (8, 9)  # of the first GPUs that convert e4m3
 _Positive = Annotated[int, Field(ge=1)]
 _Natural = Annotated[int, Field(ge=0)]
+_RowSeed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)]  # what torch's manual_seed accepts
+_CallSeed = Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)]  # leaves room for the seeds of further rows
 _Strings = Annotated[
     tuple[Annotated[str, Field(min_length=1)], ...],
     BeforeValidator(lambda given: (given,) if isinstance(given, str) else tuple(given)),
@@ -58,7 +60,7 @@ class Sampling(Settings):
     frequency_penalty: Annotated[float, Field(ge=-100, le=100)] = 0.0
     presence_penalty: Annotated[float, Field(ge=-100, le=100)] = 0.0
     logit_bias: _Biases = ()
-    seed: int = 0
+    seed: _RowSeed = 0
     stop: _Strings = ()
     stop_token_ids: _Tokens = ()
     ignore_eos: bool = False
@@ -134,7 +136,7 @@ class GenerateConfig(Settings):
     """
 
     sampling: Sampling = Sampling()
-    seed: int | Sequence[int] = 0
+    seed: _CallSeed | Sequence[int] = 0  # Sampling bounds those of a sequence
     eos: Sequence[int] | None = None
     batch_size: _Positive = 64
     prefill_chunk: _Positive = 2048

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qsun.data.examples import TokenExample, check_vocabulary
+from qsun.data.jsonl import check_no_pipe
 from qsun.device import compute_dtype, default_device
 from qsun.errors import QsunError
 from qsun.memory import available_bytes, clear_out_of_memory
@@ -236,6 +237,9 @@ def _read(
     what: str,
 ) -> tuple[list[TokenExample], int]:
     """Read the examples that fit into all of these configs, the base's first, and count those that are too long."""
+    if torch.distributed.is_torchelastic_launched():  # every process reads all data
+        for name in _names(sources):
+            check_no_pipe(Path(name), what)
     limit = min(config.max_len, *(shape.max_position_embeddings for shape in shapes))
     found, too_long = read_examples(_names(sources), tokenizer, limit, what, needs_response)
     boundaries = sorted({b for shape in shapes if (b := rope_boundary(shape)) is not None})

@@ -3,10 +3,12 @@
 import gzip
 import json
 import logging
+import os
 
 import pytest
 
 from qsun.data.calibration import Sample, read_calibration
+from qsun.data.jsonl import read_rows
 from qsun.data.shapes import RowLeftOut, recognize
 from qsun.data.sources import source_rows
 from qsun.errors import QsunError
@@ -102,6 +104,35 @@ def test_damaged_files(name, content, says, tmp_path):
         list(source_rows(str(tmp_path / name), "training"))
     assert str(tmp_path / name) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_shells_pipe_and_a_file_without_a_suffix_hold_lines_of_json(demo_tokenizer, tmp_path, pipe):
+    (tmp_path / "rows").write_bytes(lines(ROWS))
+    assert [dict(row) for _, row in source_rows(str(tmp_path / "rows"), "training")] == ROWS
+    for read in (
+        lambda name: len(read_examples([name], demo_tokenizer, 100)[0]),
+        lambda name: len(read_calibration([name], demo_tokenizer, VOCAB, 2, 100, seed=0).samples),
+    ):
+        assert read(pipe(lines(ROWS).decode())) == 2
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.npy"])
+def test_what_is_read_from_several_places_cannot_be_a_pipe(name, tmp_path):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(QsunError, match=f"{name} is a pipe, which can be read only once; save it to a file first"):
+        read_calibration([str(tmp_path / name)], None if name == "a.npy" else object(), VOCAB, 2, 100, seed=0)
+
+
+def test_a_folder_in_place_of_a_file(tmp_path):
+    with pytest.raises(QsunError, match="is a folder; name a file in it"):
+        list(read_rows(tmp_path, "trace"))
+
+
+@pytest.mark.parametrize("value", ["1" + "0" * 5000, "[" * 100_000])
+def test_json_that_python_does_not_read(value, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": ' + value)
+    with pytest.raises(QsunError, match="line 1: a number has too many digits, or the value nests too deep"):
+        list(read_rows(tmp_path / "a.jsonl", "trace"))
 
 
 @pytest.mark.parametrize("name", ["none.jsonl", "none.json.gz", "none.parquet", "none.csv"])

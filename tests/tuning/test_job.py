@@ -116,3 +116,10 @@ def test_float16_gradients_do_not_shrink_with_the_batch(talking_model, few, tmp_
         assert seen == [pytest.approx(1 / (256 if dtype == "float16" else tokens))] * len(seen)
     assert tokens != 256
     assert torch.linalg.vector_norm(found["float16"] - found["float32"]) < 0.02 * found["float32"].norm()
+
+
+def test_data_of_several_processes_cannot_be_a_pipe(tmp_path, monkeypatch, pipe):
+    """Each would read a part of it."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with pytest.raises(qsun.QsunError, match=r"training file .* is a pipe, which can be read only once"):
+        prepare_tuning("demo", tmp_path / "out", pipe())

@@ -1,14 +1,18 @@
 """KL and perplexity against float64, on a model whose logits are known."""
 
+import json
 import types
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 
 from qsun.data.examples import TokenExample
+from qsun.demo import calibration_file
 from qsun.errors import QsunError
 from qsun.eval.harness.divergence import (
+    _batches,
     mean_divergence,
     read_windows,
     response_divergence,
@@ -99,19 +103,72 @@ def test_decode_positions_against_a_forward_pass_with_two_sets_of_weights(tiny_m
     assert found == pytest.approx(wanted, rel=2e-5)
 
 
-def test_windows_must_suffice(tmp_path):
-    import numpy as np
-
+def test_windows_of_an_array_are_consecutive(tmp_path):
     np.save(tmp_path / "ids.npy", np.arange(50))
     assert read_windows(tmp_path / "ids.npy", "demo", 5, 10)[4, 0] == 40
-    with pytest.raises(QsunError, match="50 tokens; 6 windows of 10 need 60"):
-        read_windows(tmp_path / "ids.npy", "demo", 6, 10)
+
+
+@pytest.mark.parametrize(
+    ("file", "windows", "says"),
+    [
+        ("ids.npy", (6, 10), "ids.npy has 50 tokens; 6 windows of 10 need 60"),
+        ("ids.npy", (0, 10), "windows 0x10 are out of range; use 1 or more, of 2 or more tokens"),
+        ("ids.npy", (1, 1), "windows 1x1 are out of range"),
+        ("ids.npy", (1, 513), "windows of 513 tokens go over the 512 positions of demo; use 512 or fewer tokens"),
+        ("text.txt", (1, 513), "windows of 513 tokens go over the 512 positions of demo"),
+        ("text.txt", (9, 64), "text.txt gives 3 windows of 64 tokens, not 9; give more text, or use 3"),
+        ("large.npy", (1, 10), r"large.npy has token 70000, outside the model's vocabulary"),
+        ("floats.npy", (1, 10), "floats.npy does not hold an array of integers"),
+        ("torn.npy", (1, 10), "torn.npy cannot be read as an .npy file"),
+        ("missing.npy", (1, 10), "missing.npy cannot be read as an .npy file"),
+        ("rows.jsonl", (3, 64), r"rows.jsonl has a row of \d+ tokens, and a window is 64; give running text, or sho"),
+    ],
+)
+def test_windows_that_cannot_be_measured_are_one_clear_line(tmp_path, file, windows, says):
+    np.save(tmp_path / "ids.npy", np.arange(50))
+    np.save(tmp_path / "large.npy", np.full((2, 10), 70000))
+    np.save(tmp_path / "floats.npy", np.zeros(50))
+    (tmp_path / "torn.npy").write_bytes(b"\x93NUMPY")
+    (tmp_path / "text.txt").write_text("a word and " * 20)
+    rows = [{"prompt": f"calc {n}+1>", "response": str(n + 1)} for n in (1, 10, 100)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(QsunError, match=says) as error:
+        read_windows(tmp_path / file, "demo", *windows)
+    assert "\n" not in str(error.value)
+
+
+def test_a_forward_pass_has_a_bounded_number_of_tokens():
+    lengths = [(4000, 20)] * 3 + [(10, 20)] * 500 + [(5, 3000)] * 2 + [(9000, 1)]
+    examples = [TokenExample((1,) * prompt, (1,) * response) for prompt, response in lengths]
+    batches = list(_batches(examples, 256, torch.device("cpu")))
+    assert sum(len(batch.labels) for batch in batches) == len(examples)
+    assert max(len(batch.labels) for batch in batches) > 100
+    for batch in batches:
+        assert len(batch.labels) == 1 or max(batch.prefix.numel(), batch.labels.numel()) <= 4096
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--grids", "4"), "grid '4' is not of the form 4s (4 bits, symmetric) or 4a (asymmetric)"),
+        (("--grids", "4x"), "grid '4x' is not of the form 4s"),
+        (("--grids", "5s"), "bits"),
+        (("--grids", ""), "nothing to compare; give a grid"),
+        (("--methods", "magic"), "magic"),
+        (("--threads", 0), "--threads"),
+        (("--windows", 0), "--windows"),
+        (("--window", 1), "--window"),
+        (("--window", 513), "windows of 513 tokens go over the 512 positions of demo"),
+    ],
+)
+def test_wrong_options_of_bench_passes_are_errors_before_work_starts(cli, options, says):
+    source = calibration_file()
+    answer = cli("bench", "passes", "demo", "--calib", source, "--valid", source, *options)
+    assert answer.code == 2 and says in answer.err and "Traceback" not in answer.err, answer.err
 
 
 @pytest.mark.slow
-def test_passes_on_the_embedded_base(tmp_path):
-    from qsun.demo import calibration_file
-
+def test_passes_on_the_embedded_base():
     rows = compare_passes(
         "demo",
         str(calibration_file()),
@@ -124,3 +181,9 @@ def test_passes_on_the_embedded_base(tmp_path):
     )
     rtn, gptq, refined = (row["kl_x1000"] for row in rows)
     assert refined < gptq < rtn
+
+
+def test_calibration_of_several_passes_cannot_be_a_pipe(cli, pipe):
+    answer = cli("bench", "passes", "demo", "--calib", pipe(), "--valid", "nowhere.npy")
+    assert answer.code == 2
+    assert "is a pipe, which can be read only once" in answer.err

@@ -51,6 +51,30 @@ def test_an_answer_longer_than_the_model_is_one_line(pair, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def likelihoods(folder, metrics):
+    """The folder of a task that scores continuations, with these metrics."""
+    (folder / "rows.jsonl").write_text("".join(f'{{"q": "calc {n}+1>", "a": "{n + 1}"}}\n' for n in range(3)))
+    (folder / "scored.yaml").write_text(
+        "task: scored\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {folder / 'rows.jsonl'}}}, cache_dir: {folder}}}\n"
+        "test_split: test\noutput_type: loglikelihood\ndoc_to_text: '{{q}}'\ndoc_to_target: '{{a}}'\n"
+        f"target_delimiter: ''\nmetric_list: [{metrics}]\n"
+    )
+    return HarnessSettings(task_dir=str(folder))
+
+
+def test_accuracy_is_reported_where_perplexity_is_the_first_metric(pair, tmp_path):
+    found = run_task(*pair, "scored", likelihoods(tmp_path, "{metric: perplexity}, {metric: acc}"))
+    assert found["metric"] == "acc" and set(found["values"]) <= {0, 1} and len(found["values"]) == 3
+    assert found["all"]["scored"]["perplexity,none"] > 1
+
+
+def test_a_task_without_a_share_is_one_clear_line(pair, tmp_path):
+    says = "^task scored: none of its metrics, perplexity, is a mean of values from 0 to 1; use --text for perplexity$"
+    with pytest.raises(QsunError, match=says):
+        run_task(*pair, "scored", likelihoods(tmp_path, "{metric: perplexity}"))
+
+
 def test_what_lm_eval_asserts_is_one_line(pair, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("no room\nfor that")

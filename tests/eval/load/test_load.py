@@ -18,6 +18,7 @@ from qsun.eval.load.report import geometric_means, load_summary, ratios
 from qsun.eval.load.rounds import OURS, THEIRS, LoadSettings, load_result, run_load
 from qsun.eval.load.service_level import ServiceLevel
 from qsun.eval.load.workload import Lengths, Workload, read_trace
+from tests.tiny_models import write_jsonl
 
 FOUR = Lengths("fixed", 4)
 
@@ -271,10 +272,16 @@ def test_prompts_of_a_file(tmp_path):
         ('{"text": "x"}', "line 1: no 'prompt'"),
         ('{"prompt": "x", "max_tokens": 0}', "line 1: max_tokens 0"),
         ('{"prompt": "x", "model": 3}', "not text"),
+        ('{"prompt": "\\ud83d"}', "line 1: .* is half of a surrogate pair"),
+        ('{"prompt": ["a", "\\ud83d"]}', "line 1: .* is half of a surrogate pair"),
+        ('{"prompt": NaN}', "line 1: NaN and Infinity are not JSON"),
     ):
         path.write_text(text)
         with pytest.raises(QsunError, match=problem):
             read_prompts(path, "completions")
+    path.write_text('{"messages": [{"role": "user", "content": "\\ud83d"}]}')
+    with pytest.raises(QsunError, match=r"line 1: .* is half of a surrogate pair"):
+        read_prompts(path, "chat")
 
 
 def made(arrival, ttft, tpot, tokens, model="a", **more):
@@ -419,6 +426,21 @@ def test_command_as_json_with_a_key_and_a_second_server(serving, cli, tmp_path):
     assert body["top_k"] == 1
 
 
+def test_a_load_from_a_file_is_named_after_it_and_leaves_no_records_of_an_earlier_run(serving, cli, tmp_path):
+    rows = [{"prompt": "a b", "model": "code", "max_tokens": 2}, {"prompt": "c"}]
+    prompts, out = write_jsonl(tmp_path / "mine.jsonl", rows), tmp_path / "out"
+    with serving(first_s=0.0, each_s=0.0) as server:
+        load = ("--concurrency", 2, "--requests", 3, "--output", "fixed:2", "--rounds", 1, "-o", out)
+        first = cli("bench", "serve", server.url, *load, "--against", server.url)
+        assert first.code == 0, first.err
+        assert "prompts fixed:128, outputs fixed:2" in first.out
+        assert (out / "requests-against.jsonl").exists()
+        second = cli("bench", "serve", server.url, *load, "--prompts", prompts)
+    assert second.code == 0, second.err
+    assert f"prompts of {prompts} with their model and max_tokens, outputs fixed:2" in second.out
+    assert sorted(path.name for path in out.iterdir()) == ["load.json", "load.png", "requests.jsonl"]
+
+
 def test_a_key_that_no_header_can_hold_is_not_shown():
     with pytest.raises(QsunError, match="cannot be sent") as error:
         Target("http://127.0.0.1:9", api_key="gehe\u00efm")
@@ -435,6 +457,12 @@ def test_a_key_that_no_header_can_hold_is_not_shown():
         (("--rate", "1", "--requests", "0"), "requests 0"),
         (("--rate", "1", "--skew", "-1"), "skew -1"),
         (("--rate", "1", "--extra-body", "[]"), "not a JSON object"),
+        (("--rate", "1", "--extra-body", '{"a": NaN}'), "extra-body: NaN and Infinity are not JSON"),
+        (("--rate", "1", "--extra-body", '{"a": "\\ud83d"}'), "half of a surrogate pair"),
+        (("--rate", "1", "--extra-body", '{"a": 1' + "0" * 5000 + "}"), "too many digits"),
+        (("--rate", "1", "--extra-body", '{"a":' + "[" * 100_000), "nests too deep"),
+        (("--rate", "1", "--models", "\udcff"), "models: '\\udcff' is half of a surrogate pair"),
+        (("--rate", "1", "--prompt-seed", "\udcff"), "prompt-seed: '\\udcff' is half of a surrogate pair"),
         (("--rate", "1", "--deadline", "0"), "deadline 0"),
         (("--rate", "1", "--slo-tpot", "0"), "slo-tpot 0"),
         (("--rate", "1", "--decode-workers", "0"), "decode-workers 0"),
@@ -447,7 +475,7 @@ def test_command_names_what_is_wrong(cli, options, problem):
 
 
 def test_an_invalid_address():
-    for url in ("localhost", "http://[::1", "http://127.0.0.1:port"):
+    for url in ("localhost", "http://[::1", "http://127.0.0.1:port", "http://127.0.0.1/\udcff"):
         with pytest.raises(
             QsunError, match=r"^url '.*' is not an http address; use one such as http://127.0.0.1:8000$"
         ):

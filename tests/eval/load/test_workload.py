@@ -98,7 +98,12 @@ def test_a_trace_is_read_from_what_a_load_left(tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "problem"),
-    [({"prompt_tokens": None}, "numbers"), ({"output_tokens": 0}, "out of range"), ({"arrival": -1}, "out of range")],
+    [
+        ({"prompt_tokens": None}, "numbers"),
+        ({"prompt_tokens": math.inf}, "numbers"),
+        ({"output_tokens": 0}, "out of range"),
+        ({"arrival": -1}, "out of range"),
+    ],
 )
 def test_a_bad_trace_names_its_line(tmp_path, change, problem):
     path = tmp_path / "trace.jsonl"

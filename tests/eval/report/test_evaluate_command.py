@@ -123,6 +123,27 @@ def test_bad_input_is_one_line(cli, tmp_path, options, says):
     assert not (tmp_path / "out/report.json").exists()
 
 
+def test_responses_are_read_before_anything_is_computed(cli, folder, tmp_path):
+    later = tmp_path / "later.jsonl"
+    command = (
+        "eval",
+        "--decode",
+        folder / "int3",
+        "--tasks",
+        "qsun_code",
+        "--responses",
+        later,
+        "-o",
+        tmp_path / "out",
+    )
+    for text, says in ((None, "does not exist"), ('{"prompt": "a>"}\n', "needs")):
+        if text:
+            later.write_text(text)
+        answer = cli(*command)
+        assert answer.code == 2 and f"{later}" in answer.err and says in answer.err, answer.err
+        assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def orphan(folder, tmp_path):
     """The decode module, which no longer says from which base it was made."""
@@ -185,3 +206,9 @@ def test_a_resumed_run_is_held_to_what_lies_behind_its_paths(cli, folder, tmp_pa
     what = f"file {file}" if file else f"module {tmp_path / changed}"
     other = cli("eval", *options, "--resume")
     assert other.code == 2 and f"error: {what} has changed since {tmp_path / 'out'} was started" in other.err
+
+
+def test_responses_that_each_variant_reads_cannot_be_a_pipe(cli, tmp_path, pipe):
+    answer = cli("eval", "--decode", "demo", "--responses", pipe(), "-o", tmp_path / "out")
+    assert answer.code == 2
+    assert "is a pipe, which can be read only once" in answer.err

@@ -1,5 +1,8 @@
 """Which pairs an evaluation compares, from options and from a file."""
 
+import json
+import shutil
+
 import pytest
 
 from qsun.config import QuantConfig
@@ -29,6 +32,26 @@ def test_options_name_the_usual_variants(int3):
     assert alone.reference == "base"
     assert [e.name for e in from_options("demo", "P", None, []).entries] == ["base", "SUN"]
     assert stored_bits(str(int3)) == 3 and stored_bits("demo") == 0
+
+
+def test_bits_are_those_of_the_module_and_not_of_an_override(int3, tmp_path):
+    """compressed-tensors has no bits of the whole, and its groups stand in the order of the layers."""
+    module = tmp_path / "module"
+    shutil.copytree(int3, module)
+    config = json.loads((module / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"]
+    override = {**groups["group_0"], "weights": groups["group_0"]["weights"] | {"num_bits": 8}}
+    config["quantization_config"]["config_groups"] = {"group_0": override, "group_1": groups["group_0"]}
+    (module / "config.json").write_text(json.dumps(config))
+    assert stored_bits(str(module)) == 3
+    (module / "qsun.json").unlink()
+    assert stored_bits(str(module)) == 8  # another tool's, which says no more
+
+
+def test_an_empty_list_of_tasks_answers_none_of_them(tmp_path):
+    file = tmp_path / "matrix.yaml"
+    file.write_text("{variants: [{name: SUN, model: demo}, {name: SUN, model: demo, tasks: []}], tasks: [a, b]}")
+    assert [entry.answers(["a", "b"]) for entry in from_file(file).entries] == [["a", "b"], []]
 
 
 def test_a_file_names_directories_beside_it(tmp_path):

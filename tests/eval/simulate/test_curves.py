@@ -97,3 +97,8 @@ def test_files(tmp_path, curves):
             load_curves(source)
     with pytest.raises(QsunError, match="variant 'qsun' was not measured"):
         curves.step(QSUN, 1, 100)
+
+
+def test_curves_come_through_a_pipe(pipe):
+    with pytest.raises(QsunError, match="lack 'rows'"):
+        load_curves(pipe("{}"))

@@ -40,6 +40,12 @@ def test_a_table_on_the_screen_and_one_line_for_a_mistake(cli):
     assert "'some'" in wrong.err
 
 
+def test_answers_of_one_token_are_refused_before_a_module_is_loaded(cli):
+    answer = cli("bench", "engine", "--output", "fixed:1", "--decode", "nowhere")
+    assert answer.code == 2
+    assert "all requests have 1 output token, so there is no TPOT" in answer.err
+
+
 def test_means_over_rounds_are_found_again_at_the_measured_points():
     steps = {16: {1: 0.001, 2: 0.002}, 64: {1: 0.003, 2: 0.005}}
     prompts = {1: {1: 0.01, 2: 0.012}, 8: {1: 0.02, 2: 0.03}, 32: {1: 0.05}}

@@ -8,6 +8,7 @@ import pytest
 from qsun.errors import QsunError
 from qsun.eval.load.service_level import ServiceLevel
 from qsun.eval.load.workload import Lengths, TracedRequest, Workload
+from qsun.eval.simulate import capacity
 from qsun.eval.simulate.capacity import Scenario, default_level, find_capacity, mean_tpot_ms, workers_needed
 from qsun.eval.simulate.compared_systems import CONVENTIONAL, KINDS, Deployment, assign
 from qsun.eval.simulate.curves import QSUN, SUN, Curves, DoesNotFit, Footprint, computed_curves
@@ -19,7 +20,11 @@ from qsun.eval.simulate.system import DecodeWorker, System
 SHARES = {"a": 0.6, "b": 0.3, "c": 0.1}
 STEP = {SUN: 0.1, QSUN: 0.05}  # whatever the batch: a worker serves max_batch rows for the price of one
 FLAT = Curves(
-    lambda variant, batch, context: STEP[variant], lambda tokens: 1e-6, "made up", {}, {SUN: Footprint(6e8, 1000)}
+    lambda variant, batch, context: STEP[variant],
+    lambda tokens: 1e-6,
+    "made up",
+    {},
+    dict.fromkeys(STEP, Footprint(6e8, 1000)),
 )
 
 
@@ -104,8 +109,7 @@ def test_workers_needed_are_the_fewest():
     assert workers_needed(case, SUN, 7.0) == 4
     assert workers_needed(case, QSUN, 7.0) == 2
     assert workers_needed(case, CONVENTIONAL, 7.0) >= 5
-    with pytest.raises(QsunError, match="relax the SLO"):
-        workers_needed(Scenario(case.workload, FLAT, case.deployment, ServiceLevel(1.0)), SUN, 1.0)
+    assert workers_needed(replace(case, level=ServiceLevel(1.0)), SUN, 1.0) is None
 
 
 @pytest.mark.parametrize(
@@ -126,10 +130,50 @@ def test_few_workers_that_do_not_fit_are_too_few(room):
 
 def test_what_fits_nowhere_is_said():
     case = scenario(memory_bytes=0.6e9)
-    with pytest.raises(DoesNotFit, match="cannot hold 1 x sun"):
-        workers_needed(case, CONVENTIONAL, 1.0)
-    with pytest.raises(DoesNotFit, match="cannot hold 1 x sun"):
-        over_skew(case, 4, [0.0], None, lambda *_: None)
+    assert workers_needed(case, CONVENTIONAL, 1.0) is None
+    for rate in (None, 1.0):
+        with pytest.raises(DoesNotFit, match="cannot hold 1 x sun"):
+            over_skew(case, 4, [0.0], rate, lambda *_: None)
+
+
+@pytest.mark.parametrize("rate", [None, 3.0])
+def test_no_system_within_the_slo_is_said(rate):
+    case = replace(scenario(requests=100), level=ServiceLevel(2000, 10))
+    with pytest.raises(QsunError, match="no system meets the SLO at any rate; relax --slo-ttft or --slo-tpot"):
+        over_skew(case, 4, [0.0], rate, lambda *_: None)
+
+
+@pytest.mark.parametrize("only", [{"level": ServiceLevel(2000, 60)}, {"deployment": Deployment(4, memory_bytes=1e9)}])
+def test_the_only_system_that_serves_sets_the_rate(only):
+    """SUN's steps of 100 ms are too slow, or its module too large; QSUN has a capacity all the same."""
+    footprints = {SUN: Footprint(2e9, 1000), QSUN: Footprint(5e8, 1000)}
+    case = replace(scenario(requests=60), curves=replace(FLAT, footprints=footprints), **only)
+    rows = over_skew(case, 4, [0.0], None, lambda *_: None)
+    assert [row["rate"] > 0 for row in rows] == [False, False, True]
+    needed = workers_needed(case, QSUN, rows[0]["needed_rate"])
+    assert needed and [row["workers_needed"] for row in rows] == [None, None, needed]
+    assert {row["needed_rate"] for row in rows} == {0.9 * rows[2]["rate"]}
+    result = {"rows": rows, "setting": "made up", "curves": "made up"}
+    lines = report_text(result).splitlines()
+    assert lines[3].split()[-3:] == ["-", "-", str(needed)]
+    assert lines[4:6] == [f"{kind} at skew 0 meets the SLO at no rate" for kind in (CONVENTIONAL, SUN)]
+    assert len(report_figure(result).axes) == 3
+
+
+def test_a_rate_that_no_number_of_workers_serves_is_a_dash(monkeypatch):
+    monkeypatch.setattr(capacity, "_MOST_WORKERS", 4)
+    rows = over_skew(scenario(requests=100), 4, [0.0], 50.0, lambda *_: None)
+    assert [row["workers_needed"] for row in rows] == [None, None, None]
+    result = {"rows": rows, "setting": "made up", "curves": "made up"}
+    assert [line.split()[-1] for line in report_text(result).splitlines()[3:6]] == ["-"] * 3
+    assert len(report_figure(result).axes) == 3
+
+
+def test_few_workers_that_do_not_fit_need_more():
+    rows = over_skew(scenario(memory_bytes=1e9, requests=100), 1, [0.0], 0.5, lambda *_: None)
+    result = {"rows": rows, "setting": "made up", "curves": "made up"}
+    said = "conventional at skew 0 meets the SLO at no rate with these workers; it needs 4"
+    assert said in report_text(result).splitlines()
 
 
 def test_fewer_tokens_of_kv_than_models_hold_nothing():
@@ -188,15 +232,18 @@ def test_a_skew_without_a_ratio_is_not_bridged():
 
 def test_default_level():
     case = scenario()
-    level = default_level(case.workload, FLAT, 4)
+    level = default_level(case.workload.sample(), FLAT, 4)
     assert level.tpot_ms == pytest.approx(200)
     assert level.ttft_ms == pytest.approx(2000.004)
-    assert default_level(case.workload, FLAT, 4, 7, 8) == ServiceLevel(7, 8)
+    assert default_level(case.workload.sample(), FLAT, 4, 7, 8) == ServiceLevel(7, 8)
 
 
 def small(*more):
     shape = ("--models", "3", "--decode-workers", "3", "--prompt", "fixed:64", "--output", "fixed:16")
     return ("simulate", "--curves", "computed:qwen3-1.7b", *shape, "--requests", "60", *more)
+
+
+REPLAY = ("simulate", "--curves", "computed:qwen3-1.7b", "--trace")
 
 
 def test_command_capacity(cli, tmp_path):
@@ -222,11 +269,46 @@ def test_command_replays_a_trace_in_an_engine(cli, tmp_path):
     trace = tmp_path / "requests.jsonl"
     rows = [{"arrival": i / 9, "model": "ab"[i % 2], "prompt_tokens": 9, "output_tokens": 3} for i in range(10)]
     trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    answer = cli(*small("--trace", trace, "--prefill-tokens", "64", "--decode-workers", "1", "--json"))
+    answer = cli(*REPLAY, trace, "--prefill-tokens", "64", "--decode-workers", "1", "--json")
     assert answer.code == 0, answer.err
     found = json.loads(answer.out)["rows"]
     assert [row["requests"] for row in found] == [10, 10, 10]
     assert {row["workers"] for row in found} == {1}
+
+
+def test_the_default_slo_of_a_trace_is_that_of_its_own_lengths(cli, tmp_path):
+    """Prompts of 60,000 tokens take longer than the bounds of the default lengths allow."""
+    requests = [TracedRequest(30.0 * i, "a", 60_000, 20) for i in range(5)]
+    trace = tmp_path / "requests.jsonl"
+    trace.write_text("".join(json.dumps(request._asdict()) + "\n" for request in requests))
+    answer = cli(*REPLAY, trace, "--json")
+    assert answer.code == 0, answer.err
+    result = json.loads(answer.out)
+    assert result["slo"] == default_level(requests, computed_curves("qwen3-1.7b"), 64).described()
+    assert [row["goodput"] for row in result["rows"]] == [1, 1, 1]
+
+
+def test_a_name_that_only_looks_like_a_number(cli):
+    answer = cli(*small("--models", "\u00b2", "--rate", 5, "--skew", 0, "--json"))
+    assert json.loads(answer.out)["workload"]["models"] == ["\u00b2"]
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("--trace", "x.jsonl", "--rate", 5, "--skew", 0), "--trace brings its own requests; omit --skew and --rate"),
+        (("--trace", "x.jsonl", "--models", 3), "--trace brings its own requests; omit --models"),
+        (("--trace", "x.jsonl", "--need", 3), "--trace brings its own requests; omit --need"),
+        (("--trace", "x.jsonl", "--prompt", "fixed:1"), "--trace brings its own requests; omit --prompt"),
+        (("--rate", 5, "--need", 3), "--need belongs to the search that --rate replaces"),
+        (("--need", "inf"), "need inf is out of range"),
+        (("--need", -1), "need -1 is out of range"),
+    ],
+)
+def test_options_that_contradict_each_other(cli, options, problem):
+    answer = cli("simulate", "--curves", "computed:qwen3-1.7b", *options)
+    assert answer.code == 2
+    assert problem in answer.err
 
 
 @pytest.mark.parametrize(
@@ -241,6 +323,10 @@ def test_command_replays_a_trace_in_an_engine(cli, tmp_path):
         ("--models", "0", "no models"),
         ("--decode-workers", "0", "decode workers 0"),
         ("--requests", "1", "too few"),
+        ("--transfer-ms", "-5", "transfer_ms -5 is out of range"),
+        ("--overhead-ms", "-1", "overhead_ms -1 is out of range"),
+        ("--overhead-ms", "nan", "overhead_ms nan is out of range"),
+        ("--memory-gb", "nan", "memory of nan GB is out of range"),
     ],
 )
 def test_command_names_what_is_wrong(cli, option, value, problem):

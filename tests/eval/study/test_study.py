@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
@@ -13,7 +14,7 @@ from qsun.eval.report.variants import from_file
 from qsun.eval.study.matrix import write_matrix
 from qsun.eval.study.modules import after_quantizing, before_quantizing, chosen_rate, trials
 from qsun.eval.study.report import Scores, bits_figure, curve_figure, markdown
-from qsun.eval.study.run import run_study
+from qsun.eval.study.run import missing_work, run_study
 from qsun.eval.study.stages import STAGES, variants
 from qsun.eval.study.study import Study
 from qsun.eval.study.task import StudyTask
@@ -22,7 +23,7 @@ from tests.warm_process import warm_context
 
 @pytest.fixture(autouse=True)
 def warm_processes(monkeypatch):
-    monkeypatch.setattr("qsun.eval.study.run.get_context", lambda _: warm_context())
+    monkeypatch.setattr("qsun.eval.study.work.get_context", lambda _: warm_context())
 
 
 def invented(study, tmp_path, seed=0):
@@ -69,6 +70,35 @@ def test_a_matrix_names_only_modules_that_the_study_makes(tmp_path):
         for part in {"model", "prefill", "decode"} & row.keys():
             assert row[part] == "demo" or tmp_path / row[part] in made, row
     assert not any("longer" in str(place) or "aligned" in str(place) for place in made)
+
+
+def test_a_matrix_of_own_and_embedded_tasks_is_one_that_qsun_eval_reads(tmp_path):
+    for split in "abc":
+        (tmp_path / f"{split}.jsonl").write_text("{}\n")
+    own = StudyTask("calls", *(str(tmp_path / f"{split}.jsonl") for split in "abc"), "json")
+    study = Study(tasks=(own, StudyTask("code")), seeds=1, methods=("gptq",), bits=(4,), align_steps=0)
+    (tmp_path / "seed0").mkdir()
+    (tmp_path / "seed0/code-valid.jsonl").write_text("{}\n")
+    matrix = from_file(write_matrix(study, tmp_path))
+    answered = [(entry.name, entry.answers(matrix.tasks), entry.responses[-12:]) for entry in matrix.entries]
+    names = ["full fine-tune", "SUN", "QSUN int4"]
+    assert answered == [
+        ("base", ["qsun_code"], ""),
+        *((name, [], f"{tmp_path / 'b.jsonl'}"[-12:]) for name in names),
+        *((name, ["qsun_code"], "-valid.jsonl") for name in names),
+    ]
+
+
+def test_all_counts_every_example_of_tasks_of_unlike_sizes(tmp_path):
+    tasks = (StudyTask("a", "x", "y", "z"), StudyTask("b", "x", "y", "z"))
+    study = Study(tasks=tasks, seeds=1, methods=("gptq",), bits=(4,), curve=(10,), align_steps=0)
+    right = {
+        task.name: {name: digits for name, _, _ in variants(study, tmp_path, 0, task)}
+        for task, digits in zip(tasks, ("1" * 10, "0" * 90), strict=True)
+    }
+    text = markdown(Scores({"study": json.loads(json.dumps(asdict(study))), "right": {"0": right}}))
+    assert "|  | a | b | all | spread |" in text and "| full fine-tune | 100.0 | 0.0 | 10.0 | 0.0 |" in text
+    assert "mean" not in text.lower()
 
 
 def test_a_report_of_own_tasks_names_them_and_what_the_intervals_count(tmp_path):
@@ -127,6 +157,8 @@ def test_an_embedded_task_by_its_name():
         (("--task", "a=x.jsonl,x.jsonl,x.jsonl,no_such.module:f"), "cannot be imported"),
         (("--task", "a=x.jsonl,x.jsonl,x.jsonl"), "test file x.jsonl does not exist"),
         (("--bits", "5"), "bits"),
+        (("--curve", "0,100"), "curve has 0; use whole numbers from 1 up"),
+        (("--lora-ranks", "0,4"), "lora_ranks has 0; use whole numbers from 1 up"),
         (("--lora-ranks", "4,16", "--lora-lr", "1e-3,2e-3,3e-3"), "lora_lr has 3 rates for 2 adapter ranks; give one"),
         (("--lora-ranks", "4", "--align-share", 0.2), "align_share 0.2 is a share of lr and lora_lr; give them"),
         (("--rates", "1e-3,0"), "rates 0.001, 0 must be different numbers above 0"),
@@ -141,6 +173,36 @@ def test_bad_input_is_one_line_before_work_starts(cli, tmp_path, options, says):
     answer = cli("bench", "tasks", "-o", tmp_path / "out", *options)
     assert answer.code == 2 and says in answer.err, answer.err
     assert answer.err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_says_how_to_continue(cli, tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qsun.eval.study.run.run_stages", interrupted)
+    answer = cli("bench", "tasks", "-o", tmp_path / "out", "--steps", 2)
+    assert answer.code == 130
+    assert answer.err == "error: interrupted; finished pieces are kept, the same command continues\n"
+
+
+def test_what_no_model_can_write_is_found_before_anything_is_tuned(cli, tiny_model, talking_model, tmp_path):
+    """The RoPE of this base changes at 32 tokens, within the response of the second example."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32,
+        "short_factor": [1.0] * 8, "long_factor": [1.0 + 4 * i for i in range(8)],
+    }  # fmt: skip
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=32), base)
+    for file in talking_model.glob("tokenizer*"):
+        shutil.copyfile(file, base / file.name)
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "1+1=", "response": "2"}, {"prompt": "7" * 25, "response": "8" * 12}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answer = cli(
+        "bench", "tasks", "-o", tmp_path / "out", "--base", base, "--task", f"a={file},{file},{file}", "--dry-run"
+    )
+    assert answer.code == 2 and not (tmp_path / "out").exists()
+    assert "rows.jsonl: a test example has a prompt of 2" in answer.err and "leave it out" in answer.err, answer.err
 
 
 @pytest.mark.slow
@@ -239,3 +301,10 @@ def test_own_base_and_data_end_to_end(cli, talking_model, tmp_path, monkeypatch)
     file.write_text(file.read_text() + '{"prompt": "a>", "response": "b"}\n')
     changed = cli(*command)
     assert changed.code == 2 and f"file {file} has changed since the study" in changed.err
+
+
+def test_files_that_every_seed_reads_cannot_be_pipes(tmp_path, pipe):
+    write_jsonl(tmp_path / "test.jsonl", examples("math", "test", 2))
+    own = StudyTask("mine", pipe(), str(tmp_path / "test.jsonl"), str(tmp_path / "test.jsonl"))
+    with pytest.raises(QsunError, match="is a pipe, which can be read only once"):
+        missing_work(Study(tasks=(own,)), tmp_path / "out")

@@ -22,7 +22,7 @@ def test_rate_and_standard_error():
 def test_the_whole_walkthrough(cli, tmp_path, monkeypatch):
     small = replace(QUICK, steps=8, batch_size=16, train=200, test=12, samples=8, valid=16)
     monkeypatch.setattr(walkthrough, "QUICK", small)
-    monkeypatch.setattr("qsun.eval.study.run.get_context", lambda _: warm_context())
+    monkeypatch.setattr("qsun.eval.study.work.get_context", lambda _: warm_context())
     answer = cli("demo", "--quick", "-o", tmp_path / "demo", "--seed", 3, "--json")
     assert answer.code == 0, answer.err
     result = json.loads(answer.out)

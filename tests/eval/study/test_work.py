@@ -1,0 +1,105 @@
+"""Processes of a study end with it, whatever ends it."""
+
+import os
+import signal
+import time
+from contextlib import suppress
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+
+from qsun.errors import QsunError
+from qsun.eval.study import work
+from qsun.eval.study.work import Work, run_stages
+from tests.warm_process import WarmProcess, warm_context
+
+
+def begin(file):
+    """Write the process id to a file and work for a long time."""
+    begun = file.with_suffix(".begun")
+    begun.write_text(str(os.getpid()))
+    begun.rename(file)
+    time.sleep(60)
+
+
+def study(folder):
+    """More pieces than processes; forked, as a new Python would import torch for seconds."""
+    work.get_context = lambda _: get_context("fork")
+    pieces = [Work(str(n), folder / "made", begin, (folder / str(n),)) for n in range(8)]
+    run_stages([pieces], 2)
+
+
+def alive(pid):
+    with suppress(ProcessLookupError, FileNotFoundError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    return False
+
+
+def until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "too late"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def started(tmp_path):
+    """The process of a study, and those of its two pieces."""
+    with WarmProcess(study, tmp_path) as process:
+        until(lambda: len(list(tmp_path.glob("[0-9]"))) == 2)
+        workers = [int(file.read_text()) for file in tmp_path.glob("[0-9]")]
+        try:
+            yield process, workers
+        finally:
+            for pid in filter(alive, workers):
+                os.kill(pid, signal.SIGKILL)
+
+
+def begun(folder):
+    return sum(file.is_file() for file in folder.iterdir())
+
+
+def test_ctrl_c_ends_every_process_and_begins_nothing_more(started, tmp_path):
+    process, workers = started
+    for pid in (*workers, process.pid):  # as a terminal does
+        os.kill(pid, signal.SIGINT)
+    assert process.wait(20) != 0
+    until(lambda: not any(map(alive, workers)))
+    assert begun(tmp_path) == 2
+    assert "KeyboardInterrupt" in process.stderr.read()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_processes_end_where_the_one_that_started_them_is_killed(started, tmp_path, number):
+    process, workers = started
+    process.send_signal(number)
+    process.wait(20)
+    until(lambda: not any(map(alive, workers)))
+    assert begun(tmp_path) == 2
+
+
+def test_a_process_that_was_killed_is_one_clear_line(started, tmp_path):
+    process, workers = started
+    os.kill(workers[0], signal.SIGKILL)
+    assert process.wait(20) != 0
+    until(lambda: not any(map(alive, workers)))
+    last = process.stderr.read().strip().splitlines()[-1]
+    assert last.endswith(
+        "one of 2 processes was killed before its work was done, as when memory runs out; finished pieces are kept: "
+        "free memory, or use fewer processes"
+    )
+    assert begun(tmp_path) == 2
+
+
+def fail(_):
+    raise QsunError("train.jsonl has no examples")
+
+
+def test_an_error_of_one_piece_does_not_wait_for_the_others(monkeypatch, tmp_path):
+    monkeypatch.setattr(work, "get_context", lambda _: warm_context())
+    pieces = [Work(str(n), tmp_path / "made", f, (tmp_path / str(n),)) for n, f in enumerate((begin, fail, begin))]
+    start = time.monotonic()
+    with pytest.raises(QsunError, match="has no examples"):
+        run_stages([pieces], 2)
+    assert time.monotonic() - start < 20
