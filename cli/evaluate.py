@@ -89,7 +89,7 @@ def evaluate(
 
 def _windows(value: str) -> tuple[int, int]:
     count, _, length = value.partition("x")
-    if not (count.isdigit() and length.isdigit() and int(count) and int(length) > 1):
+    if not (count.isdecimal() and length.isdecimal() and int(count) and int(length) > 1):
         raise QsunError(f"--windows {value!r} is not of the form 64x256")
     return int(count), int(length)
 

@@ -65,9 +65,9 @@ def names(text: str) -> list[str]:
 def whole_numbers(name: str, text: str) -> list[int]:
     """Parse a comma-separated option. Raises QsunError for anything but whole numbers."""
     parts = names(text)
-    wrong = [part for part in parts if not part.isdigit()]
+    wrong = [part for part in parts if not part.isdecimal() or not int(part)]
     if wrong:
-        raise QsunError(f"{name} has {wrong[0]!r}; use whole numbers from 1 up, such as 1,4,16")
+        raise QsunError(f"{name} has {wrong[0]}; use whole numbers from 1 up, such as 1,4,16")
     return [int(part) for part in parts]
 
 

@@ -134,7 +134,7 @@ def layers_of(models: Sequence[str], shapes: Sequence[str]) -> list[tuple[str, s
         found += [(model, layer, N, K) for layer, (N, K) in MODEL_SHAPES[model].linear_layers().items()]
     for shape in shapes:
         sides = shape.lower().split("x")
-        if len(sides) != 2 or not all(side.isdigit() and int(side) % 32 == 0 and int(side) for side in sides):
+        if len(sides) != 2 or not all(side.isdecimal() and int(side) % 32 == 0 and int(side) for side in sides):
             raise QsunError(f"shape {shape} is not NxK with multiples of 32, such as 4096x14336")
         found.append(("", shape, int(sides[0]), int(sides[1])))
     return found

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qsun.cli.terminal.options import names, settings_and_inputs
+from qsun.cli.terminal.options import names, settings_and_inputs, whole_numbers
 from qsun.config import QuantConfig
 from qsun.errors import QsunError
 
@@ -46,3 +46,10 @@ def test_names_may_have_spaces_around_their_commas():
 def test_tasks_may_have_spaces_around_their_commas(cli, tmp_path):
     answer = cli("eval", "--decode", "demo", "--tasks", "qsun_math, nothing", "-o", tmp_path / "out")
     assert answer.code == 2 and "task 'nothing' is not known" in answer.err
+
+
+@pytest.mark.parametrize("text", ["1,0", "x", "²", "1.5", "-1"])
+def test_what_is_no_whole_number_is_refused(text):
+    with pytest.raises(QsunError, match=r"rows has .*; use whole numbers from 1 up"):
+        whole_numbers("rows", text)
+    assert whole_numbers("rows", "1, 16") == [1, 16]

@@ -237,7 +237,7 @@ def test_command_on_modules(cli, on_disk):
     [
         (("--shape", "gpt-5"), "shape 'gpt-5' is not known; use one of llama-3.1-8b, llama-3.2-1b"),
         (("--shape", "tiny", "--lm-head", "fp8"), "lm-head 'fp8' is not known; use one of bf16, int4, both"),
-        (("--shape", "tiny", "--batches", "1,x"), "batches has 'x'"),
+        (("--shape", "tiny", "--batches", "1,x"), "batches has x; use whole numbers"),
         (("--shape", "tiny", "--batches", "0"), "batches has 0; use whole numbers from 1 up"),
         (("--shape", "tiny", "--contexts", ","), "contexts has nothing"),
         (("--shape", "tiny", "--contexts", "200000"), "context 200000 leaves no room"),

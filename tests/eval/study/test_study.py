@@ -158,7 +158,7 @@ def test_an_embedded_task_by_its_name():
         (("--task", "a=x.jsonl,x.jsonl,x.jsonl"), "test file x.jsonl does not exist"),
         (("--bits", "5"), "bits"),
         (("--curve", "0,100"), "curve has 0; use whole numbers from 1 up"),
-        (("--lora-ranks", "0,4"), "lora_ranks has 0; use whole numbers from 1 up"),
+        (("--lora-ranks", "0,4"), "lora-ranks has 0; use whole numbers from 1 up"),
         (("--lora-ranks", "4,16", "--lora-lr", "1e-3,2e-3,3e-3"), "lora_lr has 3 rates for 2 adapter ranks; give one"),
         (("--lora-ranks", "4", "--align-share", 0.2), "align_share 0.2 is a share of lr and lora_lr; give them"),
         (("--rates", "1e-3,0"), "rates 0.001, 0 must be different numbers above 0"),
