@@ -18,7 +18,7 @@ import numpy as np
 
 from qsun.data.chat import chat_tokens
 from qsun.data.examples import assistant_turns, check_vocabulary, pair_example, tools_of, turn_example
-from qsun.data.jsonl import file_bytes, text_of
+from qsun.data.jsonl import check_no_pipe, file_bytes, text_of
 from qsun.data.shapes import RowLeftOut
 from qsun.data.sources import converted_rows, file_kind
 from qsun.errors import QsunError
@@ -72,10 +72,10 @@ def hold_out(calibration: Calibration) -> Calibration:
         tuple(s for number, s in enumerate(calibration.samples, 1) if (number % HELD_OUT == 0) == wanted)
         for wanted in (False, True)
     )
-    if not all(any(len(s.tokens) - s.prefill_tokens > 1 for s in part) for part in (kept, held)):
+    if not held:
         raise QsunError(
-            f"polish holds one of {HELD_OUT} calibration samples out, of two response tokens at least; "
-            f"{len(calibration.samples)} samples are too few or too short: raise --samples"
+            f"polish holds one of {HELD_OUT} calibration samples out; {len(calibration.samples)} samples are too few: "
+            "raise --samples"
         )
     return replace(calibration, samples=kept, held_out=held)
 
@@ -102,6 +102,8 @@ def read_calibration(
     names = list(sources)
     if not names:
         raise QsunError("calibration: no source is given")
+    if samples < len(names):
+        raise QsunError(f"--samples {samples} leaves some of {len(names)} calibration sources out; raise --samples")
     chosen: list[Sample] = []
     for number, name in enumerate(names):
         share = samples // len(names) + (number < samples % len(names))
@@ -149,6 +151,7 @@ def _read_by(module: int | None, samples: list[Sample], name: str) -> list[Sampl
 
 
 def _read_npy(path: Path, seq_len: int) -> list[Sample]:
+    check_no_pipe(path, "calibration")
     if not path.is_file():
         raise QsunError(f"calibration file {path} does not exist")
     try:
@@ -180,7 +183,7 @@ def _row_samples(name: str, tokenizer: Any, seq_len: int) -> list[Sample]:
     """Return the samples of rows with prompts, then windows over the joined texts of rows without."""
 
     def convert(row: Mapping[str, Any], where: str) -> list[Sample | str]:
-        if "messages" not in row and "response" not in row:
+        if "messages" not in row and not {"prompt", "response"} <= row.keys():
             return [text_of(row, "text", where)]
         return [_row_sample(tokenizer, row, seq_len, where)]
 

@@ -22,7 +22,7 @@ def read_rows(path: Path, what: str) -> Iterator[PlacedRow]:
         QsunError: no such file, not UTF-8, not JSON, or something else than an object; names the file and the line.
     """
     content, file = file_bytes(path, what), f"{what} file {path}"
-    if ".json" in path.suffixes and content.lstrip()[:1] == b"[":
+    if ".json" in [suffix.lower() for suffix in path.suffixes] and content.lstrip()[:1] == b"[":
         for number, row in enumerate(_parse(content, file), 1):
             yield _as_object(row, f"{file}, row {number}")
         return

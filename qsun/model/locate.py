@@ -1,5 +1,6 @@
-"""Find model directories: a path, the packaged `demo`, or a model id on the Hub."""
+"""Find model directories: a path, the packaged `demo`, or a model id on the Hub; and read their tokenizers."""
 
+import json
 import logging
 import re
 from importlib.metadata import version
@@ -9,10 +10,12 @@ from typing import Any
 
 from qsun.demo import base_directory
 from qsun.errors import QsunError, shortened
+from qsun.model.checkpoint import read_json
 
 DEMO = "demo"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WANTED = ("*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.*", "chat_template*", "LICENSE*")
+_UNWANTED = ("*/*", "consolidated*")  # patterns match slashes too: training checkpoints, the same weights once more
 
 
 def find_model(name: str) -> Path:
@@ -32,7 +35,7 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_WANTED)))
+        return Path(snapshot_download(name, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)))
     except Exception as error:  # the hub's client raises many kinds, down to those of its HTTP library
         reason = shortened(error, 160)
         raise QsunError(f"{name} is not a directory here and could not be downloaded from the Hub: {reason}") from None
@@ -60,6 +63,20 @@ def load_tokenizer(directory: Path) -> Any | None:
         f"{directory}: the tokenizer cannot be loaded: {reason}; it is damaged, or made for later versions than "
         f"{installed}"
     )
+
+
+def tokenizer_content(file: Path) -> dict[str, Any]:
+    """Return a tokenizer.json as the installed library writes it, or as it is if the library cannot read it.
+
+    Versions write the same tokenizer differently: merges as strings or as pairs, an absent setting as null or false.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        content: dict[str, Any] = json.loads(Tokenizer.from_file(str(file)).to_str())
+    except Exception:  # bare ones, for what a later version has written
+        return read_json(file)
+    return content
 
 
 def _installed(module: str) -> bool:

@@ -24,7 +24,7 @@ from typing import Any
 from qsun.errors import QsunError, shortened
 from qsun.model.architectures import kv_shape
 from qsun.model.checkpoint import Checkpoint, files_fingerprint, read_json
-from qsun.model.locate import find_model
+from qsun.model.locate import find_model, tokenizer_content
 from qsun.model.manifest import read_manifest
 from qsun.model.skeleton import read_model_config
 
@@ -198,20 +198,20 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _tokenizer_differences(ours: Path, theirs: Path) -> Iterator[str]:
-    """Compare content, not bytes: versions of transformers write the same tokenizer differently."""
+    """Compare what tokenizers do, not how versions of transformers write them."""
     if (ours / ADAPTER).exists() and not any((ours / file).exists() for file in (_FAST_TOKENIZER, *_VOCABULARY_FILES)):
         return  # an adapter is served with the base's tokenizer
-    fast = [(directory / _FAST_TOKENIZER).exists() for directory in (ours, theirs)]
-    if all(fast):
-        a, b = (read_json(directory / _FAST_TOKENIZER) for directory in (ours, theirs))
-        for key in dict.fromkeys([*a, *b]):
-            if key not in ("version", "truncation", "padding") and a.get(key) != b.get(key):
-                yield from _first_difference(f"{_FAST_TOKENIZER}: {key}", a.get(key), b.get(key))
-    else:
+    fast = [_content(directory / _FAST_TOKENIZER) for directory in (ours, theirs)]
+    if None in fast:
         for file in (_FAST_TOKENIZER, *_VOCABULARY_FILES):
             mine, other = (_content(directory / file) for directory in (ours, theirs))
             if mine != other:
                 yield _line(file, _presence(mine), _presence(other), _SAME_TOKENIZER)
+    elif fast[0] != fast[1]:
+        a, b = (tokenizer_content(directory / _FAST_TOKENIZER) for directory in (ours, theirs))
+        for key in dict.fromkeys([*a, *b]):
+            if key not in ("version", "truncation", "padding") and a.get(key) != b.get(key):
+                yield from _first_difference(f"{_FAST_TOKENIZER}: {key}", a.get(key), b.get(key))
     a, b = (_tokenizer_settings(directory) for directory in (ours, theirs))
     for key in a:
         if a[key] != b[key]:

@@ -38,7 +38,8 @@ class Skeleton:
         self.architecture: Architecture = architecture_of(self.config.model_type)
         self.model: Any = empty_model(self.config)
         self.layers: nn.ModuleList = self.model.model.layers
-        self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self._shape: tuple[int, int] | None = None
+        self._arguments: list[dict[str, Any]] = []  # of all blocks for this shape only: masks are large
 
     @property
     def tied(self) -> bool:
@@ -83,9 +84,11 @@ class Skeleton:
     def block_arguments(self, index: int, hidden: Tensor) -> dict[str, Any]:
         """Return the keyword arguments that the model passes to this block for unpadded input of this shape."""
         shape = (hidden.shape[0], hidden.shape[1])
-        if shape not in self._arguments:
-            self._arguments[shape] = self._record(embeds=hidden)[1]
-        return self._arguments[shape][index]
+        if shape != self._shape:
+            self._arguments, self._shape = [], None
+            self._arguments = self._record(embeds=hidden)[1]
+            self._shape = shape
+        return self._arguments[index]
 
     def _record(self, ids: Tensor | None = None, embeds: Tensor | None = None) -> tuple[Tensor, list[dict[str, Any]]]:
         inner = self.model.model

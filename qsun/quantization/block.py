@@ -11,7 +11,7 @@ from qsun.config import LayerSpec, QuantConfig
 from qsun.errors import QsunError
 from qsun.model.architectures import Stage, block_prefix
 from qsun.model.quantized import Quantized
-from qsun.model.skeleton import Skeleton, linear_of
+from qsun.model.skeleton import linear_of
 from qsun.quantization.activations import Activations
 from qsun.quantization.job import Job
 from qsun.quantization.methods.awq import awq, channel_scales
@@ -39,7 +39,7 @@ def grid_of(spec: LayerSpec, scale_dtype: torch.dtype) -> Grid:
 
 def quantize_block(
     job: Job, index: int, block: nn.Module, ours: Activations | None, reference: Activations | None, step: Step
-) -> dict[str, LayerResult]:
+) -> tuple[dict[str, LayerResult], dict[str, Tensor]]:
     """Quantize a block's linear layers in place: their weights become the dequantized integers.
 
     Args:
@@ -47,11 +47,13 @@ def quantize_block(
         reference: the full-precision model's activations, in its own copy of the block; `refined` compares with them.
         step: called with a layer's name when it is done.
     Returns:
-        Results by full layer name; layers that stay in full precision are absent.
+        Results by full layer name; layers that stay in full precision are absent. And by full name, as they are to be
+        stored, the tensors that a fold changed; all others that are not quantized are the base's.
     """
     prefix, architecture = block_prefix(index), job.skeleton.architecture
+    folded: dict[str, Tensor] = {}
     if job.config.method.startswith("awq") and ours is not None:
-        fold_scales(job, index, block, ours)
+        folded = fold_scales(job, index, block, ours)
         ours.clear()
     results: dict[str, LayerResult] = {}
     for number, stage in enumerate(architecture.stages):
@@ -67,7 +69,7 @@ def quantize_block(
             linear.weight.data = result.weights.dequantize().to(linear.weight.dtype)
             results[prefix + name] = result
             step(prefix + name)
-    return results
+    return results, folded
 
 
 def collect(
@@ -156,9 +158,14 @@ def _ratio(wrong: Tensor, right: Tensor) -> float:
     return ordered_sum(wrong) / max(ordered_sum(right), 1e-30)
 
 
-def fold_scales(job: Job, index: int, block: nn.Module, ours: Activations) -> None:
-    """Do AWQ's first half, in place: scale input columns up, and what produces the input down by as much."""
+def fold_scales(job: Job, index: int, block: nn.Module, ours: Activations) -> dict[str, Tensor]:
+    """Do AWQ's first half, in place: scale input columns up, and what produces the input down by as much.
+
+    Returns:
+        The folded norms and biases by full name, in the dtype that the base stores them in.
+    """
     prefix, specs = block_prefix(index), job.specs
+    folded: dict[str, Tensor] = {}
     for number, stage in enumerate(ours.architecture.stages):
         spec = specs[prefix + stage.layers[0]]
         if stage.producer is None or not spec.quantized:
@@ -166,33 +173,44 @@ def fold_scales(job: Job, index: int, block: nn.Module, ours: Activations) -> No
         producer = block.get_submodule(stage.producer)
         if isinstance(producer, nn.Linear) and not specs[prefix + stage.producer].quantized:
             continue  # it is stored in the base's dtype, which could not hold the scaled weights exactly
+        changed = "bias" if isinstance(producer, nn.Linear) else "weight"  # the linear's weight is quantized
+        key = f"{prefix}{stage.producer}.{changed}"
+        stored = job.checkpoint.load([key])[key].to(job.skeleton.device) if key in job.checkpoint else None
         linears = [linear_of(block, name) for name in stage.layers]
         moments = collect(ours, None, number, absolute=True)
         weights = [linear.weight.data for linear in linears]
         grid = grid_of(spec, job.scale_dtype)
         scales = channel_scales(weights, moments.hessian(), moments.mean_absolute(), grid)
-        achieved = _divide_producer(producer, scales, stage, job.skeleton)
+        achieved = _divide_producer(producer, scales, stage, stored, job.skeleton.architecture.norm_offset)
+        if stored is not None:
+            folded[key] = stored
         for linear in linears:
             linear.weight.data = (linear.weight.data.float() * achieved).to(linear.weight.dtype)
         ours.clear()
+    return folded
 
 
-def _divide_producer(producer: nn.Module, scales: Tensor, stage: Stage, skeleton: Skeleton) -> Tensor:
-    """Divide the producer's outputs by scales. Returns the scales that its stored dtype really took."""
+def _divide_producer(
+    producer: nn.Module, scales: Tensor, stage: Stage, stored: Tensor | None, norm_offset: float
+) -> Tensor:
+    """Divide the producer's outputs by scales. Returns the scales that its stored dtype really took.
+
+    stored: a norm's weight, or a linear layer's bias if it has one, as the base stores it; divided in place.
+    """
     if isinstance(producer, nn.Linear):
         part, parts = stage.rows
         size = producer.weight.shape[0] // parts
         rows = slice(part * size, (part + 1) * size)
         divided = producer.weight.data[rows].float() / scales[:, None]
         producer.weight.data[rows] = divided.to(producer.weight.dtype)
-        if producer.bias is not None:
-            bias = (producer.bias.data[rows].float() / scales).to(skeleton.base_dtype)  # as the file holds it
-            producer.bias.data[rows] = bias.to(producer.bias.dtype)
+        if stored is not None:
+            stored[rows] = (stored[rows].float() / scales).to(stored.dtype)
+            producer.bias.data[rows] = stored[rows].to(producer.bias.dtype)
         return scales
+    assert stored is not None  # a norm has a weight
     norm: Any = producer
-    offset = skeleton.architecture.norm_offset
-    old = norm.weight.data.float() + offset
-    stored = (old / scales - offset).to(skeleton.base_dtype)
+    old = stored.float() + norm_offset
+    stored.copy_(old / scales - norm_offset)
     norm.weight.data = stored.to(norm.weight.dtype)
-    new = stored.float() + offset
+    new = stored.float() + norm_offset
     return torch.where(new == 0, torch.ones_like(new), old / new)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from qsun.memory import release_freed
-from qsun.model.architectures import block_prefix
-from qsun.model.checkpoint import STORED_DTYPES, Checkpoint
+from qsun.model.checkpoint import Checkpoint
 from qsun.model.formats import pack_layer
 from qsun.model.output_dir import ShardWriter, Workdir
 from qsun.model.quantized import digest
@@ -103,11 +102,10 @@ class BlockwiseQuantizer:
         block = original if self.reference is None else copy.deepcopy(original)
         if self.ours is not None:
             self.ours.start_block(index, block)
-        results = quantize_block(self.job, index, block, self.ours, self.reference, self.counter.done)
+        results, folded = quantize_block(self.job, index, block, self.ours, self.reference, self.counter.done)
         for activations in self._both():
             activations.finish_block()
-        tensors = {block_prefix(index) + key: tensor for key, tensor in block.state_dict().items()}
-        self._keep(name, tensors, results, self._block_error())
+        self._keep(name, results, folded, self._block_error())
 
     def _finished_block(self, index: int) -> None:
         """Carry the hidden states through a block as an interrupted run has written it."""
@@ -118,11 +116,11 @@ class BlockwiseQuantizer:
             activations.finish_block()
 
     def _keep(
-        self, part: str, tensors: dict[str, Tensor], results: dict[str, LayerResult], error: float | None = None
+        self, part: str, results: dict[str, LayerResult], folded: dict[str, Tensor], error: float | None = None
     ) -> None:
-        """Write a part, packed layers in their format and all else in the base's dtype, and then its record."""
-        layout, fmt = self.job.parts[part], self.job.config.format
-        stored = {name: tensors[name].to(STORED_DTYPES[layout[name][0]]) for name in layout if name in tensors}
+        """Write a part, packed layers in their format, folded tensors and all else from the base, then its record."""
+        checkpoint, fmt = self.job.checkpoint, self.job.config.format
+        stored = folded | checkpoint.load(self.job.parts[part].keys() & checkpoint.files.keys() - folded.keys())
         for name, result in results.items():
             packed = pack_layer(result.weights.to(torch.device("cpu")), result.spec, fmt)
             stored |= {f"{name}.{suffix}": tensor for suffix, tensor in packed.items()}
@@ -149,8 +147,7 @@ class BlockwiseQuantizer:
         if "lm_head" in job.specs:
             results["lm_head"] = self._quantize_head()
             self.counter.done("lm_head")
-        copied = [name for name in job.parts[REST] if name in job.checkpoint]
-        self._keep(REST, job.checkpoint.load(copied), results)
+        self._keep(REST, results, {})
 
     def _quantize_head(self) -> LayerResult:
         job = self.job

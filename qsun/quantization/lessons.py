@@ -15,11 +15,13 @@ from transformers import DynamicCache
 from qsun.data.calibration import Sample
 from qsun.data.examples import TokenExample
 from qsun.memory import release_freed
-from qsun.quantization.job import Job
-from qsun.quantization.plan import POLISH_POSITIONS
+from qsun.model.skeleton import Skeleton
+from qsun.quantization.activations import TOKENS_PER_BATCH
 from qsun.runtime.logits import response_loss
 from qsun.runtime.prefill_module import load_prefill
 from qsun.runtime.seam import IGNORED, SeamBatch, collate, decode_hidden, prefill_batch
+
+_POSITIONS = 2048  # of a lesson, those that the decode module reads
 
 
 @dataclass
@@ -60,44 +62,57 @@ class Lesson:
 
 
 def make_lessons(samples: Sequence[Sample]) -> list[Lesson]:
-    """Put samples of like lengths, read by the same module, side by side. Those without a response are left out."""
-    found = [sample for sample in samples if len(sample.tokens) - sample.prefill_tokens > 1]
-    return [Lesson(collate(group), module) for module, group in _groups(found)]
+    """Put samples of like lengths, read by the same module, side by side, as many as memory should hold at once."""
+    return [Lesson(collate(group), module) for module, group in _groups(samples)]
 
 
 def _groups(samples: Sequence[Sample]) -> Iterator[tuple[int | None, list[TokenExample]]]:
+    """Yield each lesson's module and examples. Its positions, padded, are bounded: those of decode, and all of them."""
     group: list[TokenExample] = []
-    module = None
+    module, prompt, response = None, 0, 0
     for sample in sorted(samples, key=lambda s: (-1 if s.module is None else s.module, len(s.tokens))):
-        end = sample.prefill_tokens + 1
-        longest = max(len(example.response) for example in [*group, TokenExample((), sample.tokens[end:])])
-        if group and ((len(group) + 1) * longest > POLISH_POSITIONS or sample.module != module):
+        example, rows = _example(sample), len(group) + 1
+        prompt, response = max(prompt, sample.prefill_tokens), max(response, len(example.response))
+        full = rows * response > _POSITIONS or rows * (prompt + response) > TOKENS_PER_BATCH
+        if group and (full or sample.module != module):
             yield module, group
-            group = []
+            group, prompt, response = [], sample.prefill_tokens, len(example.response)
         module = sample.module
-        group.append(TokenExample(sample.tokens[:end], sample.tokens[end:]))
+        group.append(example)
     if group:
         yield module, group
 
 
+def _example(sample: Sample) -> TokenExample:
+    """Split a sample at the seam. Its tokens are inputs, so 0 stands for what follows the last, often EOS."""
+    end = sample.prefill_tokens + 1
+    return TokenExample(sample.tokens[:end], (*sample.tokens[end:], 0))
+
+
 @torch.no_grad()
-def teach(job: Job, lessons: Sequence[Lesson]) -> Any:
-    """Compute the KV and states of lessons, in place. Returns the full-precision head, as `Lesson.loss` takes it."""
-    base = str(job.checkpoint.directory)
+def teach(base: Skeleton, prefills: Sequence[str], lessons: Sequence[Lesson]) -> Any:
+    """Compute the KV and states of lessons, in place.
+
+    Args:
+        base: of the full-precision model.
+        prefills: directories of the prefill modules, by number.
+    Returns:
+        The full-precision head, as `Lesson.loss` takes it.
+    """
+    own = str(base.checkpoint.directory)
     for module in dict.fromkeys(lesson.module for lesson in lessons if lesson.batch.prefix.shape[1]):
-        model: Any = _load(base if module is None else job.prefill.modules[module].name, job)
+        model: Any = _load(own if module is None else prefills[module], base)
         for lesson in lessons:
             if lesson.module == module:
-                cache = prefill_batch(model, lesson.batch.to(job.skeleton.device))
+                cache = prefill_batch(model, lesson.batch.to(base.device))
                 lesson.kv = tuple((layer.keys.cpu(), layer.values.cpu()) for layer in cache.layers)
         del model
         release_freed()
-    model = _load(base, job)
+    model = _load(own, base)
     for lesson in lessons:
-        device = job.skeleton.device
-        lesson.states = decode_hidden(model, lesson.batch.to(device), lesson.cache(device)).cpu()
+        lesson.states = decode_hidden(model, lesson.batch.to(base.device), lesson.cache(base.device)).cpu()
     return SimpleNamespace(lm_head=model.lm_head, config=model.config)
 
 
-def _load(name: str, job: Job) -> Any:
-    return load_prefill(name, dtype=job.skeleton.dtype, device=job.skeleton.device).model
+def _load(name: str, like: Skeleton) -> Any:
+    return load_prefill(name, dtype=like.dtype, device=like.device).model

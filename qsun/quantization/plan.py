@@ -17,10 +17,10 @@ from qsun.model.formats import pack_layer
 from qsun.model.output_dir import Part, Shard, stored_as
 from qsun.model.quantized import Quantized
 from qsun.model.skeleton import EMBEDDING, HEAD, Skeleton, weight_shape
+from qsun.quantization.polish_memory import polish_bytes
 
-_INTERPRETER_BYTES = 480 << 20  # Python with torch and transformers, measured
+_INTERPRETER_BYTES = 560 << 20  # Python with torch and transformers and their heap, measured on a tiny model
 _KEPT_MLP_LIMIT = 1 << 30
-POLISH_POSITIONS = 2048  # of a step of polish, those that the decode module reads
 REST = "rest"  # the part of all that is outside the blocks
 
 
@@ -95,10 +95,10 @@ def make_plan(
     shapes = {name: weight_shape(skeleton.model, name) for name in specs}
     read = [sample for sample in samples if sample.module is not None]
     quantized = [name for name, spec in specs.items() if spec.quantized]
-    on_gpu = skeleton.device.type == "cuda"
     working = _working_bytes(skeleton, config, shapes, samples)
-    if config.polish:
-        working = max(working, _polish_bytes(skeleton, specs, samples))
+    ram, vram = (0, working) if skeleton.device.type == "cuda" else (working, 0)
+    if config.polish and calibration is not None:
+        ram, vram = map(max, (ram, vram), polish_bytes(skeleton, specs, calibration))
     return Plan(
         blocks=len(skeleton.layers),
         quantized_layers=len(quantized),
@@ -110,8 +110,8 @@ def make_plan(
         dtype=str(skeleton.dtype).removeprefix("torch."),
         device=str(skeleton.device),
         output_bytes=sum(shard.size_bytes for shard in shards),
-        peak_ram_bytes=_INTERPRETER_BYTES + (0 if on_gpu else working) + _largest_part(skeleton.checkpoint),
-        peak_vram_bytes=working if on_gpu else 0,
+        peak_ram_bytes=_INTERPRETER_BYTES + ram + _largest_part(skeleton.checkpoint),
+        peak_vram_bytes=vram,
     )
 
 
@@ -142,24 +142,11 @@ def _working_bytes(
     streams = 2 if config.method == "refined" else 1
     at_peak = max(_pass_bytes(N, K, hidden, streams) for N, K in _stage_shapes(skeleton, shapes))
     K = max(K for _, K in shapes.values())
-    kept = streams * (3 * tokens * hidden * item + min(tokens * K * item, _KEPT_MLP_LIMIT))
+    kept = streams * min(tokens * K * item, _KEPT_MLP_LIMIT)
+    base_reads = any(sample.module is None and sample.prefill_tokens for sample in samples)
+    kept += (2 if base_reads else streams) * 3 * tokens * hidden * item  # a second stream writes the prompts' KV
     kept += _prompt_numbers(skeleton, samples) * item
     return kept + max(2 * block + at_peak, vocabulary * hidden * item)
-
-
-def _polish_bytes(skeleton: Skeleton, specs: dict[str, LayerSpec], samples: tuple[Sample, ...]) -> int:
-    """Return what polish takes: the base, or else the decode module, its gradients and a step's activations."""
-    item, layers, shapes = skeleton.dtype.itemsize, len(skeleton.layers), skeleton.linear_shapes(False)
-    vocabulary, hidden = skeleton.checkpoint.shape(EMBEDDING)
-    base = (sum(N * K for N, K in shapes.values()) + 2 * vocabulary * hidden) * item
-    scales = sum(N * (1 if specs[n].group_size == -1 else K // specs[n].group_size) for n, (N, K) in shapes.items())
-    widths = sum(2 * N + K for N, K in shapes.values()) // layers
-    decode = sum(N * K for N, K in shapes.values()) + 20 * scales + 3 * vocabulary * hidden * item
-    dense = 3 * 4 * max(N * K for N, K in shapes.values())
-    decode += POLISH_POSITIONS * layers * (widths + 6 * hidden) * item + dense
-    _, heads, width = kv_shape(skeleton.config)
-    taught = sum(len(s.tokens) * hidden + 2 * layers * s.prefill_tokens * heads * width for s in samples) * item
-    return max(base, decode) + taught
 
 
 def _stage_shapes(skeleton: Skeleton, shapes: dict[str, tuple[int, int]]) -> list[tuple[int, int]]:

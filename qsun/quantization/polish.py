@@ -69,7 +69,8 @@ class _Learner:
         assert job.calibration is not None  # QuantConfig asks for a method that has one
         self.job, self.work, self.tell, self.steps = job, work, tell, job.config.polish
         self.held_out, self.lessons = make_lessons(job.calibration.held_out), make_lessons(job.calibration.samples)
-        self.teacher = teach(job, [*self.held_out, *self.lessons])
+        prefills = [module.name for module in job.prefill.modules]
+        self.teacher = teach(job.skeleton, prefills, [*self.held_out, *self.lessons])
         self.curve: list[tuple[int, float]] = []
         self.best: dict[str, Tensor] = {}  # gains
         self.slower = 1.0  # than the first peak rate

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from qsun.config import QuantConfig
-from qsun.errors import QsunError
 from qsun.memory import clear_out_of_memory, peak_rss_bytes
 from qsun.model.checkpoint import INDEX_FILE
 from qsun.model.output_dir import Workdir
@@ -66,7 +65,8 @@ def run_job(job: Job, resume: bool = False, progress: Progress = lambda *_: None
     """Carry out a prepared job; see `quantize`."""
     started, started_cpu = time.perf_counter(), time.process_time()
     counter, inputs = ProgressCounter(job, progress), _fingerprints(job)
-    with Workdir(job.out, _settings(job, inputs), resume) as work, clear_out_of_memory(job.plan.peak_ram_bytes):
+    needed = job.plan.peak_vram_bytes or job.plan.peak_ram_bytes  # a GPU's runs out first
+    with Workdir(job.out, _settings(job, inputs), resume) as work, clear_out_of_memory(needed):
         counter.done("fingerprint")
         report = _quantize(job, work, counter, inputs) | {
             "seconds": round(time.perf_counter() - started, 3),

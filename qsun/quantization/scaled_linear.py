@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qsun.model.quantized import Quantized
+from qsun.quantization.methods.rounding import round_scales
 from qsun.runtime.quant_linear import QuantLinear
 
 
@@ -26,7 +27,7 @@ class ScaledLinear(nn.Module):
     @property
     def scales(self) -> Tensor:
         """Return (groups, out) float32 scales, as they will be stored."""
-        return (self.weights.scales * (1 + self.gains)).to(self.scale_dtype).float()
+        return round_scales(self.weights.scales * (1 + self.gains), self.scale_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         product: Any = _Product.apply

@@ -29,12 +29,12 @@ def read_examples(
     """
 
     def convert(row: Mapping[str, Any], where: str) -> Iterator[TokenExample]:
+        if "messages" not in row and not {"prompt", "response"} <= row.keys():
+            raise QsunError(f"{where}: needs 'messages', or 'prompt' and 'response'; it has {', '.join(row)}")
         waiting = not needs_response and _waits(row)
         if waiting:
             yield prompt_example(tokenizer, row, where)
         if "messages" not in row:
-            if "response" not in row:
-                raise QsunError(f"{where}: needs 'messages', or 'prompt' and 'response'; it has {', '.join(row)}")
             if not waiting:
                 yield pair_example(tokenizer, row, where)
             return

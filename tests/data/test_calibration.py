@@ -54,6 +54,12 @@ def test_jsonl_texts_are_joined_into_windows(read, tmp_path):
     assert read(path, seq_len=5).samples == (Sample((BOS, *ids("abc"), BOS)), Sample((BOS, *ids("defg"))))
 
 
+@pytest.mark.parametrize("more", [{"response": "x"}, {"prompt": "p"}, {"question": "q", "response": "x"}])
+def test_text_beside_half_a_pair_is_read_as_text(more, read, tmp_path):
+    path = write_jsonl(tmp_path / "some.jsonl", [{"text": "abcd", **more}])
+    assert read(path, seq_len=5).samples == (Sample((BOS, *ids("abcd"))),)
+
+
 def test_windows_of_a_tokenizer_without_bos_are_the_text(read, demo_tokenizer, tmp_path):
     class Plain:
         bos_token, bos_token_id = demo_tokenizer.bos_token, demo_tokenizer.bos_token_id  # it has one and adds none
@@ -320,6 +326,13 @@ def test_a_data_set_row_with_missing_fields_is_named(read, tmp_path):
 def test_data_sets_without_the_package_say_what_to_install(read, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     refused(read, tmp_path, r"qsun\[data\]")
+
+
+def test_fewer_samples_than_sources_are_refused(read, tmp_path):
+    sources = [write_jsonl(tmp_path / f"{n}.jsonl", [{"prompt": "ab", "response": "c"}]) for n in range(3)]
+    with pytest.raises(QsunError, match="--samples 2 leaves some of 3 calibration sources out; raise --samples"):
+        read(*sources, samples=2)
+    assert len(read(*sources, samples=3).samples) == 3
 
 
 def test_no_source_at_all_is_refused(read):

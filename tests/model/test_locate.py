@@ -3,8 +3,10 @@
 import json
 import shutil
 
+import huggingface_hub
 import pytest
 import transformers
+from huggingface_hub.utils import filter_repo_objects
 
 from qsun.demo import base_directory
 from qsun.errors import QsunError
@@ -26,6 +28,23 @@ def test_a_path_is_not_asked_of_the_hub(name, monkeypatch):
 def test_a_model_id_is(monkeypatch, tmp_path):
     monkeypatch.setattr(locate, "_download", lambda _: tmp_path)
     assert locate.find_model("owner/.name-1") == tmp_path
+
+
+def test_the_same_weights_are_not_downloaded_twice(monkeypatch, tmp_path):
+    """The Hub's patterns match slashes: *.safetensors is in every folder."""
+    files = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model"]
+    files += ["adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "LICENSE.txt"]
+    others = ["consolidated.safetensors", "consolidated.00.pth", "original/consolidated.00.safetensors", "a.bin"]
+    others += ["checkpoint-500/model.safetensors", "checkpoint-500/config.json", "onnx/tokenizer.json"]
+    downloaded = []
+
+    def snapshot_download(_, **patterns):
+        downloaded.extend(filter_repo_objects(files + others, **patterns))
+        return tmp_path
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert locate.find_model("owner/name") == tmp_path
+    assert downloaded == files
 
 
 def test_a_tokenizer_of_a_later_version(tmp_path):

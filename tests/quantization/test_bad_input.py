@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qsun
+from qsun.errors import QsunError
 from qsun.memory import clear_out_of_memory
 from qsun.model.output_dir import ShardWriter
 from qsun.quantization.job import prepare
+from qsun.quantization.run import run_job
 from tests.tiny_models import SEQUENCE, random_tokens
 
 FAST = ("--method", "rtn", "--bits", "4", "--group-size", "32")
@@ -269,6 +272,18 @@ def test_no_memory(place, error, cli, base, tmp_path, monkeypatch):
     answer = cli("quantize", base, "-o", tmp_path / "out", *FAST)
     assert_one_error(answer.code, answer.out, answer.err, "memory ran out")
     assert ("8192 bytes more" in answer.err) == isinstance(error, RuntimeError)
+
+
+def test_no_memory_on_a_gpu_says_what_its_own_has_to_hold(base, tmp_path, monkeypatch):
+    job = prepare(base, tmp_path / "out", qsun.QuantConfig(method="rtn", group_size=32), device="cpu")
+    job = replace(job, plan=replace(job.plan, peak_ram_bytes=1_000_000_000, peak_vram_bytes=7_000_000_000))
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr("qsun.quantization.run._quantize", fail)
+    with pytest.raises(QsunError, match=r"memory ran out asking for 2.00 GiB more, about 7 GB are needed in all"):
+        run_job(job)
 
 
 def test_other_runtime_errors_are_not_about_memory():

@@ -20,7 +20,7 @@ import qsun
 from qsun.model.checkpoint import Checkpoint
 from qsun.model.skeleton import HEAD, read_model_config
 from tests.quantization.test_resume import interrupt_at
-from tests.tiny_models import SIZES, build_model, random_tokens
+from tests.tiny_models import SEQUENCE, SIZES, build_model, random_tokens, reference
 
 IDS = torch.from_numpy(random_tokens(2, 20))
 NEAR = qsun.QuantConfig(method="rtn", bits=8, group_size=32)
@@ -134,6 +134,37 @@ def test_the_default_group_fits_the_model(tmp_path, caplog):
     assert "group_size 128 does not divide all layers' inputs; 64 is used" in caplog.text
     with pytest.raises(qsun.QsunError, match="group_size 128 does not divide in_features 192"):
         qsun.quantize(base, tmp_path / "named", qsun.QuantConfig(method="rtn", group_size=128))
+
+
+@pytest.mark.parametrize("part", ["model.embed_tokens.weight", "norm.weight", "bias"])
+@pytest.mark.parametrize(("usual", "other"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_awq_of_tensors_of_two_dtypes(usual, other, part, token_file, tmp_path):
+    base = build_model(tmp_path / "base", "llama", usual, mlp_bias=True)
+    tensors = load_file(base / "model.safetensors")
+    mixed = {name: t.to(other) if name.endswith(part) else t for name, t in tensors.items()}
+    save_file(mixed, base / "model.safetensors", {"format": "pt"})
+    config = qsun.QuantConfig(method="awq", bits=8, group_size=32, samples=8, seq_len=SEQUENCE)
+    qsun.quantize(base, tmp_path / "out", config, token_file, device="cpu")
+    before, after = Checkpoint(base), Checkpoint(tmp_path / "out")
+    assert all(after.dtype(name) == before.dtype(name) for name in after.names() if name in before)
+    found = logits(qsun.load_decode(tmp_path / "out", device="cpu", dtype="float32").model)
+    assert divergence(logits(reference(base)), found) < 1e-3
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq", "refined"])
+def test_what_is_not_quantized_is_the_bases_whatever_the_computation_is_in(method, token_file, tmp_path):
+    """AWQ divides what makes a layer's input, in the precision that the base has."""
+    base = build_model(tmp_path / "base", "llama", mlp_bias=True)
+    config = qsun.QuantConfig(method=method, group_size=32, samples=8, seq_len=SEQUENCE, dtype="bfloat16")
+    qsun.quantize(base, tmp_path / "out", config.replace(overrides=("o_proj=skip",)), token_file, device="cpu")
+    before, after = (Checkpoint(path).load for path in (base, tmp_path / "out"))
+    kept = [name for name in Checkpoint(tmp_path / "out").names() if name in Checkpoint(base)]
+    assert sum("o_proj.weight" in name for name in kept) == 2
+    changed = [name for name in kept if not torch.equal(before([name])[name], after([name])[name])]
+    assert bool(changed) == (method == "awq")
+    for name in changed:
+        assert name.endswith(("input_layernorm.weight", "post_attention_layernorm.weight", "up_proj.bias"))
+        assert not torch.equal(after([name])[name], after([name])[name].bfloat16().float())
 
 
 @pytest.mark.parametrize("resume", [False, True])

@@ -1,4 +1,4 @@
-"""Peak memory does not grow with the number of layers."""
+"""Peak memory does not grow with the number of layers, and is what a dry run says."""
 
 import json
 import os
@@ -7,9 +7,15 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import qsun
+from qsun.data.calibration import Calibration, Sample
 from qsun.memory import available_bytes, cgroup_available_bytes
+from qsun.quantization.job import prepare
+from qsun.quantization.plan import make_plan
+from tests.tiny_models import SEQUENCE, random_tokens
 
 # One allocator arena: what is measured is what the walk keeps, not how threads spread the heap.
 QUIET = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"}
@@ -37,6 +43,63 @@ def test_peak_memory_of_four_times_the_layers(tmp_path):
         peaks.append(json.loads(done.stdout)["peak_rss_bytes"])
     block_bytes = 4 * (2 * 768 * 768 + 2 * 192 * 768 + 3 * 768 * 1536)
     assert peaks[1] - peaks[0] < block_bytes  # six more blocks, and not even one more of them in memory
+
+
+@pytest.mark.slow
+def test_the_dry_run_of_polish_says_what_the_run_takes(tmp_path):
+    """A step's activations and logits, and two models one after the other, are most of it."""
+    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 100, (9, 512)))
+    (tmp_path / "fast.yaml").write_text("scale_search: false\nsweeps: 0")
+    config = LlamaConfig(
+        vocab_size=16384,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    command = [sys.executable, "-m", "qsun.cli.main", "quantize", str(tmp_path / "base"), "--json", "--polish", "1"]
+    command += ["-o", str(tmp_path / "out"), "--calib", str(tmp_path / "ids.npy"), "--method", "gptq"]
+    command += ["--config", str(tmp_path / "fast.yaml"), "--samples", "9", "--seq-len", "512", "--dtype", "float32"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300, env=QUIET)
+    report = json.loads(done.stdout)
+    assert 0.9 < report["plan"]["peak_ram_bytes"] / report["peak_rss_bytes"] < 1.2
+    assert report["peak_rss_bytes"] > 1 << 30  # far more than the interpreter's
+
+
+@pytest.fixture
+def planned(tiny_model, tmp_path):
+    """Factory: planned(samples, device, **settings) -> the plan of a run over these samples, half of them held out."""
+
+    def make(samples, device="cpu", **settings):
+        np.save(tmp_path / "ids.npy", random_tokens(9, SEQUENCE))
+        config = qsun.QuantConfig(method="gptq", group_size=32, samples=9, seq_len=SEQUENCE, **settings)
+        job = prepare(tiny_model("llama"), tmp_path / "out", config, tmp_path / "ids.npy", "cpu")
+        job.skeleton.device = torch.device(device)
+        half = len(samples) // 2
+        calibration = Calibration(tuple(samples[:half]), "", "", tuple(samples[half:]))
+        return make_plan(job.skeleton, config, job.specs, calibration, job.shards)
+
+    return make
+
+
+def test_prompts_that_the_base_reads_take_a_second_stream(planned):
+    prompts, text = ([Sample((5,) * 24, prompt)] * 16 for prompt in (20, 0))
+    more = planned(prompts).peak_ram_bytes - planned(text).peak_ram_bytes
+    stream, kv_and_states = 3 * 24 * 64, 20 * (2 * 2 * 16 + 64)
+    assert more == 8 * (stream + kv_and_states) * 4
+
+
+def test_polish_on_a_gpu_keeps_what_the_base_taught_outside_of_it(planned):
+    """The KV of prompts, and a hidden state of each decode position; of samples held out too."""
+    few, many = ([Sample((5,) * 24, 20)] * count for count in (400, 800))
+    less, more = (planned(samples, "cuda", polish=1) for samples in (few, many))
+    assert more.peak_ram_bytes - less.peak_ram_bytes == 400 * (20 * 2 * 2 * 2 * 16 + 4 * 64) * 4
+    assert planned(many, "cuda").peak_ram_bytes < less.peak_ram_bytes  # passes keep nothing there
+    on_cpu = planned(many, polish=1)
+    assert on_cpu.peak_vram_bytes == 0
+    assert on_cpu.peak_ram_bytes > more.peak_ram_bytes
 
 
 def test_the_peak_is_the_process_s_own():

@@ -10,12 +10,16 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import qsun
+from qsun.config import LayerSpec
+from qsun.data.calibration import Sample
 from qsun.errors import QsunError
 from qsun.model.checkpoint import Checkpoint
-from qsun.model.quantized import Quantized
+from qsun.model.formats import pack_layer, unpack_layer
+from qsun.model.quantized import Quantized, digest
 from qsun.model.stored_layers import quantized_layer_names, read_quantized_layer
 from qsun.quantization import job as job_module
 from qsun.quantization import polish
+from qsun.quantization.activations import TOKENS_PER_BATCH
 from qsun.quantization.job import prepare
 from qsun.quantization.lessons import make_lessons, teach
 from qsun.quantization.scaled_linear import ScaledLinear
@@ -84,35 +88,61 @@ def test_scales_are_what_will_be_stored():
     assert not torch.equal(ours.scales, ours.weights.scales)
 
 
+@pytest.mark.parametrize("size", [1e-9, 3e-6, 1e-4, 1.0, 6e4])
+def test_scales_of_a_bfloat16_base_are_what_the_file_holds(size):
+    """Files hold fp16, whose smallest numbers are coarser than bfloat16's and whose largest are smaller."""
+    ours = ScaledLinear(layer_of(32, 4, torch.float32), torch.bfloat16)
+    ours.weights = ours.weights._replace(scales=ours.weights.scales * size)
+    ours.gains.data.normal_(std=0.3)
+    learned, spec = ours.weights._replace(scales=ours.scales.detach()), LayerSpec(4, 32, False)
+    assert digest(unpack_layer(pack_layer(learned, spec, "gptq"), spec, "gptq")) == digest(learned)
+    assert torch.equal(learned.scales, learned.scales.bfloat16().float())
+
+
 @pytest.mark.parametrize("behind", ["base", "prefill"])
 def test_the_divergence_is_that_of_whole_models(task, tmp_path, behind):
-    """One sample at a time without padding: transformers prefills a cache, both decode modules read on from it."""
+    """One sample at a time without padding: transformers prefills a cache, both decode modules read on from it.
+
+    The tokens are those of the rows, up to the last one of the response: what follows it ends the answer.
+    """
     base, prefill, data = task
     names = [str(prefill)] if behind == "prefill" else []
     qsun.quantize(base, tmp_path / "q", settings(polish=0), data, device="cpu", calibration_prefill=names)
     job = prepare(base, tmp_path / "unused", settings(), data, "cpu", calibration_prefill=names)
     lessons = make_lessons(job.calibration.samples)
     with torch.no_grad():
-        teacher = teach(job, lessons)
+        teacher = teach(job.skeleton, names, lessons)
         decode = qsun.load_decode(tmp_path / "q", device="cpu", dtype="float32").model
         found = sum(float(lesson.loss(decode, teacher)) for lesson in lessons)
 
         full = qsun.load_decode(base, device="cpu", dtype="float32").model
         reader = qsun.load_prefill(prefill if behind == "prefill" else base, dtype="float32", device="cpu").model
         expected, tokens = 0.0, 0
-        for sample in job.calibration.samples:
-            ids, start = torch.tensor([sample.tokens]), sample.prefill_tokens
-            if ids.shape[1] - start < 2:
-                continue
+        for number, row in enumerate(pairs(24, seed=3), 1):
+            if number % 8 == 0:
+                continue  # held out
+            fed, start = [1, *map(ord, row["prompt"] + row["response"])], len(row["prompt"])
+            ids = torch.tensor([fed[:24]])  # --seq-len
             logs = []
             for model in (full, decode):
                 cache = reader(ids[:, :start], use_cache=True).past_key_values if start else None
-                logs.append(model(ids[:, start:-1], past_key_values=cache).logits.log_softmax(-1)[0])
+                logs.append(model(ids[:, start:], past_key_values=cache).logits.log_softmax(-1)[0])
             expected += float((logs[0].exp() * (logs[0] - logs[1])).sum())
-            tokens += ids.shape[1] - start - 1
+            tokens += ids.shape[1] - start
     assert tokens == sum(lesson.tokens for lesson in lessons)
     assert found == pytest.approx(expected, rel=1e-4)
     assert expected / tokens > 1e-3  # two bits differ
+
+
+def test_long_prompts_are_read_a_few_at_a_time():
+    """Whatever responses share a lesson, none reads more than a pass over calibration data does."""
+    sizes = [(1000 + 7 * i, 1 + i % 5) for i in range(30)] + [(2, 1000 - i) for i in range(9)] + [(5000, 3)]
+    samples = [Sample((5,) * (prompt + decode), prompt, 0 if prompt > 1100 else None) for prompt, decode in sizes]
+    shapes = [(*lesson.batch.prefix.shape, lesson.batch.rest.shape[1]) for lesson in make_lessons(samples)]
+    assert sum(rows for rows, _, _ in shapes) == len(samples)
+    assert all(rows * (P + R) <= TOKENS_PER_BATCH for rows, P, R in shapes if rows > 1)
+    assert max(rows for rows, _, _ in shapes) > 2
+    assert sum(lesson.tokens for lesson in make_lessons(samples)) == sum(decode for _, decode in sizes)
 
 
 @pytest.mark.parametrize("fmt", ["gptq", "compressed-tensors", "awq"])

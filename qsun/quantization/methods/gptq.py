@@ -69,8 +69,9 @@ def _with_groups_in_order(
     result = _gptq_contiguous(weight[:, order], hessian[order][:, order], None, grid, options)
     q, g_idx = torch.empty_like(result.q), torch.empty_like(order, dtype=torch.int32)
     q[:, order] = result.q
-    g_idx[order] = (torch.arange(len(order), device=order.device) // grid.group_size).to(torch.int32)
-    return result._replace(q=q, g_idx=g_idx)
+    groups = (torch.arange(len(order), device=order.device) // grid.group_size).to(torch.int32)
+    g_idx[order] = groups
+    return result._replace(q=q, g_idx=None if torch.equal(g_idx, groups) else g_idx)
 
 
 def _gptq_contiguous(

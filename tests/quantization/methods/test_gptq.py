@@ -109,9 +109,18 @@ def test_desc_act_says_where_its_groups_are():
     assert output_loss(weight, found, hessian) < output_loss(weight, rtn(weight, Grid(4, 32, True)), hessian)
 
 
-def test_desc_act_of_one_group_needs_no_index():
+@pytest.mark.parametrize("group_size", [-1, 128])
+def test_desc_act_of_one_group_needs_no_index(group_size):
     weight, hessian = problem(8, 128, seed=5)
-    assert gptq(weight, hessian, Grid(4, -1, True), GptqOptions(desc_act=True)).g_idx is None
+    assert gptq(weight, hessian, Grid(4, group_size, True), GptqOptions(desc_act=True)).g_idx is None
+
+
+def test_desc_act_of_groups_that_lie_in_order_needs_no_index():
+    """A file always has a g_idx; one that says nothing is read as none, and the two must agree."""
+    weight, hessian = problem(8, 128, seed=5)
+    scale = torch.arange(128, 0, -1).float()
+    hessian = hessian / hessian.diagonal().outer(hessian.diagonal()).sqrt() * scale.outer(scale)
+    assert gptq(weight, hessian, Grid(4, 32, True), GptqOptions(desc_act=True)).g_idx is None
 
 
 def test_dead_columns_become_zero():
