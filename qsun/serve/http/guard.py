@@ -106,7 +106,7 @@ class Guard:
             raise HttpError(400, "Content-Length and Transfer-Encoding cannot be combined; send one", headers=_CLOSE)
         too_long = HttpError(413, f"the body is longer than {limit} bytes, which is the limit", headers=_CLOSE)
         declared = headers.get(b"content-length", b"0")
-        if not declared.isdecimal() or int(declared) > limit:
+        if not declared.isdigit() or int(declared) > limit:
             raise too_long
         try:
             async with asyncio.timeout(self.config.body_seconds):
