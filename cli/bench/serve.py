@@ -11,10 +11,10 @@ from qsun.cli.terminal.options import names
 from qsun.errors import QsunError
 from qsun.eval.output.table import Table
 
-_AGAINST = "requests-against.jsonl"
-
 if TYPE_CHECKING:
     from qsun.eval.load.rounds import LoadSettings, Measured
+
+_AGAINST = "requests-against.jsonl"
 
 
 def serve(

@@ -40,9 +40,9 @@ def speculation(
     from qsun.runtime.prefill_module import load_prefill
     from qsun.tuning.examples import read_examples
 
-    batches, lengths = whole_numbers("batch", batch), whole_numbers("drafts", drafts)
-    if not batches or 0 in batches:
-        raise QsunError(f"batch {batch!r} is out of range; use sizes of 1 or more, such as 1,8")
+    batches, lengths = whole_numbers("batch", batch), whole_numbers("drafts", drafts, least=0)
+    if not batches:
+        raise QsunError("batch is empty; use sizes of 1 or more, such as 1,8")
     module = load_decode(decode, where, dtype)
     reader = load_prefill(prefill or find_base(decode)[1], module, module.model.dtype)
     if module.tokenizer is None:

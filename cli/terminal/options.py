@@ -62,12 +62,12 @@ def names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def whole_numbers(name: str, text: str) -> list[int]:
-    """Parse a comma-separated option. Raises QsunError for anything but whole numbers."""
+def whole_numbers(name: str, text: str, least: int = 1) -> list[int]:
+    """Parse a comma-separated option. Raises QsunError for anything but whole numbers from `least` up."""
     parts = names(text)
-    wrong = [part for part in parts if not part.isdecimal() or not int(part)]
+    wrong = [part for part in parts if not part.isdecimal() or int(part) < least]
     if wrong:
-        raise QsunError(f"{name} has {wrong[0]}; use whole numbers from 1 up, such as 1,4,16")
+        raise QsunError(f"{name} has {wrong[0]}; use whole numbers from {least} up, such as 1,4,16")
     return [int(part) for part in parts]
 
 

@@ -146,8 +146,9 @@ def read_windows(valid: Path, model: str, count: int, length: int) -> torch.Tens
         ids = _read_ids(valid)
         if len(ids) < count * length:
             raise QsunError(f"{valid} has {len(ids)} tokens; {count} windows of {length} need {count * length}")
-        check_vocabulary([ids.tolist()], config.vocab_size, None, str(valid))
-        return ids[: count * length].view(count, length)
+        windows = ids[: count * length].view(count, length)
+        check_vocabulary(windows.tolist(), config.vocab_size, None, str(valid))
+        return windows
     found = read_calibration([str(valid)], load_tokenizer(directory), config.vocab_size, count, length, seed=1)
     shortest = min(len(sample.tokens) for sample in found.samples)
     if shortest < length:

@@ -6,7 +6,7 @@ decode modules with text -> the same on running text, and perplexity
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -88,6 +88,7 @@ def evaluate(
             another evaluation.
     """
     check_tasks([task for entry in job.matrix.entries for task in entry.answers(job.matrix.tasks)], job.harness)
+    _check_free(out, resume)
     _check_data(job)
     parts = list(_parts(job))
     _claim(job, out, resume)
@@ -99,8 +100,21 @@ def evaluate(
         if not file.exists():
             write_json(file, dict(part.make(modules)))
         results.append(json.loads(file.read_text(encoding="utf-8")))
+    _check_metrics(results)
     progress("done", len(parts), len(parts))
     return results
+
+
+def _check_metrics(results: Sequence[Mapping[str, Any]]) -> None:
+    """Raise QsunError where two variants' shares of one task are not of the same metric: they cannot be compared."""
+    first: dict[str, Mapping[str, Any]] = {}
+    for part in results:
+        other = first.setdefault(part["task"], part) if part["kind"] == "task" else part
+        if other.get("metric") != part.get("metric"):
+            raise QsunError(
+                f"task {part['task']} gives {other['metric']} for {other['variant']}, and {part['metric']} for "
+                f"{part['variant']}; evaluate it for each of them alone"
+            )
 
 
 def _check_data(job: Evaluation) -> None:
@@ -127,6 +141,12 @@ def _compared(job: Evaluation) -> list[Entry]:
     return [entry for entry in job.matrix.entries if job.text or job.source(entry)]
 
 
+def _check_free(out: Path, resume: bool) -> None:
+    goes_on = resume and (out / "evaluation.json").exists()
+    if not goes_on and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise QsunError(f"output directory {out} exists; choose another, or continue with --resume")
+
+
 def _claim(job: Evaluation, out: Path, resume: bool) -> None:
     file = out / "evaluation.json"
     if file.exists() and resume:
@@ -139,8 +159,6 @@ def _claim(job: Evaluation, out: Path, resume: bool) -> None:
             if kept.get(name) != digest:
                 raise QsunError(f"{name} has changed since {out} was started; choose another -o, or restore it")
         return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise QsunError(f"output directory {out} exists; choose another, or continue with --resume")
     contents = _contents(job)
     (out / "parts").mkdir(parents=True)
     write_json(file, job.settings() | {"contents": contents})

@@ -56,7 +56,8 @@ def _capacity_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in rows:
         if not row["rate"]:
             needs = f" with these workers; it needs {row['workers_needed']}" if row["workers_needed"] else ""
-            lines.append(f"{row['system']} at skew {row['skew']:g} meets the SLO at no rate{needs}")
+            why = f": {row['misfit']}" if row["misfit"] else ""
+            lines.append(f"{row['system']} at skew {row['skew']:g} meets the SLO at no rate{needs}{why}")
     lines.append(f"needs: fewest decode workers that serve {rows[0]['needed_rate']:.4g} requests/s within the SLO")
     return lines + [_where(rows, kind) for kind in (SUN, QSUN)]
 

@@ -87,7 +87,8 @@ def over_skew(
         A row for each skew and system: `SimulationResult.summary` at its capacity, with "rate", "skew", "ratio"
         (tokens/s of a decode worker over the conventional system's), "ratio_same_tpot" (the same where the mean TPOT is
         within 5% of the conventional system's at its own capacity; None if no rate gives that), "workers_needed" (None:
-        no number of workers serves that rate) and "needed_rate".
+        no number of workers serves that rate), "needed_rate" and "misfit" (why these workers serve nothing at all, or
+        None).
     Raises:
         QsunError: no system serves any rate; DoesNotFit if SUN's workers cannot hold a module or a request.
     """
@@ -107,7 +108,8 @@ def over_skew(
             # where even a lone request is too slow, more workers do not help
             needed = None if capacity is None else workers_needed(here, kind, rate)
             rows.append(_row(here, kind, skew, _served(capacity), _served(found[CONVENTIONAL])))
-            rows[-1] |= {"workers_needed": needed, "needed_rate": rate}
+            misfit = str(capacity) if isinstance(capacity, DoesNotFit) else None
+            rows[-1] |= {"workers_needed": needed, "needed_rate": rate, "misfit": misfit}
             done += 1
         if not any(row["rate"] or row["workers_needed"] for row in rows):
             _refuse(found)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from qsun.data.jsonl import check_no_pipe
 from qsun.device import default_device, load_dtype
 from qsun.errors import QsunError
 from qsun.eval.harness.exact_match import answer_limits, score_examples
@@ -33,6 +34,8 @@ def check_tasks(study: Study) -> None:
     config = read_model_config(directory)
     for task in study.tasks:
         task.find_scorer()
+        for file in task.files:
+            check_no_pipe(Path(file), "task")  # every seed reads it
         if not task.embedded:
             test = read_test(Path(task.test), tokenizer, config.max_position_embeddings, study.test)
             try:

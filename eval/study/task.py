@@ -47,6 +47,10 @@ class StudyTask:
         return cls(name, train, valid, test, scorer[0] if scorer else "exact")
 
     @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(filter(None, (self.train, self.valid, self.test)))
+
+    @property
     def embedded(self) -> bool:
         return not self.train
 

@@ -65,8 +65,8 @@ def _pool(processes: int) -> Iterator[ProcessPoolExecutor]:
             process.terminate()
         if isinstance(error, BrokenProcessPool):
             raise QsunError(
-                f"one of {processes} processes was killed before its work was done, as when memory runs out; finished "
-                "pieces are kept: free memory, or use fewer processes"
+                f"one of {processes} processes was killed before its work was done, as when memory runs out; free "
+                "some, and run the command again"
             ) from None
         raise
     finally:

@@ -10,7 +10,10 @@ from qsun.config import QuantConfig
 from qsun.demo import base_directory, calibration_file
 from qsun.demo.tasks import check, examples, write_jsonl
 from qsun.engine.generation import generate
+from qsun.errors import QsunError
 from qsun.eval.harness.divergence import response_divergence
+from qsun.eval.report.evaluation import Evaluation, evaluate
+from qsun.eval.report.variants import Entry, Matrix
 from qsun.quantization.run import quantize
 from qsun.runtime.decode_module import load_decode
 from qsun.runtime.prefill_module import load_prefill
@@ -142,6 +145,23 @@ def test_responses_are_read_before_anything_is_computed(cli, folder, tmp_path):
         answer = cli(*command)
         assert answer.code == 2 and f"{later}" in answer.err and says in answer.err, answer.err
         assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_exists_is_refused_before_data_is_read(cli, folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("kept")
+    answer = cli("eval", "--decode", folder / "int3", "--text", tmp_path / "none.txt", "-o", tmp_path / "out")
+    assert answer.code == 2 and "exists; choose another" in answer.err, answer.err
+
+
+def test_shares_of_two_metrics_are_not_compared(folder, tmp_path, monkeypatch):
+    metrics = iter(["bleu_max", "bleu_acc"])
+    shares = {"values": [0.0, 1.0], "all": {}, "version": {}}
+    monkeypatch.setattr("qsun.eval.report.evaluation.run_task", lambda *_: {"metric": next(metrics), **shares})
+    entries = tuple(Entry(name, str(folder / "int3"), str(folder / "int3")) for name in ("a", "b"))
+    job = Evaluation(Matrix(entries, ("qsun_code",), "a"), device="cpu")
+    with pytest.raises(QsunError, match="task qsun_code gives bleu_max for a, and bleu_acc for b"):
+        evaluate(job, tmp_path / "out")
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def test_steps_are_counted_and_answers_compared(pair):
 
 def test_the_command(cli, tmp_path):
     data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "calc 1+2>", "response": "3"}] * 2)
-    answer = cli("bench", "speculation", "demo", "--data", data, "--batch", "1", "--drafts", "3", "--json")
+    answer = cli("bench", "speculation", "demo", "--data", data, "--batch", "1", "--drafts", "0,3", "--json")
     assert answer.code == 0, answer.err
     assert [row["drafts"] for row in json.loads(answer.out)["rows"]] == [0, 3]
     wrong = cli("bench", "speculation", "demo", "--data", data, "--batch", "one")
@@ -43,8 +43,8 @@ def test_the_command(cli, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (("--batch", "1,0"), "batch '1,0' is out of range; use sizes of 1 or more"),
-        (("--batch", ""), "batch '' is out of range"),
+        (("--batch", "1,0"), "batch has 0; use whole numbers from 1 up"),
+        (("--batch", ""), "batch is empty; use sizes of 1 or more"),
         (("--max-tokens", 512), "max_tokens 512 leaves no room for a prompt in the model's 512 positions"),
     ],
 )
