@@ -26,11 +26,13 @@ def human_bytes(count: float) -> str:
 
 @contextmanager
 def clear_out_of_memory(
-    needed_bytes: int | None = None, instead: str = "fewer --samples, or a shorter --seq-len"
+    needed_bytes: int | None = None,
+    instead: str = "fewer --samples, or a shorter --seq-len",
+    gpu_bytes: int | None = None,
 ) -> Iterator[None]:
     """Turn every library's way to say that memory ran out into a QsunError.
 
-    needed_bytes: as estimated before. instead: what needs less.
+    needed_bytes, gpu_bytes: as estimated before, of RAM and on a GPU. instead: what needs less.
     """
     try:
         yield
@@ -38,7 +40,8 @@ def clear_out_of_memory(
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
         asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
-        needed = "" if needed_bytes is None else f", about {human_bytes(needed_bytes)} are needed in all"
+        estimate = gpu_bytes if type(error).__name__ == "OutOfMemoryError" else needed_bytes
+        needed = "" if estimate is None else f", about {human_bytes(estimate)} are needed in all"
         raise QsunError(
             f"memory ran out{f' asking for {asked[1]} more' if asked else ''}{needed}; use a machine with more, or "
             f"{instead}"

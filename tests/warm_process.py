@@ -16,6 +16,8 @@ from threading import Thread
 
 from tests.places import ROOT
 
+_DEADLINE_SECONDS = 600  # of two processes, of which one may wait for the other for ever
+
 
 @cache
 def warm_context():
@@ -85,9 +87,10 @@ def as_two_ranks(function, *arguments):
         readers = [Thread(target=lambda process=process: said.append(process.stderr.read())) for process in both]
         for reader in readers:
             reader.start()
-        while None in (ended := [process.poll() for process in both]) and not any(ended):
+        end = time.monotonic() + _DEADLINE_SECONDS
+        while None in (ended := [process.poll() for process in both]) and not any(ended) and time.monotonic() < end:
             time.sleep(0.05)
-        for process in both if any(ended) else ():  # one failed, and the other may wait for it
+        for process in both if any(ended) or None in ended else ():  # one failed, and the other may wait for it
             with suppress(subprocess.TimeoutExpired):
                 process.wait(5)
             process.kill()

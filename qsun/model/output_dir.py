@@ -8,7 +8,8 @@ import os
 import re
 import shutil
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Self
@@ -133,6 +134,18 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
+@contextmanager
+def _full_disk_is_said(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise QsunError(
+            f"no space left on the disk of {out}; finished parts are kept: free some, and use --resume"
+        ) from None
+
+
 class Workdir:
     """An unfinished output directory: `module` becomes OUT; beside it are records of finished parts.
 
@@ -152,12 +165,13 @@ class Workdir:
         check_free(out, resume, lock)
         if self.root.exists():
             self._check_settings(settings)
-        self.root.mkdir(parents=True, exist_ok=True)
-        self._lock = _take_lock(self.root / "lock", "ab", fcntl.LOCK_EX) if lock else None
-        for directory in (self.root / "parts", self.module):
-            directory.mkdir(parents=True, exist_ok=True)
-        if lock:
-            write_json(self.root / "run.json", settings)
+        with _full_disk_is_said(self.out):
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._lock = _take_lock(self.root / "lock", "ab", fcntl.LOCK_EX) if lock else None
+            for directory in (self.root / "parts", self.module):
+                directory.mkdir(parents=True, exist_ok=True)
+            if lock:
+                write_json(self.root / "run.json", settings)
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         record = self.root / "run.json"
@@ -216,10 +230,9 @@ class Workdir:
         """Release the lock, so that another run can continue this one. Raises QsunError where the disk is full."""
         if self._lock is not None:
             self._lock.close()
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise QsunError(
-                f"no space left on the disk of {self.out}; finished parts are kept: free some, and use --resume"
-            ) from None
+        if isinstance(error, OSError):
+            with _full_disk_is_said(self.out):
+                raise error
 
     def publish(self) -> None:
         """Make the module appear at OUT, and delete the parts."""

@@ -65,8 +65,8 @@ def run_job(job: Job, resume: bool = False, progress: Progress = lambda *_: None
     """Carry out a prepared job; see `quantize`."""
     started, started_cpu = time.perf_counter(), time.process_time()
     counter, inputs = ProgressCounter(job, progress), _fingerprints(job)
-    needed = job.plan.peak_vram_bytes or job.plan.peak_ram_bytes  # a GPU's runs out first
-    with Workdir(job.out, _settings(job, inputs), resume) as work, clear_out_of_memory(needed):
+    needed = clear_out_of_memory(job.plan.peak_ram_bytes, gpu_bytes=job.plan.peak_vram_bytes)
+    with Workdir(job.out, _settings(job, inputs), resume) as work, needed:
         counter.done("fingerprint")
         report = _quantize(job, work, counter, inputs) | {
             "seconds": round(time.perf_counter() - started, 3),

@@ -84,7 +84,8 @@ def run_tuning(job: TuneJob, resume: bool = False, progress: Progress = lambda *
         if processes.first:
             write_module(job, work, tuner.state.best(), tuner.models.adapter)
             work.note(_WRITTEN, {})
-        processes.wait_until(lambda: work.finished(_WRITTEN))
+        # the first may publish before another has looked, which removes the record
+        processes.wait_until(lambda: work.finished(_WRITTEN) or not work.module.exists())
         if processes.first or tuner.models.in_step:
             report["saved_valid_loss"] = tuner.loss_of_saved(directory)
             _check_saved(report)

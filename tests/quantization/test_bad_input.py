@@ -274,15 +274,16 @@ def test_no_memory(place, error, cli, base, tmp_path, monkeypatch):
     assert ("8192 bytes more" in answer.err) == isinstance(error, RuntimeError)
 
 
-def test_no_memory_on_a_gpu_says_what_its_own_has_to_hold(base, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("error", "needed"), [(torch.OutOfMemoryError, "7 GB"), (MemoryError, "1 GB")])
+def test_no_memory_beside_a_gpu_says_what_the_one_that_ran_out_has_to_hold(error, needed, base, tmp_path, monkeypatch):
     job = prepare(base, tmp_path / "out", qsun.QuantConfig(method="rtn", group_size=32), device="cpu")
     job = replace(job, plan=replace(job.plan, peak_ram_bytes=1_000_000_000, peak_vram_bytes=7_000_000_000))
 
     def fail(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        raise error("out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr("qsun.quantization.run._quantize", fail)
-    with pytest.raises(QsunError, match=r"memory ran out asking for 2.00 GiB more, about 7 GB are needed in all"):
+    with pytest.raises(QsunError, match=f"memory ran out asking for 2.00 GiB more, about {needed} are needed in all"):
         run_job(job)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import qsun
 from qsun.model.output_dir import Workdir
-from qsun.tuning import run_state
+from qsun.tuning import processes, run_state, tuner
 from qsun.tuning.job import prepare_tuning
 from qsun.tuning.processes import Processes
 from qsun.tuning.tuner import Tuner
@@ -26,21 +26,21 @@ CONFIG = qsun.TuneConfig(steps=6, batch_size=4, lr=3e-3, eval_every=2)
 def first_gradients(base, out, data, config=CONFIG, teacher=None):
     """This process's share of the gradients of the first step, summed over all processes."""
     job = prepare_tuning(base, out, data, config, teacher=teacher, device="cpu")
-    processes = Processes.launched(job.device)
-    with Workdir(Path(f"{out}-{processes.rank}"), job.settings(), resume=False) as work:
-        tuner = Tuner(job, work, processes)
-        tuner.gradients(tuner.batches.of_step(0))
-    return {name: master.grad.clone() for name, master in tuner.optimizer.masters.items()}
+    ours = Processes.launched(job.device)
+    with Workdir(Path(f"{out}-{ours.rank}"), job.settings(), resume=False) as work:
+        first = Tuner(job, work, ours)
+        first.gradients(first.batches.of_step(0))
+    return {name: master.grad.clone() for name, master in first.optimizer.masters.items()}
 
 
 def held_bytes(base, out, data, config=CONFIG):
     """Bytes of weights held between two steps, each storage counted once."""
     job = prepare_tuning(base, out, data, config, device="cpu")
-    processes = Processes.launched(job.device)
-    with Workdir(Path(f"{out}-{processes.rank}"), job.settings(), resume=False) as work:
-        tuner = Tuner(job, work, processes)
-        tuner.train_step()
-    modules = vars(tuner.models).values()
+    ours = Processes.launched(job.device)
+    with Workdir(Path(f"{out}-{ours.rank}"), job.settings(), resume=False) as work:
+        first = Tuner(job, work, ours)
+        first.train_step()
+    modules = vars(first.models).values()
     found = [t for m in modules if isinstance(m, torch.nn.Module) for t in (*m.parameters(), *m.buffers())]
     local = [t.to_local() if hasattr(t, "to_local") else t for t in (tensor.detach() for tensor in found)]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}.values())
@@ -58,12 +58,25 @@ def stop_after(step, pause_s=0):
     return progress
 
 
-def run(base, out, data, gradients=None, stop=-1, teacher=None, timeout_s=None, pause_s=0, save_s=0.0, **settings):
+def run(
+    base,
+    out,
+    data,
+    gradients=None,
+    stop=-1,
+    teacher=None,
+    timeout_s=None,
+    pause_s=0,
+    save_s=0.0,
+    poll_s=0.2,
+    **settings,
+):
     """Tune, Ctrl-C after the step `stop`; before it save this process's gradients and the bytes of weights it holds.
 
-    timeout_s: of the process group's own waits. save_s: between two states.
+    timeout_s: of the process group's own waits. save_s: between two states. poll_s: between looks at the first process.
     """
-    run_state._SAVE_SECONDS = save_s
+    run_state._SAVE_SECONDS, processes._POLL_SECONDS = save_s, poll_s
+    tuner.plot_losses = lambda *_: None
     config = qsun.TuneConfig.from_dict(CONFIG.to_dict() | settings)
     if timeout_s is not None:
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout_s))

@@ -70,7 +70,7 @@ def _rendering_parameters() -> frozenset[str]:
     """Parameters of the function that renders. A client's `chat_template` would be a program that the server runs."""
     from transformers import PreTrainedTokenizerBase
 
-    return frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+    return frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"documents"}
 
 
 class Conversation(Body):
@@ -87,7 +87,10 @@ class Conversation(Body):
     def _are_variables(cls, given: dict[str, Any]) -> dict[str, Any]:
         name = next((name for name in given if name in _rendering_parameters()), None)
         if name is not None:
-            message = f"chat_template_kwargs.{name} is not a variable of the chat template; leave it out"
+            message = (
+                f"chat_template_kwargs.{name} is not a variable of the template but says how it is rendered; leave it "
+                "out, or use the request's own field"
+            )
             raise wrong("chat_template_kwargs", message)
         return given
 

@@ -134,7 +134,7 @@ def test_clients_set_variables_of_the_template_and_not_how_it_is_rendered(body_t
     assert body.template_arguments()["template_args"] == variables
     message, param = told(body_type, messages=[ASK], chat_template_kwargs=variables | {name: "{{ 1 }}"})
     assert param == "chat_template_kwargs"
-    assert message == f"chat_template_kwargs.{name} is not a variable of the chat template; leave it out"
+    assert message.startswith(f"chat_template_kwargs.{name} is not a variable of the template"), message
 
 
 def test_a_response_is_a_chat():
