@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qsun.data.calibration import read_calibration
+from qsun.data.calibration import read_calibration, read_token_ids
 from qsun.data.examples import TokenExample, check_vocabulary
 from qsun.errors import QsunError
 from qsun.model.locate import find_model, load_tokenizer
@@ -143,7 +143,7 @@ def read_windows(valid: Path, model: str, count: int, length: int) -> torch.Tens
             f"windows of {length} tokens go over the {most} positions of {model}; use {most} or fewer tokens"
         )
     if valid.suffix == ".npy":
-        ids = _read_ids(valid)
+        ids = torch.from_numpy(read_token_ids(valid, "text").astype(np.int64)).flatten()
         if len(ids) < count * length:
             raise QsunError(f"{valid} has {len(ids)} tokens; {count} windows of {length} need {count * length}")
         windows = ids[: count * length].view(count, length)
@@ -161,14 +161,3 @@ def read_windows(valid: Path, model: str, count: int, length: int) -> torch.Tens
             f"{valid} gives {given} windows of {length} tokens, not {count}; give more text, or use {given}"
         )
     return torch.tensor([sample.tokens for sample in found.samples])
-
-
-def _read_ids(path: Path) -> Tensor:
-    """Read token ids of any shape as (N,)."""
-    try:
-        ids = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise QsunError(f"{path} cannot be read as an .npy file: {error}") from None
-    if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu":
-        raise QsunError(f"{path} does not hold an array of integers; save token ids with numpy.save")
-    return torch.from_numpy(ids.astype(np.int64)).flatten()

@@ -150,18 +150,26 @@ def _read_by(module: int | None, samples: list[Sample], name: str) -> list[Sampl
     return [replace(sample, module=module) for sample in samples]
 
 
-def _read_npy(path: Path, seq_len: int) -> list[Sample]:
-    check_no_pipe(path, "calibration")
+def read_token_ids(path: Path, what: str) -> np.ndarray:
+    """Return the integers of a .npy file, of any shape. Raises QsunError for anything else; what: the file's role."""
+    check_no_pipe(path, what)
     if not path.is_file():
-        raise QsunError(f"calibration file {path} does not exist")
+        raise QsunError(f"{what} file {path} does not exist")
     try:
         ids = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise QsunError(f"calibration file {path} is not a valid .npy file: {error}") from None
+        raise QsunError(f"{what} file {path} is not a valid .npy file: {error}") from None
     if not isinstance(ids, np.ndarray):
         ids.close()
-        raise QsunError(f"calibration file {path} is an .npz archive; save one array as .npy")
-    if ids.ndim != 2 or ids.dtype.kind not in "iu" or 0 in ids.shape:
+        raise QsunError(f"{what} file {path} is an .npz archive; save one array as .npy")
+    if ids.dtype.kind not in "iu":
+        raise QsunError(f"{what} file {path} holds {ids.dtype}; save token ids, which are integers")
+    return ids
+
+
+def _read_npy(path: Path, seq_len: int) -> list[Sample]:
+    ids = read_token_ids(path, "calibration")
+    if ids.ndim != 2 or 0 in ids.shape:
         raise QsunError(
             f"calibration file {path} holds {ids.dtype} {list(ids.shape)}; it must be integers [samples, length]"
         )

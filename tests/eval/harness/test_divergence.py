@@ -118,9 +118,9 @@ def test_windows_of_an_array_are_consecutive(tmp_path):
         ("text.txt", (1, 513), "windows of 513 tokens go over the 512 positions of demo"),
         ("text.txt", (9, 64), "text.txt gives 3 windows of 64 tokens, not 9; give more text, or use 3"),
         ("large.npy", (1, 10), r"large.npy has token 70000, outside the model's vocabulary"),
-        ("floats.npy", (1, 10), "floats.npy does not hold an array of integers"),
-        ("torn.npy", (1, 10), "torn.npy cannot be read as an .npy file"),
-        ("missing.npy", (1, 10), "missing.npy cannot be read as an .npy file"),
+        ("floats.npy", (1, 10), "text file .*floats.npy holds float64; save token ids"),
+        ("torn.npy", (1, 10), "torn.npy is not a valid .npy file"),
+        ("missing.npy", (1, 10), "missing.npy does not exist"),
         ("rows.jsonl", (3, 64), r"rows.jsonl has a row of \d+ tokens, and a window is 64; give running text, or sho"),
     ],
 )
