@@ -35,7 +35,8 @@ def test_a_row_without_numbers_is_an_error_of_that_row_only():
     logits = torch.randn(4, 11)
     logits[1, 3] = float("nan")
     logits[2, 5] = float("inf")
-    for sampling in ({}, {"temperature": 0.7}):
-        choices = choose(logits, [row(**sampling) for _ in range(4)])
+    drawn = {"temperature": 0.7}
+    for settings in ([{}] * 4, [drawn] * 4, [{}, drawn, drawn, {}]):
+        choices = choose(logits, [row(**sampling) for sampling in settings])
         assert [bool(choice.error) for choice in choices] == [False, True, True, False]
         assert "NaN or Inf" in choices[1].error

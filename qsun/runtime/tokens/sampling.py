@@ -86,7 +86,7 @@ def _draw_of_head(logits: Tensor, settings: Tensor) -> tuple[Tensor, Tensor]:
     kept_count = kept.sum(-1, keepdim=True)
 
     # The sum of the kept weights. Where the last kept token is not in the head, it is known up to that token's weight.
-    ends = (kept_count < count) | limited
+    ends = kept_count < count
     head_sum, last = mass.gather(-1, (kept_count - 1).clamp(min=0)), weights.gather(-1, (count - 1).clamp(min=0))
     low, high = (head_sum.where(ends, (top_p * left + more).minimum(all_kept)) for more in (0, last))
     place, same = ((kept & (mass <= numbers * total)).sum(-1, keepdim=True) for total in (low, high))

@@ -1,6 +1,7 @@
 """Draws follow the distribution that transformers' own logits processors leave."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -45,15 +46,16 @@ def test_the_share_of_each_token_is_its_probability(temperature, top_p, top_k, m
 
 
 def brute_force(row, number, temperature, top_p, top_k, min_p):
-    """The token of one row, by sums that are exact to the last bit."""
+    """The token of one row, by sums over all of its tokens."""
     order = sorted(range(len(row)), key=lambda token: (-row[token], token))
     weights = [math.exp((row[token] - row[order[0]]) / temperature) for token in order]
     weights = weights[: int(top_k) or None]
-    left, kept = math.fsum(weights), []
+    most, mass, kept = top_p * math.fsum(weights), 0.0, []
     for weight in weights:
-        if math.fsum(kept) >= top_p * left:
+        if mass >= most and top_p < 1:
             break
         kept.append(weight)
+        mass += weight
     kept = [weight for weight in kept if weight >= min_p]
     below, total = 0.0, math.fsum(kept)
     for token, weight in zip(order, kept, strict=False):
@@ -63,33 +65,22 @@ def brute_force(row, number, temperature, top_p, top_k, min_p):
     return order[len(kept) - 1]
 
 
-def few(values, count, seed):
-    return torch.tensor(values, dtype=torch.float64)[
-        torch.randint(len(values), (count,), generator=torch.Generator().manual_seed(seed))
-    ]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("spread", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize("spread", [0.0, 0.02, 1.0, 4.0])
 def test_large_vocabularies_draw_what_sums_over_all_their_tokens_give(dtype, spread):
-    vocabulary, count = 1537, 48
+    chosen = [(0.3, 1.0, 2.0), (1.0, 0.95, 0.5, 1e-9), (0, 1, 40, 511, 512, 700, 9000), (0.0, 0.05, 1e-6, 1.0)]
+    settings = [torch.tensor(values, dtype=torch.float64) for values in zip(*product(*chosen), strict=True)]
+    vocabulary, count = 1537, len(settings[0])
     torch.manual_seed(int(spread))
     logits = (spread * torch.randn(count, vocabulary)).to(dtype)  # bfloat16: many are equal
     logits[1::5, torch.randperm(vocabulary)[:1100]] = float("-inf")  # as a grammar leaves them
-    settings = [
-        torch.rand(count, dtype=torch.float64),
-        few([0.3, 1.0, 1.0, 2.0], count, 1),
-        few([1.0, 1.0, 0.95, 0.5, 1e-9], count, 2),
-        few([0, 0, 1, 40, 511, 512, 700, 9000], count, 3),
-        few([0.0, 0.0, 0.05, 1e-6, 1.0], count, 4),
-    ]
-    expected = [
-        brute_force(row, *own) for row, *own in zip(logits.tolist(), *(s.tolist() for s in settings), strict=True)
-    ]
+    settings = [torch.rand(count, dtype=torch.float64), *settings]
+    listed = (values.tolist() for values in settings)
+    expected = [brute_force(row, *own) for row, *own in zip(logits.tolist(), *listed, strict=True)]
     assert draw(logits, *settings).tolist() == expected
-    together = sampling._draw_of_head(logits, torch.stack(settings, 1))  # as on a GPU
-    assert [t for t, found in zip(*together, strict=True) if found] == [
-        t for t, found in zip(expected, together[1], strict=True) if found
+    tokens, found = sampling._draw_of_head(logits, torch.stack(settings, 1))  # as on a GPU
+    assert [t for t, ok in zip(tokens.tolist(), found, strict=True) if ok] == [
+        t for t, ok in zip(expected, found, strict=True) if ok
     ]
 
 
