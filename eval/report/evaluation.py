@@ -16,11 +16,12 @@ import torch
 
 from qsun.data.examples import TokenExample
 from qsun.data.jsonl import check_no_pipe
-from qsun.device import default_device, load_dtype
+from qsun.device import default_device
 from qsun.errors import QsunError
 from qsun.eval.harness.divergence import read_windows, response_divergence, text_divergence
 from qsun.eval.harness.run import HarnessSettings, check_tasks, run_task
 from qsun.eval.output.machine import describe_machine
+from qsun.eval.report.loaded_modules import LoadedModules
 from qsun.eval.report.variants import Entry, Matrix, stored_bits
 from qsun.eval.speed.contenders import loaded_contenders, made_contenders
 from qsun.eval.speed.decode_speed import Points, bench_speed
@@ -28,11 +29,9 @@ from qsun.eval.speed.model_shapes import known_shape
 from qsun.model.checkpoint import file_sha256, read_json
 from qsun.model.locate import find_model, load_tokenizer
 from qsun.model.manifest import read_manifest, write_json
-from qsun.model.pairing import check_served_pair, weights_fingerprint
+from qsun.model.pairing import weights_fingerprint
 from qsun.model.skeleton import read_model_config
 from qsun.progress import Progress
-from qsun.runtime.decode_module import DecodeModule, load_decode
-from qsun.runtime.prefill_module import PrefillModule, load_prefill
 from qsun.tuning.examples import read_examples
 
 
@@ -73,7 +72,7 @@ class _EvaluationPart:
 
     label: str
     name: str
-    make: Callable[["_Modules"], Mapping[str, Any]]
+    make: Callable[[LoadedModules], Mapping[str, Any]]
 
 
 def evaluate(
@@ -92,7 +91,7 @@ def evaluate(
     _check_data(job)
     parts = list(_parts(job))
     _claim(job, out, resume)
-    modules = _Modules(job)
+    modules = LoadedModules(job.place(), job.dtype)
     results = []
     for number, part in enumerate(parts):
         progress(part.label, number, len(parts))
@@ -206,7 +205,7 @@ def _decoders(matrix: Matrix) -> list[tuple[Entry, list[str]]]:
     return list(found.values())
 
 
-def _task(job: Evaluation, entry: Entry, task: str, modules: "_Modules") -> Mapping[str, Any]:
+def _task(job: Evaluation, entry: Entry, task: str, modules: LoadedModules) -> Mapping[str, Any]:
     prefill, decode = modules.pair(entry)
     found = run_task(prefill, decode, task, job.harness)
     return {"kind": "task", "variant": entry.name, "task": task, **found}
@@ -221,55 +220,18 @@ def _examples(entry: Entry, source: str) -> list[TokenExample]:
     return read_examples([source], tokenizer, read_model_config(directory).max_position_embeddings, "evaluation")[0]
 
 
-def _responses(entry: Entry, source: str, modules: "_Modules") -> Mapping[str, Any]:
+def _responses(entry: Entry, source: str, modules: LoadedModules) -> Mapping[str, Any]:
     prefill, decode = modules.pair(entry)
     examples = _examples(entry, source)
     found = response_divergence(prefill.model, decode.model, modules.reference(entry).model, examples)
     return {"kind": "responses", "variant": entry.name, "source": source, **asdict(found)}
 
 
-def _text(job: Evaluation, source: Path, entry: Entry, names: list[str], modules: "_Modules") -> Mapping[str, Any]:
+def _text(job: Evaluation, source: Path, entry: Entry, names: list[str], modules: LoadedModules) -> Mapping[str, Any]:
     module, reference = modules.decoder(entry.decode), modules.reference(entry)
     windows = read_windows(source, str(entry.full_precision()[0]), *job.windows).to(modules.device)
     found = text_divergence(module.model, reference.model, windows)
     return {"kind": "text", "variants": names, "decode": entry.decode, "source": str(source), **asdict(found)}
-
-
-class _Modules:
-    """Loads modules and keeps the last prefill module and the last two decode modules for the next parts."""
-
-    def __init__(self, job: Evaluation):
-        self.device = job.place()
-        self.dtype = load_dtype(job.dtype, self.device)
-        self._decoders: dict[str, DecodeModule] = {}
-        self._prefill: tuple[str, PrefillModule] | None = None
-
-    def decoder(self, name: str) -> DecodeModule:
-        found = self._decoders.pop(name, None)
-        if found is None:
-            while len(self._decoders) > 1:
-                self._decoders.pop(next(iter(self._decoders)))  # the least recently used
-            found = load_decode(name, self.device, self.dtype)
-        self._decoders[name] = found
-        return found
-
-    def reference(self, entry: Entry) -> DecodeModule:
-        """Return the full-precision decoder of an entry's decode module: its base, or itself."""
-        base = entry.full_precision()[1]
-        return self.decoder(entry.decode if find_model(base) == find_model(entry.decode) else base)
-
-    def pair(self, entry: Entry) -> tuple[PrefillModule, DecodeModule]:
-        if entry.alone:
-            self._prefill = None
-            own = self.decoder(entry.decode)
-            return PrefillModule(own.model, own.directory, own.manifest), own
-        decode = self.decoder(entry.decode)
-        if self._prefill is None or self._prefill[0] != entry.prefill:
-            self._prefill = None  # free its memory first
-            self._prefill = entry.prefill, load_prefill(entry.prefill, decode, self.dtype, self.device)
-        else:
-            check_served_pair(entry.prefill, entry.decode)
-        return self._prefill[1], decode
 
 
 def check_speed(what: str, job: Evaluation) -> None:

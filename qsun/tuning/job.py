@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -238,7 +237,7 @@ def _read(
     what: str,
 ) -> tuple[list[TokenExample], int]:
     """Read the examples that fit into all of these configs, the base's first, and count those that are too long."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # every process reads all data
+    if torch.distributed.is_torchelastic_launched():  # every process reads all data
         for name in _names(sources):
             check_no_pipe(Path(name), what)
     limit = min(config.max_len, *(shape.max_position_embeddings for shape in shapes))

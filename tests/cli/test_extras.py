@@ -30,12 +30,12 @@ from tests.places import ROOT
 def test_a_missing_package_is_one_line(cli, monkeypatch, tmp_path, package, modules, command, extra):
     monkeypatch.chdir(tmp_path)
     loaded = [name for name in sys.modules if name.partition(".")[0] == package]
-    for name in [*loaded, *modules]:
+    loaded += [name for name in sys.modules if name.startswith(("qsun.eval.simulate", "qsun.eval.load"))]
+    for name in [*loaded, *modules]:  # what holds what it imported, too
+        parent, _, child = name.rpartition(".")
+        if name in sys.modules and hasattr(sys.modules.get(parent), child):  # it gets its attribute back as well
+            monkeypatch.setattr(sys.modules[parent], child, sys.modules[name])
         monkeypatch.delitem(sys.modules, name, raising=False)
-    for name in [name for name in sys.modules if name.startswith(("qsun.eval.simulate", "qsun.eval.load"))]:
-        if name.count(".") == 2:  # the parent package gets its attribute back as well
-            monkeypatch.setattr(sys.modules["qsun.eval"], name.rpartition(".")[2], sys.modules[name])
-        monkeypatch.delitem(sys.modules, name)  # it holds what it imported
     monkeypatch.setitem(sys.modules, package, None)
     answer = cli(*command)
     assert answer.code == 2

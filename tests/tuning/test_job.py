@@ -120,6 +120,6 @@ def test_float16_gradients_do_not_shrink_with_the_batch(talking_model, few, tmp_
 
 def test_data_of_several_processes_cannot_be_a_pipe(tmp_path, monkeypatch, pipe):
     """Each would read a part of it."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     with pytest.raises(qsun.QsunError, match=r"training file .* is a pipe, which can be read only once"):
         prepare_tuning("demo", tmp_path / "out", pipe())
