@@ -2,11 +2,14 @@
 
 import asyncio
 import json
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from starlette.requests import ClientDisconnect
 
 from qsun._version import __version__
+from qsun.serve.api import generation
 from qsun.serve.api.app import build_app
 from qsun.serve.api.generation import kept_alive
 from qsun.serve.api.metrics import Metrics
@@ -179,6 +182,34 @@ def test_a_stream_that_cannot_be_sent_frees_its_slot(client, path, sent):
     asyncio.run(scenario())
     until(lambda: 'outcome="cancelled"} 1' in client.get("/metrics").text, 20)
     assert client.serving.thread.state.models["math"].decoding == 0
+
+
+def test_a_silent_stream_that_cannot_be_sent_leaves_no_task(monkeypatch):
+    closed = []
+
+    class Silent:
+        updates = SimpleNamespace(close=lambda: closed.append(True))
+
+        async def stream(self):
+            await asyncio.sleep(60)
+            yield b"never"
+
+    async def receive():
+        return await asyncio.get_running_loop().create_future()
+
+    async def send(message):
+        if message.get("body") == KEEP_ALIVE:
+            raise OSError("the client is gone")
+
+    async def scenario():
+        response = generation._EventStream(Silent())
+        with pytest.raises((OSError, ClientDisconnect, ExceptionGroup)):
+            await response({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    monkeypatch.setattr(generation, "kept_alive", partial(kept_alive, seconds=0.05))
+    assert not asyncio.run(scenario())
+    assert closed == [True]
 
 
 def test_a_client_that_leaves_a_whole_answer_frees_its_slot(client):
