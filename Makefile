@@ -23,8 +23,8 @@ setup:  ## install qsun and its tools into PYTHON's environment (made where it d
 	$(PYTHON) -m pip install -q -e '.[dev]'
 
 demo:  ## quantize the embedded model
-	rm -rf out/demo-int4
-	$(PYTHON) -m qsun.cli.main quantize demo -o out/demo-int4
+	rm -rf out/make-demo
+	$(PYTHON) -m qsun.cli.main quantize demo -o out/make-demo
 
 test:  ## everything that needs no other tool and no GPU
 	$(PYTEST) -m 'not gpu and not oracle'

@@ -52,7 +52,9 @@ def evaluate(
         help="Add decode speed: of the given 'modules', of a shape such as llama-3.2-1b, or from a speed.json.",
     ),
     batch_size: str = typer.Option("auto", help="Batch size of lm-eval's requests, or auto."),
-    dtype: str = typer.Option("auto", help="auto, float32, bfloat16 or float16."),
+    dtype: str = typer.Option(
+        "auto", help="auto, float32, bfloat16 or float16; auto: as stored on a GPU, float32 on a CPU."
+    ),
     device: str = typer.Option("", help="cpu, cuda. Default: a GPU if available."),
     seed: int = typer.Option(0, help="Random seed of few-shot examples and sampling."),
     resume: bool = typer.Option(False, "--resume", help="Continue a stopped run with the same settings."),

@@ -24,13 +24,17 @@ def tasks(
     steps: int = typer.Option(1000, min=1, help="Budget of SUN and of the full fine-tune alike."),
     curve: str = typer.Option("125,250,500", help="Smaller budgets of the first seed, for accuracy by steps."),
     align_steps: int = typer.Option(250, min=0, help="Further steps against each quantized decode module; 0: none."),
-    align_share: float = typer.Option(1.0, min=0.001, max=1.0, help="Their peak rate over the previous one."),
-    distill: bool = typer.Option(False, "--distill", help="Take them on the SUN pair's distributions too."),
+    align_share: float = typer.Option(
+        1.0, min=0.001, max=1.0, help="Peak rate of the alignment steps, as a share of the rate before."
+    ),
+    distill: bool = typer.Option(False, "--distill", help="Also take these steps on the SUN pair's distributions."),
     lora_ranks: str = typer.Option("", help="Ranks of adapters to tune as well, comma-separated, such as 4,16,64."),
     text: bool = typer.Option(True, help="Calibrate each decode module with the packaged text too."),
     batch_size: int = typer.Option(32, min=1, help="Examples a step."),
     lr: float | None = typer.Option(None, help="Peak rate of prefill modules. Default: 3e-3 for demo, else by width."),
-    full_lr: float | None = typer.Option(None, help="Peak rate of full fine-tunes. Default: as --lr."),
+    full_lr: float | None = typer.Option(
+        None, help="Peak rate of full fine-tunes. Default: --lr; without it, by width."
+    ),
     rates: str = typer.Option(
         "", help="Peak rates to try instead, such as 3e-4,1e-3; SUN and full fine-tunes take their best on validation."
     ),
