@@ -113,7 +113,12 @@ class Engine:
 
     def room(self, prompt_tokens: int) -> int:
         """Return the most new tokens that a prompt of this length can have; 0 or less where it does not fit."""
-        return most_new_tokens(self.decode.model.config, self.budget_tokens - self.config.speculate, prompt_tokens)
+        return most_new_tokens(self.decode.model.config, self._share - self.config.speculate, prompt_tokens)
+
+    @property
+    def _share(self) -> int:
+        """The KV tokens of a decode batch."""
+        return self.budget_tokens // (len(self.modules) if self.config.partitioned else 1)
 
     def submit(self, *requests: Request) -> None:
         """Queue requests, all or none.
@@ -230,14 +235,13 @@ class Engine:
         wanted = {owner.number for owner in modules if self._queue.waiting(owner.name)}
         while room > 0 and (request := self._queue.next(absent)) is not None:
             batch, owner = self.batch_of(request.model), self.modules[request.model]
-            alike = needs.setdefault(batch, [])
-            if not batch.cache.fits([*alike, request.kv_tokens]):
+            if not batch.cache.fits([*needs.get(batch, ()), request.kv_tokens]):
                 break
             missing = self._prefilling.begin(request, owner, wanted, modules)
             if missing:
                 absent |= missing
                 continue
-            alike.append(request.kv_tokens)
+            needs.setdefault(batch, []).append(request.kv_tokens)
             room -= 1
             self._queue.take(request)
             self._queue.charge(request.model, request.prefix_tokens)
@@ -248,8 +252,7 @@ class Engine:
     def batch_of(self, model: str) -> DecodeBatch:
         name = model if self.config.partitioned else _SHARED
         if name not in self._batches:
-            share = self.budget_tokens // (len(self.modules) if self.config.partitioned else 1)
-            self._batches[name] = DecodeBatch(self.decode.model, share, *self.config.of_batches)
+            self._batches[name] = DecodeBatch(self.decode.model, self._share, *self.config.of_batches)
         return self._batches[name]
 
     def _prefill(self) -> list[Update]:

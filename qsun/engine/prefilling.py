@@ -131,6 +131,8 @@ class Prefilling:
             elif head.left or not head.unscored:
                 self.read += self._read_on(head, min(left, head.left, self.pass_tokens))
             else:
+                if head.cache is not None:  # the whole prompt was known, so no pass has read any of it
+                    self._keep(head)
                 self.read += self._score(head, min(left, head.unscored, self.pass_tokens))
             for task in [task for task in group or [head] if not task.left]:
                 self._keep(task)

@@ -41,8 +41,7 @@ class PrefixCache:
             if key not in self._blocks:
                 break
             keys.append(key)
-        for key in reversed(keys):  # a beginning is newer than what follows it, and so goes last
-            self._blocks.move_to_end(key)
+        self._touch(keys)
         if not keys:
             return 0, []
         self.hits += len(keys) * BLOCK_TOKENS
@@ -50,24 +49,32 @@ class PrefixCache:
         return len(keys) * BLOCK_TOKENS, list(zip(parts[::2], parts[1::2], strict=True))
 
     def keep(self, module: int, tokens: Sequence[int], layers: LayerKV, variant: int = 0) -> None:
-        """Keep the whole blocks of a prompt, a copy of each for all layers at once.
+        """Keep the whole blocks of a prompt that fit the budget, a copy of each for all layers at once.
 
         Args:
             layers: (heads, tokens, head_dim), equal in all, with at least as many tokens.
         """
         if not self.budget_bytes or len(tokens) < BLOCK_TOKENS:
             return
-        keys = _keys(module, tokens, variant)
         cut = [part.split(BLOCK_TOKENS, 1) for layer in layers for part in layer]  # views
+        block_bytes = sum(views[0].nbytes for views in cut)
+        keys = _keys(module, tokens, variant)[: self.budget_bytes // block_bytes]
+        self._touch(keys)
         for number, key in enumerate(keys):
-            if key not in self._blocks:
-                self._blocks[key] = torch.stack([views[number] for views in cut])
-                self._modules[key] = module
-                self.bytes += self._blocks[key].nbytes
+            if key in self._blocks:
+                continue
+            while self.bytes + block_bytes > self.budget_bytes:  # before the copy is made
+                self._drop(next(iter(self._blocks)))
+            self._blocks[key] = torch.stack([views[number] for views in cut])
+            self._modules[key] = module
+            self.bytes += block_bytes
+        self._touch(keys)
+
+    def _touch(self, keys: Sequence[bytes]) -> None:
+        """Note that blocks were used. A beginning is newer than what follows it, and so goes last."""
         for key in reversed(keys):
-            self._blocks.move_to_end(key)
-        while self.bytes > self.budget_bytes:
-            self._drop(next(iter(self._blocks)))
+            if key in self._blocks:
+                self._blocks.move_to_end(key)
 
     def forget(self, module: int) -> None:
         """Drop all blocks of a module."""

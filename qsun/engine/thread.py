@@ -93,7 +93,8 @@ class EngineThread:
 
     def _drop(self, request: str) -> None:
         self._streams.pop(request, None)
-        self._engine.cancel(request)
+        if not self.failure:  # an engine that failed may fail at this as well, and those who wait must still be told
+            self._engine.cancel(request)
 
     def _run(self) -> None:
         try:

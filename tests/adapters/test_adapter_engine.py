@@ -133,6 +133,15 @@ def test_prompts_of_sixteen_adapters_are_read_in_one_pass(make_engine, base_dire
     assert sizes == [17]
 
 
+def test_a_first_request_that_waits_for_its_adapter_with_drafts(make_engine, adapters, base_directory):
+    request = Request("a", "task0", tuple(range(3, 20)), Sampling(12))
+    engine = make_engine(base_directory, speculate=4)
+    engine.submit(request)
+    tokens = tokens_of(run_until_idle(engine)["a"])
+    module = references(engine, adapters, base_directory, "base")["task0"]
+    assert tokens == alone(request, module, engine.decode)
+
+
 def test_tokens_are_those_of_the_seam_written_out(make_engine, adapters, base_directory):
     engine = make_engine(base_directory, max_adapters=2)
     names = ["task0", "task3", "base"]

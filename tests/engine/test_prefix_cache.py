@@ -51,6 +51,16 @@ def test_what_was_used_least_recently_goes_first_and_ends_before_beginnings():
     assert cache.find(1, new)[0] == 0
 
 
+def test_a_prompt_larger_than_the_budget_is_copied_no_further_than_that(monkeypatch):
+    cache, copies = PrefixCache(3 * BLOCK_BYTES + 7), []
+    stack = torch.stack
+    monkeypatch.setattr(torch, "stack", lambda parts: copies.append(cache.bytes) or stack(parts))
+    cache.keep(1, list(range(200, 264)), kv(64))
+    cache.keep(1, list(range(320)), kv(320))
+    assert copies == [0, BLOCK_BYTES, 2 * BLOCK_BYTES, 2 * BLOCK_BYTES, 2 * BLOCK_BYTES]
+    assert cache.find(1, list(range(320)))[0] == 96
+
+
 def test_kept_blocks_do_not_hold_the_prompts_buffers():
     cache = PrefixCache(1 << 20)
     layers = kv(64)

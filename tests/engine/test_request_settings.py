@@ -126,7 +126,7 @@ def doubled(model):
 def test_prompt_logprobs_are_those_of_the_seam_for_every_beginning(make_engine, prefills, decode, settings):
     engine = make_engine(**settings)
     rng = random.Random(8)
-    prompts = [[rng.randrange(3, 128) for _ in range(length)] for length in (1, 2, 13, 40)]
+    prompts = [[rng.randrange(3, 128) for _ in range(length)] for length in (1, 2, 13, 33, 40, 65)]
     for turn in range(2):  # the second time with prefixes from the cache
         engine.submit(
             *(

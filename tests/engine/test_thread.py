@@ -58,3 +58,26 @@ def test_a_batch_of_requests_is_queued_whole_or_not_at_all(make_engine):
             thread.stop()
 
     assert asyncio.run(scenario())
+
+
+def test_an_engine_that_fails_at_cancelling_too_still_tells_all_who_wait(make_engine, monkeypatch):
+    async def scenario():
+        engine = make_engine()
+        thread = EngineThread(engine)
+        thread.start()
+        leaving, staying = [await thread.submit([long_request(name)]) for name in "ab"]
+        await anext(staying)
+
+        def broken(*_):
+            raise RuntimeError("the device is lost")
+
+        def step():
+            leaving.close()  # in the inbox when the thread ends
+            broken()
+
+        monkeypatch.setattr(engine, "cancel", broken)
+        monkeypatch.setattr(engine, "step", step)
+        return [update async for update in staying][-1]
+
+    last = asyncio.run(asyncio.wait_for(scenario(), 120))
+    assert "the device is lost" in last.error

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # a character of several tokens, not all of them here
+_PATIENCE = 16  # tokens that give no text, after which they are read no more: each token would read all of them again
 
 
 class RowText:
@@ -30,10 +31,24 @@ class RowText:
         """Take a token. Returns whether a stop string is complete; may_stop: look for one."""
         self._tokens.append(token)
         before, now = self._decode(self._window, self._read), self._decode(self._window, len(self._tokens))
-        if len(now) <= len(before) or now.endswith(_UNFINISHED):
+        if len(now) > len(before) and not now.endswith(_UNFINISHED):
+            self._window, self._read = self._read, len(self._tokens)
+            return self._extend(now[len(before) :], may_stop)
+        if len(self._tokens) - self._read <= _PATIENCE:
             return False
-        self._window, self._read = self._read, len(self._tokens)
-        return self._extend(now[len(before) :], may_stop)
+        if now == before:  # special tokens, one after another
+            del self._tokens[self._read :]
+            return False
+        return self._split(before, now, may_stop)
+
+    def _split(self, before: str, now: str, may_stop: bool) -> bool:
+        """Take the text of many tokens that do not end it; the last ones may still become a character."""
+        for place in range(len(self._tokens) - 4, len(self._tokens) - 8, -1):
+            done = self._decode(self._window, place)
+            if len(done) >= len(before) and done + self._decode(place, len(self._tokens)) == now:
+                self._window = self._read = place
+                return self._extend(done[len(before) :], may_stop)
+        return False
 
     def _decode(self, start: int, end: int) -> str:
         return self._tokenizer.decode(self._tokens[start:end], skip_special_tokens=self._skip)

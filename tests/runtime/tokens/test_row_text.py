@@ -36,6 +36,38 @@ def expected(pieces, stops, from_token):
     return "".join(pieces), len(pieces)
 
 
+class Bytes:
+    """Tokens that are bytes of UTF-8 text, or 256 for a special token; counts the tokens that it reads."""
+
+    read = 0
+
+    def decode(self, tokens, skip_special_tokens=True):
+        self.read += len(tokens)
+        return bytes(token for token in tokens if token < 256).decode(errors="replace")
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [256] * 400,
+        [97, *[256] * 400, 98, *"\N{PARTY POPPER}".encode()],
+        [0xBF] * 400,
+        [97, *[0xE2] * 333, *"\N{PARTY POPPER}b".encode(), *[0xF0, 0x9F] * 20],
+        list("\N{PARTY POPPER}".encode()) * 40,
+        [*b"abc", *[0xC3, 256] * 100],
+    ],
+    ids=["special", "special inside", "lone bytes", "lone bytes inside", "characters", "lone and special"],
+)
+def test_a_long_run_without_whole_text_is_read_once_and_becomes_the_same_text(tokens):
+    reader = Bytes()
+    row, seen = RowText(reader, []), ""
+    for token in tokens:
+        assert not row.add(token)
+        seen += row.fresh()
+    assert seen + row.rest(False) == Bytes().decode(tokens)
+    assert reader.read < 150 * len(tokens)
+
+
 @pytest.mark.parametrize("stops", [["x"], ["x", "a longer one"], ["a longer one", "x"]], ids=repr)
 def test_a_stop_string_before_the_least_number_of_tokens_does_not_end_the_answer(stops):
     assert shown("axbcdefgh", stops, from_token=4) == ("axbcdefgh", 9)
