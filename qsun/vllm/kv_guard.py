@@ -1,11 +1,15 @@
 """A decode worker that refuses requests without KV cache: `--middleware qsun.vllm.kv_guard.RequireKvCache`.
 
 vLLM answers such a request with status 200 and text of the decode module alone, where a prefill module was asked for.
-This is ASGI middleware of vLLM's HTTP server, and imports nothing of vLLM.
+This is ASGI middleware of vLLM's HTTP server. Its server does not start without the plugin's other guard, which works
+in the scheduler (preemption.py).
 """
 
 import json
 from typing import Any
+
+from qsun.vllm import preemption
+from qsun.vllm.startup import refuse_to_start
 
 _GENERATES = ("/v1/completions", "/v1/chat/completions")
 _COMPUTES_NOTHING = ("/tokenize", "/detokenize")  # and needs no KV cache
@@ -14,9 +18,18 @@ _NAMED = ("remote_block_ids", "remote_engine_id", "remote_request_id", "remote_h
 
 
 class RequireKvCache:
-    """Lets a POST pass if it names the KV cache of its prompt, or its prompt is one token, which needs none."""
+    """Lets a POST pass if it names the KV cache of its prompt, or its prompt is one token, which needs none.
+
+    Raises:
+        QsunError: vLLM would compute the prompt of a preempted request again. The server ends.
+    """
 
     def __init__(self, app: Any):
+        if not preemption.installed():
+            refuse_to_start(
+                "vLLM would compute a preempted request's prompt with the decode module's weights: qsun's plugin "
+                "has not replaced its scheduler's methods; have neither VLLM_PLUGINS nor launch.environment turn it off"
+            )
         self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from qsun.vllm import preemption
 from qsun.vllm.kv_guard import RequireKvCache
 
 PARAMS = {
@@ -25,12 +26,15 @@ async def echoed(request: Request):
     return JSONResponse(await request.json() if request.method == "POST" else {})
 
 
-WORKER = RequireKvCache(Starlette(routes=[Route("/{path:path}", echoed, methods=["GET", "POST"])]))
+@pytest.fixture(autouse=True)
+def with_the_plugin(monkeypatch):
+    monkeypatch.setattr(preemption, "installed", lambda: True)
 
 
 def ask(path, body=None):
     async def scenario():
-        transport = httpx.ASGITransport(WORKER)
+        app = Starlette(routes=[Route("/{path:path}", echoed, methods=["GET", "POST"])])
+        transport = httpx.ASGITransport(RequireKvCache(app))
         async with httpx.AsyncClient(transport=transport, base_url="http://worker") as client:
             return await (client.get(path) if body is None else client.post(path, json=body))
 
