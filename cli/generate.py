@@ -98,7 +98,8 @@ def _modules(given: list[str]) -> dict[str, str]:
     modules: dict[str, str] = {}
     for one in given:
         name, equals, directory = one.partition("=")
-        name, directory = (name, directory) if equals else (one, one)
+        if not equals or one.startswith(("/", ".")) or Path(one).is_dir():  # an equals sign may be part of a path
+            name = directory = one
         if not name or not directory:
             raise QsunError(f"--prefill {one!r} is neither DIR nor NAME=DIR")
         if name in modules:
@@ -175,7 +176,7 @@ def _answers(
 
 
 def _encoded(tokenizer: Any, prompt: _AskedPrompt) -> Any:
-    """Return text as it is, and the tokens of a chat, which are those that tuning makes of it."""
+    """Return text as it is, and the tokens of a chat, which are those that tuning makes of it, but for the day."""
     if isinstance(prompt.given, str):
         return prompt.given
     from qsun.data.examples import prompt_example

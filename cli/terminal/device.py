@@ -15,11 +15,14 @@ def check_device(device: str | None) -> None:
         return
     import torch
 
-    kind = default_device(device).type
+    kind, index = (wanted := default_device(device)).type, wanted.index or 0
     if kind not in ("cpu", "cuda"):
         raise QsunError(f"device {device!r} is not supported; use cpu, cuda or cuda:N")
     if kind == "cuda" and not torch.cuda.is_available():
         raise QsunError(f"device {device!r}: there is no CUDA device; use --device cpu")
+    if kind == "cuda" and index >= (count := torch.cuda.device_count()):
+        last = f" to cuda:{count - 1}" if count > 1 else ""
+        raise QsunError(f"device {device!r} is out of range; CUDA devices found: {count}; use cuda:0{last}")
 
 
 def use_device(device: str | None, threads: int = 0) -> "torch.device":

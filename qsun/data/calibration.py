@@ -18,7 +18,7 @@ import numpy as np
 
 from qsun.data.chat import chat_tokens
 from qsun.data.examples import assistant_turns, check_vocabulary, pair_example, tools_of, turn_example
-from qsun.data.jsonl import check_no_pipe, file_bytes, text_of
+from qsun.data.jsonl import check_no_pipe, file_text, text_of
 from qsun.data.shapes import RowLeftOut
 from qsun.data.sources import converted_rows, file_kind
 from qsun.errors import QsunError
@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 BUILTIN = "builtin"
 HELD_OUT = 8  # one sample of so many, for polish
 _PACKAGE = Path(__file__).parents[1]
-_ROWS_AT_MOST = 100_000
+_ROW, _READ_AT_MOST = 640, 64_000_000  # characters; a row counts as 640 at least, so 100,000 rows are read at most
+_WHOLE_TEXT, _PIECE = 4 << 20, 1 << 16  # characters; a tokenizer takes 140 bytes for each that it reads at once
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def read_calibration(
     chosen: list[Sample] = []
     for number, name in enumerate(names):
         share = samples // len(names) + (number < samples % len(names))
-        found = _read_source(name, tokenizer, seq_len)
+        found = _read_source(name, tokenizer, share, seq_len, seed + number)
         check_vocabulary((s.tokens for s in found), vocab_size, tokenizer, f"calibration source {name}")
         drawn = _draw(found, share, seed + number, name)
         chosen += _read_by(modules[number], drawn, name) if modules else drawn
@@ -121,7 +122,7 @@ def builtin_text() -> Path:
     return Path(__file__).parent / "calibration.txt"
 
 
-def _read_source(name: str, tokenizer: Any, seq_len: int) -> list[Sample]:
+def _read_source(name: str, tokenizer: Any, share: int, seq_len: int, seed: int) -> list[Sample]:
     path = builtin_text() if name == BUILTIN else Path(name)
     if path.suffix.lower() == ".npy":
         return _read_npy(path, seq_len)
@@ -129,9 +130,17 @@ def _read_source(name: str, tokenizer: Any, seq_len: int) -> list[Sample]:
         raise QsunError(
             f"calibration source {name} needs a tokenizer, and the model directory has none; give .npy token ids"
         )
+    samples: list[Sample] = []
     if file_kind(str(path)) == ".txt":
-        return _windows(tokenizer, encode(tokenizer, _read_text(path)), seq_len, name)
-    return _row_samples(name, tokenizer, seq_len)
+        texts = [_read_text(path)]
+    else:
+        texts, samples = _read_rows(name, tokenizer, seq_len)
+    if texts:
+        drawn = _drawn_pieces(texts, share * seq_len, seed, name)
+        samples += _windows(tokenizer, [token for text in drawn for token in encode(tokenizer, text)], seq_len, name)
+    if not samples:
+        raise QsunError(f"calibration source {name} is empty")
+    return samples
 
 
 def _draw(found: list[Sample], count: int, seed: int, name: str) -> list[Sample]:
@@ -177,33 +186,43 @@ def _read_npy(path: Path, seq_len: int) -> list[Sample]:
 
 
 def _read_text(path: Path) -> str:
-    try:
-        text = file_bytes(path, "calibration").decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise QsunError(f"calibration file {path}, line {line}: not valid UTF-8 ({error.reason})") from None
+    text = file_text(path, "calibration")
     if not text.strip():
         raise QsunError(f"calibration file {path} is empty")
     return text
 
 
-def _row_samples(name: str, tokenizer: Any, seq_len: int) -> list[Sample]:
-    """Return the samples of rows with prompts, then windows over the joined texts of rows without."""
+def _drawn_pieces(texts: list[str], tokens: int, seed: int, name: str) -> list[str]:
+    """Return up to 4 MiB of text as it is; of more, pieces that the seed draws, with at least four times `tokens`."""
+    characters = sum(map(len, texts))
+    if characters <= _WHOLE_TEXT:
+        return texts
+    pieces = [text[i : i + _PIECE] for text in texts for i in range(0, len(text), _PIECE)]
+    count = len(pieces) // max(1, characters // max(_WHOLE_TEXT, 16 * tokens))  # a token has about four characters
+    drawn = [pieces[i] for i in sorted(random.Random(seed).sample(range(len(pieces)), count))]
+    if count < len(pieces):
+        log.warning(
+            "calibration source %s: samples are drawn from %s of the %s characters of text that were read",
+            name,
+            f"{sum(map(len, drawn)):,}",
+            f"{characters:,}",
+        )
+    return drawn
+
+
+def _read_rows(name: str, tokenizer: Any, seq_len: int) -> tuple[list[str], list[Sample]]:
+    """Return the texts of rows without prompts, and the samples of rows with one."""
 
     def convert(row: Mapping[str, Any], where: str) -> list[Sample | str]:
         if "messages" not in row and not {"prompt", "response"} <= row.keys():
             return [text_of(row, "text", where)]
         return [_row_sample(tokenizer, row, seq_len, where)]
 
-    found = converted_rows(name, "calibration", convert, _ROWS_AT_MOST)
-    samples = [item for item in found if isinstance(item, Sample)]
-    texts = [item for item in found if isinstance(item, str)]
-    if texts:
-        tokens = [token for text in texts for token in encode(tokenizer, text)]
-        samples += _windows(tokenizer, tokens, seq_len, name)
-    if not samples:
-        raise QsunError(f"calibration source {name} is empty")
-    return samples
+    def weight(item: Sample | str) -> int:
+        return max(_ROW, len(item)) if isinstance(item, str) else _ROW
+
+    found = converted_rows(name, "calibration", convert, _READ_AT_MOST, weight)
+    return [item for item in found if isinstance(item, str)], [item for item in found if isinstance(item, Sample)]
 
 
 def _row_sample(tokenizer: Any, row: Mapping[str, Any], seq_len: int, where: str) -> Sample:
@@ -215,7 +234,7 @@ def _row_sample(tokenizer: Any, row: Mapping[str, Any], seq_len: int, where: str
         found = turn_example(tokenizer, row, turn, where)
         if found is None:  # the template rewrites earlier turns: count every position
             messages, tools = row["messages"][: turn + 1], tools_of(row, where)
-            whole = chat_tokens(tokenizer, messages, tools=tools, add_generation_prompt=False)
+            whole = chat_tokens(tokenizer, messages, tools=tools, add_generation_prompt=False, fixed_day=True)
             return Sample(tuple(whole[:-1][:seq_len]))
         example = found
     prefill = len(example.prompt) - 1  # the last prompt token is decode's first input

@@ -6,9 +6,17 @@ A template writes all special tokens itself: what it renders is tokenized withou
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import date
 from typing import Any
 
 from qsun.errors import QsunError, shortened
+
+_DAY = date(2024, 7, 26)  # which Llama's templates write where they know no date
+_FIXED_DAY = (  # hides a function of that name; transformers passes only data to a template
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f" | replace('%{code}', '{_DAY:%{code}}')" for code in "aAbBdmjyYHIMSp")
+    + " }}{% endmacro %}\n"
+)
 
 
 def chat_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
@@ -24,6 +32,7 @@ def chat_text(
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
     template_args: Mapping[str, Any] | None = None,
+    fixed_day: bool = False,
 ) -> str:
     """Render a conversation with the model's chat template.
 
@@ -34,19 +43,22 @@ def chat_text(
         continue_final_message: leave the last message open instead, for the model to continue.
         template_args: further variables of the template, such as enable_thinking. A name that is a parameter of
             apply_chat_template is that: `chat_template` replaces the template, which is a program.
+        fixed_day: a template that writes today's date writes 26 July 2024, so that rows of data do not change.
     Raises:
         QsunError: no template, or one that refuses these messages or fails on them.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise QsunError("the model's tokenizer has no chat template; give the prompt as text")
     try:
+        template = tokenizer.get_chat_template(tools=tools) if fixed_day else ""
+        dated = {"chat_template": _FIXED_DAY + template} if "strftime_now" in template else {}
         return tokenizer.apply_chat_template(
             [_as_templates_expect(message) for message in messages],
             tools=list(tools) if tools else None,
             tokenize=False,
             add_generation_prompt=add_generation_prompt and not continue_final_message,
             continue_final_message=continue_final_message,
-            **(template_args or {}),
+            **(dated | dict(template_args or {})),
         )
     except Exception as error:  # a template is the model's own program, and may divide by zero
         reason = shortened(error, 300) or type(error).__name__

@@ -27,11 +27,11 @@ def pair_example(tokenizer: Any, row: Mapping[str, Any], where: str) -> TokenExa
     return _example(tokenizer, prompt, rendered_tokens(tokenizer, text_of(row, "response", where)), where)
 
 
-def prompt_example(tokenizer: Any, row: Mapping[str, Any], where: str) -> TokenExample:
+def prompt_example(tokenizer: Any, row: Mapping[str, Any], where: str, fixed_day: bool = False) -> TokenExample:
     """Tokenize a prompt, or a chat whose last message waits for an answer; the response is empty."""
     if "messages" in row:
         try:
-            text = chat_text(tokenizer, row["messages"], tools=tools_of(row, where))
+            text = chat_text(tokenizer, row["messages"], tools=tools_of(row, where), fixed_day=fixed_day)
         except QsunError as error:
             raise QsunError(f"{where}: {error}") from None
         check_text(text, where)
@@ -58,18 +58,47 @@ def turn_example(tokenizer: Any, row: Mapping[str, Any], turn: int, where: str) 
     """Render the answer at `turn` and all that stands before it, its prompt.
 
     Returns None if the template renders the prompt differently once it is answered.
+
+    Raises:
+        RowLeftOut: the answer is empty. QsunError: the template refuses the messages, or does not write tool calls.
     """
-    messages, tools = row["messages"], tools_of(row, where)
+    messages = row["messages"]
+    options: Any = {"tools": tools_of(row, where), "fixed_day": True}
+    if _is_empty(messages[turn]):
+        raise RowLeftOut(f"{where}: message {turn} has no answer")
     try:
-        prompt = chat_text(tokenizer, messages[:turn], tools=tools)
-        whole = chat_text(tokenizer, messages[: turn + 1], tools=tools, add_generation_prompt=False)
+        prompt = chat_text(tokenizer, messages[:turn], **options)
+        whole = chat_text(tokenizer, messages[: turn + 1], **options, add_generation_prompt=False)
     except QsunError as error:
         raise QsunError(f"{where}: {error}") from None
     check_text(whole, where)
     if not whole.startswith(prompt):
         return None
-    head, tail = (rendered_tokens(tokenizer, text) for text in (prompt, whole[len(prompt) :]))
-    return _example(tokenizer, head, tail, where)
+    answer = whole[len(prompt) :]
+    lost = next((name for name in _called(messages[turn]) if name not in answer), None)
+    if lost is not None:
+        raise QsunError(
+            f"{where}: the model's chat template does not write tool calls: that of {lost!r} is missing from message "
+            f"{turn}; give the calls as text in 'content', or use a model whose template writes them"
+        )
+    return _example(tokenizer, rendered_tokens(tokenizer, prompt), rendered_tokens(tokenizer, answer), where)
+
+
+def _is_empty(message: Mapping[str, Any]) -> bool:
+    """Whether a message has neither text nor anything beside it that a template may write."""
+    content = message.get("content")
+    parts = content if isinstance(content, (list, tuple)) else [content]
+    texts = [part.get("text", part) if isinstance(part, Mapping) else part for part in parts]
+    beside = any(value for key, value in message.items() if key not in ("role", "content"))
+    return not beside and not any(text is not None and str(text).strip() for text in texts)
+
+
+def _called(message: Mapping[str, Any]) -> list[str]:
+    """Return the names of the functions that a message calls, in OpenAI's form or without its `function`."""
+    calls = message.get("tool_calls")
+    calls = calls if isinstance(calls, (list, tuple)) else ()
+    called = [call.get("function", call) for call in calls if isinstance(call, Mapping)]
+    return [str(function["name"]) for function in called if isinstance(function, Mapping) and function.get("name")]
 
 
 def tools_of(row: Mapping[str, Any], where: str) -> list[dict[str, Any]] | None:
@@ -84,13 +113,13 @@ def tools_of(row: Mapping[str, Any], where: str) -> list[dict[str, Any]] | None:
 
 
 def _example(tokenizer: Any, prompt: list[int], response: list[int], where: str) -> TokenExample:
+    if not prompt or not response:
+        raise RowLeftOut(f"{where}: the {'response' if prompt else 'prompt'} has no tokens")
     end = tokenizer.eos_token_id
     if end is not None and end in response:
         response = response[: len(response) - response[::-1].index(end)]  # a template may add more after it
     elif end is not None:
         response = [*response, end]
-    if not prompt or not response:
-        raise RowLeftOut(f"{where}: the {'response' if prompt else 'prompt'} has no tokens")
     return TokenExample(tuple(prompt), tuple(response))
 
 

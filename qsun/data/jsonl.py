@@ -51,6 +51,15 @@ def file_bytes(path: Path, what: str) -> bytes:
     return content.removeprefix(_BYTE_ORDER_MARK)
 
 
+def file_text(path: Path, what: str) -> str:
+    """Return the text of a file. Raises QsunError as `file_bytes`, and where it is not UTF-8; names the line."""
+    try:
+        return file_bytes(path, what).decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise QsunError(f"{what} file {path}, line {line}: not valid UTF-8 ({error.reason})") from None
+
+
 def check_no_pipe(path: Path, what: str) -> None:
     """Raise QsunError for a pipe, where a file is read several times or from several places."""
     if path.exists() and not path.is_file() and not path.is_dir():

@@ -1,17 +1,19 @@
 """Sources of training and calibration rows: JSON files, tables and Hugging Face data sets."""
 
+import csv
+import io
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qsun.data.jsonl import PlacedRow, check_no_pipe, read_rows
+from qsun.data.jsonl import PlacedRow, check_no_pipe, file_text, read_rows
 from qsun.data.shapes import RowLeftOut, recognize
 from qsun.errors import QsunError, shortened
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-_TABLES = {".parquet": "parquet", ".csv": "csv"}
+_LEFT_OUT_AT_MOST = 100_000  # consecutive rows, since a data set can be endless
 FILES = ".jsonl, .json, .parquet or .csv file (.gz as well)"
 
 
@@ -20,6 +22,7 @@ def converted_rows(
     what: str,
     convert: Callable[[Mapping[str, Any], str], Iterable[T]],
     most: int | None = None,
+    weight: Callable[[T], int] = lambda _: 1,
     needs_response: bool = True,
 ) -> list[T]:
     """Read a source and convert its rows, which `recognize` has brought to one of a few shapes.
@@ -28,30 +31,38 @@ def converted_rows(
 
     Args:
         convert: from a row, and the words that name it in an error, to results; may raise RowLeftOut.
-        most: stop after this many results, since a data set can be endless.
+        most: stop once the results weigh this much, since a data set can be endless.
+        weight: of a result; each weighs one by default.
         needs_response: see `recognize`.
     Raises:
-        QsunError: an unreadable source, a row of an unknown shape, or no row that can be used.
+        QsunError: an unreadable source, a row of an unknown shape, or 100,000 consecutive rows, or all, unusable.
     """
     results: list[T] = []
-    reasons: list[RowLeftOut] = []
     notes: set[str] = set()
+    first, left_out, consecutive, weighed = "", 0, 0, 0
     for where, row in source_rows(name, what):
         try:
             plain, note = recognize(row, where, needs_response)
-            results += convert(plain, where)
+            found = list(convert(plain, where))  # all that a row gives, or nothing
         except RowLeftOut as reason:
-            reasons.append(reason)
+            first, left_out, consecutive = first or str(reason), left_out + 1, consecutive + 1
+            if consecutive == _LEFT_OUT_AT_MOST:
+                raise QsunError(
+                    f"{what} data {name}: {consecutive:,} consecutive rows cannot be used; give other data; "
+                    f"the first row left out: {first}"
+                ) from None
             continue
+        results += found
+        consecutive, weighed = 0, weighed + sum(map(weight, found))
         if note and note not in notes:
             notes.add(note)
             log.warning("%s data %s: %s", what, name, note)
-        if most is not None and len(results) >= most:
+        if most is not None and weighed >= most:
             break
-    if reasons and not results:
-        raise QsunError(str(reasons[0]))
-    if reasons:
-        log.warning("%s data %s: left out %d rows; the first: %s", what, name, len(reasons), reasons[0])
+    if left_out and not results:
+        raise QsunError(first)
+    if left_out:
+        log.warning("%s data %s: left out %d rows; the first: %s", what, name, left_out, first)
     return results
 
 
@@ -66,11 +77,13 @@ def source_rows(name: str, what: str) -> Iterator[PlacedRow]:
     kind = file_kind(name)
     if kind in (".jsonl", ".json") or (not kind and path.exists() and not path.is_dir()):
         yield from read_rows(path, what)
-    elif kind in _TABLES:
+    elif kind == ".csv":
+        yield from _csv_rows(path, what)
+    elif kind == ".parquet":
         check_no_pipe(path, what)
         if not path.is_file():
             raise QsunError(f"{what} file {name} does not exist")
-        yield from _loaded(f"{what} data {name}", path=_TABLES[kind], data_files=str(path), split="train")
+        yield from _loaded(f"{what} data {name}", path="parquet", data_files=str(path), split="train")
     else:
         data_set, *rest = name.rsplit(":", 2) if name.count(":") > 1 else name.split(":")
         split = rest.pop() if rest else ""
@@ -81,6 +94,22 @@ def source_rows(name: str, what: str) -> Iterator[PlacedRow]:
 def file_kind(name: str) -> str:
     """Return the suffix of a file's name in lower case, without .gz."""
     return Path(name.lower().removesuffix(".gz")).suffix
+
+
+def _csv_rows(path: Path, what: str) -> Iterator[PlacedRow]:
+    """Yield the rows of a .csv file; every cell is text, and an empty one None."""
+    text, file = file_text(path, what), f"{what} file {path}"
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a document may have more than 131,072 characters
+    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for number, row in enumerate(rows, 1):
+            where = f"{file}, row {number}"
+            if None in row:
+                names = len(rows.fieldnames or ())
+                raise QsunError(f"{where}: has more cells than the {names} names in the first line; quote its commas")
+            yield where, {key: value or None for key, value in row.items()}
+    except csv.Error as error:
+        raise QsunError(f"{file}, line {rows.line_num + 1}: not valid CSV ({error}); check its quotes") from None
 
 
 def _loaded(where: str, **source: Any) -> Iterator[PlacedRow]:

@@ -33,7 +33,7 @@ def read_examples(
             raise QsunError(f"{where}: needs 'messages', or 'prompt' and 'response'; it has {', '.join(row)}")
         waiting = not needs_response and _waits(row)
         if waiting:
-            yield prompt_example(tokenizer, row, where)
+            yield prompt_example(tokenizer, row, where, fixed_day=True)
         if "messages" not in row:
             if not waiting:
                 yield pair_example(tokenizer, row, where)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import qsun
+from qsun.demo import base_directory
 from qsun.tuning.examples import read_examples
 from tests.tiny_models import write_jsonl
 
@@ -69,6 +70,17 @@ def test_a_file_names_the_module_of_each_prompt(cli, answers, tmp_path):
     assert [(row["index"], row["model"]) for row in found] == [(0, "a"), (1, "b"), (2, "a")]
     assert [row["finish"] for row in found] == ["eos", "eos", "length"]
     assert found[2]["tokens"] == 12
+
+
+@pytest.mark.parametrize("name", ["lr=0.1", "a=b/c=d"])
+def test_a_directory_may_have_an_equals_sign_in_its_path(cli, answers, name, tmp_path, monkeypatch):
+    shutil.copytree(base_directory(), tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    for given in (tmp_path / name, name, f"sums={tmp_path / name}"):
+        answer = cli("generate", "demo", PROMPTS[0], "--prefill", given, "--max-tokens", 12)
+        assert answer.out == answers[0] + "\n", answer.err
+    answer = cli("generate", "demo", PROMPTS[0], "--prefill", tmp_path / "lr=0.2")
+    assert (answer.code, f"{tmp_path / 'lr=0.2'} is not a directory" in answer.err) == (2, True)
 
 
 def test_chats_go_through_the_template(cli, talking_model, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from qsun.data import calibration, sources
 from qsun.data.calibration import BUILTIN, Sample, builtin_text, read_calibration
 from qsun.errors import QsunError
 from tests.tiny_models import VOCAB, random_tokens, write_jsonl
@@ -180,6 +182,74 @@ def test_fewer_samples_than_asked_for_are_all_taken_with_a_warning(read, tmp_pat
     np.save(tmp_path / "some.npy", random_tokens(3, 6))
     assert len(read(tmp_path / "some.npy", samples=10).samples) == 3
     assert "3 samples, fewer than the 10" in caplog.text
+
+
+# --- much text
+
+
+@pytest.fixture
+def little(monkeypatch):
+    """Text is much from 1,000 characters on, and its pieces have 50."""
+    monkeypatch.setattr(calibration, "_WHOLE_TEXT", 1000)
+    monkeypatch.setattr(calibration, "_PIECE", 50)
+
+
+class Counting:
+    """The demo tokenizer, and the length of the longest text that it was given, and of all of them."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.longest, self.all = tokenizer, 0, 0
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, text, **options):
+        self.longest, self.all = max(self.longest, len(text)), self.all + len(text)
+        return self.tokenizer(text, **options)
+
+
+@pytest.mark.parametrize("rows", [None, 7, 400])
+def test_of_much_text_pieces_are_drawn_by_the_seed(rows, read, little, demo_tokenizer, tmp_path, caplog):
+    text = "".join(f"{number:05}" for number in range(20_000))
+    path = tmp_path / ("some.jsonl" if rows else "some.txt")
+    if rows:
+        write_jsonl(path, [{"text": text[i : i + rows]} for i in range(0, len(text), rows)])
+    else:
+        path.write_text(text)
+    tokenizer = Counting(demo_tokenizer)
+    first, again, other = (
+        read(path, samples=4, seq_len=20, seed=seed, tokenizer=tokenizer).samples for seed in (1, 1, 2)
+    )
+    assert first == again and set(first).isdisjoint(other)
+    assert tokenizer.longest <= 50 and 3 * 1200 < tokenizer.all < 3 * 2800
+    assert "".join(map(chr, first[0].tokens[-5:])) in text
+    drawn = re.search(r"samples are drawn from ([\d,]+) of the 100,000 characters of text that were read", caplog.text)
+    assert 1200 < int(drawn[1].replace(",", "")) < 2800
+
+
+def test_text_that_is_not_much_is_tokenized_whole(read, little, demo_tokenizer, tmp_path, caplog):
+    (tmp_path / "some.txt").write_text("abcdefghij" * 100)
+    tokenizer = Counting(demo_tokenizer)
+    assert len(read(tmp_path / "some.txt", seq_len=11, samples=100, tokenizer=tokenizer).samples) == 100
+    assert tokenizer.longest == 1000
+    assert not caplog.records
+
+
+def test_all_pieces_are_used_where_so_many_tokens_are_wanted(read, little, demo_tokenizer, tmp_path, caplog):
+    (tmp_path / "some.txt").write_text("abcdefghij" * 500)
+    assert len(read(tmp_path / "some.txt", seq_len=51, samples=100).samples) == 100
+    assert not caplog.records
+
+
+def test_texts_of_an_endless_set_are_not_all_read(read, monkeypatch):
+    def rows(*_):
+        for number in range(10_000):
+            yield f"row {number}", {"text": "a" * 100_000}
+            assert number < 1000, "it reads on"
+
+    monkeypatch.setattr(sources, "source_rows", rows)
+    monkeypatch.setattr(calibration, "_WHOLE_TEXT", 100_000)
+    assert len(read("org/endless", samples=4, seq_len=20).samples) == 4
 
 
 # --- what is refused

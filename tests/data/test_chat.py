@@ -65,6 +65,41 @@ def test_tools_that_are_not_schemas(tools, tokenizer, tmp_path):
         read_examples([str(path)], tokenizer, 1000)
 
 
+CALL = {"type": "function", "function": {"name": "get_weather", "arguments": "{}"}}
+BY_NAME = TEMPLATE.replace("CALL", "CALL {{ c.function.name }}")
+
+
+@pytest.mark.parametrize("content", ["", None, "let me see"])
+def test_tool_calls_are_an_answer_if_the_template_writes_them(content, tokenizer, tmp_path):
+    answer = {"role": "assistant", "content": content, "tool_calls": [CALL]}
+    path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": [USER, answer], "tools": TOOLS}])
+    tokenizer.chat_template = BY_NAME.replace("m['content']", "m['content'] or ''")
+    (example,), _ = read_examples([str(path)], tokenizer, 1000)
+    assert tokenizer.decode(example.response) == f"{content or ''}CALL get_weather {{}}</s>"
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content or '' }}{% endfor %}"
+    for read in (
+        lambda: read_examples([str(path)], tokenizer, 1000),
+        lambda: read_calibration([str(path)], tokenizer, VOCAB, 1, 1000, seed=0),
+    ):
+        with pytest.raises(QsunError, match=r"chat.jsonl, line 1: .*does not write tool calls.*'get_weather'.*give"):
+            read()
+
+
+def test_rows_are_the_same_tokens_on_any_day(tokenizer, tmp_path):
+    """Llama 3.2's template writes today's date, which must not change the tokens of a run that is resumed tomorrow."""
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + TEMPLATE
+    rewriting = tokenizer.chat_template.replace("[assistant]", "[?]")
+    path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": CHAT}, {"messages": [USER]}])
+    examples, _ = read_examples([str(path)], tokenizer, 1000, needs_response=False)
+    sources = [str(write_jsonl(tmp_path / "chat.jsonl", [{"messages": CHAT}]))]
+    prompts = [read_calibration(sources, tokenizer, VOCAB, 1, 1000, seed=0).samples[0].tokens]
+    tokenizer.chat_template = rewriting
+    prompts += [read_calibration(sources, tokenizer, VOCAB, 1, 1000, seed=0).samples[0].tokens]
+    prompts += [example.prompt for example in examples]
+    assert [tokenizer.decode(prompt)[:11] for prompt in prompts] == ["26 Jul 2024"] * 4
+    assert "26 Jul 2024" not in chat_text(tokenizer, CHAT)
+
+
 def test_text_parts_are_joined(tokenizer):
     parts = [{"type": "text", "text": "weat"}, {"type": "text", "text": "her?"}]
     assert chat_text(tokenizer, [{"role": "user", "content": parts}]) == chat_text(tokenizer, [USER])

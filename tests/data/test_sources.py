@@ -4,13 +4,17 @@ import gzip
 import json
 import logging
 import os
+import sys
+import weakref
+from itertools import count
 
 import pytest
 
+from qsun.data import sources
 from qsun.data.calibration import Sample, read_calibration
 from qsun.data.jsonl import read_rows
 from qsun.data.shapes import RowLeftOut, recognize
-from qsun.data.sources import source_rows
+from qsun.data.sources import converted_rows, source_rows
 from qsun.errors import QsunError
 from qsun.tuning.examples import read_examples
 from tests.tiny_models import VOCAB, write_jsonl
@@ -52,6 +56,17 @@ CSV = b"prompt,response\nabc,xyz\nde,f\n"
 def test_files_of_rows(name, content, tmp_path):
     (tmp_path / name).write_bytes(content)
     assert [dict(row) for _, row in source_rows(str(tmp_path / name), "training")] == ROWS
+
+
+@pytest.mark.parametrize(
+    "answer", ["7", "07", "1.50", "None", "null", "NA", "nan", "True", "a,b", "a\r\nb", 'say "a"', "x" * 200_000]
+)
+def test_every_cell_of_a_csv_file_is_text(answer, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # which would guess types, and is not needed
+    quoted = answer.replace('"', '""')
+    (tmp_path / "some.csv").write_bytes(f'\ufeffprompt,response\r\na,"{quoted}"\r\n\r\nb,\r\nc\r\n'.encode())
+    rows = [dict(row) for _, row in source_rows(str(tmp_path / "some.csv"), "training")]
+    assert rows == [{"prompt": prompt, "response": text} for prompt, text in (("a", answer), ("b", None), ("c", None))]
 
 
 def test_a_parquet_file_gets_no_keys_that_only_other_rows_have(tmp_path):
@@ -96,6 +111,9 @@ def test_a_missing_configuration_says_how_to_name_one(data_set):
         ("a.json", b'[{"prompt": "a"},\n {"prompt" "b"}]', "not valid JSON .* at line 2, column"),
         ("a.json", b'[{"prompt": "a"}, 3]', "row 2: not a JSON object"),
         ("a.parquet", b"not a table", "cannot be loaded"),
+        ("a.csv", b'prompt,response\na,b\nc,"d\n', "line 3: not valid CSV .unexpected end of data.; check its quotes"),
+        ("a.csv", b"prompt,response\na,b\nc,d,e\n", "row 2: has more cells than the 2 names in the first line; quote"),
+        ("a.csv", b"prompt,response\na,\xff\n", "line 2: not valid UTF-8"),
     ],
 )
 def test_damaged_files(name, content, says, tmp_path):
@@ -116,7 +134,7 @@ def test_a_shells_pipe_and_a_file_without_a_suffix_hold_lines_of_json(demo_token
         assert read(pipe(lines(ROWS).decode())) == 2
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.npy"])
+@pytest.mark.parametrize("name", ["a.parquet", "a.npy"])
 def test_what_is_read_from_several_places_cannot_be_a_pipe(name, tmp_path):
     os.mkfifo(tmp_path / name)
     with pytest.raises(QsunError, match=f"{name} is a pipe, which can be read only once; save it to a file first"):
@@ -239,3 +257,37 @@ def test_only_bad_rows(demo_tokenizer, tmp_path):
     ):
         with pytest.raises(QsunError, match="line 1: 'prompt' is null"):
             read()
+
+
+class Row(dict):
+    """A row that can be referred to weakly."""
+
+
+def test_rows_that_are_left_out_are_not_kept(monkeypatch):
+    seen = []
+
+    def rows(*_):
+        for number in range(50):
+            row = Row(prompt=None, response="a")
+            seen.append(weakref.ref(row))
+            yield f"row {number}", row
+        yield "the last", ROWS[0]
+
+    monkeypatch.setattr(sources, "source_rows", rows)
+    assert converted_rows("some", "training", lambda row, _: [row]) == [ROWS[0]]
+    assert [ref() for ref in seen[:-1]] == [None] * 49
+
+
+def test_an_endless_set_without_a_usable_row_ends(monkeypatch):
+    monkeypatch.setattr(sources, "_LEFT_OUT_AT_MOST", 1000)
+    good = {10, 900}
+
+    def rows(*_):
+        for number in count():
+            assert number < 2000, "it reads on"
+            yield f"row {number}", ROWS[0] if number in good else {"text": None}
+
+    monkeypatch.setattr(sources, "source_rows", rows)
+    says = "data some: 1,000 consecutive rows cannot be used; give other data; the first .*: row 0: 'text' is null"
+    with pytest.raises(QsunError, match=says):
+        converted_rows("some", "training", lambda row, _: [row])

@@ -61,6 +61,29 @@ def with_template(tokenizer, template):
     return other
 
 
+@pytest.mark.parametrize(
+    "empty",
+    [
+        {"prompt": "a", "response": ""},
+        *(
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": content}]}
+            for content in ("", " \n", None, [], [{"type": "text", "text": ""}])
+        ),
+    ],
+)
+def test_rows_with_an_empty_answer_are_left_out_and_counted(empty, read, caplog):
+    """They would teach the module to stop at once."""
+    examples, _ = read(empty, {"prompt": "a", "response": "b"})
+    assert len(examples) == 1
+    assert "left out 1 rows; the first: training file" in caplog.text and "has no " in caplog.text
+
+
+def test_a_chat_with_an_empty_turn_is_left_out_whole(read):
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", ""), ("user", "d"), ("assistant", "e")]
+    chat = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    assert len(read(chat, {"prompt": "a", "response": "b"})[0]) == 1
+
+
 def test_what_a_template_puts_behind_the_end_is_no_answer(read, demo_tokenizer):
     template = (
         "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}"
