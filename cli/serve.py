@@ -88,7 +88,7 @@ def serve(
 
     keys = read_keys(api_keys)
     check_exposed(host, bool(keys))
-    guard = GuardConfig(api_keys=keys, max_body_bytes=byte_count("max-body", max_body))
+    guard = GuardConfig(api_keys=keys, max_body_bytes=byte_count("max-body", max_body), host=host)
     asked: Any = {"seconds": timeout, "tool_format": tool_format}
     limits = ServeLimits(max_tokens=max_tokens, default_tokens=default_tokens, **asked)
     kv_bytes = 0 if kv_memory == "auto" else byte_count("kv-memory", kv_memory)

@@ -51,7 +51,7 @@ def up(
 def _planned(file: Path, logs: Path | None = None) -> tuple[Any, Any]:
     """Return the cluster and its applications. logs: of workers on this machine; None: Ray is elsewhere."""
     from qsun.serve.cluster.file import read_cluster
-    from qsun.serve.cluster.modules import ModuleChecks
+    from qsun.serve.cluster.modules import ModuleChecks, with_one_dtype
     from qsun.serve.http.keys import read_keys
     from qsun.serve.ray.plan import plan_apps
 
@@ -60,7 +60,9 @@ def _planned(file: Path, logs: Path | None = None) -> tuple[Any, Any]:
     cluster.guard_config(() if logs is None else read_keys(cluster.listen.api_keys))
     if logs is not None and cluster.ray.logs is None:
         cluster = cluster.replace(ray=cluster.ray.model_copy(update={"logs": str(logs.resolve())}))
-    return cluster, plan_apps(cluster, ModuleChecks().names(cluster))
+    names = ModuleChecks().names(cluster)
+    cluster = with_one_dtype(cluster)
+    return cluster, plan_apps(cluster, names)
 
 
 def _print(cluster: Any, planned: Any, kuberay: bool, as_json: bool) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 from qsun.errors import QsunError, shortened
 
 _DAY = date(2024, 7, 26)  # which Llama's templates write where they know no date
+_CODES = (*"aAbBdmjyYHIMSpeFDTRxXcZz", *("-" + code for code in "dmjyHIMS"))
 _FIXED_DAY = (  # hides a function of that name; transformers passes only data to a template
     "{% macro strftime_now(format) %}{{ format"
-    + "".join(f" | replace('%{code}', '{_DAY:%{code}}')" for code in "aAbBdmjyYHIMSp")
+    + "".join(f" | replace('%{code}', '{_DAY.strftime('%' + code)}')" for code in _CODES)
     + " }}{% endmacro %}\n"
 )
 

@@ -44,13 +44,16 @@ def prompt_example(tokenizer: Any, row: Mapping[str, Any], where: str, fixed_day
 
 
 def assistant_turns(row: Mapping[str, Any], where: str) -> list[int]:
-    """Return the places of the assistant's messages after a prompt. Raises RowLeftOut if there are none."""
+    """Return the places of the assistant's messages after a prompt, without empty ones. Raises RowLeftOut for none."""
     messages = row["messages"]
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise QsunError(f"{where}: 'messages' is not a list of objects with role and content")
     turns = [i for i, message in enumerate(messages) if message.get("role") == "assistant" and i]
     if not turns:
         raise RowLeftOut(f"{where}: messages need an assistant turn after a prompt")
+    turns = [turn for turn in turns if not _is_empty(messages[turn])]
+    if not turns:
+        raise RowLeftOut(f"{where}: the assistant's turn has no text")
     return turns
 
 
@@ -60,12 +63,10 @@ def turn_example(tokenizer: Any, row: Mapping[str, Any], turn: int, where: str) 
     Returns None if the template renders the prompt differently once it is answered.
 
     Raises:
-        RowLeftOut: the answer is empty. QsunError: the template refuses the messages, or does not write tool calls.
+        RowLeftOut: the template does not write the answer's tool calls. QsunError: it refuses the messages.
     """
     messages = row["messages"]
     options: Any = {"tools": tools_of(row, where), "fixed_day": True}
-    if _is_empty(messages[turn]):
-        raise RowLeftOut(f"{where}: message {turn} has no answer")
     try:
         prompt = chat_text(tokenizer, messages[:turn], **options)
         whole = chat_text(tokenizer, messages[: turn + 1], **options, add_generation_prompt=False)
@@ -77,7 +78,7 @@ def turn_example(tokenizer: Any, row: Mapping[str, Any], turn: int, where: str) 
     answer = whole[len(prompt) :]
     lost = next((name for name in _called(messages[turn]) if name not in answer), None)
     if lost is not None:
-        raise QsunError(
+        raise RowLeftOut(
             f"{where}: the model's chat template does not write tool calls: that of {lost!r} is missing from message "
             f"{turn}; give the calls as text in 'content', or use a model whose template writes them"
         )

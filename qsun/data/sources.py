@@ -100,11 +100,11 @@ def _csv_rows(path: Path, what: str) -> Iterator[PlacedRow]:
     """Yield the rows of a .csv file; every cell is text, and an empty one None."""
     text, file = file_text(path, what), f"{what} file {path}"
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # a document may have more than 131,072 characters
-    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows = csv.DictReader(io.StringIO(text.lstrip("\r\n"), newline=""), strict=True)
     try:
         for number, row in enumerate(rows, 1):
             where = f"{file}, row {number}"
-            if None in row:
+            if any(row.pop(None, ())):  # more cells than names; empty ones do no harm
                 names = len(rows.fieldnames or ())
                 raise QsunError(f"{where}: has more cells than the {names} names in the first line; quote its commas")
             yield where, {key: value or None for key, value in row.items()}

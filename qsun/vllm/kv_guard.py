@@ -25,10 +25,9 @@ class RequireKvCache:
     """
 
     def __init__(self, app: Any):
-        if not preemption.installed():
+        if fault := preemption.fault():
             refuse_to_start(
-                "vLLM would compute a preempted request's prompt with the decode module's weights: qsun's plugin "
-                "has not replaced its scheduler's methods; have neither VLLM_PLUGINS nor launch.environment turn it off"
+                f"vLLM would compute a preempted request's prompt with the decode module's weights: {fault}"
             )
         self._app = app
 

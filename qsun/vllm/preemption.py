@@ -32,7 +32,11 @@ def install() -> None:
     On a vLLM whose scheduler is not the one that they were written for (0.32 and 0.33), nothing is replaced, and an
     engine that loads KV cache raises QsunError at its start instead; others run as ever.
     """
-    scheduler = _scheduler()
+    try:
+        scheduler = _scheduler()
+    except ImportError as error:
+        logger.warning("preempted requests whose KV cache was loaded are computed again: no scheduler (%s)", error)
+        return
     if getattr(scheduler, "qsun", False):
         return
     if differences := _differences(scheduler):
@@ -43,13 +47,17 @@ def install() -> None:
     scheduler.qsun = True
 
 
-def installed() -> bool:
-    """Return whether `install` has replaced the methods in this process."""
+def fault() -> str:
+    """Return why the methods are not replaced in this process; empty if they are."""
     try:
         scheduler = _scheduler()
-    except ImportError:
-        return False
-    return all(getattr(vars(scheduler).get(name), "qsun", False) for name in _REPLACED)
+    except ImportError as error:
+        return f"this vLLM has another scheduler ({error}); use vLLM 0.32 or 0.33"
+    if all(getattr(vars(scheduler).get(name), "qsun", False) for name in _REPLACED):
+        return ""
+    if differences := _differences(scheduler):
+        return f"this vLLM's scheduler has {', '.join(differences)}; use vLLM 0.32 or 0.33"
+    return "qsun's plugin was not loaded; have neither VLLM_PLUGINS nor launch.environment turn it off"
 
 
 def _scheduler() -> Any:

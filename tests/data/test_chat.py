@@ -87,7 +87,7 @@ def test_tool_calls_are_an_answer_if_the_template_writes_them(content, tokenizer
 
 def test_rows_are_the_same_tokens_on_any_day(tokenizer, tmp_path):
     """Llama 3.2's template writes today's date, which must not change the tokens of a run that is resumed tomorrow."""
-    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}" + TEMPLATE
+    tokenizer.chat_template = "{{ strftime_now('%-d %b %Y') }}" + TEMPLATE
     rewriting = tokenizer.chat_template.replace("[assistant]", "[?]")
     path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": CHAT}, {"messages": [USER]}])
     examples, _ = read_examples([str(path)], tokenizer, 1000, needs_response=False)

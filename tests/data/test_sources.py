@@ -64,7 +64,7 @@ def test_files_of_rows(name, content, tmp_path):
 def test_every_cell_of_a_csv_file_is_text(answer, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # which would guess types, and is not needed
     quoted = answer.replace('"', '""')
-    (tmp_path / "some.csv").write_bytes(f'\ufeffprompt,response\r\na,"{quoted}"\r\n\r\nb,\r\nc\r\n'.encode())
+    (tmp_path / "some.csv").write_bytes(f'\ufeff\r\nprompt,response\r\na,"{quoted}"\r\n\r\nb,,\r\nc\r\n'.encode())
     rows = [dict(row) for _, row in source_rows(str(tmp_path / "some.csv"), "training")]
     assert rows == [{"prompt": prompt, "response": text} for prompt, text in (("a", answer), ("b", None), ("c", None))]
 

@@ -89,7 +89,8 @@ class Soak:
 
     async def rubbish(self, http, rng):
         try:
-            answer = await http.post("/v1/completions", content=rng.choice(RUBBISH))
+            headers = {"Content-Type": "application/json"}
+            answer = await http.post("/v1/completions", content=rng.choice(RUBBISH), headers=headers)
         except httpx.TransportError:  # refused before it was all sent
             self.seen["rubbish cut off"] += 1
             return

@@ -78,10 +78,10 @@ def test_rows_with_an_empty_answer_are_left_out_and_counted(empty, read, caplog)
     assert "left out 1 rows; the first: training file" in caplog.text and "has no " in caplog.text
 
 
-def test_a_chat_with_an_empty_turn_is_left_out_whole(read):
+def test_empty_turns_of_a_chat_are_no_answers(read):
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", ""), ("user", "d"), ("assistant", "e")]
     chat = {"messages": [{"role": role, "content": text} for role, text in turns]}
-    assert len(read(chat, {"prompt": "a", "response": "b"})[0]) == 1
+    assert len(read(chat, {"prompt": "a", "response": "b"})[0]) == 3
 
 
 def test_what_a_template_puts_behind_the_end_is_no_answer(read, demo_tokenizer):

@@ -15,9 +15,11 @@ DESCRIBED: dict[int | str, dict[str, Any]] = {
     for status, text in (
         (400, "The body asks for something that cannot be done; the message says what."),
         (401, "No valid API key."),
+        (403, "The server has no API keys, and the request's Host is not this machine."),
         (404, "No such model."),
         (408, "The body did not arrive in time."),
         (413, "The body is too long."),
+        (415, "The body's Content-Type is not application/json."),
         (429, "The server is full; Retry-After says when to try again."),
         (500, "The model failed."),
         (503, "The server is shutting down."),

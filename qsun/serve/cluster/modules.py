@@ -1,17 +1,24 @@
 """The modules of a cluster on disk: whether they are compatible, and the name under which a worker serves each."""
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from qsun.errors import QsunError
-from qsun.model.checkpoint import Checkpoint, files_fingerprint
+from qsun.model.checkpoint import Checkpoint, files_fingerprint, read_json
 from qsun.model.locate import DEMO, find_model
 from qsun.model.lora import adapter_fingerprint
 from qsun.model.manifest import read_manifest
 from qsun.model.pairing import ADAPTER, base_fingerprint, check_served_pair, named_base
+from qsun.model.skeleton import EMBEDDING
 from qsun.serve.cluster.names import ServedNames, served_name
 from qsun.serve.cluster.schema import Cluster, Pool
 
+logger = logging.getLogger(__name__)
+
 _FileStamps = tuple[tuple[str, int, int], ...]
+_UNSTABLE_IN_FLOAT16 = ("gemma2", "gemma3", "gemma3_text")  # for which vLLM refuses it
 
 
 class ModuleChecks:
@@ -20,9 +27,10 @@ class ModuleChecks:
     def __init__(self) -> None:
         self._fingerprints: dict[Path, tuple[_FileStamps, str]] = {}
         self._pairs: set[tuple[Path, _FileStamps, Path, _FileStamps]] = set()
+        self._warned: set[str] = set()
 
     def names(self, cluster: Cluster) -> ServedNames:
-        """Check every pair and return the name of every module.
+        """Check every pair and return the name of every module. Log where running workers may have several dtypes.
 
         Raises:
             QsunError: a directory that is not a module, an incompatible pair, or an adapter of other weights.
@@ -46,7 +54,20 @@ class ModuleChecks:
                     f"models.{model}.adapter {prefill[model]} was tuned on the weights {weights}, and {where} "
                     f"is {shared}; give the weights that it was tuned on as prefill.module"
                 )
+        if not isinstance(cluster.decode.workers, int):
+            self._warn_of_dtypes(_computed_dtypes(cluster))
         return ServedNames(own, names, shared)
+
+    def _warn_of_dtypes(self, dtypes: dict[str, str]) -> None:
+        own = dtypes["decode"]
+        for where, dtype in dtypes.items():
+            warning = (
+                f"by default vLLM computes {where} in {dtype} and decode in {own}, and KV cache of another dtype gives "
+                f"wrong answers; start all workers with the same --dtype, such as --dtype {own}"
+            )
+            if dtype != own and warning not in self._warned:
+                logger.warning("%s", warning)
+                self._warned.add(warning)
 
     def _shared(self, pool: Pool, decode: Path) -> str:
         """Return the name of the weights under the adapters: a full-precision base, or the decode module itself."""
@@ -74,6 +95,40 @@ class ModuleChecks:
             return
         check_served_pair(prefill, decode)
         self._pairs.add(key)
+
+
+def with_one_dtype(cluster: Cluster) -> Cluster:
+    """Return a cluster whose workers compute in one dtype, as KV cache is transferred as raw bytes.
+
+    It is the decode module's, where launch.dtype is `auto` and vLLM would compute its modules in several.
+    """
+    dtypes = _computed_dtypes(cluster)
+    if cluster.launch.dtype != "auto" or len(set(dtypes.values())) == 1:
+        return cluster
+    logger.info("modules have several dtypes; all workers compute in %s, that of the decode module", dtypes["decode"])
+    return cluster.replace(launch=cluster.launch.model_copy(update={"dtype": dtypes["decode"]}))
+
+
+def _computed_dtypes(cluster: Cluster) -> dict[str, str]:
+    """Return the dtype that vLLM's `--dtype auto` chooses for each module with workers, by its place in the file."""
+    return {where: _dtype(_directory(f"{where}.module", pool.module)) for where, pool in cluster.pools.items()}
+
+
+def _dtype(directory: Path) -> str:
+    values = read_json(directory / "config.json")
+    dtype = str(next(filter(None, _named_dtypes(values)), None) or _stored_dtype(directory)).removeprefix("torch.")
+    unstable = dtype == "float16" and values.get("model_type") in _UNSTABLE_IN_FLOAT16
+    return "bfloat16" if dtype == "float32" or unstable else dtype
+
+
+def _named_dtypes(values: dict[str, Any]) -> Iterator[Any]:
+    for config in (values, values.get("text_config") or {}):
+        yield from (config.get("dtype"), config.get("torch_dtype"))
+
+
+def _stored_dtype(directory: Path) -> Any:
+    checkpoint = Checkpoint(directory)
+    return checkpoint.dtype(EMBEDDING) if EMBEDDING in checkpoint else "float32"  # vLLM's own default
 
 
 def adapted_weights(adapter: Path) -> str:

@@ -295,5 +295,5 @@ class Cluster(Settings):
 
     def guard_config(self, api_keys: tuple[str, ...]) -> GuardConfig:
         """Return the limits of the HTTP side, above those of the queue, which refuses requests itself."""
-        at_once = self.limits.concurrent_requests + self.limits.queued_requests
-        return GuardConfig(api_keys=api_keys, max_body_bytes=self.limits.body_bytes, max_requests=at_once + 64)
+        body_bytes, most = self.limits.body_bytes, self.limits.concurrent_requests + self.limits.queued_requests + 64
+        return GuardConfig(api_keys=api_keys, max_body_bytes=body_bytes, max_requests=most, host=self.listen.host)

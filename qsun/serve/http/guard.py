@@ -1,14 +1,20 @@
 """The checks before every HTTP handler: API keys, bounded bodies, a request id, and a limit on concurrent requests.
 
+Without keys, a loopback address alone does not keep web pages out: a browser on this machine sends them anywhere. So a
+body must say that it is JSON, which a page of another site may not send unasked, and `Host` must be no public name, as
+it is for a page whose own name resolves to the loopback address (DNS rebinding).
+
 It is plain ASGI middleware, so streams pass through it untouched and unbuffered.
 """
 
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 import re
 import uuid
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,8 +22,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from qsun.config import Settings
 from qsun.errors import QsunError
 from qsun.serve.http.errors import HttpError, busy
+from qsun.serve.http.keys import is_loopback
 
-_OPEN = ("/health", "/ready", "/metrics", "/version", "/openapi.json")  # for probes and scrapers: without a key
+_OPEN = ("/health", "/ready", "/ready/any", "/metrics", "/version", "/openapi.json")  # for probes: without a key
 _SOUND_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _FEWEST_KEY_CHARACTERS = 8
 _OPEN_BODY_BYTES = 1 << 12  # requests to open paths need no body
@@ -40,12 +47,15 @@ class GuardConfig(Settings):
         max_body_bytes: of a request.
         body_seconds: within which a request's body must arrive.
         max_requests: answered at a time; more get 429. Health and metrics do not count.
+        host: the address that the server listens on. If it is a loopback address and there are no keys, requests must
+            name this machine as their `Host`.
     """
 
     api_keys: tuple[Annotated[str, AfterValidator(_checked_key)], ...] = Field(default=(), repr=False)
     max_body_bytes: Annotated[int, Field(gt=0)] = 1 << 20
     body_seconds: Annotated[float, Field(gt=0)] = 30.0
     max_requests: Annotated[int, Field(gt=0)] = 1024
+    host: str = ""
 
 
 class Guard:
@@ -59,6 +69,7 @@ class Guard:
         self.app, self.config = app, config
         self.running = 0
         self._keys = [_digest(key) for key in config.api_keys]
+        self._local = not self._keys and is_loopback(config.host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -84,6 +95,8 @@ class Guard:
         try:
             limit = self.config.max_body_bytes if guarded else min(_OPEN_BODY_BYTES, self.config.max_body_bytes)
             body = await self._body(headers, receive, limit)
+            if body and guarded and self._local:
+                _check_media_type(headers)
             await self.app(scope, _replayed(body, receive), answer.send)
         finally:
             self.running -= guarded
@@ -98,6 +111,8 @@ class Guard:
                 raise HttpError(
                     401, "no valid API key; send Authorization: Bearer KEY", headers={"WWW-Authenticate": "Bearer"}
                 )
+        if self._local:
+            _check_host(headers.get(b"host"))
         if self.running >= self.config.max_requests:
             raise busy(f"{self.running} requests are running, which is the limit; try again later", 1)
 
@@ -114,6 +129,37 @@ class Guard:
         except TimeoutError:
             seconds = self.config.body_seconds
             raise HttpError(408, f"the body did not arrive within {seconds:g} seconds", headers=_CLOSE) from None
+
+
+def _check_media_type(headers: dict[bytes, bytes]) -> None:
+    given = headers.get(b"content-type", b"").decode("latin-1")
+    kind = given.partition(";")[0].strip().lower()
+    if kind != "application/json" and not kind.endswith("+json"):
+        said = f"Content-Type {given!r:.60} is not supported" if given else "the body has no Content-Type"
+        raise HttpError(415, f"{said}; send application/json")
+
+
+def _check_host(given: bytes | None) -> None:
+    """Raise HttpError for a name that somebody may own: such a page's name may resolve to this machine."""
+    if given is None:  # not from a browser
+        return
+    shown = given.decode("latin-1")
+    try:
+        name = (urlsplit(f"//{shown}").hostname or "").rstrip(".")
+    except ValueError:
+        name = "."
+    if "." in name and not _is_address(name) and not name.endswith((".localhost", ".internal")):
+        raise HttpError(
+            403, f"Host {shown!r:.60} is not this machine's; use localhost, also in a proxy, or start with API keys"
+        )
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 class ClientGone(Exception):

@@ -22,6 +22,8 @@ from qsun.serve.router.endpoint import GenerationEndpoint
 from qsun.serve.router.exchange.request import CHAT, COMPLETIONS
 from qsun.serve.router.exchange.state import RouterState
 
+_READY_ANY = "/ready/any"
+
 
 class Router:
     """An ASGI application. `state` is what it serves from; `apply` changes it while it runs.
@@ -75,6 +77,7 @@ class Router:
             Route("/v1/models/{model:path}", self._model),
             Route("/health", self._health),
             Route("/ready", self._ready),
+            Route(_READY_ANY, self._ready),
             Route("/metrics", self._metrics),
         ]
 
@@ -107,10 +110,14 @@ class Router:
     async def _health(self, _: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
-    async def _ready(self, _: Request) -> Response:
-        """200 once every model has a warm pair of workers; the body says what is missing, and why."""
+    async def _ready(self, request: Request) -> Response:
+        """200 once every model has a warm pair of workers, at /ready/any once one has; the body says what is missing.
+
+        A load balancer asks the second: one model without workers must not take the router from the others' clients.
+        """
         waiting = self.state.fleet.without_a_pair()
-        ready = not waiting and not self.state.draining
+        enough = len(waiting) < len(self.state.fleet.prefill) if request.url.path == _READY_ANY else not waiting
+        ready = enough and not self.state.draining
         state = {
             "ready": ready,
             "draining": self.state.draining,

@@ -25,6 +25,7 @@ def serving(*options, decode="demo"):
 @pytest.mark.slow
 def test_it_serves_the_base_and_drains_at_sigterm():
     with serving("--threads", "1", "--drain", "600") as (process, client):
+        assert client.get("/v1/models", headers={"Host": "evil.example"}).status_code == 403  # without keys
         body = {"model": "base", "prompt": "x", "max_tokens": 400, "ignore_eos": True, "stream": True}
         with client.stream("POST", "/v1/completions", json=body) as stream:
             lines = stream.iter_lines()

@@ -50,6 +50,21 @@ def test_workers_have_the_options_of_qsun_up(name):
     assert {one["name"] for one in container["env"]} >= {"VLLM_NIXL_SIDE_CHANNEL_HOST", "VLLM_NIXL_SIDE_CHANNEL_PORT"}
 
 
+def test_all_workers_compute_in_one_dtype():
+    """KV cache is transferred as raw bytes, and vLLM's default would be the one of each module."""
+    arguments = [spec["template"]["spec"]["containers"][0]["args"] for spec in SETS.values()]
+    assert {"--dtype=bfloat16" in given for given in arguments} == {True}
+
+
+def test_probes_leave_the_router_time_to_read_modules_and_keep_it_while_a_model_is_served():
+    (deployment,) = (one for one in OBJECTS if one["kind"] == "Deployment")
+    (router,) = deployment["spec"]["template"]["spec"]["containers"]
+    start = router["startupProbe"]
+    assert start["httpGet"] == router["livenessProbe"]["httpGet"]
+    assert start["periodSeconds"] * start["failureThreshold"] >= 1800  # it listens once it has read every module
+    assert router["readinessProbe"]["httpGet"]["path"] == "/ready/any"
+
+
 def test_modules_are_where_the_router_says():
     found = {name: spec["template"]["spec"]["containers"][0]["args"][0] for name, spec in SETS.items()}
     models = {f"prefill-{model}": pool.module for model, pool in cluster().models.items()}

@@ -32,7 +32,7 @@ def ask(guard, path="/v1/x", headers=(), pieces=(b"",)):
     async def send(message):
         sent.append(message)
 
-    raw = [(name.encode(), value.encode()) for name, value in headers]
+    raw = [(name.encode(), value.encode()) for name, value in [("content-type", "application/json"), *headers]]
     asyncio.run(guard({"type": "http", "path": path, "headers": raw}, receive, send))
     if not sent:
         return None
@@ -188,7 +188,8 @@ def test_requests_whose_bodies_are_still_coming_count():
         async def send(message):
             sent.append(message)
 
-        await guard({"type": "http", "path": "/v1/x", "headers": []}, receive, send)
+        headers = [(b"content-type", b"application/json")]
+        await guard({"type": "http", "path": "/v1/x", "headers": headers}, receive, send)
         return sent[0]["status"]
 
     async def all_at_once():
@@ -203,3 +204,57 @@ def test_a_status_path_takes_no_long_body():
     guard = Guard(echo, GuardConfig())
     assert ask(guard, "/health", pieces=(b"x" * 5000,))[0] == 413
     assert ask(guard, "/v1/x", pieces=(b"x" * 5000,))[0] == 200
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "application/jsonp", ""])
+def test_a_body_must_say_that_it_is_json(kind):
+    """A web page of any site can send the other kinds to this machine without asking the server first."""
+    guard = Guard(echo, GuardConfig(host="127.0.0.1"))
+    status, _, body = ask(guard, headers=[("Content-Type", kind)], pieces=(b"{}",))
+    assert status == 415
+    said = f"Content-Type {kind!r} is not supported" if kind else "the body has no Content-Type"
+    assert json.loads(body)["error"]["message"] == f"{said}; send application/json"
+    assert ask(guard, headers=[("Content-Type", kind)])[0] == 200  # there is no body
+    for sound in ("Application/JSON; charset=utf-8", "application/vnd.api+json"):
+        assert ask(guard, headers=[("Content-Type", sound)], pieces=(b"{}",))[0] == 200
+    with_keys = Guard(echo, GuardConfig(host="127.0.0.1", api_keys=("a-long-key",)))
+    headers = [("Content-Type", kind), ("Authorization", "Bearer a-long-key")]  # which a page cannot send unasked
+    assert ask(with_keys, headers=headers, pieces=(b"{}",))[0] == 200
+
+
+LOCAL = (
+    "localhost:8000",
+    "LOCALHOST",
+    "localhost.",
+    "127.0.0.1:8000",
+    "127.8.0.1",
+    "[::1]:8000",
+    "a.localhost:80",
+    "0.0.0.0:8000",
+)
+LOCAL += ("host.docker.internal:8000", "myhost:8000", "192.168.0.7", "")
+OTHER = ("evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.org", "internal.evil.example", "[")
+
+
+@pytest.mark.parametrize("host", OTHER)
+def test_without_keys_a_page_whose_site_resolves_to_this_machine_gets_no_answer(host):
+    """Its browser takes the server for a part of that site (DNS rebinding), and only `Host` shows it."""
+    guard = Guard(echo, GuardConfig(host="127.0.0.1"))
+    status, _, body = ask(guard, headers=[("Host", host)])
+    assert status == 403
+    assert "use localhost, also in a proxy, or start with API keys" in json.loads(body)["error"]["message"]
+    assert ask(guard, "/health", headers=[("Host", host)])[0] == 200  # a probe may come by any name
+    with_keys = Guard(echo, GuardConfig(host="127.0.0.1", api_keys=("a-long-key",)))
+    assert ask(with_keys, headers=[("Host", host), ("Authorization", "Bearer a-long-key")])[0] == 200
+    exposed = Guard(echo, GuardConfig(host="0.0.0.0"))  # noqa: S104
+    assert ask(exposed, headers=[("Host", host)])[0] == 200
+
+
+@pytest.mark.parametrize("host", LOCAL)
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "localhost"])
+def test_without_keys_this_machine_is_served_by_any_of_its_names(address, host):
+    assert ask(Guard(echo, GuardConfig(host=address)), headers=[("Host", host)])[0] == 200
+
+
+def test_without_keys_a_client_that_names_no_host_is_no_browser():
+    assert ask(Guard(echo, GuardConfig(host="127.0.0.1")))[0] == 200

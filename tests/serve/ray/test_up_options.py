@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 
@@ -91,6 +92,17 @@ def test_print_shows_what_would_be_deployed(cluster_file, cli):
     assert [app["route_prefix"] for app in (decode, math, ingress)] == [None, None, "/"]
     assert decode["args"]["engine"]["served_name"].startswith("qsun-")
     assert decode["deployments"] == [{"name": "Engine", "num_replicas": 2}]
+
+
+def test_modules_of_two_dtypes_are_computed_in_that_of_the_decode_module(cluster_file, cli, talking_model, tmp_path):
+    shutil.copytree(talking_model, tmp_path / "math")
+    settings = tmp_path / "math" / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"dtype": "float16"}))
+    file = cluster_file(
+        decode={"module": str(talking_model), "workers": 1}, models={"math": {"module": "math", "workers": 1}}
+    )
+    decode, math, _ = json.loads(cli("up", file, "--print", "--json").out)["applications"]
+    assert decode["args"]["engine"]["launch"]["dtype"] == math["args"]["engine"]["launch"]["dtype"] == "bfloat16"
 
 
 def test_without_ray_one_line_names_the_extra(cluster_file, cli, monkeypatch, tmp_path):

@@ -166,7 +166,8 @@ def test_a_request_that_outlasts_the_drain_is_cut_off(modules):
     run(scenario, 4 * START_SECONDS)
 
 
-SPLIT = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+SPLIT = POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
 
 
 @pytest.mark.slow
@@ -189,7 +190,7 @@ def test_connections_of_the_process(modules):
                 return answer
 
             body = json.dumps({"model": "math", "prompt": "a b", "max_tokens": 2}).encode()
-            head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body)
+            head = POST + b"Content-Length: %d\r\n\r\n" % len(body)
             assert expected_text("weights of math", "a b", 2).encode() in await exchange(head + body, half_close=True)
             answers = await exchange(SPLIT + b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n", half_close=False)
             assert answers.count(b"HTTP/1.1 ") == 1

@@ -181,7 +181,24 @@ def test_what_cannot_be_right_is_refused_before_any_worker_sees_it(change, param
 def test_a_body_that_is_no_request(body):
     async def scenario():
         async with rig(models=("math",)) as r:
-            assert (await r.client.post("/v1/completions", content=body)).status_code == 400
+            headers = {"Content-Type": "application/json"}
+            assert (await r.client.post("/v1/completions", content=body, headers=headers)).status_code == 400
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"), [({"Host": "evil.example"}, 403), ({"Content-Type": "text/plain"}, 415), ({}, 200)], ids=str
+)
+def test_without_keys_a_web_page_of_another_site_gets_no_answer(headers, status):
+    async def scenario():
+        async with rig(models=("math",), decode=1) as r:
+            body = json.dumps({"model": "math", "prompt": "a", "max_tokens": 1})
+            sent = {"Content-Type": "application/json"} | headers
+            assert (await r.client.post("/v1/completions", content=body, headers=sent)).status_code == status
+            r.apply()
+            r.router.use_keys(())
+            assert (await r.client.post("/v1/completions", content=body, headers=sent)).status_code == status
 
     run(scenario)
 
@@ -283,6 +300,7 @@ def test_ready_names_what_is_missing_and_metrics_add_up():
             assert answer.json()["models_without_workers"] == ["code"]
             (faulty,) = [worker for worker in answer.json()["workers"] if worker["model"] == "code"]
             assert (faulty["state"], faulty["reason"]) == ("refused", "/health answers 503")
+            assert (await r.client.get("/ready/any")).status_code == 200  # for a load balancer: the others are served
             r.prefill["code"][0].healthy = True
             await r.ready()
             assert (await r.client.get("/ready")).status_code == 200
@@ -298,6 +316,22 @@ def test_ready_names_what_is_missing_and_metrics_add_up():
             assert await r.metric("qsun_router_in_flight") == 0
             assert await r.metric("qsun_router_worker_state", role="decode", state="ready") == 1
             assert await r.metric("qsun_router_outstanding_tokens", role="decode") == 0
+
+    run(scenario)
+
+
+def test_a_load_balancer_leaves_out_a_router_that_serves_nothing_or_drains():
+    async def scenario():
+        async with rig(models=("math",), decode=1, ready=False, prepare=lambda w: setattr(w, "healthy", False)) as r:
+            assert (await r.client.get("/ready/any")).status_code == 503
+            for worker in r.workers:
+                worker.healthy = True
+            await r.ready()
+            r.router.apply(r.cluster(), r.names, ("a-secret-key",))
+            assert (await r.client.get("/ready/any")).status_code == 200  # a probe has no key
+            r.state.draining = True
+            assert (await r.client.get("/ready/any")).status_code == 503
+            assert (await r.client.get("/health")).status_code == 200
 
     run(scenario)
 

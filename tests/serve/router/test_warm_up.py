@@ -134,6 +134,24 @@ def test_a_pair_that_hangs_lets_the_others_have_a_turn():
     run(scenario)
 
 
+def test_the_pairs_of_a_worker_that_hangs_take_turns_with_those_of_others():
+    async def scenario():
+        async with rig(decode=12, health={"warm_up_seconds": 0.5, "warm_up_at_once": 1}) as r:
+            (math,), (code,) = r.prefill["math"], r.prefill["code"]
+            for worker, first_seconds in ((math, 60.0), (code, 0.0)):
+                await worker.kill()
+                await until(lambda worker=worker: state_of(r, worker).state == "down")
+                worker.first_seconds = first_seconds
+                await worker.restart()
+                await until(lambda worker=worker: state_of(r, worker).state == "ready")
+            await until(lambda: r.state.health._turns.waiting > 8)
+            hung = math.started
+            await until(lambda: "code" not in r.state.fleet.without_a_pair())
+            assert math.started <= hung + 2
+
+    run(scenario)
+
+
 def test_a_pair_that_left_while_it_waited_for_its_turn_is_not_asked():
     async def scenario():
         health = {"warm_up_seconds": 1.0, "warm_up_attempts": 1, "warm_up_at_once": 1}

@@ -33,6 +33,7 @@ from qsun.serve.router.exchange.worker_http import (
     opened,
     prefill,
     read_json,
+    time_to_answer,
 )
 from qsun.serve.router.workers.policies import Demand
 from qsun.serve.router.workers.worker import TokenLoad, Worker
@@ -109,11 +110,12 @@ class Exchange:
 
     def _note(self, failed: WorkerFailed) -> None:
         logger.warning("request %s: %s; retrying from prefill", self._request_id, failed)
+        first = failed.worker not in self._tried
         self._tried.add(failed.worker)
         self._state.metrics.retries.labels(failed.cause).inc()
         if failed.cause == "no_transfer":
             self._state.metrics.missing_transfers.labels(self._request.model).inc()
-        self._health.report_failure(failed)
+        self._health.report_failure(failed, first)
 
     def overdue(self) -> HttpError:
         """Return the error for an answer that did not begin within the deadline.
@@ -145,9 +147,7 @@ class Exchange:
         body = decode_body(request, served, name, filled.params, max_tokens)
         load = stack.enter_context(target.handling(prompt_tokens + most))
         first_seconds = self._limits.prefill_seconds if alone else self._limits.stall_seconds
-        timeout = httpx.Timeout(
-            min(first_seconds, self._left) if request.stream else self._left, connect=min(10.0, self._left)
-        )
+        timeout = time_to_answer(min(first_seconds, self._left) if request.stream else self._left)
         stack.enter_context(worker_span("decode", worker=target.url, attempt=attempt_id, prompt_tokens=prompt_tokens))
         try:
             opening = opened(self._state.client, target, request.path, body, attempt_id, timeout)

@@ -24,7 +24,15 @@ from qsun.serve.router.exchange.identity import identity_fault
 from qsun.serve.router.exchange.request import COMPLETIONS, RoutedRequest
 from qsun.serve.router.exchange.transfer import decode_body
 from qsun.serve.router.exchange.worker_answers import checked_tokens
-from qsun.serve.router.exchange.worker_http import RequestRefused, WorkerFailed, cause_of, opened, prefill, read_json
+from qsun.serve.router.exchange.worker_http import (
+    RequestRefused,
+    WorkerFailed,
+    cause_of,
+    opened,
+    prefill,
+    read_json,
+    time_to_answer,
+)
 from qsun.serve.router.workers.fleet import Fleet
 from qsun.serve.router.workers.worker import State, Worker
 
@@ -90,21 +98,25 @@ class HealthChecks:
                 self._wake_up([worker])
             worker.engine_ids.add(engine_id)
 
-    def report_failure(self, failed: WorkerFailed) -> None:
+    def report_failure(self, failed: WorkerFailed, first: bool = True) -> None:
         """A request failed at a worker.
 
         A timeout makes the worker a suspect: it may hang, or be sound and slow, and a probe decides. If a decode worker
         may have failed to get a KV cache, the pair is cold until it has warmed up again; further failures of a pair
         that is cold already are not counted, as they may be the fault of the network between the two.
+
+        Args:
+            first: of this request at this worker; its further ones are not counted, as the request may be the cause.
         """
         worker, source = failed.worker, failed.source
         if failed.cause == "timeout":
             worker.suspected = True
             self._wake_up([worker])
         elif source is None or failed.cause not in _TRANSFER_FAULT:
-            self._count(failed)
+            if first:
+                self._count(failed)
         else:
-            if self._is_warm((source, worker)):
+            if first and self._is_warm((source, worker)):
                 self._count(failed)
             self.require_warm_up(source, worker)
 
@@ -211,7 +223,8 @@ class HealthChecks:
         for attempt in range(attempts):
             if attempt:
                 await asyncio.sleep(min(0.1 * 2 ** (attempt - 1), 2.0))
-            async with self._turns.permit():  # for one attempt only: a pair that hangs lets the others have a turn
+            # for one attempt only, and shared fairly: a prefill worker that hangs lets others have a turn
+            async with self._turns.permit(source.url):
                 if not self._needs_warm_up(pair):
                     return
                 epochs = source.epoch, target.epoch
@@ -255,7 +268,7 @@ class HealthChecks:
         return None
 
     async def _decode(self, target: Worker, body: dict[str, Any], request_id: str, seconds: float) -> None:
-        async with opened(self._client, target, COMPLETIONS, body, request_id, httpx.Timeout(seconds)) as response:
+        async with opened(self._client, target, COMPLETIONS, body, request_id, time_to_answer(seconds)) as response:
             answer = await read_json(target, response)
         try:
             checked_tokens(answer)

@@ -12,6 +12,7 @@ from typing import Any
 from qsun.serve.cluster.schema import RequestLimits
 from qsun.serve.http.errors import HttpError
 from qsun.serve.http.json_body import parse_json
+from qsun.serve.router.exchange.answer_fields import check_answer_fields
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 CHARACTERS_PER_TOKEN = 4
@@ -84,6 +85,7 @@ def read_request(path: str, raw: bytes, models: Collection[str], limits: Request
     options = _stream_options(body, stream)
     include_usage, continuous = bool(options.get("include_usage")), bool(options.get("continuous_usage_stats"))
     max_tokens = _max_tokens(path, body, limits)
+    check_answer_fields(body, is_chat=path == CHAT)
     return RoutedRequest(path, model, body, stream, include_usage, max_tokens, tokens, include_usage and continuous)
 
 

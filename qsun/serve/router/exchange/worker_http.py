@@ -18,6 +18,7 @@ from qsun.serve.router.workers.worker import Worker
 _WRONG_WORKER = (401, 403, 404)
 _TRY_ANOTHER = (408, 409, 425, 429, 503)
 _LARGEST_ANSWER_BYTES = 1 << 26
+_CONNECT_SECONDS = 10.0
 
 
 class WorkerFailed(Exception):
@@ -58,6 +59,11 @@ class Prefilled:
     engine_id: str | None
 
 
+def time_to_answer(seconds: float) -> httpx.Timeout:
+    """Return the limits of a request that a worker may compute for so long; to connect takes less."""
+    return httpx.Timeout(seconds, connect=min(_CONNECT_SECONDS, seconds))
+
+
 async def prefill(
     client: httpx.AsyncClient, worker: Worker, request: RoutedRequest, served_name: str, request_id: str, seconds: float
 ) -> Prefilled:
@@ -67,7 +73,7 @@ async def prefill(
         WorkerFailed, RequestRefused
     """
     body = prefill_body(request, served_name)
-    async with opened(client, worker, request.path, body, request_id, httpx.Timeout(seconds)) as response:
+    async with opened(client, worker, request.path, body, request_id, time_to_answer(seconds)) as response:
         answer = await read_json(worker, response)
     try:
         params, prompt_tokens = transfer_of(answer), usage_count(answer, "prompt_tokens")
@@ -138,6 +144,6 @@ def cause_of(error: httpx.HTTPError) -> str:
     """Return the kind of a failure, one word for metrics."""
     if isinstance(error, httpx.PoolTimeout):
         return "busy"  # all of our own connections are in use, which is not the worker's fault
-    if isinstance(error, httpx.TimeoutException):
-        return "timeout"
-    return "connect" if isinstance(error, httpx.ConnectError) else "broken"
+    if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
+        return "connect"
+    return "timeout" if isinstance(error, httpx.TimeoutException) else "broken"

@@ -99,7 +99,8 @@ class PrefixAffinity:
 
 
 def _weight(worker: str, beginning: str) -> bytes:
-    return hashlib.blake2b(beginning.encode("utf-8", "replace"), key=worker.encode()[:64], digest_size=8).digest()
+    key = hashlib.blake2b(worker.encode()).digest()  # as long as a key may be; URLs may be longer
+    return hashlib.blake2b(beginning.encode("utf-8", "replace"), key=key, digest_size=8).digest()
 
 
 class Partitioned:

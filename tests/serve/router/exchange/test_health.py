@@ -63,11 +63,14 @@ def test_a_worker_with_another_module_is_refused_until_it_has_the_right_one():
 def test_the_circuit_opens_after_failures_in_a_row_and_closes_after_a_probe():
     async def scenario():
         health = {"interval_seconds": 0.1, "failures": 2, "cool_down_seconds": 0.5}
-        async with rig(models=("math",), decode=1, health=health, limits={"no_worker_seconds": 10.0}) as r:
+        limits = {"no_worker_seconds": 10.0, "attempts": 2}
+        async with rig(models=("math",), decode=1, health=health, limits=limits) as r:
             prefill = r.prefill["math"][0]
-            prefill.statuses = [500, 500]
-            task = asyncio.create_task(r.complete())
+            prefill.statuses = [500] * 3
             worker = state_of(r, prefill)
+            assert (await r.complete()).status_code == 502
+            assert worker.breaker.state == "closed"  # both attempts are one failure: the request may be the cause
+            task = asyncio.create_task(r.complete())
             await until(lambda: worker.breaker.state == "open")
             assert await r.metric("qsun_router_circuit_open", busy=True, role="prefill") == 1
             assert not worker.usable

@@ -106,6 +106,15 @@ def test_prefix_affinity_keeps_a_beginning_at_one_worker():
     assert all(now == before for now, before in zip(left, first, strict=True) if before != "http://w3")
 
 
+def test_prefix_affinity_tells_workers_apart_whose_urls_begin_alike():
+    host = "prefill-math-0.prefill-math.a-namespace-of-kubernetes.svc.cluster.local"
+    workers = [Load(f"http://{host}:{port}") for port in range(8000, 8004)]
+    policy = make_policy("prefix_affinity")
+    assert set(worker_names(policy.choose(workers, Demand("math", 1, f"beginning {i}")) for i in range(64))) == set(
+        worker_names(workers)
+    )
+
+
 def test_prefix_affinity_yields_to_load():
     workers = loads(0, 0)
     policy = make_policy("prefix_affinity")
