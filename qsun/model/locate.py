@@ -15,6 +15,7 @@ from qsun.model.checkpoint import read_json
 DEMO = "demo"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WANTED = ("*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.*", "chat_template*", "LICENSE*")
+_SETTINGS = ("bos_token", "eos_token", "unk_token", "add_bos_token", "add_eos_token", "add_prefix_space")
 _UNWANTED = ("*/*", "consolidated*")  # patterns match slashes too: training checkpoints, the same weights once more
 
 
@@ -77,6 +78,19 @@ def tokenizer_content(file: Path) -> dict[str, Any]:
     except Exception:  # bare ones, for what a later version has written
         return read_json(file)
     return content
+
+
+def tokenizer_settings(directory: Path) -> dict[str, Any]:
+    """Return special tokens and what is added to a text, None where tokenizer_config.json has none; and the template.
+
+    Both modules of a pair render a chat: a router sends them the same messages, not the same tokens.
+    """
+    file, jinja = directory / "tokenizer_config.json", directory / "chat_template.jinja"
+    values = read_json(file) if file.exists() else {}
+    settings = {key: values.get(key) for key in _SETTINGS}
+    settings |= {key: v["content"] for key, v in settings.items() if isinstance(v, dict) and "content" in v}
+    template = jinja.read_bytes().decode("utf-8", "replace") if jinja.exists() else ""
+    return settings | {"chat_template": template or values.get("chat_template")}
 
 
 def _installed(module: str) -> bool:

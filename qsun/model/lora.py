@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qsun.errors import QsunError
 from qsun.model.architectures import architecture_of
-from qsun.model.checkpoint import Checkpoint, files_fingerprint, read_json
+from qsun.model.checkpoint import Checkpoint, files_fingerprint, plain_name, read_json
 from qsun.model.manifest import read_manifest, write_json
 from qsun.model.output_dir import save_tensors
 from qsun.model.pairing import ADAPTER, ADAPTER_WEIGHTS, named_base, on_decode_weights
@@ -166,13 +166,14 @@ def check_adapter(model: Any, directory: Path) -> tuple[AdapterSettings, dict[st
     Raises:
         QsunError: it is not plain LoRA, or does not fit the model.
     """
-    settings, file = _read_settings(directory), adapter_file(directory)
+    settings, file = read_settings(directory), adapter_file(directory)
     path = directory / ADAPTER_WEIGHTS
     known, left, layers = set(target_names(model.config)), dict.fromkeys(file.names()), {}
-    for layer in dict.fromkeys(name.rpartition(".lora_")[0].removeprefix(_PREFIX) for name in left):
-        a, b = names = [f"{_PREFIX}{layer}.{part}.weight" for part in _PARTS]
+    for stored in adapted_layers(file):
+        layer = plain_name(stored)
+        a, b = names = [f"{_PREFIX}{stored}.{part}.weight" for part in _PARTS]
         if layer not in known or not all(name in left for name in names):
-            odd = next(name for name in left if layer in name and (layer or ".lora_" not in name))
+            odd = next(name for name in left if stored in name and (stored or ".lora_" not in name))
             raise QsunError(
                 f"{path} has {odd}, which is not lora_A or lora_B of a linear layer of its base's blocks; "
                 "merge the adapter into its base first"
@@ -194,13 +195,19 @@ def adapter_file(directory: Path) -> Checkpoint:
     return Checkpoint(directory / ADAPTER_WEIGHTS)
 
 
+def adapted_layers(file: Checkpoint) -> list[str]:
+    """Return the names of the layers that an adapter is on, as stored: those of the model that it was tuned in."""
+    return list(dict.fromkeys(name.rpartition(".lora_")[0].removeprefix(_PREFIX) for name in file.names()))
+
+
 def adapter_fingerprint(directory: Path) -> str:
     """Return the SHA-256 of all that decides what an adapter adds: its tensors and their scale."""
-    settings = _read_settings(directory)
+    settings = read_settings(directory)
     return hashlib.sha256(f"{adapter_file(directory).fingerprint()} {settings.scale!r}".encode()).hexdigest()
 
 
-def _read_settings(directory: Path) -> AdapterSettings:
+def read_settings(directory: Path) -> AdapterSettings:
+    """Read an adapter's settings. Raises QsunError if they are not those of plain LoRA."""
     values = read_json(directory / ADAPTER_CONFIG)
     for key, plain in _PLAIN.items():
         if values.get(key, plain[0]) not in plain:

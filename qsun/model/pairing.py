@@ -23,8 +23,8 @@ from typing import Any
 
 from qsun.errors import QsunError, shortened
 from qsun.model.architectures import kv_shape
-from qsun.model.checkpoint import Checkpoint, files_fingerprint, read_json
-from qsun.model.locate import find_model, tokenizer_content
+from qsun.model.checkpoint import Checkpoint, files_fingerprint, read_json, stored_quantization
+from qsun.model.locate import find_model, tokenizer_content, tokenizer_settings
 from qsun.model.manifest import read_manifest
 from qsun.model.skeleton import read_model_config
 
@@ -47,7 +47,6 @@ _NUMBERS = (
 _POSITIONS = ("rope_parameters", "partial_rotary_factor", "no_rope_layers", "sliding_window", "layer_types")
 _SCORES = ("query_pre_attn_scalar", "attn_logit_softcapping")
 _TOKENS = ("bos_token_id", "eos_token_id")
-_TOKENIZER_SETTINGS = ("bos_token", "eos_token", "unk_token", "add_bos_token", "add_eos_token", "add_prefix_space")
 _VOCABULARY_FILES = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
 _FAST_TOKENIZER = "tokenizer.json"
 
@@ -73,8 +72,7 @@ def differences(prefill: str | Path, decode: str | Path, same_weights: bool = Tr
         QsunError: a directory that is neither.
     """
     ours, theirs = find_model(str(prefill)), find_model(str(decode))
-    found = list(_role_differences(ours, theirs))
-    if found:
+    if found := list(_role_differences(ours, theirs)):
         return found
     if (ours / "config.json").exists() or not (ours / ADAPTER).exists():
         found += _config_differences(ours, theirs)
@@ -116,18 +114,32 @@ def fewest_bits(made: Mapping[str, Any]) -> int:
 def find_base(decode: str | Path, base: str | Path | None = None) -> tuple[Path, str]:
     """Return directory and name of a decode module's full-precision base.
 
-    The one given, the one that a quantized module names, or the decode module itself. Raises QsunError for none.
+    The one given, the one that a quantized module names, or the decode module itself. Raises QsunError for none, or
+    where the one that it names has changed since; that reads all of its weights.
     """
     directory = find_model(str(decode))
-    if base is None and not read_json(directory / "config.json").get("quantization_config"):
+    if base is None and not stored_quantization(directory):
         return directory, str(decode)
     name = read_manifest(directory).get("base") if base is None else str(base)
     if not isinstance(name, str):
         raise QsunError(f"{decode} is quantized and does not say from which base; give it with --base")
     try:
-        return find_model(name), name
+        found = find_model(name)
     except QsunError:
         raise QsunError(f"{decode} was quantized from {name}, which was not found; give the base with --base") from None
+    if base is None:
+        check_made_from(directory, found)
+    return found, name
+
+
+def check_made_from(decode: Path, base: Path) -> None:
+    """Raise QsunError for a base whose fingerprint is not the one in a decode module's qsun.json, if that has one."""
+    wanted = base_fingerprint(read_manifest(decode))
+    if wanted and (found := files_fingerprint(base)) != wanted:
+        raise QsunError(
+            f"{base} is not the base that {decode} was made from: their fingerprints differ ({found[:12]} and "
+            f"{wanted[:12]}); give the right one with --base, or --prefill"
+        )
 
 
 def base_fingerprint(made: Mapping[str, Any]) -> str | None:
@@ -163,8 +175,7 @@ def _role_differences(ours: Path, theirs: Path) -> Iterator[str]:
         yield f"{theirs} is a prefill module itself; give the decode module second"
     if (theirs / ADAPTER).exists() and not (theirs / "config.json").exists():
         yield f"{theirs} is a LoRA adapter; give the decode module second"
-    stored = read_json(ours / "config.json").get("quantization_config") if (ours / "config.json").exists() else None
-    if stored:
+    if stored := stored_quantization(ours):
         method = stored.get("quant_method", "quantization_config")
         yield f"{ours} is quantized ({method}) and a prefill module is full precision; give the prefill module first"
 
@@ -212,9 +223,11 @@ def _tokenizer_differences(ours: Path, theirs: Path) -> Iterator[str]:
         for key in dict.fromkeys([*a, *b]):
             if key not in ("version", "truncation", "padding") and a.get(key) != b.get(key):
                 yield from _first_difference(f"{_FAST_TOKENIZER}: {key}", a.get(key), b.get(key))
-    a, b = (_tokenizer_settings(directory) for directory in (ours, theirs))
+    a, b = (tokenizer_settings(directory) for directory in (ours, theirs))
     for key in a:
-        if a[key] != b[key]:
+        # transformers 5 does not write what tokenizer.json does anyway, which was compared above
+        dropped = key.startswith("add_") and None in (a[key], b[key]) and None not in fast
+        if a[key] != b[key] and not dropped:
             yield _line(f"tokenizer_config.json: {key}", a[key], b[key], _SAME_TOKENIZER)
 
 
@@ -240,23 +253,11 @@ def _presence(content: bytes | None) -> str:
     return "absent" if content is None else f"{len(content)} other bytes"
 
 
-def _tokenizer_settings(directory: Path) -> dict[str, Any]:
-    file = directory / "tokenizer_config.json"
-    values = read_json(file) if file.exists() else {}
-    settings = {key: values.get(key) for key in _TOKENIZER_SETTINGS}
-    settings |= {key: v["content"] for key, v in settings.items() if isinstance(v, Mapping) and "content" in v}
-    template = _content(directory / "chat_template.jinja")
-    # Both sides render a chat; a router sends them the same messages, not the same tokens.
-    settings["chat_template"] = template.decode("utf-8", "replace") if template else values.get("chat_template")
-    return settings
-
-
 def _base_differences(ours: Path, theirs: Path) -> Iterator[str]:
     mine = base_fingerprint(read_manifest(ours))
     if mine is None and not (ours / ADAPTER).exists():
         return
-    made = read_manifest(theirs)
-    quantized = bool(read_json(theirs / "config.json").get("quantization_config"))
+    quantized = bool(stored_quantization(theirs))
     if mine is None:
         try:
             base = named_base(ours)
@@ -266,7 +267,7 @@ def _base_differences(ours: Path, theirs: Path) -> Iterator[str]:
         if not quantized and base.resolve() == theirs.resolve():
             return
         mine = files_fingerprint(base)
-    wanted = base_fingerprint(made) or (None if quantized else files_fingerprint(theirs))
+    wanted = base_fingerprint(read_manifest(theirs)) or (None if quantized else files_fingerprint(theirs))
     if wanted is not None and mine != wanted:
         yield _line("base fingerprint", mine[:16], wanted[:16], _SAME_BASE)
 

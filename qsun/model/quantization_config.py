@@ -30,10 +30,22 @@ def stored_format(values: Mapping[str, Any]) -> str:
     if method == "awq" and values.get("version", "gemm") == "gemm":
         return "awq"
     if method == "compressed-tensors" and values.get("format") == "pack-quantized":
+        _check_transforms(values.get("transform_config") or {})
         return "compressed-tensors"
     kind = values.get("checkpoint_format") or values.get("format") or values.get("version")
     shown = f"{method!r} ({kind})" if kind else repr(method)
     raise QsunError(f"quantization {shown} is not supported; use gptq, awq or compressed-tensors")
+
+
+def _check_transforms(values: Mapping[str, Any]) -> None:
+    """Raise QsunError for rotations of activations; those folded into the weights are listed too, and do not matter."""
+    for name, group in (values.get("config_groups") or {}).items():
+        for place in group.get("apply", ()):
+            if place.get("location") not in ("weight_input", "weight_output"):
+                raise QsunError(
+                    f"transform {name} of {place.get('location')} (transform_config) acts at run time, which is not "
+                    "supported; quantize with transforms that are folded into the weights, or with none"
+                )
 
 
 def check_fused(specs: Mapping[str, LayerSpec]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, __version__
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qsun.errors import QsunError, shortened
@@ -209,16 +209,27 @@ def _has_another_head(directory: Path) -> bool:
         checkpoint = Checkpoint(directory)
     except QsunError:
         return False  # an adapter, or what reading the weights will name
-    return HEAD in checkpoint and EMBEDDING in checkpoint and not checkpoint.same(HEAD, EMBEDDING)
+    if EMBEDDING not in checkpoint or not checkpoint.names("lm_head."):
+        return False
+    return HEAD not in checkpoint or not checkpoint.same(HEAD, EMBEDDING)  # not there: it is stored as integers
 
 
 def empty_model(config: Any) -> Any:
-    """Return the causal LM with parameters on the meta device and real buffers."""
+    """Return the causal LM with parameters on the meta device and real buffers.
+
+    Raises QsunError where transformers cannot build it, such as for an activation or a kind of RoPE that it lacks.
+    """
     # transformers' fused attention ignores Gemma 2's soft cap on the logits.
     attention = "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
     with init_empty_weights(include_buffers=False):
         # Buffers in float32: a scale that is rounded to the checkpoint's dtype stays rounded in every other.
-        return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
+        try:
+            return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
+        except Exception as error:  # models look values up that their config classes do not check
+            raise QsunError(
+                f"transformers {__version__} cannot build the {config.model_type} model of config.json: "
+                f"{type(error).__name__}: {shortened(error, 200)}; correct that value, or use a later transformers"
+            ) from None
 
 
 def config_json(directory: Path) -> dict[str, Any]:

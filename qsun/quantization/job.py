@@ -11,9 +11,7 @@ from qsun.config import LayerSpec, QuantConfig
 from qsun.data.calibration import BUILTIN, Calibration, hold_out, read_calibration
 from qsun.demo import calibration_file
 from qsun.device import compute_dtype, default_device
-from qsun.errors import QsunError
 from qsun.memory import clear_out_of_memory
-from qsun.model.architectures import BLOCKS
 from qsun.model.checkpoint import Checkpoint, check_full_precision
 from qsun.model.formats import check_format
 from qsun.model.locate import DEMO, find_model, load_tokenizer
@@ -29,7 +27,8 @@ from qsun.model.output_dir import (
     written_bytes,
 )
 from qsun.model.quantization_config import check_fused, check_overrides
-from qsun.model.skeleton import EMBEDDING, HEAD, Skeleton, read_model_config
+from qsun.model.skeleton import EMBEDDING, Skeleton, read_model_config
+from qsun.model.stored_layers import check_weights
 from qsun.quantization.plan import Plan, check_disk, make_plan, output_parts
 from qsun.quantization.prefill_activations import PrefillPlan, plan_prefills
 from qsun.runtime.rotary import rope_boundary
@@ -89,14 +88,14 @@ def prepare(
         config = config.replace(lm_head=False)
         del shapes["lm_head"], specs["lm_head"]
     check_fused(specs)
-    _check_weights(checkpoint, skeleton)
+    check_weights(checkpoint, skeleton.model)
     check_base_files(checkpoint.directory)
     sources = _sources(str(model), calibration)
     prefill, samples = PrefillPlan(), None
     if config.calibrated:
         prefill = plan_prefills(map(str, calibration_prefill), sources, str(model), skeleton)
         for source in prefill.modules:
-            _check_weights(source.skeleton.checkpoint, source.skeleton)
+            check_weights(source.skeleton.checkpoint, source.skeleton.model)
         samples = _read_samples(skeleton, config, sources, prefill)
     elif list(calibration_prefill):
         log.warning("%s uses no calibration, so --calib-prefill has no effect", config.method)
@@ -124,27 +123,6 @@ def _fitting_groups(config: QuantConfig, shapes: dict[str, tuple[int, int]]) -> 
         return config
     log.warning("group_size %d does not divide all layers' inputs; %d is used", config.group_size, fits)
     return config.replace(group_size=fits)
-
-
-def _check_weights(checkpoint: Checkpoint, skeleton: Skeleton) -> None:
-    """Raise QsunError where the files lack a tensor that config.json promises, or blocks hold another one."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in skeleton.model.state_dict().items()}
-    for name, shape in wanted.items():
-        if name == HEAD and skeleton.tied and name not in checkpoint:
-            continue
-        if name not in checkpoint:
-            raise QsunError(f"{checkpoint.directory} has no tensor {name}; is config.json that of another model?")
-        if checkpoint.shape(name) != shape:
-            raise QsunError(f"{name} is {list(checkpoint.shape(name))}, but config.json says {list(shape)}")
-    unknown = [name for name in checkpoint.names() if name not in wanted]
-    inside = [name for name in unknown if name.startswith(BLOCKS)]
-    if inside:
-        raise QsunError(
-            f"{checkpoint.directory} has {inside[0]}, which a {skeleton.config.model_type} model of "
-            f"{len(skeleton.layers)} blocks does not; is config.json that of another model?"
-        )
-    if unknown:
-        log.warning("%d tensors that the model does not use, such as %s, are left out", len(unknown), unknown[0])
 
 
 def _sources(model: str, calibration: str | Path | Iterable[str | Path] | None) -> list[str]:

@@ -1,6 +1,5 @@
 """Decode modules: a directory on disk becomes a transformers model whose linear layers are QuantLinear."""
 
-import logging
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,21 +10,17 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from qsun.device import default_device, named_dtype
-from qsun.errors import QsunError
 from qsun.memory import available_bytes
-from qsun.model.architectures import BLOCKS
-from qsun.model.checkpoint import Checkpoint, read_json
+from qsun.model.checkpoint import Checkpoint, stored_quantization
 from qsun.model.locate import find_model, load_tokenizer
 from qsun.model.manifest import read_manifest
 from qsun.model.quantization_config import stored_format
 from qsun.model.skeleton import EMBEDDING, HEAD, empty_model, linear_of, plain_linear, read_model_config
-from qsun.model.stored_layers import quantized_layer_names, read_quantized_layer
+from qsun.model.stored_layers import check_weights, read_quantized_layer
 from qsun.runtime.fused_block import fuse_blocks
 from qsun.runtime.fused_projections import merge_projections
 from qsun.runtime.quant_linear import QuantLinear
 from qsun.runtime.rotary import use_row_rotary
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,17 +110,16 @@ def place_weights(
     """Fill an empty model, or what is under these prefixes of it; layers stored as integers become QuantLinear.
 
     Raises:
-        QsunError: a tensor that is missing, or that the model has no place for.
+        QsunError: a tensor that is missing or of another shape, or that the model has no place for.
     """
     use_row_rotary(model)
-    stored = read_json(checkpoint.directory / "config.json").get("quantization_config")
+    stored = stored_quantization(checkpoint.directory)
     fmt = stored_format(stored) if stored else ""
-    taken: set[str] = set()
-    for name in quantized_layer_names(checkpoint) if stored else []:
-        if name.startswith(prefixes):
-            taken |= _place_quantized(model, checkpoint, name, fmt, dtype, device, keep_dense)
-    rest = [name for name in checkpoint.names() if name.startswith(prefixes) and name not in taken]
-    _place_rest(model, checkpoint.load(rest), dtype, device, prefixes)
+    layers, rest = check_weights(checkpoint, model, fmt, prefixes)
+    for name in layers:
+        _place_quantized(model, checkpoint, name, fmt, dtype, device, keep_dense)
+    biases = {f"{name}.bias" for name in layers}
+    _place_rest(model, checkpoint.load(name for name in rest if name not in biases), dtype, device)
 
 
 def _place_quantized(
@@ -136,38 +130,21 @@ def _place_quantized(
     dtype: torch.dtype,
     device: torch.device,
     keep_dense: bool,
-) -> set[str]:
-    """Put a QuantLinear layer in place. Returns the tensor names it took."""
+) -> None:
+    """Put a QuantLinear layer in place."""
     linear = linear_of(model, name)
     weights, spec = read_quantized_layer(checkpoint, name, fmt, linear.in_features, device)
-    bias_name = f"{name}.bias"
     bias = None
-    if linear.bias is not None and bias_name in checkpoint:
-        bias = checkpoint.load([bias_name])[bias_name].to(device, dtype)
+    if linear.bias is not None:
+        bias = checkpoint.load([f"{name}.bias"])[f"{name}.bias"].to(device, dtype)
     model.set_submodule(name, QuantLinear(weights, bias, spec.bits, dtype, keep_dense))
-    return set(checkpoint.names(name + "."))
 
 
-def _place_rest(
-    model: Any, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device, prefixes: tuple[str, ...]
-) -> None:
+def _place_rest(model: Any, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
     cast = {name: t.to(device, dtype) if t.is_floating_point() else t.to(device) for name, t in tensors.items()}
     tied = bool(model.config.tie_word_embeddings) and EMBEDDING in cast
     if tied:
         cast[HEAD] = cast[EMBEDDING]
-    expected = {name for name, _ in model.named_parameters() if name.startswith(prefixes)}
-    unknown = sorted(set(cast) - expected - set(model.state_dict()) - ({HEAD} if tied else set()))
-    unused = [name for name in unknown if not name.startswith(BLOCKS)]
-    if unused:
-        log.warning("%d tensors that the model does not use, such as %s, are left out", len(unused), unused[0])
-        unknown = [name for name in unknown if name.startswith(BLOCKS)]
-        cast = {name: tensor for name, tensor in cast.items() if name not in unused}
-    missing = sorted(expected - set(cast) - ({HEAD} if tied else set()))
-    if unknown or missing:
-        raise QsunError(
-            "the checkpoint does not fit its config.json: "
-            f"missing {missing[:1] or 'nothing'}, unknown {unknown[:1] or 'nothing'}"
-        )
     model.load_state_dict(cast, strict=False, assign=True)
     if tied:
         model.tie_weights()

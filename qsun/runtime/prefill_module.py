@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qsun.errors import QsunError
-from qsun.model.checkpoint import read_json
+from qsun.model.checkpoint import stored_quantization
 from qsun.model.locate import find_model
 from qsun.model.lora import ADAPTER_CONFIG, adapter_base, merge_adapter, read_adapter
 from qsun.model.manifest import read_manifest
@@ -72,7 +72,7 @@ def load_prefill(
             log.warning("%s", PLAIN_ADAPTER.format(path))
         weights = decode.directory if decode is not None and on_decode_weights(path) else adapter_base(path)
         return PrefillModule(load_with_adapter(weights, path, device, dtype), path, manifest)
-    if (path / "config.json").exists() and read_json(path / "config.json").get("quantization_config"):
+    if stored_quantization(path):
         raise QsunError(f"{path} is quantized; a prefill module is full precision: give its base or a tuned module")
     loaded = load_decode(path, device, dtype)
     return PrefillModule(loaded.model, path, loaded.manifest)

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from qsun.errors import QsunError
-from qsun.model.checkpoint import Checkpoint, check_full_precision, files_fingerprint, read_json
+from qsun.model.checkpoint import Checkpoint, check_full_precision, files_fingerprint, stored_quantization
 from qsun.model.locate import find_model, load_tokenizer
 from qsun.model.lora import ADAPTER_CONFIG, adapter_base, target_names
 from qsun.model.manifest import read_manifest
 from qsun.model.pairing import (
     base_fingerprint,
+    check_made_from,
     check_pair,
     differences,
     named_base,
@@ -71,7 +72,7 @@ def _init(init: str, decode: Path, base: Path, config: TuneConfig) -> Path:
 
 def check_decode(decode: Path) -> None:
     """Raise QsunError for a decode module whose weights cannot be read, such as FP8, and say what it is."""
-    stored = read_json(decode / "config.json").get("quantization_config")
+    stored = stored_quantization(decode)
     if not stored:
         check_full_precision(Checkpoint(decode))
         return
@@ -84,12 +85,7 @@ def check_decode(decode: Path) -> None:
 def check_base(decode_name: str, decode: Path, base_name: str, base: Path) -> None:
     """Raise QsunError for a base that is quantized or not the decode module's."""
     check_full_precision(Checkpoint(base))
-    wanted, found = base_fingerprint(read_manifest(decode)), files_fingerprint(base)
-    if wanted and wanted != found:
-        raise QsunError(
-            f"{base} is not the base that {decode_name} was made from: their fingerprints differ "
-            f"({found[:12]} and {wanted[:12]}); give the right one with --base"
-        )
+    check_made_from(decode, base)
     different = differences(base, decode)
     if different:
         raise QsunError(f"base {base_name} does not fit decode module {decode_name}: {different[0]}")

@@ -67,6 +67,30 @@ def test_theirs_loads_here(family, rslora, tiny_model, tmp_path):
         torch.testing.assert_close(ours(IDS).logits, theirs.eval()(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("inside", ["model.language_model.", "language_model.model."])
+def test_an_adapter_of_a_multimodal_models_text(inside, adapter, talking_model, few, tmp_path):
+    """peft names layers as they are in the whole model: of transformers from 4.52 on, or before."""
+    directory, file = copied(adapter[0], tmp_path / "adapter"), "adapter_model.safetensors"
+    tensors = load_file(directory / file)
+    save_file(
+        {name.replace("base_model.model.model.", f"base_model.model.{inside}"): t for name, t in tensors.items()},
+        directory / file,
+    )
+    assert not load_file(directory / file).keys() & tensors.keys()
+    with torch.no_grad():
+        ours, theirs = (qsun.load_prefill(d, device="cpu").model(IDS).logits for d in (directory, adapter[0]))
+    assert torch.equal(ours, theirs)
+
+
+def test_inspect_describes_an_adapter(adapter, talking_model, cli):
+    answer = cli("inspect", adapter[0])
+    assert (answer.code, answer.err) == (0, "")
+    assert answer.out.splitlines()[0] == f"{adapter[0]}: prefill module, LoRA adapter of {talking_model}"
+    assert "rank 3, scale 2, on 14 linear layers" in answer.out
+    found = json.loads(cli("inspect", adapter[0], "--json").out)
+    assert (found["rank"], found["scale"], found["base"]) == (3, 2.0, str(talking_model))
+
+
 def test_an_adapter_is_tuned_on_as_an_adapter(adapter, talking_model, few, tmp_path):
     out, before = adapter
     report = qsun.tune(talking_model, tmp_path / "more", few, FAST, init=out, device="cpu")

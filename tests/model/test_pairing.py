@@ -11,7 +11,7 @@ import torch
 import qsun
 from qsun.errors import QsunError
 from qsun.model.checkpoint import Checkpoint
-from qsun.model.pairing import base_fingerprint, check_pair, differences, uncovered
+from qsun.model.pairing import base_fingerprint, check_pair, differences, find_base, uncovered
 from tests.tiny_models import FAMILIES, build_model
 
 
@@ -202,12 +202,24 @@ def test_files_of_slow_tokenizers_are_compared_where_there_is_no_fast_one(copied
     only_difference(copied, other, "merges.txt")
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [("bos_token", "<pad>"), ("eos_token", {"content": "<pad>"}), ("add_bos_token", False)]
-)
+@pytest.mark.parametrize(("key", "value"), [("bos_token", "<pad>"), ("eos_token", {"content": "<pad>"})])
 def test_tokenizer_settings(key, value, copied, decode):
     edit(copied / "tokenizer_config.json", **{key: value})
     only_difference(copied, decode, f"tokenizer_config.json: {key} is ")
+
+
+@pytest.mark.parametrize("key", ["add_bos_token", "add_eos_token", "add_prefix_space"])
+def test_what_a_tokenizer_adds(key, copied, talking_model, tmp_path):
+    """transformers 5 drops such a setting as it saves, as tokenizer.json has it too; slow tokenizers have no other."""
+    base = Path(shutil.copytree(talking_model, tmp_path / "base"))
+    edit(base / "tokenizer_config.json", **{key: False})
+    assert differences(copied, base) == differences(base, copied) == []
+    edit(copied / "tokenizer_config.json", **{key: True})
+    only_difference(copied, base, f"tokenizer_config.json: {key} is true ", "and false ")
+    edit(copied / "tokenizer_config.json", **{key: None})
+    for directory in (copied, base):
+        (directory / "tokenizer.json").rename(directory / "vocab.json")
+    only_difference(copied, base, f"tokenizer_config.json: {key} is null ", "and false ")
 
 
 def test_a_special_token_may_be_written_with_its_properties(copied, decode):
@@ -241,6 +253,23 @@ def test_the_base_that_a_prefill_module_was_tuned_from(nested, copied, decode, t
                 assert differences(copied, target) == []
             else:
                 only_difference(copied, target, "base fingerprint is 0000000000000000 ", f"and {own[:16]} ")
+
+
+def test_a_base_that_has_changed_since_is_not_picked(talking_model, tiny_model, tmp_path, cli):
+    """It would read prompts for a decode module of other weights."""
+    base, out = Path(shutil.copytree(talking_model, tmp_path / "base")), tmp_path / "int4"
+    qsun.quantize(base, out, qsun.QuantConfig(method="rtn", group_size=32), device="cpu")
+    assert find_base(out) == (base, str(base))
+    shutil.copy(tiny_model("llama", torch.bfloat16, initializer_range=0.2) / "model.safetensors", base)
+    says = f"{base} is not the base that {out} was made from: their fingerprints differ "
+    with pytest.raises(QsunError, match=says):
+        find_base(out)
+    answer = cli("generate", out, "Tom>", "--device", "cpu")
+    assert (answer.code, answer.out) == (2, "") and says in answer.err
+    shutil.copy(talking_model / "model.safetensors", base)
+    assert find_base(out) == (base, str(base))
+    edit(out / "qsun.json", base_fingerprint=None)
+    assert find_base(out) == (base, str(base))
 
 
 def test_manifests_of_both_kinds_name_the_base(decode, talking_model):

@@ -42,6 +42,21 @@ def test_other_formats_are_refused(values):
         stored_format(values)
 
 
+def test_transforms_at_run_time_are_refused():
+    """Those that are folded into the weights may be listed too."""
+    config = QuantConfig(format="compressed-tensors")
+    values = make_quantization_config(config, specs_of(config))
+    assert stored_format(values | {"transform_config": {}}) == "compressed-tensors"
+    for location, fits in (("weight_input", True), ("weight_output", True), ("input", False)):
+        group = {"type": "hadamard", "apply": [{"targets": ["re:.*down_proj$"], "location": location}]}
+        rotated = values | {"transform_config": {"config_groups": {"R4": group}}}
+        if fits:
+            assert stored_format(rotated) == "compressed-tensors"
+        else:
+            with pytest.raises(QsunError, match=r"transform R4 of input \(transform_config\) acts at run time"):
+                stored_format(rotated)
+
+
 def test_dynamic_matches_just_the_overridden_layers_and_what_vllm_fuses_them_into():
     config = QuantConfig(overrides=(r"1\.self_attn\.[qkv]_proj=bits:8", "0.mlp.down_proj=skip"))
     dynamic = make_quantization_config(config, specs_of(config))["dynamic"]

@@ -1,12 +1,15 @@
 """What a model passes to its blocks: the masks and rotary embeddings of one batch shape after another."""
 
 import gc
+import json
+import shutil
 import weakref
 
 import pytest
 import torch
 from torch import Tensor
 
+import qsun
 from qsun.model.checkpoint import Checkpoint
 from qsun.model.skeleton import Skeleton
 
@@ -34,3 +37,23 @@ def test_masks_of_only_one_batch_shape_are_in_memory(family, tiny_model):
         assert alive
         del arguments
         assert skeleton.block_arguments(0, hidden) is skeleton.block_arguments(0, hidden), "computed once a shape"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rope_parameters": {"rope_type": "foo", "rope_theta": 1e4}}, "KeyError: 'foo'; correct that value"),
+        ({"hidden_act": "bogus"}, "KeyError: 'bogus'"),
+        ({"text_config": {}}, "AttributeError: "),
+    ],
+    ids=["rope_type", "hidden_act", "text_config"],
+)
+def test_what_transformers_cannot_build_is_one_line(changes, says, tiny_model, tmp_path, cli):
+    directory = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    values = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(values | changes))
+    with pytest.raises(qsun.QsunError, match=rf"transformers .* cannot build the llama model of config\.json: {says}"):
+        qsun.load_decode(directory, "cpu")
+    for command in (["inspect", directory], ["quantize", directory, "-o", tmp_path / "out"]):
+        answer = cli(*command)
+        assert (answer.code, answer.err.count("\n")) == (2, 1)

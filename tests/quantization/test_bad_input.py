@@ -236,7 +236,7 @@ def to_float8(tensors) -> None:
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "is quantized already (fp8)"),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "is quantized already (bitsandbytes)"),
         ({"quant_method": "compressed-tensors", "format": "int-quantized"}, "(compressed-tensors int-quantized)"),
-        ({}, "is quantized already (in some way)"),
+        ({}, "is stored as F8_E4M3, so the model is quantized already"),
         (None, "mlp.down_proj.weight is stored as F8_E4M3, so the model is quantized already"),
     ],
 )

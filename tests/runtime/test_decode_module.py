@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 import qsun
 from qsun.demo import base_directory, calibration_file
 from qsun.model.checkpoint import Checkpoint
+from qsun.model.formats import unpack_rows
 from qsun.model.stored_layers import quantized_layer_names, read_quantized_layer
 
 IDS = torch.tensor([[1, 99, 97, 108, 99, 32, 49, 50, 43, 55, 62]])
@@ -112,7 +113,7 @@ def test_tensors_that_no_module_uses(tiny_model, tmp_path, caplog):
         assert torch.equal(ours(IDS).logits, theirs(IDS).logits)
     odd = "model.layers.0.self_attn.gate.weight"
     save_file(tensors | {odd: torch.ones(2, 2)}, directory / "model.safetensors", {"format": "pt"})
-    with pytest.raises(qsun.QsunError, match=rf"does not fit its config\.json: missing nothing, unknown .*{odd}"):
+    with pytest.raises(qsun.QsunError, match=rf"has {odd}, which a llama model of 2 blocks does not"):
         qsun.load_decode(directory, "cpu")
 
 
@@ -137,3 +138,162 @@ def test_an_answer_ends_with_the_models_tokens_and_with_the_tokenizers(tmp_path)
         (other / name).write_text(json.dumps({**found, "eos_token_id": 3}))
     decode = qsun.load_decode(other, "cpu")
     assert decode.eos_tokens == {3, decode.tokenizer.eos_token_id} != {3}
+
+
+# --- what other tools store
+
+
+@pytest.fixture(scope="module")
+def stored(tiny_model, tmp_path_factory):
+    """stored(format): a quantized tiny model with biases in attention; copy it before damaging it."""
+    made = {}
+
+    def make(fmt="gptq", **settings):
+        key = (fmt, *settings.items())
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("stored") / "out"
+            config = qsun.QuantConfig(method="rtn", group_size=32, format=fmt, **settings)
+            qsun.quantize(tiny_model("qwen2"), made[key], config)
+        return made[key]
+
+    return make
+
+
+def edited(directory, to, edit=None, **config):
+    """Copy a module; `edit` returns other tensors under the names that it is given, or None to drop them."""
+    shutil.copytree(directory, to)
+    file = to / "model.safetensors"
+    tensors = {name: edit(name, tensor) if edit else tensor for name, tensor in load_file(file).items()}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file, {"format": "pt"})
+    (to / "config.json").write_text(json.dumps(json.loads((to / "config.json").read_text()) | config))
+    return to
+
+
+def added(directory, to, **tensors):
+    edited(directory, to)
+    file = to / "model.safetensors"
+    save_file(load_file(file) | tensors, file, {"format": "pt"})
+    return to
+
+
+def refused(directory, says):
+    with pytest.raises(qsun.QsunError, match=says) as error:
+        qsun.load_decode(directory, "cpu")
+    assert "\n" not in str(error.value)
+
+
+def bytes_of_zeros(name, tensor):
+    """Zero points as compressed-tensors stored them before 0.10: signed, one a byte."""
+    if not name.endswith("zero_point"):
+        return tensor
+    return (unpack_rows(tensor, 4, 8 * tensor.shape[0]).to(torch.int16) - 8).to(torch.int8)
+
+
+def ten_a_word(name, tensor):
+    """Integers of 3 bits as compressed-tensors packed them before 0.17."""
+    if not name.endswith("weight_packed"):
+        return tensor
+    q = unpack_rows(tensor.t(), 3, tensor.shape[1] * 32 // 3).t().int()
+    q = torch.nn.functional.pad(q, (0, -q.shape[1] % 10)).view(q.shape[0], -1, 10)
+    return (q << 3 * torch.arange(10, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+
+
+def short_words(name, tensor):
+    """Integers as GPTQModel packs them with pack_dtype int16."""
+    halves = tensor.view(torch.int16) if name.endswith("qzeros") else tensor
+    return tensor.t().contiguous().view(torch.int16).t().contiguous() if name.endswith("qweight") else halves
+
+
+def one_scale(name, tensor):
+    return tensor[0, :1].clone() if name.endswith("weight_scale") else tensor
+
+
+def without_scales(name, tensor):
+    return None if name == "model.layers.0.mlp.up_proj.scales" else tensor
+
+
+@pytest.mark.parametrize(
+    ("settings", "edit", "says"),
+    [
+        (
+            {"fmt": "compressed-tensors", "sym": False},
+            bytes_of_zeros,
+            r"weight_zero_point is I8 \[64, 4\], but 4 bits for 64 x 128 weights are I32 \[8, 4\]; quantize",
+        ),
+        (
+            {"fmt": "compressed-tensors", "bits": 3},
+            ten_a_word,
+            r"weight_packed is I32 \[64, 13\], but 3 bits for 64 x 128 weights are I32 \[64, 12\]",
+        ),
+        ({}, short_words, r"qweight is I16 \[32, 64\], but 4 bits for 64 x 128 weights are I32 \[16, 64\]"),
+        (
+            {"fmt": "compressed-tensors"},
+            one_scale,
+            r"weight_scale is \[1\]; only scales for each group or output are supported",
+        ),
+        ({}, without_scales, r"has no tensor model\.layers\.0\.mlp\.up_proj\.scales"),
+    ],
+    ids=["zero points in bytes", "10 values a word", "int16 words", "one scale", "no scales"],
+)
+def test_integers_that_are_stored_in_another_way_are_refused(settings, edit, says, stored, tmp_path, cli):
+    directory = edited(stored(**settings), tmp_path / "other", edit)
+    refused(directory, says)
+    assert cli("inspect", directory).code == 2
+
+
+def test_transforms_at_run_time_are_refused(stored, tmp_path):
+    extra = {"model.layers.0.mlp.down_proj.R4_input.weight": torch.eye(128)}
+    refused(added(stored(), tmp_path / "rotated", **extra), "down_proj.R4_input.weight, which a qwen2 model")
+
+
+def test_biases_are_as_config_json_says(stored, tmp_path):
+    """AutoGPTQ once stored zeros as the bias of every layer."""
+    name = "model.layers.0.mlp.down_proj.bias"
+    zeros, ones = (added(stored(), tmp_path / str(n), **{name: torch.full((64,), float(n))}) for n in (0, 1))
+    with torch.no_grad():
+        expected = qsun.load_decode(stored(), "cpu", "float32").model(IDS).logits
+        assert torch.equal(qsun.load_decode(zeros, "cpu", "float32").model(IDS).logits, expected)
+    refused(ones, f"has {name}, which a qwen2 model of 2 blocks does not")
+    without = edited(stored(), tmp_path / "without", lambda n, t: None if n.endswith("1.self_attn.q_proj.bias") else t)
+    refused(without, r"has no tensor model\.layers\.1\.self_attn\.q_proj\.bias")
+
+
+def test_scales_of_activations_and_of_the_cache_do_not_matter(stored, tmp_path):
+    extra = {f"model.layers.0.self_attn.k_proj.{kind}_scale": torch.ones(1) for kind in ("input", "output")}
+    module = added(stored("compressed-tensors"), tmp_path / "scales", **extra)
+    with torch.no_grad():
+        expected, found = (
+            qsun.load_decode(d, "cpu", "float32").model(IDS).logits for d in (stored("compressed-tensors"), module)
+        )
+    assert torch.equal(found, expected)
+
+
+def blocks(count):
+    return {"num_hidden_layers": count, "layer_types": ["full_attention"] * count}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (blocks(1), r"has model\.layers\.1\..*, which a qwen2 model of 1 blocks does not"),
+        (blocks(3), r"has no tensor model\.layers\.2\."),
+        ({"num_key_value_heads": 4}, r"layers\.0\.self_attn\.k_proj has 32 outputs, but config\.json says 64"),
+        ({"vocab_size": 130}, r"model\.embed_tokens\.weight is \[128, 64\], but config\.json says \[130, 64\]"),
+        ({"quantization_config": "gptq"}, "quantization_config 'gptq' is not a JSON object"),
+        ({"quantization_config": ["gptq"]}, r"quantization_config \['gptq'\] is not a JSON object"),
+    ],
+    ids=["fewer blocks", "more blocks", "key heads", "vocabulary", "a string", "a list"],
+)
+def test_a_config_of_another_model_is_refused(changes, says, stored, tiny_model, tmp_path):
+    refused(edited(stored(), tmp_path / "quantized", **changes), says)
+    if "quantization_config" not in changes:
+        refused(edited(tiny_model("qwen2"), tmp_path / "plain", **changes), r"no tensor|does not|config\.json says")
+
+
+def test_a_quantized_head_of_embeddings_that_are_tied_in_the_file(stored, tmp_path):
+    """The stored head decides, as one in full precision does."""
+    own = stored(lm_head=True)
+    tied = edited(own, tmp_path / "tied", tie_word_embeddings=True)
+    with torch.no_grad():
+        expected, found = (qsun.load_decode(d, "cpu", "float32").model(IDS).logits for d in (own, tied))
+    assert torch.equal(found, expected)
