@@ -10,8 +10,9 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from qsun.config import DTYPES, check_one_of
 from qsun.device import default_device
 from qsun.errors import QsunError
-from qsun.model.checkpoint import read_json
+from qsun.model.checkpoint import stored_quantization
 from qsun.model.locate import find_model, load_tokenizer
+from qsun.model.pairing import check_made_from
 from qsun.runtime.decode_module import DecodeModule, load_decode
 from qsun.runtime.prefill_module import PrefillModule, load_prefill
 
@@ -85,7 +86,7 @@ def load_pair(
     module = load_decode(path, device, wanted)
     if prefill is not None:
         return load_prefill(str(prefill), module, wanted), module
-    if not read_json(path / "config.json").get("quantization_config"):
+    if not stored_quantization(path):
         return PrefillModule(module.model, module.directory, module.manifest), module
     base = module.manifest.get("base")
     try:
@@ -93,6 +94,7 @@ def load_pair(
     except QsunError:
         named = f"names {base} as its base, which was not found" if base else "names no base"
         raise QsunError(f"decode module {decode} {named}; give --model_args prefill=DIR") from None
+    check_made_from(path, directory)
     return load_prefill(directory, module, wanted), module
 
 

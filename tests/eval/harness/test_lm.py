@@ -296,6 +296,9 @@ def test_a_wrong_pair_and_a_missing_base_are_refused(tiny_model, int4, tmp_path)
         qsun.QsunError, match="names gone-base as its base, which was not found; give --model_args prefill"
     ):
         QsunLM(decode=str(tmp_path / "moved"), device="cpu")
+    (tmp_path / "moved/qsun.json").write_text(json.dumps(made | {"base": str(tiny_model("llama"))}))
+    with pytest.raises(qsun.QsunError, match=r"is not the base that .*moved was made from"):
+        QsunLM(decode=str(tmp_path / "moved"), device="cpu")
     with pytest.raises(qsun.QsunError, match="has no tokenizer"):
         QsunLM(decode=str(tiny_model("llama")), device="cpu")
 
