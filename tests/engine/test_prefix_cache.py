@@ -51,6 +51,14 @@ def test_what_was_used_least_recently_goes_first_and_ends_before_beginnings():
     assert cache.find(1, new)[0] == 0
 
 
+def test_known_blocks_of_a_prompt_make_no_room_for_its_later_ones():
+    cache = PrefixCache(4 * BLOCK_BYTES)
+    cache.keep(1, list(range(64)), kv(128))
+    cache.keep(1, list(range(200, 264)), kv(64))
+    cache.keep(1, list(range(128)), kv(128))
+    assert cache.find(1, list(range(128)))[0] == 128
+
+
 def test_a_prompt_larger_than_the_budget_is_copied_no_further_than_that(monkeypatch):
     cache, copies = PrefixCache(3 * BLOCK_BYTES + 7), []
     stack = torch.stack

@@ -45,7 +45,7 @@ class RowText:
         """Take the text of many tokens that do not end it; the last ones may still become a character."""
         for place in range(len(self._tokens) - 4, len(self._tokens) - 8, -1):
             done = self._decode(self._window, place)
-            if len(done) >= len(before) and done + self._decode(place, len(self._tokens)) == now:
+            if done + self._decode(place, len(self._tokens)) == now:
                 self._window = self._read = place
                 return self._extend(done[len(before) :], may_stop)
         return False
