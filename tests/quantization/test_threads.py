@@ -37,3 +37,24 @@ def test_the_same_bytes(method, tiny_model, tmp_path, threads):
     assert len(found[0]) == 2
     assert found[0] == found[1]
     assert found[1] == found[2]
+
+
+@pytest.mark.parametrize("damp", [0.01, 0.001], ids=["float32", "float64"])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1536, 576), (2048, 256)])
+def test_long_sums_of_the_passes_are_the_same_bits(inputs, outputs, damp, threads):
+    """MKL splits a product that sums over more than about 512 among its threads, on some CPUs."""
+    from qsun.quantization.methods.inverse_factor import inverse_factor
+    from qsun.quantization.methods.moments import Moments
+    from qsun.quantization.methods.refined import compensated_target
+
+    random = torch.Generator().manual_seed(0)
+    x, missing = (torch.randn(3000, width, generator=random) for width in (inputs, outputs))
+    weight = torch.randn(outputs, inputs, generator=random)
+    found = []
+    for count in (1, 2):
+        threads(count)
+        moments = Moments.zeros(inputs, x.device)
+        moments.add(x, None, missing)
+        hessian = moments.hessian()
+        found.append((hessian, compensated_target(weight, moments), inverse_factor(hessian, damp)[0]))
+    assert all(map(torch.equal, *found))

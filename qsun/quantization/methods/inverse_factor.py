@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qsun.errors import QsunError
+from qsun.quantization.methods.moments import product
 
 log = logging.getLogger(__name__)
 _BLOCK = 64
@@ -46,7 +47,7 @@ def _inverse_cholesky(hessian: Tensor, damp: float) -> Tensor | None:
     inverses = []
     for start in range(0, K, _BLOCK):
         rows, block = slice(start, K), slice(start, min(start + _BLOCK, K))
-        work[rows, block] -= work[rows, :start] @ work[block, :start].t()
+        work[rows, block] -= product(work[rows, :start], work[block, :start].t())
         corner, failed = torch.linalg.cholesky_ex(work[block, block])
         if failed:
             return None
@@ -55,7 +56,7 @@ def _inverse_cholesky(hessian: Tensor, damp: float) -> Tensor | None:
         work[block.stop :, block] = work[block.stop :, block] @ inverse.t()
     for start, inverse in zip(range(0, K, _BLOCK), inverses, strict=True):  # invert in place, from the top
         block = slice(start, start + len(inverse))
-        work[block, :start] = -inverse @ (work[block, :start] @ work[:start, :start])
+        work[block, :start] = -inverse @ product(work[block, :start], work[:start, :start])
         work[block, block] = inverse
         work[block, block.stop :] = 0
     return work

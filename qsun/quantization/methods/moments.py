@@ -7,6 +7,7 @@ from torch import Tensor
 
 _TILES = 8  # the Hessian is symmetric: of this many strips, only what is on and under the diagonal is multiplied out
 _NARROWEST_TILE = 128
+_LONGEST_SUM = 512  # MKL splits the sums of longer products among threads (seen on an Intel Xeon): other last bits
 
 
 @dataclass
@@ -64,15 +65,34 @@ def add_gram(gram: Tensor, x: Tensor) -> None:
     """Add x^T x to the lower triangle of gram (tiles above the diagonal stay as they are). x: (rows, K)."""
     features = gram.shape[0]
     tile = max(_NARROWEST_TILE, -(-features // _TILES))
-    for start in range(0, features, tile):
-        rows = slice(start, start + tile)
-        stop = min(start + tile, features)
-        gram[rows, :stop].addmm_(x[:, rows].t(), x[:, :stop])
+    for piece in _pieces(x):
+        for start in range(0, features, tile):
+            rows = slice(start, start + tile)
+            stop = min(start + tile, features)
+            gram[rows, :stop].addmm_(piece[:, rows].t(), piece[:, :stop])
 
 
 def _accumulate(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    product = (left.t() @ right).float()
-    return product if total is None else total.add_(product)
+    for a, b in zip(_pieces(left), _pieces(right), strict=True):
+        product = (a.t() @ b).float()
+        total = product if total is None else total.add_(product)
+    assert total is not None  # there are rows
+    return total
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Return left @ right, (M, K) and (K, N), with the same bits from any number of threads."""
+    if left.device.type != "cpu":
+        return left @ right
+    longest = _LONGEST_SUM * 4 // left.element_size()
+    total = left.new_zeros(len(left), right.shape[1])
+    for a, b in zip(left.split(longest, 1), right.split(longest), strict=True):
+        total.addmm_(a, b)
+    return total
+
+
+def _pieces(rows: Tensor) -> tuple[Tensor, ...]:
+    return rows.split(_LONGEST_SUM) if rows.device.type == "cpu" else (rows,)
 
 
 def squared_norm(rows: Tensor) -> float:

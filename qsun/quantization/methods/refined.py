@@ -18,14 +18,13 @@ here in closed form before rounding; the residual term and the choice of lambda 
 mean diagonal: with few tokens for many inputs the regression would fit their noise (measured in docs/passes.md).
 """
 
-import torch
 from torch import Tensor
 
 from qsun.model.quantized import Quantized
 from qsun.quantization.methods.gptq import GptqOptions, gptq
 from qsun.quantization.methods.grid import Grid
 from qsun.quantization.methods.inverse_factor import inverse_factor
-from qsun.quantization.methods.moments import Moments
+from qsun.quantization.methods.moments import Moments, product
 
 _LEAST_RIDGE = 0.003
 
@@ -47,4 +46,4 @@ def compensated_target(weight: Tensor, moments: Moments) -> Tensor:
     hessian = moments.hessian()
     hessian.diagonal().add_(1e-12)  # of inputs that are all zero
     factor, _ = inverse_factor(hessian, max(_LEAST_RIDGE, len(hessian) / moments.tokens))
-    return weight + torch.linalg.multi_dot([wanted / moments.tokens, factor.t(), factor])
+    return weight + product(product(wanted / moments.tokens, factor.t()), factor)
