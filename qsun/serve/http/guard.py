@@ -140,7 +140,7 @@ def _check_media_type(headers: dict[bytes, bytes]) -> None:
 
 
 def _check_host(given: bytes | None) -> None:
-    """Raise HttpError for a name that somebody may own: such a page's name may resolve to this machine."""
+    """Raise HttpError if `Host` is a public domain name, which the owner of a web page could point at this machine."""
     if given is None:  # not from a browser
         return
     shown = given.decode("latin-1")
