@@ -35,6 +35,11 @@ class Tuned:
     weights: Literal["base", "decode"] = "base"
     rate: float = 0.0
 
+    @property
+    def has_own_rate(self) -> bool:
+        """Whether its rate is not the best of those tried."""
+        return bool(self.rate or self.lora_rank)
+
     def config(self, study: Study, seed: int, chosen: float = 0.0) -> TuneConfig:
         """Return the settings of tuning it. chosen: the best of the rates tried, if any were."""
         rate = self.rate or chosen or (study.full_lr if self.full else study.lr)

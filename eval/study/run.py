@@ -1,4 +1,4 @@
-"""Run a study: what is missing, stage by stage, in a few processes."""
+"""Run a study: what is missing, in a few processes."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from qsun.eval.study.modules import chosen_rate
 from qsun.eval.study.stages import STAGES, check_tasks, variants
 from qsun.eval.study.study import Study
 from qsun.eval.study.task import StudyTask
-from qsun.eval.study.work import Work, run_stages
+from qsun.eval.study.work import Work, run_pieces
 from qsun.model.checkpoint import file_sha256
 from qsun.model.locate import find_model
 from qsun.model.manifest import write_json
@@ -32,7 +32,7 @@ def run_study(study: Study, out: Path, processes: int = 2, progress: Progress = 
     """
     check_tasks(study)
     _claim(study, out)
-    run_stages(_missing(study, out), processes, progress)
+    run_pieces(_missing(study, out), processes, progress)
     right = {
         str(seed): {task.name: _answers(study, out, seed, task) for task in study.tasks_of(seed)}
         for seed in study.all_seeds
@@ -50,7 +50,7 @@ def missing_work(study: Study, out: Path) -> list[Work]:
     """Return what `run_study` would do, without starting it. Raises QsunError as it does."""
     check_tasks(study)
     _check_same(study, out)
-    return [work for stage in _missing(study, out) for work in stage]
+    return _missing(study, out)
 
 
 def work_table(missing: Sequence[Work]) -> str:
@@ -59,8 +59,8 @@ def work_table(missing: Sequence[Work]) -> str:
     return "\n".join([*lines, f"{len(missing)} pieces, {sum(work.steps for work in missing)} steps of tuning"])
 
 
-def _missing(study: Study, out: Path) -> list[list[Work]]:
-    return [[work for work in stage(study, out) if not work.result.exists()] for stage in STAGES]
+def _missing(study: Study, out: Path) -> list[Work]:
+    return [work for stage in STAGES for work in stage(study, out) if not work.result.exists()]
 
 
 def _answers(study: Study, out: Path, seed: int, task: StudyTask) -> dict[str, str]:

@@ -77,9 +77,16 @@ def _served(study: Study, out: Path, modules: Callable[[Study], Iterator[Tuned]]
 
 
 def _tune_work(study: Study, out: Path, seed: int, task: StudyTask, module: Tuned) -> Work:
-    target = study.module(out, seed, task.name, module.name)
-    arguments = (study, out, seed, task, module)
-    return Work(f"{task.name} {module.name}, seed {seed}", target, _tune, arguments, module.steps)
+    def place(name: str, seed: int = seed) -> Path:
+        return study.module(out, seed, task.name, name)
+
+    needs = [place(name) for name in (module.init, module.teacher) if name]
+    if module.bits:
+        needs.append(study.decoder(out, seed, study.aligned_method, module.bits))
+    if not module.has_own_rate:
+        needs += [place(trial.name, study.first_seed) for trial in trials(study) if trial.full == module.full]
+    label, arguments = f"{task.name} {module.name}, seed {seed}", (study, out, seed, task, module)
+    return Work(label, place(module.name), _tune, arguments, module.steps, tuple(needs))
 
 
 def _tune(study: Study, out: Path, seed: int, task: StudyTask, module: Tuned) -> None:
@@ -88,8 +95,7 @@ def _tune(study: Study, out: Path, seed: int, task: StudyTask, module: Tuned) ->
 
     target, folder = study.module(out, seed, task.name, module.name), out / f"seed{seed}"
     decode = study.decoder(out, seed, study.aligned_method, module.bits) if module.bits else study.base
-    has_own = module.rate or module.lora_rank
-    chosen = 0.0 if has_own else chosen_rate(study, out, task.name, module.full)
+    chosen = 0.0 if module.has_own_rate else chosen_rate(study, out, task.name, module.full)
     train, valid = (
         task.data(folder, *split, seed) for split in (("train", study.train), ("valid", max(300, study.valid)))
     )
@@ -113,18 +119,23 @@ def quantizing(study: Study, out: Path) -> Iterator[Work]:
             text = [None] if study.text or method == "rtn" else []
             places = text if method == "rtn" else [*text, *study.all_seeds]  # rtn uses no data
             for seed in places:
-                target = study.decoder(out, seed, method, bits)
+                target, modules = study.decoder(out, seed, method, bits), _served_suns(study, out, seed)
                 kind = "text" if seed is None else f"decode positions, seed {seed}"
-                yield Work(f"{method} int{bits}, {kind}", target, _quantize, (study, out, target, method, bits, seed))
+                arguments = (study, out, target, method, bits, seed)
+                yield Work(f"{method} int{bits}, {kind}", target, _quantize, arguments, needs=tuple(modules))
+
+
+def _served_suns(study: Study, out: Path, seed: int | None) -> list[Path]:
+    """Return the prefill modules that decode modules of a seed are calibrated behind; seed None: text, so none."""
+    return [] if seed is None else [study.module(out, seed, name, "sun") for name in study.served()]
 
 
 def _quantize(study: Study, out: Path, target: Path, method: str, bits: int, seed: int | None) -> None:
     config = study.quant_config(method, bits, seed or 0)
-    calibration, modules = None, []
+    calibration = None
     if seed is not None:
         folder = out / f"seed{seed}"
         calibration = [task.data(folder, "train", study.train, seed) for task in study.tasks if not task.hard]
-        modules = [study.module(out, seed, name, "sun") for name in study.served()]
     quantize(
         study.base,
         target,
@@ -132,7 +143,7 @@ def _quantize(study: Study, out: Path, target: Path, method: str, bits: int, see
         calibration,
         device=study.device,
         resume=partial_path(target).exists(),
-        calibration_prefill=modules,
+        calibration_prefill=_served_suns(study, out, seed),
     )
 
 
@@ -140,10 +151,11 @@ def scoring(study: Study, out: Path) -> Iterator[Work]:
     """The answers of each variant to each task's test set."""
     for seed in study.all_seeds:
         for task in study.tasks_of(seed):
-            for variant, *modules in variants(study, out, seed, task):
+            for variant, prefill, decode in variants(study, out, seed, task):
                 target = study.answers(out, seed, task.name, variant)
-                arguments = (study, out, seed, task, target, *modules)
-                yield Work(f"answers: {task.name}, {variant}, seed {seed}", target, _score, arguments)
+                needs = tuple(Path(module) for module in (prefill, decode) if module)
+                arguments = (study, out, seed, task, target, prefill, decode)
+                yield Work(f"answers: {task.name}, {variant}, seed {seed}", target, _score, arguments, needs=needs)
 
 
 def _score(

@@ -1,10 +1,10 @@
-"""Pieces of work, stage by stage, in a few processes that never outlive the one that started them."""
+"""Pieces of work, each once what it needs is there, in a few processes that never outlive the one that started them."""
 
 import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,9 +19,10 @@ from qsun.progress import Progress
 
 @dataclass(frozen=True)
 class Work:
-    """A piece of work: `function(*arguments)` makes `result`, and may need what earlier stages made.
+    """A piece of work: `function(*arguments)` makes `result`.
 
-    `steps` are those of tuning; 0: it tunes nothing.
+    `steps` are those of tuning; 0: it tunes nothing. `needs` are what must be there first, results of other pieces or
+    anything else.
     """
 
     label: str
@@ -29,29 +30,34 @@ class Work:
     function: Callable[..., None]
     arguments: tuple[Any, ...]
     steps: int = 0
+    needs: tuple[Path, ...] = ()
 
     def described(self) -> dict[str, Any]:
         return {"label": self.label, "result": str(self.result), "steps": self.steps}
 
 
-def run_stages(stages: Sequence[Sequence[Work]], processes: int, progress: Progress = lambda *_: None) -> None:
-    """Do all pieces of each stage, then those of the next.
+def run_pieces(pieces: Sequence[Work], processes: int, progress: Progress = lambda *_: None) -> None:
+    """Do all pieces, of those that can begin the first ones first; none of them needs itself.
 
     An error of a piece and Ctrl-C end the other processes at once; where this process is killed, they end themselves.
 
     Raises:
         QsunError: of a piece, or a process was killed, as when memory runs out.
     """
-    total, done = sum(map(len, stages)), 0
-    progress("", 0, total)
+    waiting, missing, running = list(pieces), {work.result for work in pieces}, dict[Future[None], Work]()
+    progress("", 0, len(pieces))
     threads = max(1, (os.cpu_count() or 1) // processes)
     with _pool(processes) as pool:
-        for stage in stages:  # each needs the results of the one before
-            jobs = {pool.submit(_run, work, threads): work for work in stage}
-            for job in as_completed(jobs):
+        while waiting or running:
+            ready = [work for work in waiting if missing.isdisjoint(work.needs)]
+            for work in ready[: processes - len(running)]:
+                waiting.remove(work)
+                running[pool.submit(_run, work, threads)] = work
+            for job in wait(running, return_when=FIRST_COMPLETED).done:
+                work = running.pop(job)
                 job.result()
-                done += 1
-                progress(jobs[job].label, done, total)
+                missing.discard(work.result)
+                progress(work.label, len(pieces) - len(waiting) - len(running), len(pieces))
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -141,6 +142,30 @@ def test_rates_are_tried_first_and_the_best_of_each_is_taken(tmp_path):
     assert "0.004 and 0.002 on math, the best of 0.001, 0.004, 0.002 on validation data" in markdown(scores)
 
 
+def test_every_piece_needs_what_its_modules_are_made_of(tmp_path):
+    study = Study(seeds=2, rates=(1e-3, 2e-3), bits=(4, 2), methods=("rtn", "refined"), lora_ranks=(4,), distill=True)
+    pieces = [work for stage in STAGES for work in stage(study, tmp_path)]
+    made = {
+        work.result: {str(need.relative_to(tmp_path)) for need in work.needs if need != Path("demo")} for work in pieces
+    }
+    needs = {str(result.relative_to(tmp_path)): found for result, found in made.items()}
+    trials_of_sun = {"seed0/math/sun-at-0.001", "seed0/math/sun-at-0.002"}
+    assert not needs["seed0/math/sun-at-0.001"] and not needs["text/decode-refined-int2"]
+    assert needs["seed1/math/sun"] == trials_of_sun
+    assert not needs["seed1/math/lora4"]
+    assert needs["seed1/decode-refined-int2"] == {f"seed1/{name}/sun" for name in study.served()}
+    assert needs["seed1/math/aligned-int2"] == {"seed1/math/sun", "seed1/decode-refined-int2"} | trials_of_sun
+    distilled = needs["seed0/math/lora4-on-int4-distilled"]
+    assert distilled == {"seed0/math/lora4-on-int4", "seed0/math/sun", "seed0/decode-refined-int4"}
+    assert needs["seed0/math/answers/int2-refined-aligned.json"] == {
+        "seed0/math/aligned-int2", "seed0/decode-refined-int2",
+    }  # fmt: skip
+    begun = set()
+    for work in pieces:  # in this order no piece waits for a later one
+        assert made[work.result] <= begun
+        begun.add(str(work.result.relative_to(tmp_path)))
+
+
 def test_an_embedded_task_by_its_name():
     assert StudyTask.parse("code") == StudyTask("code")
     assert StudyTask.parse("shift").hard
@@ -179,7 +204,7 @@ def test_ctrl_c_says_how_to_continue(cli, tmp_path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qsun.eval.study.run.run_stages", interrupted)
+    monkeypatch.setattr("qsun.eval.study.run.run_pieces", interrupted)
     answer = cli("bench", "tasks", "-o", tmp_path / "out", "--steps", 2)
     assert answer.code == 130
     assert answer.err == "error: interrupted; finished pieces are kept, the same command continues\n"

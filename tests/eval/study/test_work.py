@@ -11,7 +11,7 @@ import pytest
 
 from qsun.errors import QsunError
 from qsun.eval.study import work
-from qsun.eval.study.work import Work, run_stages
+from qsun.eval.study.work import Work, run_pieces
 from tests.warm_process import WarmProcess, warm_context
 
 
@@ -27,7 +27,7 @@ def study(folder):
     """More pieces than processes; forked, as a new Python would import torch for seconds."""
     work.get_context = lambda _: get_context("fork")
     pieces = [Work(str(n), folder / "made", begin, (folder / str(n),)) for n in range(8)]
-    run_stages([pieces], 2)
+    run_pieces(pieces, 2)
 
 
 def alive(pid):
@@ -103,5 +103,29 @@ def test_an_error_of_one_piece_does_not_wait_for_the_others(monkeypatch, tmp_pat
     pieces = [Work(str(n), tmp_path / "made", f, (tmp_path / str(n),)) for n, f in enumerate((begin, fail, begin))]
     start = time.monotonic()
     with pytest.raises(QsunError, match="has no examples"):
-        run_stages([pieces], 2)
+        run_pieces(pieces, 2)
     assert time.monotonic() - start < 20
+
+
+def note(folder, name, waits_for):
+    """Append this piece's name to a file when it has ended, which it does once what it waits for exists."""
+    until(lambda: not waits_for or Path(waits_for).exists())
+    with (folder / "order").open("a") as file:
+        file.write(name)
+    (folder / name).touch()
+
+
+def test_a_piece_begins_as_soon_as_what_it_needs_is_made(monkeypatch, tmp_path):
+    """c needs a and not b, and b ends only when c has: whoever waits for all of a stage never ends."""
+    monkeypatch.setattr(work, "get_context", lambda _: warm_context())
+    (tmp_path / "there").touch()
+    needs = {"b": ["there"], "a": [], "c": ["a"], "d": ["c", "b"]}
+    waits = {"b": tmp_path / "c"}
+    pieces = [
+        Work(name, tmp_path / name, note, (tmp_path, name, waits.get(name)), needs=tuple(tmp_path / n for n in needed))
+        for name, needed in needs.items()
+    ]
+    reported = []
+    run_pieces(pieces, 2, lambda *report: reported.append(report))
+    assert (tmp_path / "order").read_text() == "acbd"
+    assert reported == [("", 0, 4), ("a", 1, 4), ("c", 2, 4), ("b", 3, 4), ("d", 4, 4)]
