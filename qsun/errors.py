@@ -15,6 +15,10 @@ class ResumeError(QsunError):
     """An interrupted run cannot be continued with these settings."""
 
 
+class OutOfMemory(QsunError):
+    """Memory ran out, or is too little to begin; what other processes free may be enough."""
+
+
 _MESSAGES = {
     "literal_error": "is not supported; use {expected}",
     "greater_than_equal": "is out of range; use {ge} or more",

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qsun.errors import QsunError
+from qsun.errors import OutOfMemory
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ def clear_out_of_memory(
     instead: str = "fewer --samples, or a shorter --seq-len",
     gpu_bytes: int | None = None,
 ) -> Iterator[None]:
-    """Turn every library's way to say that memory ran out into a QsunError.
+    """Turn every library's way to say that memory ran out into OutOfMemory.
 
     needed_bytes, gpu_bytes: as estimated before, of RAM and on a GPU. instead: what needs less.
     """
@@ -42,7 +42,7 @@ def clear_out_of_memory(
         asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
         estimate = gpu_bytes if type(error).__name__ == "OutOfMemoryError" else needed_bytes
         needed = "" if estimate is None else f", about {human_bytes(estimate)} are needed in all"
-        raise QsunError(
+        raise OutOfMemory(
             f"memory ran out{f' asking for {asked[1]} more' if asked else ''}{needed}; use a machine with more, or "
             f"{instead}"
         ) from None

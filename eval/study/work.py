@@ -1,5 +1,6 @@
 """Pieces of work, each once what it needs is there, in a few processes that never outlive the one that started them."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -13,7 +14,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from qsun.errors import QsunError
+from qsun.errors import OutOfMemory, QsunError
+from qsun.memory import clear_out_of_memory
 from qsun.progress import Progress
 
 
@@ -40,11 +42,13 @@ def run_pieces(pieces: Sequence[Work], processes: int, progress: Progress = lamb
     """Do all pieces, of those that can begin the first ones first; none of them needs itself.
 
     An error of a piece and Ctrl-C end the other processes at once; where this process is killed, they end themselves.
+    A piece that finds too little memory beside others is done again, and one process fewer is used from then on.
 
     Raises:
         QsunError: of a piece, or a process was killed, as when memory runs out.
     """
     waiting, missing, running = list(pieces), {work.result for work in pieces}, dict[Future[None], Work]()
+    crowded: set[Future[None]] = set()  # those that had others beside them at any time
     progress("", 0, len(pieces))
     threads = max(1, (os.cpu_count() or 1) // processes)
     with _pool(processes) as pool:
@@ -53,9 +57,18 @@ def run_pieces(pieces: Sequence[Work], processes: int, progress: Progress = lamb
             for work in ready[: processes - len(running)]:
                 waiting.remove(work)
                 running[pool.submit(_run, work, threads)] = work
+            if len(running) > 1:
+                crowded |= running.keys()
             for job in wait(running, return_when=FIRST_COMPLETED).done:
                 work = running.pop(job)
-                job.result()
+                try:
+                    job.result()
+                except OutOfMemory:
+                    if job not in crowded:
+                        raise
+                    processes = max(1, len(running))
+                    waiting.insert(0, work)
+                    continue
                 missing.discard(work.result)
                 progress(work.label, len(pieces) - len(waiting) - len(running), len(pieces))
 
@@ -93,8 +106,19 @@ def _watch_parent() -> None:
 
 
 def _run(work: Work, threads: int) -> None:
+    """Do a piece, and leave none of its memory on a GPU to this process, whose next piece may need less."""
     import torch
 
     torch.set_num_threads(threads)
     work.result.parent.mkdir(parents=True, exist_ok=True)
-    work.function(*work.arguments)
+    shortage = ""
+    try:
+        with clear_out_of_memory(instead="fewer --processes"):
+            work.function(*work.arguments)
+    except OutOfMemory as error:
+        shortage = str(error)  # raised below, where the error no longer holds what the piece had allocated
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if shortage:
+        raise OutOfMemory(shortage)

@@ -4,7 +4,6 @@ import copy
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qsun.memory import release_freed
@@ -122,7 +121,7 @@ class BlockwiseQuantizer:
         checkpoint, fmt = self.job.checkpoint, self.job.config.format
         stored = folded | checkpoint.load(self.job.parts[part].keys() & checkpoint.files.keys() - folded.keys())
         for name, result in results.items():
-            packed = pack_layer(result.weights.to(torch.device("cpu")), result.spec, fmt)
+            packed = pack_layer(result.weights, result.spec, fmt)
             stored |= {f"{name}.{suffix}": tensor for suffix, tensor in packed.items()}
         self.writer.write(stored)
         layers = [{"name": name, **asdict(result.spec), "error": result.error} for name, result in results.items()]

@@ -81,7 +81,7 @@ def read_back(job: Job, directory: Path, digests: dict[str, str], probe: tuple[T
         raise QsunError(f"reading back {directory}: {len(found)} quantized layers where {len(digests)} were written")
     for name in found:
         features = linear_of(job.skeleton.model, name).in_features
-        weights, _ = read_quantized_layer(checkpoint, name, job.config.format, features)
+        weights, _ = read_quantized_layer(checkpoint, name, job.config.format, features, job.skeleton.device)
         if digest(weights) != digests[name]:
             raise QsunError(f"reading back {directory}: {name} differs from what was computed; is the disk faulty?")
         del weights

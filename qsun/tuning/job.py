@@ -13,7 +13,7 @@ import torch
 from qsun.data.examples import TokenExample, check_vocabulary
 from qsun.data.jsonl import check_no_pipe
 from qsun.device import compute_dtype, default_device
-from qsun.errors import QsunError
+from qsun.errors import OutOfMemory, QsunError
 from qsun.memory import available_bytes, clear_out_of_memory
 from qsun.model.checkpoint import Checkpoint, files_fingerprint
 from qsun.model.locate import find_model, load_tokenizer
@@ -127,10 +127,10 @@ class TuneJob:
         }
 
     def check_memory(self, processes: int, device: torch.device) -> None:
-        """Raise QsunError if not even weights, gradients and the optimizer's state fit on this process's device."""
+        """Raise OutOfMemory if not even weights, gradients and the optimizer's state fit on this process's device."""
         needed, free = self.plan(processes)["memory_bytes"], available_bytes(device)
         if needed > free:
-            raise QsunError(
+            raise OutOfMemory(
                 f"tuning needs at least {needed / 2**30:.1f} GiB on {device}, with {free / 2**30:.1f} GiB free; use "
                 "--lora-rank, --dtype bfloat16, or --shard over several processes"
             )

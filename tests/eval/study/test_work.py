@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qsun.errors import QsunError
+from qsun.errors import OutOfMemory, QsunError
 from qsun.eval.study import work
 from qsun.eval.study.work import Work, run_pieces
 from tests.warm_process import WarmProcess, warm_context
@@ -36,7 +36,7 @@ def alive(pid):
     return False
 
 
-def until(condition, seconds=20):
+def until(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "too late"
@@ -129,3 +129,42 @@ def test_a_piece_begins_as_soon_as_what_it_needs_is_made(monkeypatch, tmp_path):
     run_pieces(pieces, 2, lambda *report: reported.append(report))
     assert (tmp_path / "order").read_text() == "acbd"
     assert reported == [("", 0, 4), ("a", 1, 4), ("c", 2, 4), ("b", 3, 4), ("d", 4, 4)]
+
+
+def take(folder, name, beside):
+    """Fail for want of memory while another piece works, which is all the time in a first trial."""
+    crowded = beside and not (folder / beside).exists()
+    with (folder / "order").open("a") as file:
+        file.write(name)
+    if crowded:
+        raise OutOfMemory(f"{name} needs 3 GB, with 2 free")
+    until(lambda: name in "cd" or "b" in (folder / "order").read_text())
+    if name == "a":
+        time.sleep(0.5)  # its end is to be known after the failure of b
+    (folder / name).touch()
+
+
+def test_a_piece_without_memory_beside_others_is_done_when_one_has_ended(monkeypatch, tmp_path):
+    monkeypatch.setattr(work, "get_context", lambda _: warm_context())
+    beside = {"a": "", "b": "a", "c": "b", "d": "c"}
+    pieces = [Work(name, tmp_path / name, take, (tmp_path, name, other)) for name, other in beside.items()]
+    run_pieces(pieces, 2)
+    assert (tmp_path / "order").read_text() == "abbcd"  # one at a time from then on
+
+
+def test_a_piece_without_memory_though_it_is_alone_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(work, "get_context", lambda _: warm_context())
+    with pytest.raises(OutOfMemory, match="a needs 3 GB, with 2 free"):
+        run_pieces([Work("a", tmp_path / "a", take, (tmp_path, "a", "never"))], 2)
+    assert (tmp_path / "order").read_text() == "a"
+
+
+def allocate(_):
+    raise RuntimeError("CUDA out of memory. Tried to allocate 3.00 GiB. GPU 0 has")
+
+
+def test_memory_that_runs_out_is_one_line_with_the_fix(monkeypatch, tmp_path):
+    monkeypatch.setattr(work, "get_context", lambda _: warm_context())
+    says = "memory ran out asking for 3.00 GiB more; use a machine with more, or fewer --processes"
+    with pytest.raises(OutOfMemory, match=says):
+        run_pieces([Work("a", tmp_path / "a", allocate, (0,))], 1)
