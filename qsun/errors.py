@@ -15,6 +15,10 @@ class ResumeError(QsunError):
     """An interrupted run cannot be continued with these settings."""
 
 
+class Diverged(QsunError):
+    """The loss of a run of tuning is not finite."""
+
+
 class OutOfMemory(QsunError):
     """Memory ran out, or is too little to begin; what other processes free may be enough."""
 

@@ -37,7 +37,9 @@ def clear_out_of_memory(
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch raises a RuntimeError, on a GPU its OutOfMemoryError
-        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+        if not isinstance(error, MemoryError) and not re.search(
+            "out of memory|can't allocate memory|ALLOC_FAILED", str(error)
+        ):
             raise
         asked = re.search(r"allocate ([\d.]+ \w+)", str(error))
         estimate = gpu_bytes if type(error).__name__ == "OutOfMemoryError" else needed_bytes

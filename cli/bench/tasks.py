@@ -53,6 +53,7 @@ def tasks(
     device: str = typer.Option("cpu", help="cpu, cuda."),
     processes: int = typer.Option(2, min=1, help="Modules to work on at a time; they share the CPU's cores."),
     dry_run: bool = typer.Option(False, "--dry-run", help="Print what is missing, piece by piece, and do nothing."),
+    so_far: bool = typer.Option(False, "--so-far", help="Print the scores that a stopped study has, and do nothing."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object on stdout."),
 ) -> None:
     """Measure the accuracy of full fine-tuning, SUN and QSUN on tasks: methods, bits, calibration, alignment.
@@ -64,17 +65,22 @@ def tasks(
 
       qsun bench tasks -o out/study --seeds 1 --steps 400
 
+      qsun bench tasks -o out/study --seeds 1 --steps 400 --so-far
+
       qsun bench tasks -o out/mine --base ./SmolLM2-135M --rates 3e-4,1e-3 \
         --task calls=train.jsonl,valid.jsonl,test.jsonl,json
     """
     study = _study(locals())
     from qsun.eval.study.matrix import write_matrix
-    from qsun.eval.study.run import missing_work, run_study, work_table
+    from qsun.eval.study.run import finished_answers, missing_work, run_study, scores_table, work_table
 
     screen.show_warnings()
     if dry_run:
         missing = missing_work(study, out)
         results.show([w.described() for w in missing], as_json, lambda _: work_table(missing))
+        return
+    if so_far:
+        results.show(found := finished_answers(study, out), as_json, lambda _: scores_table(found))
         return
     try:
         with screen.progress(as_json) as progress:
@@ -111,7 +117,7 @@ def _study(options: dict[str, Any]) -> Any:
         "methods": tuple(names(options["methods"])),
         "lr": rate,
         "full_lr": rate if options["full_lr"] is None else options["full_lr"],
-        "test": 500 * any(t.embedded for t in tasks) if options["test"] is None else options["test"],
+        "test": 500 * all(t.embedded for t in tasks) if options["test"] is None else options["test"],
     }
     return Study(**{field.name: options[field.name] for field in fields(Study) if field.name in options} | parsed)
 

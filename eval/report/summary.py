@@ -31,16 +31,18 @@ def summarize(matrix: Matrix, parts: Sequence[PartResult]) -> dict[str, Any]:
     accuracy = {
         task: _cells({n: [v[task]] for n, v in values.items() if task in v}, matrix.reference) for task in tasks
     }
-    if len(tasks) > 1:
-        whole = {n: [v[task] for task in tasks] for n, v in values.items() if set(v) == set(tasks)}
+    whole = {n: [v[task] for task in tasks] for n, v in values.items() if set(v) == set(tasks)}
+    if len(tasks) > 1 and whole:
         accuracy["mean"] = _cells(whole, matrix.reference)
-    last = accuracy.get("mean") or (accuracy[tasks[0]] if tasks else {})
+    compared = accuracy.get("mean", {}) if len(tasks) > 1 else next(iter(accuracy.values()), {})
     return {
         "reference": matrix.reference,
         "variants": matrix.names(),
         "bits": {e.name: stored_bits(e.decode) or 16 for e in matrix.entries},
         "accuracy": accuracy,
-        "sentences": [_sentence(name, matrix.reference, cell) for name, cell in last.items() if "difference" in cell],
+        "sentences": [
+            _sentence(name, matrix.reference, cell) for name, cell in compared.items() if "difference" in cell
+        ],
         "responses": _pooled([part for part in parts if part["kind"] == "responses"]),
         "text": {name: _numbers(part) for part in parts if part["kind"] == "text" for name in part["variants"]},
     }

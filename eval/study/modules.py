@@ -1,12 +1,17 @@
 """The modules that a study tunes, in the order in which they need each other."""
 
 import json
+import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qsun.errors import QsunError
 from qsun.eval.study.study import Study
+from qsun.model.manifest import write_json
+from qsun.model.output_dir import partial_path
 from qsun.tuning.config import TuneConfig
 
 
@@ -44,8 +49,7 @@ class Tuned:
         """Return the settings of tuning it. chosen: the best of the rates tried, if any were."""
         rate = self.rate or chosen or (study.full_lr if self.full else study.lr)
         if self.lora_rank:
-            rates = study.lora_lr or (0.0,)
-            rate = rates[study.lora_ranks.index(self.lora_rank) % len(rates)]
+            rate = study.lora_rates[self.lora_rank]
         if self.init:
             rate *= study.align_share
         values = {"steps": self.steps, "batch_size": study.batch_size, "lr": rate, "seed": seed, "dtype": study.dtype}
@@ -67,9 +71,22 @@ def chosen_rate(study: Study, out: Path, task: str, full: bool) -> float:
 
     def loss(rate: float) -> float:
         folder = study.module(out, study.first_seed, task, f"{'full' if full else 'sun'}-at-{rate:g}")
-        return float(json.loads((folder / "report.json").read_text())["best_valid_loss"])
+        found = json.loads((folder / "report.json").read_text())["best_valid_loss"]
+        return math.inf if found is None else float(found)
 
-    return min(study.rates, key=loss) if study.rates else 0.0
+    best = min(study.rates, key=loss, default=0.0)
+    if best and loss(best) == math.inf:
+        raise QsunError(
+            f"{task}: the loss is not finite at any of the rates tried; choose another folder and lower --rates"
+        )
+    return best
+
+
+def note_diverged(trial: Path) -> None:
+    """Leave in place of a module that its rate was too high; `qsun tune` left what it had begun."""
+    shutil.rmtree(partial_path(trial), ignore_errors=True)
+    trial.mkdir()
+    write_json(trial / "report.json", {"best_valid_loss": None})
 
 
 def before_quantizing(study: Study, seed: int, hard: bool) -> Iterator[Tuned]:

@@ -1,5 +1,6 @@
 """Run a study: what is missing, in a few processes."""
 
+import fcntl
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -7,18 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from qsun.errors import QsunError
+from qsun.eval.output.table import Table
+from qsun.eval.study.checks import check_study
 from qsun.eval.study.modules import chosen_rate
-from qsun.eval.study.stages import STAGES, check_tasks, variants
-from qsun.eval.study.study import Study
+from qsun.eval.study.stages import STAGES, variants
+from qsun.eval.study.study import Study, rates_by_rank
 from qsun.eval.study.task import StudyTask
 from qsun.eval.study.work import Work, run_pieces
-from qsun.model.checkpoint import file_sha256
+from qsun.model.checkpoint import file_sha256, read_json
 from qsun.model.locate import find_model
 from qsun.model.manifest import write_json
+from qsun.model.output_dir import take_lock
 from qsun.model.pairing import weights_fingerprint
 from qsun.progress import Progress
 
-_GROWS = ("seeds", "bits", "curve", "lora_ranks", "distill", "text", "contents")  # more of these adds what is missing
+# More of these adds what is missing.
+_GROWS = ("seeds", "bits", "curve", "lora_ranks", "lora_lr", "distill", "text", "contents")
 
 
 def run_study(study: Study, out: Path, processes: int = 2, progress: Progress = lambda *_: None) -> dict[str, Any]:
@@ -28,11 +33,15 @@ def run_study(study: Study, out: Path, processes: int = 2, progress: Progress = 
         {"study": ..., "right": {seed: {task: {variant: "0110..."}}}}; one digit an example of the test set. Where rates
         were tried, "rates": {task: {"sun": ..., "full": ...}} too.
     Raises:
-        QsunError: `out` holds another study, a task or the base cannot be used, or a process was killed.
+        QsunError: `out` holds another study, a task or the base cannot be used, a process was killed, or another one is
+            doing a study in `out`.
     """
-    check_tasks(study)
-    _claim(study, out)
-    run_pieces(_missing(study, out), processes, progress)
+    check_study(study)
+    settings = _check_same(study, out)
+    out.mkdir(parents=True, exist_ok=True)
+    with take_lock(out / "lock", "ab", fcntl.LOCK_EX):
+        write_json(out / "study.json", settings)
+        run_pieces(_missing(study, out), processes, progress)
     right = {
         str(seed): {task.name: _answers(study, out, seed, task) for task in study.tasks_of(seed)}
         for seed in study.all_seeds
@@ -46,9 +55,24 @@ def run_study(study: Study, out: Path, processes: int = 2, progress: Progress = 
     return result
 
 
+def finished_answers(study: Study, out: Path) -> list[dict[str, Any]]:
+    """Return {"task", "variant", "seed", "examples", "right"} of answers that there are. Raises as `missing_work`."""
+    _check_same(study, out)
+    found = []
+    for seed in study.all_seeds:
+        for task in study.tasks_of(seed):
+            for name, _, _ in variants(study, out, seed, task):
+                file = study.answers(out, seed, task.name, name)
+                if file.exists():
+                    digits = json.loads(file.read_text())
+                    count = {"examples": len(digits), "right": digits.count("1")}
+                    found.append({"task": task.name, "variant": name, "seed": seed} | count)
+    return found
+
+
 def missing_work(study: Study, out: Path) -> list[Work]:
     """Return what `run_study` would do, without starting it. Raises QsunError as it does."""
-    check_tasks(study)
+    check_study(study)
     _check_same(study, out)
     return _missing(study, out)
 
@@ -68,13 +92,6 @@ def _answers(study: Study, out: Path, seed: int, task: StudyTask) -> dict[str, s
     return {name: json.loads(study.answers(out, seed, task.name, name).read_text()) for name in names}
 
 
-def _claim(study: Study, out: Path) -> None:
-    """Write the settings to study.json, or compare them with those that it holds."""
-    settings = _check_same(study, out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "study.json", settings)
-
-
 def _check_same(study: Study, out: Path) -> dict[str, Any]:
     """Return what study.json holds for this study. Raises QsunError if `out` holds another one."""
     contents = {f"base {study.base}": weights_fingerprint(find_model(study.base))}
@@ -82,12 +99,31 @@ def _check_same(study: Study, out: Path) -> dict[str, Any]:
     contents |= {f"file {file}": file_sha256(file) for file in files if file.is_file()}
     settings, file = json.loads(json.dumps(asdict(study))) | {"contents": contents}, out / "study.json"
     if file.exists():
-        before = json.loads(json.dumps(asdict(Study()))) | json.loads(file.read_text())  # an older one has fewer
+        before = json.loads(json.dumps(asdict(Study()))) | read_json(file)  # an older one has fewer
         for name, value in settings.items():
             if before.get(name) != value and name not in _GROWS:
                 shown = f"holds a study with {name} {before.get(name)}, not {value}"
                 raise QsunError(f"{out} {shown[:300]}; choose another folder")
+        rates = rates_by_rank(before["lora_ranks"], before["lora_lr"])
+        for rank in rates.keys() & study.lora_rates.keys():
+            if rates[rank] != study.lora_rates[rank]:
+                shown = f"holds adapters of rank {rank} with lora_lr {rates[rank]:g}, not {study.lora_rates[rank]:g}"
+                raise QsunError(f"{out} {shown}; choose another folder")
         for name, digest in contents.items():
             if before.get("contents", {}).get(name, digest) != digest:
                 raise QsunError(f"{name} has changed since the study in {out} was started; choose another folder")
     return settings
+
+
+def scores_table(found: Sequence[dict[str, Any]]) -> str:
+    """Return finished answers as a text: right answers of each task by variant, %, and the seeds that have them."""
+    names, tasks = dict.fromkeys(row["variant"] for row in found), dict.fromkeys(row["task"] for row in found)
+    rows = []
+    for name in names:
+        cells = []
+        for task in tasks:
+            scores = [row for row in found if (row["variant"], row["task"]) == (name, task)]
+            rate = 100 * sum(row["right"] for row in scores) / max(1, sum(row["examples"] for row in scores))
+            cells.append(f"{rate:.1f} ({', '.join(str(row['seed']) for row in scores)})" if scores else "-")
+        rows.append([name, *cells])
+    return Table(["right answers, % (seeds)", *tasks], rows).text() if rows else "no answers yet"

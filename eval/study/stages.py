@@ -3,13 +3,20 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from qsun.data.jsonl import check_no_pipe
 from qsun.device import default_device, load_dtype
-from qsun.errors import QsunError
-from qsun.eval.harness.exact_match import answer_limits, score_examples
-from qsun.eval.study.modules import Tuned, after_adapters, after_quantizing, before_quantizing, chosen_rate, trials
+from qsun.errors import Diverged
+from qsun.eval.harness.exact_match import score_examples
+from qsun.eval.study.modules import (
+    Tuned,
+    after_adapters,
+    after_quantizing,
+    before_quantizing,
+    chosen_rate,
+    note_diverged,
+    trials,
+)
 from qsun.eval.study.study import Study
-from qsun.eval.study.task import StudyTask, read_test
+from qsun.eval.study.task import EMBEDDED_TEST, StudyTask, read_test
 from qsun.eval.study.work import Work
 from qsun.model.locate import find_model, load_tokenizer
 from qsun.model.manifest import write_json
@@ -20,28 +27,6 @@ from qsun.quantization.run import quantize
 from qsun.runtime.decode_module import DecodeModule, load_decode
 from qsun.runtime.prefill_module import load_prefill
 from qsun.tuning.tuner import tune
-
-
-def check_tasks(study: Study) -> None:
-    """Raise QsunError, before work starts, for a base without tokenizer, a missing scorer or unusable test data.
-
-    That includes right responses that no model of these positions can write.
-    """
-    directory = find_model(study.base)
-    tokenizer = load_tokenizer(directory)
-    if tokenizer is None:
-        raise QsunError(f"base {study.base} has no tokenizer, and tasks are text")
-    config = read_model_config(directory)
-    for task in study.tasks:
-        task.find_scorer()
-        for file in task.files:
-            check_no_pipe(Path(file), "task")  # every seed reads it
-        if not task.embedded:
-            test = read_test(Path(task.test), tokenizer, config.max_position_embeddings, study.test)
-            try:
-                answer_limits(test, config)
-            except QsunError as error:
-                raise QsunError(f"{task.test}: {error}") from None
 
 
 def trying(study: Study, out: Path) -> Iterator[Work]:
@@ -99,17 +84,22 @@ def _tune(study: Study, out: Path, seed: int, task: StudyTask, module: Tuned) ->
     train, valid = (
         task.data(folder, *split, seed) for split in (("train", study.train), ("valid", max(300, study.valid)))
     )
-    tune(
-        decode,
-        target,
-        train,
-        module.config(study, seed, chosen),
-        eval_data=valid,
-        init=place(module.init),
-        teacher=place(module.teacher),
-        device=study.device,
-        resume=partial_path(target).exists(),
-    )
+    try:
+        tune(
+            decode,
+            target,
+            train,
+            module.config(study, seed, chosen),
+            eval_data=valid,
+            init=place(module.init),
+            teacher=place(module.teacher),
+            device=study.device,
+            resume=partial_path(target).exists(),
+        )
+    except Diverged:
+        if not module.rate:
+            raise
+        note_diverged(target)
 
 
 def quantizing(study: Study, out: Path) -> Iterator[Work]:
@@ -163,8 +153,8 @@ def _score(
 ) -> None:
     directory, device = find_model(study.base), default_device(study.device)
     dtype, positions = load_dtype(study.dtype, device), read_model_config(directory).max_position_embeddings
-    file = task.data(out / f"seed{seed}", "test", study.test, seed)
-    test = read_test(file, load_tokenizer(directory), positions, study.test)
+    file = task.data(out / f"seed{seed}", "test", study.test or EMBEDDED_TEST, seed)
+    test, _ = read_test(file, load_tokenizer(directory), positions, study.test)
     if decode is None:
         reader = load_prefill(prefill, dtype=dtype, device=device)
         writer = DecodeModule(reader.model, reader.directory, reader.manifest)

@@ -33,7 +33,7 @@ class Study:
         rates: peak rates to try in place of lr and full_lr, with the first seed: a prefill module and a full fine-tune
             of each task take the one with the least validation loss after rate_steps steps; 0: a quarter of `steps`.
         valid: validation examples of every tuning.
-        train, test: examples drawn of an embedded task. Files are used whole, but for `test` if it is not 0.
+        train: examples drawn of an embedded task. test: those scored; 0: of a file all, of an embedded task 500.
         bits, methods, group_size, sym: of the decode modules. The last calibrated method, or `refined`, is aligned.
         samples, polish: calibration sequences of each decode module, and steps of polish of calibrated ones.
         dtype, device: of all modules, as in qsun tune.
@@ -57,7 +57,7 @@ class Study:
     rates: tuple[float, ...] = ()
     rate_steps: int = 0
     train: int = 8192
-    test: int = 500
+    test: int = 0
     valid: int = 256
     bits: tuple[int, ...] = (4, 3, 2)
     methods: tuple[str, ...] = ("rtn", "awq", "gptq", "refined")
@@ -77,6 +77,10 @@ class Study:
         for name, values in (("curve", self.curve), ("lora_ranks", self.lora_ranks)):
             if any(value < 1 for value in values):
                 raise QsunError(f"{name} has {min(values)}; use whole numbers from 1 up")
+        for name in ("bits", "methods", "lora_ranks"):  # each has one place of its own
+            given = getattr(self, name)
+            if len(set(given)) < len(given):
+                raise QsunError(f"{name} {', '.join(map(str, given))} contain a duplicate; give each once")
         if self.lora_lr and len(self.lora_lr) not in {1, len(self.lora_ranks)}:
             counts = f"{len(self.lora_lr)} rates for {len(self.lora_ranks)} adapter ranks"
             raise QsunError(f"lora_lr has {counts}; give one, or one for each")
@@ -90,6 +94,11 @@ class Study:
             raise QsunError(f"tasks {', '.join(names)} contain a duplicate; give each its own name")
         if not any(not task.hard for task in self.tasks):
             raise QsunError("a study needs a task; give --task NAME=TRAIN,VALID,TEST")
+
+    @property
+    def lora_rates(self) -> dict[int, float]:
+        """Return the peak rate of each adapter rank; 0: by width."""
+        return rates_by_rank(self.lora_ranks, self.lora_lr)
 
     @property
     def all_seeds(self) -> range:
@@ -123,6 +132,11 @@ class Study:
     def answers(self, out: Path, seed: int, task: str, variant: str) -> Path:
         """Return the place of a variant's answers: a JSON string with a digit, 1 for right, for each test example."""
         return out / f"seed{seed}" / task / "answers" / f"{variant.replace(',', '').replace(' ', '-')}.json"
+
+
+def rates_by_rank(ranks: Sequence[int], rates: Sequence[float]) -> dict[int, float]:
+    """Return the rate of each rank, of one for all or one for each; none: 0."""
+    return dict(zip(ranks, rates if len(rates) > 1 else [*rates, 0.0][:1] * len(ranks), strict=True))
 
 
 def aligned_method(methods: Sequence[str]) -> str:

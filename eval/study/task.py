@@ -72,10 +72,14 @@ class StudyTask:
         return find_scorer(self.scorer)
 
 
-def read_test(path: Path, tokenizer: Any, positions: int, limit: int) -> Sequence[TokenExample]:
-    """Read the examples of a test file that fit into the model with room for an answer; `limit` 0: all."""
-    found, _ = read_examples([str(path)], tokenizer, positions * 3 // 4, "test")
-    return found[:limit] if limit else found
+def read_test(path: Path, tokenizer: Any, positions: int, limit: int) -> tuple[Sequence[TokenExample], int]:
+    """Read the examples of a test file that fit into the model with room for an answer, and count the others.
+
+    limit: the most examples; 0: all.
+    """
+    found, too_long = read_examples([str(path)], tokenizer, positions * 3 // 4, "test")
+    return found[:limit] if limit else found, too_long
 
 
+EMBEDDED_TEST = 500  # examples, where a study names no number
 EMBEDDED = (*(StudyTask(name) for name in TASKS), *(StudyTask(name, hard=True) for name in HARD_TASKS))

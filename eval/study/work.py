@@ -1,9 +1,11 @@
 """Pieces of work, each once what it needs is there, in a few processes that never outlive the one that started them."""
 
 import gc
+import logging
 import multiprocessing
 import os
 import signal
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -15,8 +17,10 @@ from threading import Thread
 from typing import Any
 
 from qsun.errors import OutOfMemory, QsunError
-from qsun.memory import clear_out_of_memory
+from qsun.memory import clear_out_of_memory, release_freed
 from qsun.progress import Progress
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,31 +46,31 @@ def run_pieces(pieces: Sequence[Work], processes: int, progress: Progress = lamb
     """Do all pieces, of those that can begin the first ones first; none of them needs itself.
 
     An error of a piece and Ctrl-C end the other processes at once; where this process is killed, they end themselves.
-    A piece that finds too little memory beside others is done again, and one process fewer is used from then on.
+    A piece that finds too little memory beside others is done again, and fewer are done at a time from then on.
 
     Raises:
         QsunError: of a piece, or a process was killed, as when memory runs out.
+        RuntimeError: any other error of a piece, with its traceback.
     """
     waiting, missing, running = list(pieces), {work.result for work in pieces}, dict[Future[None], Work]()
-    crowded: set[Future[None]] = set()  # those that had others beside them at any time
+    beside: dict[Future[None], int] = {}  # the most pieces that were under way with each, itself included
     progress("", 0, len(pieces))
-    threads = max(1, (os.cpu_count() or 1) // processes)
     with _pool(processes) as pool:
         while waiting or running:
             ready = [work for work in waiting if missing.isdisjoint(work.needs)]
-            for work in ready[: processes - len(running)]:
+            for work in ready[: max(0, processes - len(running))]:
                 waiting.remove(work)
-                running[pool.submit(_run, work, threads)] = work
-            if len(running) > 1:
-                crowded |= running.keys()
+                running[pool.submit(_run, work, max(1, (os.cpu_count() or 1) // processes))] = work
+            beside |= {job: max(beside.get(job, 1), len(running)) for job in running}
             for job in wait(running, return_when=FIRST_COMPLETED).done:
                 work = running.pop(job)
                 try:
                     job.result()
-                except OutOfMemory:
-                    if job not in crowded:
+                except OutOfMemory as error:
+                    if beside[job] == 1:
                         raise
-                    processes = max(1, len(running))
+                    processes = max(1, min(processes, beside[job]) - 1)
+                    log.warning("%s: %s; from now on %d at a time", work.label, error, processes)
                     waiting.insert(0, work)
                     continue
                 missing.discard(work.result)
@@ -106,19 +110,26 @@ def _watch_parent() -> None:
 
 
 def _run(work: Work, threads: int) -> None:
-    """Do a piece, and leave none of its memory on a GPU to this process, whose next piece may need less."""
+    """Do a piece, and leave none of its memory to this process, whose next piece may need less.
+
+    Its errors come as ones that another process can read, and hold nothing of what it had allocated.
+    """
     import torch
 
     torch.set_num_threads(threads)
     work.result.parent.mkdir(parents=True, exist_ok=True)
-    shortage = ""
+    fault: Exception | None = None
     try:
         with clear_out_of_memory(instead="fewer --processes"):
             work.function(*work.arguments)
-    except OutOfMemory as error:
-        shortage = str(error)  # raised below, where the error no longer holds what the piece had allocated
+    except (QsunError, OSError) as error:
+        fault = error.with_traceback(None)
+        fault.__context__ = None
+    except (Exception, SystemExit):
+        fault = RuntimeError(f"{work.label}:\n{traceback.format_exc()}")
     gc.collect()
+    release_freed()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    if shortage:
-        raise OutOfMemory(shortage)
+    if fault is not None:
+        raise fault

@@ -167,7 +167,7 @@ class Workdir:
             self._check_settings(settings)
         with _full_disk_is_said(self.out):
             self.root.mkdir(parents=True, exist_ok=True)
-            self._lock = _take_lock(self.root / "lock", "ab", fcntl.LOCK_EX) if lock else None
+            self._lock = take_lock(self.root / "lock", "ab", fcntl.LOCK_EX) if lock else None
             for directory in (self.root / "parts", self.module):
                 directory.mkdir(parents=True, exist_ok=True)
             if lock:
@@ -175,6 +175,8 @@ class Workdir:
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         record = self.root / "run.json"
+        if not record.exists() and not self.names(""):  # a run that ended as it began
+            return
         before = read_json(record) if record.exists() else {}
         now = json.loads(json.dumps(settings))
         changed = [key for key in {**now, **before} if before.get(key) != now.get(key)]
@@ -261,7 +263,7 @@ def check_outside(out: Path, model: Path) -> None:
         raise QsunError(f"output directory {out} is inside the input {model}; choose one outside")
 
 
-def _take_lock(path: Path, mode: str, kind: int) -> IO[bytes]:
+def take_lock(path: Path, mode: str, kind: int) -> IO[bytes]:
     """Lock a file until it is closed or its process ends. Raises QsunError where another run has it."""
     file: IO[bytes] = path.open(mode)
     try:
@@ -286,6 +288,6 @@ def check_free(out: Path, resume: bool, lock: bool = True) -> None:
         raise QsunError(f"output directory {out} exists; choose another, or delete it first")
     lock_file = partial_path(out) / "lock"
     if lock and lock_file.exists():
-        _take_lock(lock_file, "rb", fcntl.LOCK_SH).close()
+        take_lock(lock_file, "rb", fcntl.LOCK_SH).close()
     if partial_path(out).exists() and not resume:
         raise QsunError(f"{partial_path(out)} holds an interrupted run; continue it with --resume, or delete it")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qsun.data.examples import TokenExample
-from qsun.errors import QsunError
+from qsun.errors import Diverged, QsunError
 from qsun.memory import clear_out_of_memory, peak_rss_bytes, release_freed
 from qsun.model.manifest import write_json
 from qsun.model.output_dir import Workdir
@@ -222,7 +222,7 @@ class Tuner:
 
     def _check_finite(self, loss: float, kind: str) -> None:
         if not math.isfinite(loss):
-            raise QsunError(
+            raise Diverged(
                 f"the {kind} loss is {loss} after step {self.step} of {self.job.steps}; use a lower --lr than "
                 f"{self.job.peak_lr:.2g}, or --dtype float32"
             )

@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from qsun.errors import ResumeError
 from qsun.model.checkpoint import INDEX_FILE, STORED_DTYPES, Checkpoint, read_header
 from qsun.model.output_dir import ShardWriter, Workdir, lay_out, stored_as
 
@@ -89,6 +90,17 @@ def test_a_file_that_an_interrupted_run_began_keeps_what_it_holds(parts, tmp_pat
     for part in parts[1:]:
         again.write(part)
     assert (tmp_path / "model.safetensors").read_bytes().endswith(joined(parts, tmp_path))
+
+
+def test_a_run_that_ended_before_it_wrote_its_settings_is_begun_anew(tmp_path):
+    with Workdir(tmp_path / "out", {"a": 1}, resume=False) as killed:
+        (killed.root / "run.json").unlink()
+    with Workdir(tmp_path / "out", {"a": 2}, resume=True) as work:
+        assert json.loads((work.root / "run.json").read_text()) == {"a": 2}
+        work.note("part", {})
+        (work.root / "run.json").unlink()
+    with pytest.raises(ResumeError, match="a was None and is now 2"):
+        Workdir(tmp_path / "out", {"a": 2}, resume=True)
 
 
 def test_only_the_process_that_has_the_lock_writes_the_settings(tmp_path, monkeypatch):

@@ -81,6 +81,12 @@ def test_a_metric_that_is_no_yes_or_no_is_not_compared_as_one():
     assert "difference" not in summarize(MATRIX, rows)["accuracy"]["a"]["QSUN <int4>"]
 
 
+def test_variants_that_share_no_task_have_no_mean():
+    """Nor a sentence that would not say which task it is about."""
+    found = summarize(MATRIX, [task("SUN", "a", [1, 0]), task("QSUN <int4>", "b", [1, 1])])
+    assert list(found["accuracy"]) == ["a", "b"] and found["sentences"] == []
+
+
 class Reader(HTMLParser):
     def __init__(self):
         super().__init__()

@@ -1,5 +1,6 @@
 """A study with a few steps of tuning: every module is made once, and every number is in its place."""
 
+import fcntl
 import json
 import random
 import shutil
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from qsun.demo.tasks import HARD_TASKS, TASKS, examples, write_jsonl
-from qsun.errors import QsunError
+from qsun.errors import Diverged, QsunError
 from qsun.eval.report.variants import from_file
 from qsun.eval.study.matrix import write_matrix
 from qsun.eval.study.modules import after_quantizing, before_quantizing, chosen_rate, trials
@@ -19,6 +20,7 @@ from qsun.eval.study.run import missing_work, run_study
 from qsun.eval.study.stages import STAGES, variants
 from qsun.eval.study.study import Study
 from qsun.eval.study.task import StudyTask
+from qsun.model.output_dir import take_lock
 from tests.warm_process import warm_context
 
 
@@ -124,7 +126,7 @@ def test_rates():
 
 
 def test_rates_are_tried_first_and_the_best_of_each_is_taken(tmp_path):
-    study = Study(seeds=2, steps=100, rates=(1e-3, 4e-3, 2e-3), align_share=0.5)
+    study = Study(seeds=2, steps=100, test=20, rates=(1e-3, 4e-3, 2e-3), align_share=0.5)
     tried = list(STAGES[0](study, tmp_path))
     assert len(tried) == 2 * 3 * len(study.tasks) and {work.steps for work in tried} == {25}
     losses = {"sun-at-0.001": 0.3, "sun-at-0.004": 0.1, "sun-at-0.002": 0.2}
@@ -182,6 +184,10 @@ def test_an_embedded_task_by_its_name():
         (("--task", "a=x.jsonl,x.jsonl,x.jsonl,no_such.module:f"), "cannot be imported"),
         (("--task", "a=x.jsonl,x.jsonl,x.jsonl"), "test file x.jsonl does not exist"),
         (("--bits", "5"), "bits"),
+        (("--bits", "4,3,4"), "bits 4, 3, 4 contain a duplicate; give each once"),
+        (("--methods", "rtn,gptq,rtn"), "methods rtn, gptq, rtn contain a duplicate; give each once"),
+        (("--lora-ranks", "4,4"), "lora_ranks 4, 4 contain a duplicate; give each once"),
+        (("--lora-ranks", "4", "--lora-lr", "-1"), "lr -1"),
         (("--curve", "0,100"), "curve has 0; use whole numbers from 1 up"),
         (("--lora-ranks", "0,4"), "lora-ranks has 0; use whole numbers from 1 up"),
         (("--lora-ranks", "4,16", "--lora-lr", "1e-3,2e-3,3e-3"), "lora_lr has 3 rates for 2 adapter ranks; give one"),
@@ -198,6 +204,113 @@ def test_bad_input_is_one_line_before_work_starts(cli, tmp_path, options, says):
     answer = cli("bench", "tasks", "-o", tmp_path / "out", *options)
     assert answer.code == 2 and says in answer.err, answer.err
     assert answer.err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def own_task(folder, scorer="exact", responses=("2", "4"), name="own"):
+    rows = [{"prompt": f"{response}+0=", "response": response} for response in responses]
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"{name}={','.join(str(folder / f'{split}.jsonl') for split in ('train', 'valid', 'test'))},{scorer}"
+
+
+@pytest.mark.parametrize(
+    ("scorer", "says"),
+    [
+        ("raises", "scorer own_scorers:raises of task own fails on the answer '': ZeroDivisionError: division by zero"),
+        ("alike", "scorer own_scorers:alike of task own returns 0.3; let it return True or False"),
+        ("never", "scorer own_scorers:never of task own rejects the right response '2' of"),
+        ("one", "scorer own_scorers:one of task own fails on the answer '': TypeError:"),
+    ],
+)
+def test_a_scorer_that_cannot_work_is_found_before_work_starts(cli, tmp_path, monkeypatch, scorer, says):
+    lines = ["def raises(answer, right): return 1 / len(answer)", "def alike(answer, right): return 0.3"]
+    lines += ["def never(answer, right): return False", "def one(answer): return True"]
+    (tmp_path / "own_scorers.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    answer = cli("bench", "tasks", "-o", tmp_path / "out", "--task", own_task(tmp_path, f"own_scorers:{scorer}"))
+    assert answer.code == 2 and says in answer.err and answer.err.count("\n") == 1, answer.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_training_data_is_found_before_another_task_is_tuned(cli, tmp_path):
+    task = own_task(tmp_path)
+    (tmp_path / "valid.jsonl").unlink()
+    answer = cli("bench", "tasks", "-o", tmp_path / "out", "--task", "math", "--task", task)
+    assert answer.code == 2 and f"file {tmp_path / 'valid.jsonl'} of task own does not exist" in answer.err
+
+
+def test_an_own_test_file_is_whole_beside_an_embedded_task(cli, tmp_path, monkeypatch):
+    studies = []
+
+    def stop(study, *_):
+        studies.append(study)
+        raise QsunError("stop")
+
+    monkeypatch.setattr("qsun.eval.study.run.run_study", stop)
+    for tasks in (("math", own_task(tmp_path)), ("math",), (own_task(tmp_path),)):
+        cli("bench", "tasks", "-o", tmp_path / "out", *(part for task in tasks for part in ("--task", task)))
+    assert [study.test for study in studies] == [0, 500, 0]
+
+
+def test_test_rows_that_the_model_cannot_read_are_counted(cli, tmp_path):
+    answer = cli(
+        "bench", "tasks", "-o", tmp_path / "out", "--dry-run", "--task", own_task(tmp_path, responses=("2", "7" * 400))
+    )
+    assert answer.code == 0, answer.err
+    assert "test.jsonl: 1 of its examples are too long for the model, and are not scored" in answer.err
+
+
+def test_a_rate_at_which_the_loss_is_not_finite_is_the_worst(tmp_path, monkeypatch):
+    study = Study(tasks=(StudyTask("math"),), seeds=1, rates=(1e-3, 1.0), train=8)
+    works = {work.result.name: work for work in STAGES[0](study, tmp_path)}
+
+    def diverged(*_, **__):
+        raise Diverged("the training loss is nan after step 3 of 250; use a lower --lr than 1")
+
+    monkeypatch.setattr("qsun.eval.study.stages.tune", diverged)
+    works["sun-at-1"].result.parent.mkdir(parents=True)
+    with pytest.raises(Diverged):  # of a module that is not a trial
+        tuned = next(work for work in STAGES[1](replace(study, rates=()), tmp_path) if work.result.name == "sun")
+        tuned.function(*tuned.arguments)
+    for name in ("sun-at-1", "full-at-1", "full-at-0.001"):
+        works[name].function(*works[name].arguments)
+    (works["sun-at-0.001"].result).mkdir()
+    (works["sun-at-0.001"].result / "report.json").write_text(json.dumps({"best_valid_loss": 3.0}))
+    assert chosen_rate(study, tmp_path, "math", full=False) == 1e-3
+    with pytest.raises(QsunError, match="math: the loss is not finite at any of the rates tried"):
+        chosen_rate(study, tmp_path, "math", full=True)
+
+
+def test_adapter_rates_belong_to_ranks_in_a_resumed_study(tmp_path):
+    study = Study(seeds=1, lora_ranks=(4, 16), lora_lr=(6e-3, 3e-3))
+    (tmp_path / "study.json").write_text(json.dumps(asdict(study)))
+    grown = replace(study, lora_ranks=(16, 4, 64), lora_lr=(3e-3, 6e-3, 1e-3))
+    assert missing_work(grown, tmp_path)
+    with pytest.raises(QsunError, match=r"holds adapters of rank 16 with lora_lr 0.003, not 0.006; choose another"):
+        missing_work(replace(study, lora_ranks=(16, 4)), tmp_path)
+
+
+def test_one_study_at_a_time_in_a_folder(tmp_path):
+    with (
+        take_lock(tmp_path / "lock", "ab", fcntl.LOCK_EX),
+        pytest.raises(QsunError, match=f"another run is writing {tmp_path}"),
+    ):
+        run_study(Study(seeds=1), tmp_path)
+
+
+def test_scores_of_a_stopped_study(cli, tmp_path):
+    study = Study(tasks=(StudyTask("math"), StudyTask("code")), seeds=2)
+    for seed, task, digits in ((0, "math", "0111"), (1, "math", "0001"), (0, "code", "1111")):
+        file = study.answers(tmp_path, seed, task, "sun")
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(digits))
+    arguments = ("bench", "tasks", "-o", tmp_path, "--so-far", "--task", "math", "--task", "code", "--seeds", 2)
+    lines = cli(*arguments).out.splitlines()
+    assert [line.split() for line in lines if line.startswith("sun")] == [["sun", "50.0", "(0,", "1)", "100.0", "(0)"]]
+    rows = json.loads(cli(*arguments, "--json").out)
+    assert {"task": "math", "variant": "sun", "seed": 1, "examples": 4, "right": 1} in rows and len(rows) == 3
+    assert cli("bench", "tasks", "-o", tmp_path / "none", "--so-far").out == "no answers yet\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["seed0", "seed1"]
 
 
 def test_ctrl_c_says_how_to_continue(cli, tmp_path, monkeypatch):

@@ -168,3 +168,23 @@ def test_memory_that_runs_out_is_one_line_with_the_fix(monkeypatch, tmp_path):
     says = "memory ran out asking for 3.00 GiB more; use a machine with more, or fewer --processes"
     with pytest.raises(OutOfMemory, match=says):
         run_pieces([Work("a", tmp_path / "a", allocate, (0,))], 1)
+
+
+def raise_strangely(_):
+    class TwoParts(Exception):  # which another process cannot make again
+        def __init__(self, one, two):
+            super().__init__(f"{one} and {two}")
+
+    raise TwoParts("this", "that")
+
+
+def leave(_):
+    raise SystemExit(0)
+
+
+@pytest.mark.parametrize(("function", "says"), [(raise_strangely, "TwoParts: this and that"), (leave, "SystemExit: 0")])
+def test_any_error_of_a_piece_names_it_and_its_cause(monkeypatch, tmp_path, function, says):
+    monkeypatch.setattr(work, "get_context", lambda _: warm_context())
+    with pytest.raises(RuntimeError) as error:
+        run_pieces([Work("math sun, seed 0", tmp_path / "a", function, (0,))], 1)
+    assert str(error.value).startswith("math sun, seed 0:\n") and says in str(error.value)
