@@ -109,7 +109,8 @@ def read_calibration(
     for number, name in enumerate(names):
         share = samples // len(names) + (number < samples % len(names))
         found = _read_source(name, tokenizer, share, seq_len, seed + number)
-        check_vocabulary((s.tokens for s in found), vocab_size, tokenizer, f"calibration source {name}")
+        tokens = [found.extremes] if isinstance(found, _Rows) else (s.tokens for s in found)
+        check_vocabulary(tokens, vocab_size, tokenizer, f"calibration source {name}")
         drawn = _draw(found, share, seed + number, name)
         chosen += _read_by(modules[number], drawn, name) if modules else drawn
     text = list(chosen[0].tokens)
@@ -122,7 +123,7 @@ def builtin_text() -> Path:
     return Path(__file__).parent / "calibration.txt"
 
 
-def _read_source(name: str, tokenizer: Any, share: int, seq_len: int, seed: int) -> list[Sample]:
+def _read_source(name: str, tokenizer: Any, share: int, seq_len: int, seed: int) -> "list[Sample] | _Rows":
     path = builtin_text() if name == BUILTIN else Path(name)
     if path.suffix.lower() == ".npy":
         return _read_npy(path, seq_len)
@@ -143,11 +144,12 @@ def _read_source(name: str, tokenizer: Any, share: int, seq_len: int, seed: int)
     return samples
 
 
-def _draw(found: list[Sample], count: int, seed: int, name: str) -> list[Sample]:
+def _draw(found: Sequence[Sample], count: int, seed: int, name: str) -> list[Sample]:
     packaged = name == BUILTIN or Path(name).is_relative_to(_PACKAGE)
     if len(found) < count and not packaged:
         log.warning("calibration source %s gives %d samples, fewer than the %d asked for", name, len(found), count)
-    return found if len(found) <= count else random.Random(seed).sample(found, count)
+    places = range(len(found))
+    return [found[i] for i in (places if len(found) <= count else random.Random(seed).sample(places, count))]
 
 
 def _read_by(module: int | None, samples: list[Sample], name: str) -> list[Sample]:
@@ -160,12 +162,15 @@ def _read_by(module: int | None, samples: list[Sample], name: str) -> list[Sampl
 
 
 def read_token_ids(path: Path, what: str) -> np.ndarray:
-    """Return the integers of a .npy file, of any shape. Raises QsunError for anything else; what: the file's role."""
+    """Return the integers of a .npy file, of any shape, read as they are used.
+
+    Raises QsunError for anything else; what: the file's role.
+    """
     check_no_pipe(path, what)
     if not path.is_file():
         raise QsunError(f"{what} file {path} does not exist")
     try:
-        ids = np.load(path, allow_pickle=False)
+        ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise QsunError(f"{what} file {path} is not a valid .npy file: {error}") from None
     if not isinstance(ids, np.ndarray):
@@ -176,13 +181,31 @@ def read_token_ids(path: Path, what: str) -> np.ndarray:
     return ids
 
 
-def _read_npy(path: Path, seq_len: int) -> list[Sample]:
+class _Rows(Sequence[Sample]):
+    """Samples of an array of token ids (rows, length), made when they are drawn: a Python int takes 32 bytes."""
+
+    def __init__(self, ids: np.ndarray):
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, place: Any) -> Any:
+        return Sample(tuple(self.ids[place].tolist()))
+
+    @property
+    def extremes(self) -> tuple[int, int]:
+        """The lowest and the highest token."""
+        return int(self.ids.min()), int(self.ids.max())
+
+
+def _read_npy(path: Path, seq_len: int) -> _Rows:
     ids = read_token_ids(path, "calibration")
     if ids.ndim != 2 or 0 in ids.shape:
         raise QsunError(
             f"calibration file {path} holds {ids.dtype} {list(ids.shape)}; it must be integers [samples, length]"
         )
-    return [Sample(tuple(row)) for row in ids[:, :seq_len].tolist()]
+    return _Rows(ids[:, :seq_len])
 
 
 def _read_text(path: Path) -> str:

@@ -18,6 +18,10 @@ class AdaptedCheckpoint(Checkpoint):
 
     Args:
         adapter: directory of a LoRA adapter.
+
+    Attributes:
+        scale: of the adapter's product; its fingerprint, of tensors alone, does not know it.
+
     Raises:
         QsunError: its base is not here or is another, or it is not plain LoRA.
     """
@@ -26,14 +30,14 @@ class AdaptedCheckpoint(Checkpoint):
         super().__init__(adapter_base(adapter))
         self.adapter = adapter
         stored = stored_adapter(empty_model(read_model_config(self.directory)), adapter)
-        self._scale = stored.settings.scale
+        self.scale = stored.settings.scale
         self._weights = {f"{layer}.weight": pair for layer, pair in stored.weights.items()}
 
     def load(self, names: Iterable[str]) -> dict[str, Tensor]:
         tensors = super().load(names)
         for name in tensors.keys() & self._weights.keys():
             stored = tensors[name]
-            tensors[name] = merged_weight(stored, *self._weights[name], self._scale).to(stored.dtype)
+            tensors[name] = merged_weight(stored, *self._weights[name], self.scale).to(stored.dtype)
         return tensors
 
     def fingerprint(self) -> str:

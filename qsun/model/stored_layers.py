@@ -155,5 +155,6 @@ def load_quantized_block(skeleton: Skeleton, checkpoint: Checkpoint, index: int,
             tensors[name] = checkpoint.load([prefix + name])[prefix + name]
         else:
             features = linear_of(skeleton.layers[index], name.removesuffix(".weight")).in_features
-            tensors[name] = read_quantized_layer(checkpoint, layer, fmt, features)[0].dequantize()
+            weights, _ = read_quantized_layer(checkpoint, layer, fmt, features, skeleton.device)
+            tensors[name] = weights.dequantize()
     return skeleton.fill(skeleton.layers[index], tensors, prefix)

@@ -122,8 +122,10 @@ def quantize_layers(
         quantized = rtn(weight, grid_of(spec, scale_dtype), scale_search=config.scale_search)
         parts = zip(weight.split(rows), quantized.split(rows), strict=True)
         return [LayerResult(part, spec, weight_error(original, part.dequantize())) for original, part in parts]
-    if not torch.isfinite(moments.gram.diagonal()).all():
-        raise QsunError(f"the input of {name} has NaN or Inf; try --dtype float32")
+    compared = {"full-precision input": moments.drift, "full-precision output": moments.missing}
+    for what, sums in ({"input": moments.gram.diagonal()} | compared).items():
+        if sums is not None and not torch.isfinite(sums).all():
+            raise QsunError(f"the {what} of {name} has NaN or Inf; try --dtype float32")
     hessian = moments.hessian()
     quantized = _pass(weight, moments, hessian, grid_of(spec, scale_dtype), config)
     errors = output_errors(weight, quantized.dequantize(), hessian, rows)

@@ -21,6 +21,7 @@ from qsun.runtime.logits import response_loss
 from qsun.runtime.prefill_module import load_prefill
 from qsun.runtime.seam import IGNORED, SeamBatch, collate, decode_hidden, prefill_batch
 
+_TRIM_EVERY = 16  # lessons have many shapes, which leave holes in the heap
 _POSITIONS = 2048  # of a lesson, those that the decode module reads
 
 
@@ -89,6 +90,12 @@ def _example(sample: Sample) -> TokenExample:
     return TokenExample(sample.tokens[:end], (*sample.tokens[end:], 0))
 
 
+def trim(lessons: int) -> None:
+    """Give freed memory back after every 16 lessons."""
+    if lessons % _TRIM_EVERY == 0:
+        release_freed()
+
+
 @torch.no_grad()
 def teach(base: Skeleton, prefills: Sequence[str], lessons: Sequence[Lesson]) -> Any:
     """Compute the KV and states of lessons, in place.
@@ -102,15 +109,17 @@ def teach(base: Skeleton, prefills: Sequence[str], lessons: Sequence[Lesson]) ->
     own = str(base.checkpoint.directory)
     for module in dict.fromkeys(lesson.module for lesson in lessons if lesson.batch.prefix.shape[1]):
         model: Any = _load(own if module is None else prefills[module], base)
-        for lesson in lessons:
-            if lesson.module == module:
-                cache = prefill_batch(model, lesson.batch.to(base.device))
-                lesson.kv = tuple((layer.keys.cpu(), layer.values.cpu()) for layer in cache.layers)
+        for number, lesson in enumerate((lesson for lesson in lessons if lesson.module == module), 1):
+            cache = prefill_batch(model, lesson.batch.to(base.device))
+            lesson.kv = tuple((layer.keys.cpu(), layer.values.cpu()) for layer in cache.layers)
+            del cache
+            trim(number)
         del model
         release_freed()
     model = _load(own, base)
-    for lesson in lessons:
+    for number, lesson in enumerate(lessons, 1):
         lesson.states = decode_hidden(model, lesson.batch.to(base.device), lesson.cache(base.device)).cpu()
+        trim(number)
     return SimpleNamespace(lm_head=model.lm_head, config=model.config)
 
 

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from qsun.quantization.polish_memory import polish_bytes
 
 _INTERPRETER_BYTES = 560 << 20  # Python with torch and transformers and their heap, measured on a tiny model
 _KEPT_MLP_LIMIT = 1 << 30
+_ROUNDING = 5 * 4  # bytes a weight of rtn, in float32: weight, w / scale, dequantized, their difference and its square
 REST = "rest"  # the part of all that is outside the blocks
 
 
@@ -110,7 +112,7 @@ def make_plan(
         dtype=str(skeleton.dtype).removeprefix("torch."),
         device=str(skeleton.device),
         output_bytes=sum(shard.size_bytes for shard in shards),
-        peak_ram_bytes=_INTERPRETER_BYTES + ram + _largest_part(skeleton.checkpoint),
+        peak_ram_bytes=_INTERPRETER_BYTES + max(ram + _largest_read(skeleton.checkpoint), _rest_bytes(shards)),
         peak_vram_bytes=vram,
     )
 
@@ -125,9 +127,15 @@ def check_disk(plan: Plan, directory: Path, written: int = 0) -> None:
         )
 
 
-def _largest_part(checkpoint: Checkpoint) -> int:
+def _largest_read(checkpoint: Checkpoint) -> int:
     """Return the bytes of a block, or of the embedding, as they are read."""
     return max(checkpoint.size_bytes(checkpoint.names(block_prefix(0))), checkpoint.size_bytes([EMBEDDING]))
+
+
+def _rest_bytes(shards: list[Shard]) -> int:
+    """Return the bytes of all that is outside the blocks, which is written at once: embedding and head."""
+    spans = (span for shard in shards for name, span in shard.spans.items() if not name.startswith(BLOCKS))
+    return sum(end - start for start, end in spans)
 
 
 def _working_bytes(
@@ -136,11 +144,14 @@ def _working_bytes(
     item = torch.finfo(skeleton.dtype).bits // 8
     block = sum(N * K for name, (N, K) in shapes.items() if name.startswith(block_prefix(0))) * item
     vocabulary, hidden = skeleton.checkpoint.shape(EMBEDDING)
+    stages = _stage_shapes(skeleton, shapes)
     if not config.calibrated:
-        return 2 * block + max((N * K * 4 for N, K in shapes.values()), default=0)
+        head = prod(shapes.get("lm_head", (0, 0)))
+        return max(2 * block + _ROUNDING * max(map(prod, stages)), (item + _ROUNDING) * head)
     tokens = sum(len(sample.tokens) for sample in samples)
     streams = 2 if config.method == "refined" else 1
-    at_peak = max(_pass_bytes(N, K, hidden, streams) for N, K in _stage_shapes(skeleton, shapes))
+    heads = [shape for name, shape in shapes.items() if not name.startswith(BLOCKS)]
+    at_peak = max(_pass_bytes(N, K, hidden, streams) for N, K in stages + heads)
     K = max(K for _, K in shapes.values())
     kept = streams * min(tokens * K * item, _KEPT_MLP_LIMIT)
     base_reads = any(sample.module is None and sample.prefill_tokens for sample in samples)
@@ -150,11 +161,9 @@ def _working_bytes(
 
 
 def _stage_shapes(skeleton: Skeleton, shapes: dict[str, tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return the shapes that passes work on: all rows of a stage's layers at once, and lm_head."""
+    """Return the shapes that passes work on in a block: all rows of a stage's layers at once."""
     stages = [[shapes[block_prefix(0) + name] for name in stage.layers] for stage in skeleton.architecture.stages]
-    return [(sum(N for N, _ in stage), stage[0][1]) for stage in stages] + [
-        shape for name, shape in shapes.items() if not name.startswith(BLOCKS)
-    ]
+    return [(sum(N for N, _ in stage), stage[0][1]) for stage in stages]
 
 
 def _pass_bytes(N: int, K: int, hidden: int, streams: int) -> int:

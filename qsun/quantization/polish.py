@@ -27,7 +27,7 @@ from qsun.model.quantized import digest
 from qsun.model.skeleton import linear_of
 from qsun.model.stored_layers import read_quantized_layer
 from qsun.quantization.job import Job
-from qsun.quantization.lessons import make_lessons, teach
+from qsun.quantization.lessons import make_lessons, teach, trim
 from qsun.quantization.scaled_linear import learn_scales
 from qsun.runtime.decode_module import load_decode
 
@@ -46,8 +46,8 @@ def polish_scales(job: Job, work: Workdir, tell: Callable[[int], None]) -> tuple
         work: its module has config.json and all weights.
         tell: called with the number of steps that were taken since the last call.
     Returns:
-        The digests of the layers, by name; and what the report says: divergence, [step, nats a token of the held-out
-        samples], kept, the step whose scales were written, and slower, by how much the rate was lowered.
+        The digests of the layers that changed, by name; and what the report says: divergence, [step, nats a token of
+        the held-out samples], kept, the step whose scales were written, and slower, by how much the rate was lowered.
     Raises:
         QsunError: NaN or Inf, or a module that is read back as another one.
     """
@@ -91,13 +91,15 @@ class _Learner:
             self._validate(0)
         for step in range(done + 1, self.steps + 1):
             self._step(step)
+            trim(step)
             if step % every == 0 or step == self.steps:
                 self._validate(step)
             self.tell(1)
         kept = min(self.curve, key=lambda point: point[1])[0]
         for name, layer in self.layers.items():
             layer.gains.data.copy_(self.best[name])
-        learned = {name: layer.scales.detach() for name, layer in self.layers.items()}
+        # the first scales stay as they are stored, which the computation's dtype may not hold
+        learned = {name: layer.scales.detach() for name, layer in self.layers.items()} if kept else {}
         record = {"steps": self.steps, "divergence": self.curve, "kept": kept, "slower": self.slower}
         self.work.write(_PART, learned, record)
         del self.decode, self.layers, self.optimizer

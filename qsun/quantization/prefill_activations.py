@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 
 from qsun.errors import QsunError
-from qsun.model.adapter_checkpoint import open_prefill
+from qsun.model.adapter_checkpoint import AdaptedCheckpoint, open_prefill
 from qsun.model.locate import find_model
 from qsun.model.pairing import check_pair
 from qsun.model.skeleton import Skeleton
@@ -27,6 +27,12 @@ class PrefillSource:
 
     name: str
     skeleton: Skeleton
+
+    @property
+    def scale(self) -> float | None:
+        """Of its adapter, if it is one."""
+        checkpoint = self.skeleton.checkpoint
+        return checkpoint.scale if isinstance(checkpoint, AdaptedCheckpoint) else None
 
     def fingerprint(self) -> str:
         """Return that of its weights. Raises QsunError naming the module for NaN or Inf."""

@@ -94,8 +94,10 @@ def _fingerprints(job: Job) -> dict[str, Any]:
 def _settings(job: Job, inputs: dict[str, Any]) -> dict[str, Any]:
     """Return everything that decides the bytes: a resumed run must have the same."""
     skeleton, layout = job.skeleton, hashlib.sha256(b"".join(shard.header for shard in job.shards))
-    machine = {"compute_dtype": str(skeleton.dtype), "device": skeleton.device.type}
-    return job.config.to_dict() | inputs | machine | {"layout": layout.hexdigest()}
+    machine: dict[str, Any] = {"compute_dtype": str(skeleton.dtype), "device": skeleton.device.type}
+    scales = [source.scale for source in job.prefill.modules]  # of adapters, whose fingerprints do not know them
+    machine |= {"layout": layout.hexdigest()} | ({"prefill_scales": scales} if any(scales) else {})
+    return job.config.to_dict() | inputs | machine
 
 
 def _quantize(job: Job, work: Workdir, counter: ProgressCounter, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qsun.data.examples import TokenExample, check_vocabulary
 from qsun.data.jsonl import check_no_pipe
@@ -17,14 +18,23 @@ from qsun.errors import OutOfMemory, QsunError
 from qsun.memory import available_bytes, clear_out_of_memory
 from qsun.model.checkpoint import Checkpoint, files_fingerprint
 from qsun.model.locate import find_model, load_tokenizer
-from qsun.model.lora import Adapter, AdapterSettings, adapter_file, fresh_adapter, stored_adapter, target_names
+from qsun.model.lora import (
+    Adapter,
+    AdapterSettings,
+    adapter_file,
+    check_adapter,
+    fresh_adapter,
+    stored_adapter,
+    target_names,
+)
 from qsun.model.output_dir import check_free, check_outside
 from qsun.model.pairing import find_base, weights_fingerprint
-from qsun.model.skeleton import EMBEDDING, empty_model, read_model_config, weight_shape
+from qsun.model.skeleton import EMBEDDING, HEAD, empty_model, read_model_config, weight_shape
 from qsun.model.stored_layers import quantized_layer_names
 from qsun.runtime.rotary import rope_boundary
 from qsun.tuning.config import TuneConfig
 from qsun.tuning.examples import crosses, draw, fingerprint, hold_out, read_examples, token_count
+from qsun.tuning.optimizer import used_parameters
 from qsun.tuning.start import Start, TeacherPlan, check_base, check_decode, find_start, find_teacher
 
 log = logging.getLogger(__name__)
@@ -106,9 +116,8 @@ class TuneJob:
 
         memory_bytes is for each process; with `shard`, shared_bytes is what all of them hold together.
         """
-        model = empty_model(read_model_config(self.base))
-        weights = sum(parameter.numel() for parameter in model.parameters())
-        memory, shared = self._memory_bytes(model, weights, processes)
+        model = _outline(self.base)
+        memory, shared = self._memory_bytes(model, processes)
         return {
             "training_examples": len(self.train),
             "validation_examples": len(self.valid),
@@ -118,7 +127,7 @@ class TuneJob:
             "examples_per_step": self.config.batch_size,
             "tokens_per_epoch": token_count(self.train),
             "peak_lr": self.peak_lr,
-            "weights": weights,
+            "weights": _numel(model.parameters()),
             "dtype": str(self.dtype).removeprefix("torch."),
             "device": str(self.device),
             "processes": processes,
@@ -135,40 +144,56 @@ class TuneJob:
                 "--lora-rank, --dtype bfloat16, or --shard over several processes"
             )
 
-    def _adapter_weights(self, model: Any) -> int:
+    def _adapter_sizes(self, model: Any) -> dict[str, int]:
+        """Return how many weights the adapter has on each of the model's weights, by its name."""
         if self.start.is_adapter:
-            file = adapter_file(self.start.directory)
-            return sum(math.prod(file.shape(name)) for name in file.names())
+            file, layers = adapter_file(self.start.directory), check_adapter(model, self.start.directory)[1]
+            return {f"{name}.weight": sum(math.prod(file.shape(part)) for part in layers[name]) for name in layers}
         names = target_names(model.config, self.config.lora_targets)
-        return self.config.lora_rank * sum(sum(weight_shape(model, name)) for name in names)
+        return {f"{name}.weight": self.config.lora_rank * sum(weight_shape(model, name)) for name in names}
 
     def _teacher_weights(self) -> int:
         """Return the number of weights of a teacher's modules, dequantized."""
         if self.teacher is None:
             return 0
-        model = empty_model(read_model_config(self.teacher.shaped))
-        return sum(p.numel() for p in model.parameters()) * (1 if self.teacher.decode is None else 2)
+        return _numel(_outline(self.teacher.shaped).parameters()) * (1 if self.teacher.decode is None else 2)
 
-    def _memory_bytes(self, model: Any, weights: int, processes: int) -> tuple[int, int]:
-        """Return the bytes of one process, and those that are spread over all of them."""
-        fine_tune = self.config.fine_tune
-        tuned = self._adapter_weights(model) if self.tunes_adapter else weights
-        item = torch.finfo(self.dtype).bits // 8
-        taught = item * self._teacher_weights()
-        frozen = _loaded_bytes(self.decode, item)
+    def _memory_bytes(self, model: Any, processes: int) -> tuple[int, int]:
+        """Return the bytes of one process, and those that are spread over all of them. model: the base's outline."""
+        fine_tune, sizes = self.config.fine_tune, {name: p.numel() for name, p in model.named_parameters()}
+        weights, item = sum(sizes.values()), torch.finfo(self.dtype).bits // 8
+        of_adapter = self._adapter_sizes(model) if self.tunes_adapter else {}
+        # as `make_trainable` leaves them: a prefill module's KV does not depend on the last layer's q, o and MLP
+        used = sizes.keys() if fine_tune else used_parameters(model)
+        tuned = sum(size for name, size in (of_adapter or sizes).items() if name in used)
+        adapter = sum(of_adapter.values())
+        taught, frozen = item * self._teacher_weights(), _loaded_bytes(self.decode, item)
         if not self.config.shard:
             modules = frozen if self.one_copy else weights * item + (0 if fine_tune else frozen)
             own = 4 if self.tunes_adapter else item  # bytes of a tuned weight, and of its gradient
             # a share of float32 masters, moments and gradients; alone, float32 parameters and gradients are their own
             optimizer = 8 if own == 4 and processes == 1 else 16 / processes
-            adapter = tuned * own if self.tunes_adapter else 0
-            return modules + adapter + taught + int(tuned * (own + optimizer)), 0
-        shared = taught + (0 if fine_tune else frozen) + (weights * item if self.tunes_adapter else 0) + tuned * 16
-        block = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+            return modules + adapter * 4 + taught + int(tuned * (own + optimizer)), 0
+        shared = taught + tuned * 16
+        shared += weights * item + (adapter - tuned) * 4 if self.tunes_adapter else (weights - tuned) * item
+        if not fine_tune:
+            shared += frozen - sizes.get(HEAD, 0) * item  # which a prefill module does without
+        block = _numel(model.model.layers[0].parameters())
         embedding = model.model.embed_tokens.weight.numel()
         # gathered at a time: two blocks and the gradient of one, or an embedding and its gradient
         gathered = max(block * (3 * item + 4), embedding * (2 * item + 4))
         return shared // processes + gathered, shared
+
+
+def _outline(directory: Path) -> Any:
+    """Return a directory's model on the meta device, whose tied embeddings are one parameter."""
+    model = empty_model(read_model_config(directory)).to("meta")
+    model.tie_weights()
+    return model
+
+
+def _numel(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def _loaded_bytes(directory: Path, item: int) -> int:
@@ -176,7 +201,8 @@ def _loaded_bytes(directory: Path, item: int) -> int:
     stored = Checkpoint(directory)
     layers = set(quantized_layer_names(stored))
     packed = [name for name in stored.names() if name.rpartition(".")[0] in layers]
-    plain = set(stored.names()) - set(packed)
+    tied = {HEAD} if read_model_config(directory).tie_word_embeddings else set()
+    plain = set(stored.names()) - set(packed) - tied
     return stored.size_bytes(packed) + item * sum(math.prod(stored.shape(name)) for name in plain)
 
 

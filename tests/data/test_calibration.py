@@ -2,8 +2,10 @@
 
 import json
 import pickle
+import random
 import re
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -166,6 +168,24 @@ def test_the_same_seed_draws_the_same_samples(read, tmp_path):
     assert first == second and first.fingerprint == second.fingerprint
     assert first.samples != other.samples and first.fingerprint != other.fingerprint
     assert len(set(first.samples)) == 10
+
+
+@pytest.mark.parametrize("count", [10, 45])
+def test_rows_of_token_ids_are_drawn_as_from_a_list(count, read, tmp_path):
+    rows = random_tokens(50, 6)
+    np.save(tmp_path / "some.npy", rows)
+    expected = random.Random(3).sample([Sample(tuple(row)) for row in rows.tolist()], count)
+    assert read(tmp_path / "some.npy", samples=count, seed=3).samples == tuple(expected)
+
+
+def test_of_many_token_ids_only_the_drawn_ones_are_in_memory(read, tmp_path):
+    np.save(tmp_path / "some.npy", random_tokens(2000, 1000))
+    tracemalloc.start()
+    try:
+        read(tmp_path / "some.npy", samples=4)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_the_fingerprint_knows_where_decode_begins(read, tmp_path):

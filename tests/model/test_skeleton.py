@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import qsun
+from qsun.model import stored_layers
 from qsun.model.checkpoint import Checkpoint
 from qsun.model.skeleton import Skeleton
 
@@ -57,3 +58,12 @@ def test_what_transformers_cannot_build_is_one_line(changes, says, tiny_model, t
     for command in (["inspect", directory], ["quantize", directory, "-o", tmp_path / "out"]):
         answer = cli(*command)
         assert (answer.code, answer.err.count("\n")) == (2, 1)
+
+
+def test_layers_of_a_quantized_block_are_unpacked_on_the_skeletons_device(tiny_model, tmp_path, monkeypatch):
+    qsun.quantize(tiny_model(), tmp_path / "q", qsun.QuantConfig(method="rtn", group_size=32), device="cpu")
+    skeleton, seen = Skeleton(Checkpoint(tiny_model()), torch.float32, torch.device("cpu")), []
+    read = stored_layers.read_quantized_layer
+    monkeypatch.setattr(stored_layers, "read_quantized_layer", lambda *args: seen.append(args[4:]) or read(*args))
+    stored_layers.load_quantized_block(skeleton, Checkpoint(tmp_path / "q"), 1, "gptq")
+    assert seen == [(skeleton.device,)] * 7

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import qsun
 from qsun.model.checkpoint import Checkpoint
 from qsun.model.lora import AdapterSettings, fresh_adapter, place_adapter, write_adapter
+from tests.quantization.test_resume import interrupt_at
 from tests.tiny_models import SEQUENCE, build_model, prompt_rows, write_jsonl
 
 SETTINGS = ("--method", "gptq", "--bits", 2, "--group-size", 32, "--samples", 8, "--seq-len", SEQUENCE)
@@ -124,6 +125,20 @@ def test_an_adapter_reads_prompts_as_it_does_when_merged(method, cli, talking_mo
         quantized(cli, talking_model, tmp_path / name, *options)
         files[name] = (tmp_path / name / "model.safetensors").read_bytes()
     assert files["from-adapter"] == files["from-merged"] != files["from-base"]
+
+
+@pytest.mark.parametrize("changes", [{"lora_alpha": 16}, {"use_rslora": True}])
+def test_a_resumed_run_may_not_change_the_scale_of_an_adapter(changes, talking_model, data, tmp_path):
+    """Its fingerprint, of tensors, stays the same."""
+    adapter = written_adapter(talking_model, tmp_path / "A")
+    config = qsun.QuantConfig(method="gptq", group_size=32, samples=6, seq_len=24)
+    run = (talking_model, tmp_path / "out", config, data)
+    with pytest.raises(KeyboardInterrupt):
+        qsun.quantize(*run, calibration_prefill=[adapter], progress=interrupt_at(3))
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | changes))
+    with pytest.raises(qsun.ResumeError, match="prefill_scales was"):
+        qsun.quantize(*run, calibration_prefill=[adapter], resume=True)
 
 
 def test_an_adapter_that_calibration_covered_is_known_by_its_own_fingerprint(cli, talking_model, data, tmp_path):

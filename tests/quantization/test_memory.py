@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import qsun
 from qsun.data.calibration import Calibration, Sample
 from qsun.memory import available_bytes, cgroup_available_bytes
+from qsun.quantization import plan
 from qsun.quantization.job import prepare
 from qsun.quantization.plan import make_plan
 from tests.tiny_models import SEQUENCE, random_tokens
@@ -43,6 +44,19 @@ def test_peak_memory_of_four_times_the_layers(tmp_path):
         peaks.append(json.loads(done.stdout)["peak_rss_bytes"])
     block_bytes = 4 * (2 * 768 * 768 + 2 * 192 * 768 + 3 * 768 * 1536)
     assert peaks[1] - peaks[0] < block_bytes  # six more blocks, and not even one more of them in memory
+
+
+@pytest.mark.slow
+def test_the_dry_run_of_a_large_head_says_what_the_run_takes(tmp_path):
+    """Rounding to nearest holds a matrix five times in float32."""
+    (tmp_path / "fast.yaml").write_text("scale_search: false")
+    sizes = {"hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 1, "num_attention_heads": 8}
+    LlamaForCausalLM(LlamaConfig(vocab_size=32768, **sizes)).bfloat16().save_pretrained(tmp_path / "base")
+    command = [sys.executable, "-m", "qsun.cli.main", "quantize", str(tmp_path / "base"), "--json", "--lm-head"]
+    command += ["-o", str(tmp_path / "out"), "--method", "rtn", "--config", str(tmp_path / "fast.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300, env=QUIET)
+    report = json.loads(done.stdout)
+    assert 0.9 < report["plan"]["peak_ram_bytes"] / report["peak_rss_bytes"] < 1.2
 
 
 @pytest.mark.slow
@@ -82,6 +96,28 @@ def planned(tiny_model, tmp_path):
         return make_plan(job.skeleton, config, job.specs, calibration, job.shards)
 
     return make
+
+
+def of_rtn(base, out, device="cpu", **settings):
+    config = qsun.QuantConfig(method="rtn", group_size=32, **settings)
+    job = prepare(base, out, config, device="cpu")
+    job.skeleton.device = torch.device(device)
+    return make_plan(job.skeleton, config, job.specs, None, job.shards)
+
+
+def test_rounding_works_on_all_rows_of_a_stage_and_on_the_head(tiny_model, tmp_path):
+    """A block's gate and up are one matrix of 256 x 64 here; a head of 1024 x 64 is larger."""
+    base = tiny_model("llama", vocab_size=1024)
+    plain, head = (of_rtn(base, tmp_path / "out", lm_head=lm_head).peak_ram_bytes for lm_head in (False, True))
+    block = (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64) * 4
+    embedding = 4 * 1024 * 64
+    assert plain == plan._INTERPRETER_BYTES + embedding + 2 * block + 20 * 256 * 64
+    assert head == plan._INTERPRETER_BYTES + embedding + 24 * 1024 * 64
+
+
+def test_embedding_and_head_are_written_at_once(tiny_model, tmp_path):
+    peaks = [of_rtn(tiny_model("llama", vocab_size=v), tmp_path / "out", "cuda").peak_ram_bytes for v in (4096, 8192)]
+    assert peaks[1] - peaks[0] == 2 * 4096 * 64 * 4
 
 
 def test_prompts_that_the_base_reads_take_a_second_stream(planned):

@@ -1,5 +1,6 @@
 """Polish: gradients of scales against float64, its divergence against whole models, what is kept, resume, formats."""
 
+import inspect
 import json
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from qsun.model.formats import pack_layer, unpack_layer
 from qsun.model.quantized import Quantized, digest
 from qsun.model.stored_layers import quantized_layer_names, read_quantized_layer
 from qsun.quantization import job as job_module
+from qsun.quantization import lessons as lessons_module
 from qsun.quantization import polish
 from qsun.quantization.activations import TOKENS_PER_BATCH
 from qsun.quantization.job import prepare
@@ -195,6 +197,39 @@ def test_scales_stay_where_learning_does_not_help(task, tmp_path, monkeypatch):
     assert max(value for _, value in report["polish"]["divergence"]) > report["polish"]["divergence"][0][1]
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "after"))
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_scales_that_the_computation_would_round_stay_as_they_are_stored(task, tmp_path, monkeypatch):
+    base, _, data = task
+    monkeypatch.setattr(polish, "_PEAK_RATE", 30.0)
+    before: list[dict] = []
+    first = polish.polish_scales
+    monkeypatch.setattr(
+        "qsun.quantization.run.polish_scales",
+        lambda job, work, tell: before.append(load_file(work.module / "model.safetensors")) or first(job, work, tell),
+    )
+    chosen = settings(polish=2, dtype="bfloat16", scale_dtype="float16")
+    report = qsun.quantize(base, tmp_path / "out", chosen, data, device="cpu")
+    assert report["polish"]["kept"] == 0
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before[0].items())
+    scales = [tensor for name, tensor in after.items() if name.endswith(".scales")]
+    assert any(not torch.equal(tensor, tensor.bfloat16().half()) for tensor in scales)
+
+
+def test_freed_memory_is_given_back_as_lessons_are_taught_and_learned(task, tmp_path, monkeypatch):
+    """Lessons have many shapes, and the heap would keep a hole of each."""
+    base, prefill, data = task
+    monkeypatch.setattr(lessons_module, "_TRIM_EVERY", 2)
+    monkeypatch.setattr(lessons_module, "_POSITIONS", 24)
+    seen = []
+    monkeypatch.setattr(lessons_module, "release_freed", lambda: seen.append(inspect.stack()[2].function))
+    qsun.quantize(base, tmp_path / "q", settings(polish=6), data, device="cpu", calibration_prefill=[str(prefill)])
+    job = prepare(base, tmp_path / "unused", settings(), data, "cpu", calibration_prefill=[str(prefill)])
+    lessons = make_lessons(job.calibration.held_out) + make_lessons(job.calibration.samples)
+    read = sum(lesson.batch.prefix.shape[1] > 0 for lesson in lessons)
+    assert seen.count("run") == 3
+    assert seen.count("teach") >= len(lessons) // 2 + read // 2 - 1 > 4
 
 
 def test_steps_that_only_harm_are_taken_back_and_made_smaller(task, tmp_path, monkeypatch):

@@ -120,3 +120,14 @@ def test_activations_that_are_no_numbers_name_the_layer(method, value):
     config, moments = QuantConfig(method=method, group_size=64), moments_of(x, x_full, gap)
     with pytest.raises(QsunError, match=r"the input of layers\.0\.up has NaN or Inf; try --dtype float32"):
         quantize_layers([weight], moments, LayerSpec(4, 64, True), config, torch.float16, "layers.0.up")
+
+
+@pytest.mark.parametrize(("sums", "what"), [("drift", "full-precision input"), ("missing", "full-precision output")])
+def test_what_is_compared_with_must_be_numbers_too(sums, what):
+    """Full precision may overflow where the quantized module does not."""
+    x_full, x, gap, weight = inputs(tokens=8, K=64)
+    moments = moments_of(x, x_full, gap)
+    getattr(moments, sums)[2, 3] = torch.nan
+    config = QuantConfig(method="refined", group_size=64)
+    with pytest.raises(QsunError, match=rf"the {what} of layers\.0\.up has NaN or Inf; try --dtype float32"):
+        quantize_layers([weight], moments, LayerSpec(4, 64, True), config, torch.float16, "layers.0.up")
