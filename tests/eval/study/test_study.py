@@ -218,13 +218,18 @@ def own_task(folder, scorer="exact", responses=("2", "4"), name="own"):
     [
         ("raises", "scorer own_scorers:raises of task own fails on the answer '': ZeroDivisionError: division by zero"),
         ("alike", "scorer own_scorers:alike of task own returns 0.3; let it return True or False"),
+        ("marks", "scorer own_scorers:marks of task own returns 5; let it return True or False"),
         ("never", "scorer own_scorers:never of task own rejects the right response '2' of"),
         ("one", "scorer own_scorers:one of task own fails on the answer '': TypeError:"),
     ],
 )
 def test_a_scorer_that_cannot_work_is_found_before_work_starts(cli, tmp_path, monkeypatch, scorer, says):
     lines = ["def raises(answer, right): return 1 / len(answer)", "def alike(answer, right): return 0.3"]
-    lines += ["def never(answer, right): return False", "def one(answer): return True"]
+    lines += [
+        "def marks(answer, right): return 5 * (answer == right)",
+        "def never(answer, right): return False",
+        "def one(answer): return True",
+    ]
     (tmp_path / "own_scorers.py").write_text("\n".join(lines))
     monkeypatch.syspath_prepend(tmp_path)
     answer = cli("bench", "tasks", "-o", tmp_path / "out", "--task", own_task(tmp_path, f"own_scorers:{scorer}"))
