@@ -15,6 +15,8 @@ from qsun.errors import OutOfMemory
 if TYPE_CHECKING:
     import torch
 
+_TRIM_EVERY = 16
+
 
 def human_bytes(count: float) -> str:
     """Return a number of bytes with three digits and a unit: 1.21 GB."""
@@ -83,6 +85,12 @@ def cgroup_available_bytes(folder: Path = Path("/sys/fs/cgroup")) -> int | None:
         return None if limit == "max" else max(1, int(limit) - used + files)
     except (OSError, ValueError):
         return None
+
+
+def release_sometimes(count: int) -> None:
+    """`release_freed` at every 16th step: batches of many shapes leave holes in the heap, which grow for hundreds."""
+    if count % _TRIM_EVERY == 0:
+        release_freed()
 
 
 def release_freed() -> None:

@@ -84,9 +84,11 @@ def chosen_rate(study: Study, out: Path, task: str, full: bool) -> float:
 
 def note_diverged(trial: Path) -> None:
     """Leave in place of a module that its rate was too high; `qsun tune` left what it had begun."""
-    shutil.rmtree(partial_path(trial), ignore_errors=True)
-    trial.mkdir()
-    write_json(trial / "report.json", {"best_valid_loss": None})
+    partial = partial_path(trial)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    write_json(partial / "report.json", {"best_valid_loss": None})
+    partial.rename(trial)  # whole or not at all: a folder there counts as done
 
 
 def before_quantizing(study: Study, seed: int, hard: bool) -> Iterator[Tuned]:

@@ -14,14 +14,13 @@ from transformers import DynamicCache
 
 from qsun.data.calibration import Sample
 from qsun.data.examples import TokenExample
-from qsun.memory import release_freed
+from qsun.memory import release_freed, release_sometimes
 from qsun.model.skeleton import Skeleton
 from qsun.quantization.activations import TOKENS_PER_BATCH
 from qsun.runtime.logits import response_loss
 from qsun.runtime.prefill_module import load_prefill
 from qsun.runtime.seam import IGNORED, SeamBatch, collate, decode_hidden, prefill_batch
 
-_TRIM_EVERY = 16  # lessons have many shapes, which leave holes in the heap
 _POSITIONS = 2048  # of a lesson, those that the decode module reads
 
 
@@ -90,12 +89,6 @@ def _example(sample: Sample) -> TokenExample:
     return TokenExample(sample.tokens[:end], (*sample.tokens[end:], 0))
 
 
-def trim(lessons: int) -> None:
-    """Give freed memory back after every 16 lessons."""
-    if lessons % _TRIM_EVERY == 0:
-        release_freed()
-
-
 @torch.no_grad()
 def teach(base: Skeleton, prefills: Sequence[str], lessons: Sequence[Lesson]) -> Any:
     """Compute the KV and states of lessons, in place.
@@ -113,13 +106,13 @@ def teach(base: Skeleton, prefills: Sequence[str], lessons: Sequence[Lesson]) ->
             cache = prefill_batch(model, lesson.batch.to(base.device))
             lesson.kv = tuple((layer.keys.cpu(), layer.values.cpu()) for layer in cache.layers)
             del cache
-            trim(number)
+            release_sometimes(number)
         del model
         release_freed()
     model = _load(own, base)
     for number, lesson in enumerate(lessons, 1):
         lesson.states = decode_hidden(model, lesson.batch.to(base.device), lesson.cache(base.device)).cpu()
-        trim(number)
+        release_sometimes(number)
     return SimpleNamespace(lm_head=model.lm_head, config=model.config)
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qsun.errors import QsunError
-from qsun.memory import release_freed
+from qsun.memory import release_freed, release_sometimes
 from qsun.model.architectures import BLOCKS
 from qsun.model.checkpoint import Checkpoint
 from qsun.model.formats import pack_layer
@@ -27,7 +27,7 @@ from qsun.model.quantized import digest
 from qsun.model.skeleton import linear_of
 from qsun.model.stored_layers import read_quantized_layer
 from qsun.quantization.job import Job
-from qsun.quantization.lessons import make_lessons, teach, trim
+from qsun.quantization.lessons import make_lessons, teach
 from qsun.quantization.scaled_linear import learn_scales
 from qsun.runtime.decode_module import load_decode
 
@@ -91,7 +91,7 @@ class _Learner:
             self._validate(0)
         for step in range(done + 1, self.steps + 1):
             self._step(step)
-            trim(step)
+            release_sometimes(step)
             if step % every == 0 or step == self.steps:
                 self._validate(step)
             self.tell(1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qsun.data.examples import TokenExample
 from qsun.errors import Diverged, QsunError
-from qsun.memory import clear_out_of_memory, peak_rss_bytes, release_freed
+from qsun.memory import clear_out_of_memory, peak_rss_bytes, release_sometimes
 from qsun.model.manifest import write_json
 from qsun.model.output_dir import Workdir
 from qsun.progress import Progress
@@ -30,7 +30,6 @@ from qsun.tuning.teacher import answer_prompts
 
 _WRITTEN = "written"  # the record that the first process has written the module
 _FLOAT16_TOKENS = 256  # a loss divided by more would have gradients of activations below float16's smallest values
-_TRIM_STEPS = 16  # batches of many shapes leave holes in the heap, which would grow for hundreds of steps
 
 
 def tune(  # noqa: PLR0913, PLR0917
@@ -147,8 +146,7 @@ class Tuner:
             progress(self._label(), 0, job.steps)
         while self.step < job.steps:
             self.train_step()
-            if self.step % _TRIM_STEPS == 0:
-                release_freed()
+            release_sometimes(self.step)
             if self.step % every == 0 or self.step == job.steps:
                 self._validate(progress)
             progress(self._label(), self.step, job.steps)

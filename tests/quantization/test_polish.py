@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import qsun
+from qsun import memory
 from qsun.config import LayerSpec
 from qsun.data.calibration import Sample
 from qsun.errors import QsunError
@@ -220,10 +221,10 @@ def test_scales_that_the_computation_would_round_stay_as_they_are_stored(task, t
 def test_freed_memory_is_given_back_as_lessons_are_taught_and_learned(task, tmp_path, monkeypatch):
     """Lessons have many shapes, and the heap would keep a hole of each."""
     base, prefill, data = task
-    monkeypatch.setattr(lessons_module, "_TRIM_EVERY", 2)
+    monkeypatch.setattr(memory, "_TRIM_EVERY", 2)
     monkeypatch.setattr(lessons_module, "_POSITIONS", 24)
     seen = []
-    monkeypatch.setattr(lessons_module, "release_freed", lambda: seen.append(inspect.stack()[2].function))
+    monkeypatch.setattr(memory, "release_freed", lambda: seen.append(inspect.stack()[2].function))
     qsun.quantize(base, tmp_path / "q", settings(polish=6), data, device="cpu", calibration_prefill=[str(prefill)])
     job = prepare(base, tmp_path / "unused", settings(), data, "cpu", calibration_prefill=[str(prefill)])
     lessons = make_lessons(job.calibration.held_out) + make_lessons(job.calibration.samples)
