@@ -148,7 +148,8 @@ def test_a_piece_without_memory_beside_others_is_done_when_one_has_ended(monkeyp
     beside = {"a": "", "b": "a", "c": "b", "d": "c"}
     pieces = [Work(name, tmp_path / name, take, (tmp_path, name, other)) for name, other in beside.items()]
     run_pieces(pieces, 2)
-    assert (tmp_path / "order").read_text() == "abbcd"  # one at a time from then on
+    # Which of the first two processes is up first is open; from then on it is one at a time.
+    assert (tmp_path / "order").read_text() in ("abbcd", "babcd")
 
 
 def test_a_piece_without_memory_though_it_is_alone_is_an_error(monkeypatch, tmp_path):
