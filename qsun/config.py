@@ -182,6 +182,8 @@ class QuantConfig(Settings):
         desc_act: classic activation order whose groups follow the visiting order (needs a g_idx; gptq format only).
         static_groups: scales are found before GPTQ starts; False finds each when its group is reached.
         damp_percent: added to the Hessian's diagonal, as a fraction of its mean.
+        shrinkage: with refined, also added to the diagonal, as a fraction of each input's own entry; this takes the
+            correlations of inputs back towards none.
         scale_search: search each group's range for the least squared error; False takes minimum and maximum.
         sweeps: coordinate-descent passes after GPTQ.
         polish: steps in which the scales of all layers learn together (quantization/polish.py).
@@ -200,6 +202,7 @@ class QuantConfig(Settings):
     desc_act: bool = False
     static_groups: bool = True
     damp_percent: Annotated[float, Field(ge=1e-6, le=1)] = 0.01
+    shrinkage: Annotated[float, Field(ge=0, le=10)] = 0.25
     scale_search: bool = True
     sweeps: Annotated[int, Field(ge=0, le=100)] = 2
     polish: Annotated[int, Field(ge=0, le=100_000)] = 0

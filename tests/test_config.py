@@ -29,6 +29,7 @@ from qsun.errors import QsunError
         ({"damp_percent": 0.0}, "damp_percent 0.0 is out of range; use 1e-06 or more"),
         ({"damp_percent": float("nan")}, "damp_percent nan is out of range"),
         ({"damp_percent": "much"}, "damp_percent 'much' is not a number"),
+        ({"shrinkage": -0.1}, "shrinkage -0.1 is out of range; use 0.0 or more"),
         ({"dtype": "int8"}, "dtype 'int8' is not supported; use auto, float32, bfloat16 or float16"),
         ({"overrides": "down_proj=bits:8"}, "is not a list of strings such as 'down_proj=bits:8'"),
         ({"desc_act": True, "method": "awq"}, "desc_act has no meaning for method awq; use gptq,"),

@@ -140,7 +140,7 @@ def _pass(weight: Tensor, moments: Moments, hessian: Tensor, grid: Grid, config:
         "gptq": lambda: gptq(weight, hessian, grid, options),
         "awq": lambda: awq(weight, hessian, grid),
         "awq+gptq": lambda: gptq(weight, hessian, grid, options),
-        "refined": lambda: refined(weight, moments, grid, options),
+        "refined": lambda: refined(weight, moments, grid, options, config.shrinkage),
     }
     return passes[config.method]()
 

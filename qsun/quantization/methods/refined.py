@@ -13,6 +13,10 @@ and GPTQ with coordinate descent then quantizes T instead of W. Each layer takes
 two more second moments to keep and no gradient. The residual term applies to the layers that write to the residual
 stream unnormalised (o_proj, down_proj); the input term to all.
 
+T is rounded on a Hessian whose correlations are shrunk, each divided by 1 + shrinkage. GPTQ hides its errors in
+directions that inputs seldom take. The exact Hessian makes it trust those too much: it is an estimate from few tokens,
+and does not know how later layers' errors will move the inputs of what follows.
+
 Sources: the input term is the asymmetric calibration of GPTAQ (arXiv 2504.02692) and Qronos (arXiv 2505.11695), solved
 here in closed form before rounding; the residual term and the choice of lambda are ours. lambda is K / tokens of the
 mean diagonal: with few tokens for many inputs the regression would fit their noise (measured in docs/passes.md).
@@ -29,9 +33,17 @@ from qsun.quantization.methods.moments import Moments, product
 _LEAST_RIDGE = 0.003
 
 
-def refined(weight: Tensor, moments: Moments, grid: Grid, options: GptqOptions) -> Quantized:
-    """Quantize the compensated target of a weight matrix. weight: (N, K); moments carry drift or what is missing."""
-    return gptq(compensated_target(weight, moments), moments.hessian(), grid, options)
+def refined(weight: Tensor, moments: Moments, grid: Grid, options: GptqOptions, shrinkage: float) -> Quantized:
+    """Quantize the compensated target of a weight matrix.
+
+    Args:
+        weight: (N, K).
+        moments: with drift or with what is missing.
+        shrinkage: each input's entry of the Hessian's diagonal grows by so much of itself before anything is rounded.
+    """
+    hessian = moments.hessian()
+    hessian.diagonal().mul_(1 + shrinkage)
+    return gptq(compensated_target(weight, moments), hessian, grid, options)
 
 
 def compensated_target(weight: Tensor, moments: Moments) -> Tensor:

@@ -1,5 +1,7 @@
 """The compensated target against a float64 least-squares solution with explicit inputs."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -101,7 +103,46 @@ def test_refined_gives_outputs_closer_to_full_precision_than_gptq():
     def wrong(quantized):
         return float((x @ quantized.dequantize().t() - wanted).square().mean())
 
-    assert wrong(refined(weight, moments, grid, GptqOptions())) < 0.5 * wrong(gptq(weight, moments.hessian(), grid))
+    found = refined(weight, moments, grid, GptqOptions(), 0.0)
+    assert wrong(found) < 0.5 * wrong(gptq(weight, moments.hessian(), grid))
+
+
+@pytest.mark.parametrize("shrinkage", [0.0, 0.25])
+def test_shrinkage_divides_every_correlation(shrinkage):
+    """What gptq makes of a Hessian depends on its correlations and not on its size; a column of zeros has none."""
+    _, x, _, weight = inputs()
+    x[:, 7] = 0
+    exact = x.double().t() @ x.double() / len(x)
+    own = exact.diagonal().sqrt()
+    correlations = (exact / own / own[:, None]).nan_to_num() / (1 + shrinkage)
+    expected = (correlations.fill_diagonal_(1) * own * own[:, None]).float()
+    expected[7, 7] = 0
+    grid, options = Grid(3, 16, True), GptqOptions(damp_percent=1e-3)
+    found, wanted = refined(weight, moments_of(x), grid, options, shrinkage), gptq(weight, expected, grid, options)
+    assert (found.q == wanted.q).float().mean() > 0.99
+
+
+def test_shrinkage_is_that_of_the_settings_and_only_of_refined():
+    _, x, _, weight = inputs(tokens=256, K=64)
+    spec, moments = LayerSpec(3, 64, True), moments_of(x)
+    made = {}
+    for method, shrinkage in product(("gptq", "refined"), (0.0, 0.25)):
+        config = QuantConfig(method=method, group_size=64, shrinkage=shrinkage)
+        made[method, shrinkage] = quantize_layers([weight], moments, spec, config, torch.float16, "up")[0].weights.q
+    assert torch.equal(made["gptq", 0.0], made["gptq", 0.25])
+    assert torch.equal(made["gptq", 0.0], made["refined", 0.0])  # no difference from full precision was tracked
+    assert not torch.equal(made["refined", 0.0], made["refined", 0.25])
+
+
+def test_shrinkage_helps_on_fresh_inputs_where_tokens_are_few():
+    plain, shrunk = 0.0, 0.0
+    for seed in range(8):
+        _, x, _, weight = inputs(tokens=20_064, seed=seed)
+        few, fresh = moments_of(x[:64]), x[64:].t() @ x[64:]
+        found = [refined(weight, few, Grid(3, 16, True), GptqOptions(), shrinkage) for shrinkage in (0.0, 0.25)]
+        errors = [output_errors(weight, each.dequantize(), fresh, [len(weight)])[0] for each in found]
+        plain, shrunk = plain + errors[0], shrunk + errors[1]
+    assert shrunk < 0.95 * plain
 
 
 def test_output_error_is_relative_to_the_output():
