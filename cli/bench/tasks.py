@@ -36,10 +36,12 @@ def tasks(
         None, help="Peak rate of full fine-tunes. Default: --lr; without it, by width."
     ),
     rates: str = typer.Option(
-        "", help="Peak rates to try instead, such as 3e-4,1e-3; SUN and full fine-tunes take their best on validation."
+        "", help="Peak rates to try instead, such as 3e-4,1e-3; each kind of module takes its best on validation."
     ),
     rate_steps: int = typer.Option(0, min=0, help="Steps of a trial. Default: a quarter of --steps."),
-    lora_lr: str = typer.Option("", help="Peak rate of adapters, or one for each rank. Default: by width."),
+    lora_lr: str = typer.Option(
+        "", help="Peak rate of adapters, or one for each rank. Default: as tried, or by width."
+    ),
     train: int = typer.Option(8192, min=1, help="Training examples of each embedded task."),
     valid: int = typer.Option(256, min=1, help="Examples of each validation."),
     test: int | None = typer.Option(None, min=1, help="Test examples. Default: 500 embedded ones, or all of a file."),

@@ -38,7 +38,7 @@ def check_study(study: Study) -> None:
 
 
 def _modules(study: Study) -> Iterator[Tuned]:
-    yield from trials(study)
+    yield from trials(study, hard=False)
     yield from before_quantizing(study, study.first_seed, hard=False)
     yield from after_quantizing(study)
     yield from after_adapters(study)

@@ -4,7 +4,8 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -41,15 +42,14 @@ class Tuned:
     rate: float = 0.0
 
     @property
-    def has_own_rate(self) -> bool:
-        """Whether its rate is not the best of those tried."""
-        return bool(self.rate or self.lora_rank)
+    def kind(self) -> str:
+        """What has one rate in a task: sun, full, lora16 or full-lora16."""
+        return "-".join(["full"] * self.full + [f"lora{self.lora_rank}"] * bool(self.lora_rank)) or "sun"
 
     def config(self, study: Study, seed: int, chosen: float = 0.0) -> TuneConfig:
         """Return the settings of tuning it. chosen: the best of the rates tried, if any were."""
-        rate = self.rate or chosen or (study.full_lr if self.full else study.lr)
-        if self.lora_rank:
-            rate = study.lora_rates[self.lora_rank]
+        by_default = study.full_lr if self.full else study.lr
+        rate = self.rate or chosen or study.lora_rates.get(self.lora_rank, by_default)
         if self.init:
             rate *= study.align_share
         values = {"steps": self.steps, "batch_size": study.batch_size, "lr": rate, "seed": seed, "dtype": study.dtype}
@@ -58,19 +58,20 @@ class Tuned:
         return TuneConfig.from_dict(values | {"baseline": "full" if self.full else "none"})
 
 
-def trials(study: Study) -> Iterator[Tuned]:
-    """SUN and the full fine-tune with each rate that is tried."""
+def trials(study: Study, hard: bool) -> Iterator[Tuned]:
+    """SUN, the full fine-tune, and adapters that have no rate of their own, with each rate that is tried."""
     steps = study.rate_steps or max(1, study.steps // 4)
-    for rate in study.rates:
-        yield Tuned(f"sun-at-{rate:g}", steps, rate=rate)
-        yield Tuned(f"full-at-{rate:g}", steps, full=True, rate=rate)
+    for rank in (0, *(() if hard or study.lora_lr else study.lora_ranks)):
+        for rate, full in product(study.rates, (False, True)):
+            module = Tuned("", steps, full=full, lora_rank=rank, rate=rate)
+            yield replace(module, name=f"{module.kind}-at-{rate:g}")
 
 
-def chosen_rate(study: Study, out: Path, task: str, full: bool) -> float:
+def chosen_rate(study: Study, out: Path, task: str, kind: str) -> float:
     """Return the rate with the least validation loss, the first of equals; 0 if none were tried."""
 
     def loss(rate: float) -> float:
-        folder = study.module(out, study.first_seed, task, f"{'full' if full else 'sun'}-at-{rate:g}")
+        folder = study.module(out, study.first_seed, task, f"{kind}-at-{rate:g}")
         found = json.loads((folder / "report.json").read_text())["best_valid_loss"]
         return math.inf if found is None else float(found)
 

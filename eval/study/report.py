@@ -60,12 +60,18 @@ def _head(scores: Scores) -> str:
     study, first = scores.study, scores.first
     counts = ", ".join(f"{task} {len(first[task]['sun'])}" for task in scores.tasks)
     rates = " and ".join(f"{rate:g}" if rate else "by width" for rate in (study["lr"], study["full_lr"]))
+    rates = f"peak rates of SUN and full fine-tune: {rates}"
     if scores.rates:
-        best = ", ".join(f"{found['sun']:g} and {found['full']:g} on {task}" for task, found in scores.rates.items())
-        rates = f"{best}, the best of {', '.join(f'{rate:g}' for rate in study['rates'])} on validation data"
+        best = "; ".join(
+            ", ".join(f"{_label(scores, _variant(kind))} {rate:g}" for kind, rate in found.items()) + f" on {task}"
+            for task, found in scores.rates.items()
+        )
+        rates = (
+            f"peak rates, the best of {', '.join(f'{rate:g}' for rate in study['rates'])} on validation data: {best}"
+        )
     text = (
         f"Right answers, %, of base {study['base']}; test examples: {counts}; seeds: {study['seeds']}. "
-        f"{study['steps']} steps of {study['batch_size']} examples; peak rates of SUN and full fine-tune: {rates}. "
+        f"{study['steps']} steps of {study['batch_size']} examples; {rates}. "
         "The column all counts every example alike, and the spread is its standard deviation over seeds; intervals are "
         "95%, by the paired bootstrap over all examples; p is of McNemar's test. Both hold for these modules; the "
         "spread says how much other training runs differ."
@@ -83,14 +89,23 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def _main(scores: Scores) -> str:
-    names = [name for name in scores.first[scores.tasks[0]] if not _detail(scores, name)]
+def _variant(kind: str) -> str:
+    """Return the variant of modules of a kind that has one rate."""
+    return f"sun {kind}" if kind.startswith("lora") else kind.replace("-", " ")
+
+
+def _label(scores: Scores, variant: str) -> str:
     steps = scores.study["align_steps"]
     labels = {"base": "base, not tuned", "full": "full fine-tune", "sun longer": f"SUN, {steps} steps more"}
     labels |= {f"full lora{rank}": f"ordinary LoRA, rank {rank}" for rank in scores.study.get("lora_ranks", ())}
+    return labels.get(variant, variant.replace("sun", "SUN") if variant.startswith("sun") else f"QSUN {variant}")
+
+
+def _main(scores: Scores) -> str:
+    names = [name for name in scores.first[scores.tasks[0]] if not _detail(scores, name)]
     rows = [
         [
-            labels.get(v, v.replace("sun", "SUN") if v.startswith("sun") else f"QSUN {v}"),
+            _label(scores, v),
             *(_percent(scores.rate(v, [t])) for t in scores.tasks),
             _percent(scores.rate(v)),
             _percent(scores.spread(v)),

@@ -10,8 +10,8 @@ from typing import Any
 from qsun.errors import QsunError
 from qsun.eval.output.table import Table
 from qsun.eval.study.checks import check_study
-from qsun.eval.study.modules import chosen_rate
-from qsun.eval.study.stages import STAGES, variants
+from qsun.eval.study.modules import chosen_rate, trials
+from qsun.eval.study.stages import STAGES, scoring, variants
 from qsun.eval.study.study import Study, rates_by_rank
 from qsun.eval.study.task import StudyTask
 from qsun.eval.study.work import Work, run_pieces
@@ -31,7 +31,7 @@ def run_study(study: Study, out: Path, processes: int = 2, progress: Progress = 
 
     Returns:
         {"study": ..., "right": {seed: {task: {variant: "0110..."}}}}; one digit an example of the test set. Where rates
-        were tried, "rates": {task: {"sun": ..., "full": ...}} too.
+        were tried, "rates": {task: {"sun": ..., "full": ..., "lora16": ...}} too.
     Raises:
         QsunError: `out` holds another study, a task or the base cannot be used, a process was killed, or another one is
             doing a study in `out`.
@@ -41,7 +41,10 @@ def run_study(study: Study, out: Path, processes: int = 2, progress: Progress = 
     out.mkdir(parents=True, exist_ok=True)
     with take_lock(out / "lock", "ab", fcntl.LOCK_EX):
         write_json(out / "study.json", settings)
-        run_pieces(_missing(study, out), processes, progress)
+        answers = {work.result for work in scoring(study, out)}
+        # Of what can begin, answers come first: a study that is stopped has those of all its modules.
+        missing = sorted(_missing(study, out), key=lambda work: work.result not in answers)
+        run_pieces(missing, processes, progress)
     right = {
         str(seed): {task.name: _answers(study, out, seed, task) for task in study.tasks_of(seed)}
         for seed in study.all_seeds
@@ -49,7 +52,10 @@ def run_study(study: Study, out: Path, processes: int = 2, progress: Progress = 
     result: dict[str, Any] = {"study": asdict(study), "right": right}
     if study.rates:
         result["rates"] = {
-            task.name: {kind: chosen_rate(study, out, task.name, kind == "full") for kind in ("sun", "full")}
+            task.name: {
+                kind: chosen_rate(study, out, task.name, kind)
+                for kind in dict.fromkeys(trial.kind for trial in trials(study, task.hard))
+            }
             for task in study.tasks
         }
     return result

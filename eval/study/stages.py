@@ -30,9 +30,9 @@ from qsun.tuning.tuner import tune
 
 
 def trying(study: Study, out: Path) -> Iterator[Work]:
-    """Each rate that is tried, for a prefill module and a full fine-tune of each task."""
+    """Each rate that is tried, for each kind of module of each task."""
     for task in study.tasks:
-        for module in trials(study):
+        for module in trials(study, task.hard):
             yield _tune_work(study, out, study.first_seed, task, module)
 
 
@@ -68,10 +68,14 @@ def _tune_work(study: Study, out: Path, seed: int, task: StudyTask, module: Tune
     needs = [place(name) for name in (module.init, module.teacher) if name]
     if module.bits:
         needs.append(study.decoder(out, seed, study.aligned_method, module.bits))
-    if not module.has_own_rate:
-        needs += [place(trial.name, study.first_seed) for trial in trials(study) if trial.full == module.full]
+    needs += [place(trial.name, study.first_seed) for trial in _trials_of(study, task, module)]
     label, arguments = f"{task.name} {module.name}, seed {seed}", (study, out, seed, task, module)
     return Work(label, place(module.name), _tune, arguments, module.steps, tuple(needs))
+
+
+def _trials_of(study: Study, task: StudyTask, module: Tuned) -> list[Tuned]:
+    """Return the trials that a module takes its rate from; a trial has its own."""
+    return [] if module.rate else [trial for trial in trials(study, task.hard) if trial.kind == module.kind]
 
 
 def _tune(study: Study, out: Path, seed: int, task: StudyTask, module: Tuned) -> None:
@@ -80,7 +84,7 @@ def _tune(study: Study, out: Path, seed: int, task: StudyTask, module: Tuned) ->
 
     target, folder = study.module(out, seed, task.name, module.name), out / f"seed{seed}"
     decode = study.decoder(out, seed, study.aligned_method, module.bits) if module.bits else study.base
-    chosen = 0.0 if module.has_own_rate else chosen_rate(study, out, task.name, module.full)
+    chosen = chosen_rate(study, out, task.name, module.kind) if _trials_of(study, task, module) else 0.0
     train, valid = (
         task.data(folder, *split, seed) for split in (("train", study.train), ("valid", max(300, study.valid)))
     )

@@ -30,8 +30,9 @@ class Study:
         text: calibrate every decode module with the packaged text too.
         lr, full_lr, lora_lr: peak rates of prefill modules, full fine-tunes, adapters, chosen on validation data; 0: by
             width. Of adapters, one for each rank, or one for all; none: by width.
-        rates: peak rates to try in place of lr and full_lr, with the first seed: a prefill module and a full fine-tune
-            of each task take the one with the least validation loss after rate_steps steps; 0: a quarter of `steps`.
+        rates: peak rates to try in place of lr and full_lr, and of lora_lr where there is none, with the first seed:
+            each kind of module (sun, full, adapters by rank) of each task takes the one with the least validation loss
+            after rate_steps steps; 0: a quarter of `steps`.
         valid: validation examples of every tuning.
         train: examples drawn of an embedded task. test: those scored; 0: of a file all, of an embedded task 500.
         bits, methods, group_size, sym: of the decode modules. The last calibrated method, or `refined`, is aligned.
@@ -84,7 +85,7 @@ class Study:
         if self.lora_lr and len(self.lora_lr) not in {1, len(self.lora_ranks)}:
             counts = f"{len(self.lora_lr)} rates for {len(self.lora_ranks)} adapter ranks"
             raise QsunError(f"lora_lr has {counts}; give one, or one for each")
-        if self.align_share != 1 and not ((self.lr or self.rates) and (self.lora_lr or not self.lora_ranks)):
+        if self.align_share != 1 and not (self.rates or (self.lr and (self.lora_lr or not self.lora_ranks))):
             raise QsunError(f"align_share {self.align_share:g} is a share of lr and lora_lr; give them")
         if any(rate <= 0 for rate in self.rates) or len(set(self.rates)) < len(self.rates):
             shown = ", ".join(f"{rate:g}" for rate in self.rates)

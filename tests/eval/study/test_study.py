@@ -127,21 +127,28 @@ def test_rates():
 
 def test_rates_are_tried_first_and_the_best_of_each_is_taken(tmp_path):
     study = Study(seeds=2, steps=100, test=20, rates=(1e-3, 4e-3, 2e-3), align_share=0.5)
+    study = replace(study, lora_ranks=(4,))
     tried = list(STAGES[0](study, tmp_path))
-    assert len(tried) == 2 * 3 * len(study.tasks) and {work.steps for work in tried} == {25}
+    kinds = 4 * len(study.served()) + 2 * (len(study.tasks) - len(study.served()))  # adapters of hard tasks: none
+    assert len(tried) == 3 * kinds and {work.steps for work in tried} == {25}
     losses = {"sun-at-0.001": 0.3, "sun-at-0.004": 0.1, "sun-at-0.002": 0.2}
     losses |= {"full-at-0.001": 0.2, "full-at-0.004": 0.5, "full-at-0.002": 0.1}
+    losses |= {"lora4-at-0.001": 0.1, "lora4-at-0.004": 0.2, "lora4-at-0.002": 0.3}
+    losses |= {"full-lora4-at-0.001": 0.3, "full-lora4-at-0.004": 0.2, "full-lora4-at-0.002": 0.2}
     for name, loss in losses.items():
         study.module(tmp_path, 0, "math", name).mkdir(parents=True)
         (study.module(tmp_path, 0, "math", name) / "report.json").write_text(json.dumps({"best_valid_loss": loss}))
-    sun, full = (chosen_rate(study, tmp_path, "math", full) for full in (False, True))
-    assert (sun, full) == (4e-3, 2e-3)
-    made = {t.name: t.config(study, 1, full if t.full else sun).lr for t in before_quantizing(study, 1, hard=False)}
-    assert made == {"sun": 4e-3, "full": 2e-3}
-    assert {t.config(study, 1, sun).lr for t in after_quantizing(study)} == {2e-3}
-    assert [t.config(study, 0).lr for t in trials(study) if not t.full] == [1e-3, 4e-3, 2e-3]
-    scores = Scores(invented(study, tmp_path) | {"rates": {"math": {"sun": sun, "full": full}}})
-    assert "0.004 and 0.002 on math, the best of 0.001, 0.004, 0.002 on validation data" in markdown(scores)
+    best = {kind: chosen_rate(study, tmp_path, "math", kind) for kind in ("sun", "full", "lora4", "full-lora4")}
+    assert best == {"sun": 4e-3, "full": 2e-3, "lora4": 1e-3, "full-lora4": 4e-3}  # the first of equals
+    tuned = list(before_quantizing(study, 1, hard=False))
+    assert {t.name: t.config(study, 1, best[t.kind]).lr for t in tuned} == best
+    further = {t.name: t.config(study, 1, best[t.kind]).lr for t in after_quantizing(study)}
+    assert (further["longer"], further["aligned-int2"], further["lora4-on-int2"]) == (2e-3, 2e-3, 1e-3)
+    assert [t.config(study, 0).lr for t in trials(study, False) if t.kind == "lora4"] == [1e-3, 4e-3, 2e-3]
+    assert {t.kind for t in trials(replace(study, lora_lr=(1e-3,)), False)} == {"sun", "full"}
+    text = markdown(Scores(invented(study, tmp_path) | {"rates": {"math": best}}))
+    assert "peak rates, the best of 0.001, 0.004, 0.002 on validation data: SUN 0.004, full fine-tune 0.002, " in text
+    assert "SUN lora4 0.001, ordinary LoRA, rank 4 0.004 on math. " in text
 
 
 def test_every_piece_needs_what_its_modules_are_made_of(tmp_path):
@@ -154,10 +161,11 @@ def test_every_piece_needs_what_its_modules_are_made_of(tmp_path):
     trials_of_sun = {"seed0/math/sun-at-0.001", "seed0/math/sun-at-0.002"}
     assert not needs["seed0/math/sun-at-0.001"] and not needs["text/decode-refined-int2"]
     assert needs["seed1/math/sun"] == trials_of_sun
-    assert not needs["seed1/math/lora4"]
+    assert needs["seed1/math/lora4"] == {"seed0/math/lora4-at-0.001", "seed0/math/lora4-at-0.002"}
+    assert needs["seed1/math/full-lora4"] == {"seed0/math/full-lora4-at-0.001", "seed0/math/full-lora4-at-0.002"}
     assert needs["seed1/decode-refined-int2"] == {f"seed1/{name}/sun" for name in study.served()}
     assert needs["seed1/math/aligned-int2"] == {"seed1/math/sun", "seed1/decode-refined-int2"} | trials_of_sun
-    distilled = needs["seed0/math/lora4-on-int4-distilled"]
+    distilled = needs["seed0/math/lora4-on-int4-distilled"] - needs["seed1/math/lora4"]
     assert distilled == {"seed0/math/lora4-on-int4", "seed0/math/sun", "seed0/decode-refined-int4"}
     assert needs["seed0/math/answers/int2-refined-aligned.json"] == {
         "seed0/math/aligned-int2", "seed0/decode-refined-int2",
@@ -281,9 +289,9 @@ def test_a_rate_at_which_the_loss_is_not_finite_is_the_worst(tmp_path, monkeypat
         works[name].function(*works[name].arguments)
     (works["sun-at-0.001"].result).mkdir()
     (works["sun-at-0.001"].result / "report.json").write_text(json.dumps({"best_valid_loss": 3.0}))
-    assert chosen_rate(study, tmp_path, "math", full=False) == 1e-3
+    assert chosen_rate(study, tmp_path, "math", "sun") == 1e-3
     with pytest.raises(QsunError, match="math: the loss is not finite at any of the rates tried"):
-        chosen_rate(study, tmp_path, "math", full=True)
+        chosen_rate(study, tmp_path, "math", "full")
 
 
 def test_adapter_rates_belong_to_ranks_in_a_resumed_study(tmp_path):
@@ -387,13 +395,17 @@ def test_a_study_grows_by_adapters_and_distillation(cli, tmp_path):
     first = cli("bench", "tasks", "-o", out, *options, "--json")
     assert first.code == 0, first.err
     written = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    assert (out / "seed0/mine/answers/sun.json").stat().st_mtime_ns < min(
+        at for path, at in written.items() if "decode" in path.parent.name
+    ), "answers do not wait for what they do not need"
     options += ["--lora-ranks", 2, "--distill"]
     assert (
-        cli("bench", "tasks", "-o", out, *options, "--dry-run").out.splitlines()[-1] == "13 pieces, 9 steps of tuning"
+        cli("bench", "tasks", "-o", out, *options, "--dry-run").out.splitlines()[-1] == "17 pieces, 13 steps of tuning"
     )
     second = cli("bench", "tasks", "-o", out, *options, "--json")
     assert second.code == 0, second.err
-    assert json.loads(second.out)["rates"] == {"mine": {"sun": 3e-3, "full": 3e-3}}
+    rates = json.loads(second.out)["rates"]["mine"]
+    assert rates == {"sun": 3e-3, "full": 3e-3, "lora2": 3e-3, "full-lora2": 3e-3}
     assert json.loads((out / "seed0/mine/full/report.json").read_text())["plan"]["peak_lr"] == 3e-3
     before, after = (json.loads(answer.out)["right"]["0"]["mine"] for answer in (first, second))
     assert before == {name: after[name] for name in before}
