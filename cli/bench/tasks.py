@@ -36,11 +36,13 @@ def tasks(
         None, help="Peak rate of full fine-tunes. Default: --lr; without it, by width."
     ),
     rates: str = typer.Option(
-        "", help="Peak rates to try instead, such as 3e-4,1e-3; each kind of module takes its best on validation."
+        "",
+        help="Peak rates to try in place of --lr, --full-lr and a --lora-lr that is not given, such as 3e-4,1e-3. SUN, "
+        "full fine-tunes and adapters of each rank take the best on each task's validation data.",
     ),
     rate_steps: int = typer.Option(0, min=0, help="Steps of a trial. Default: a quarter of --steps."),
     lora_lr: str = typer.Option(
-        "", help="Peak rate of adapters, or one for each rank. Default: as tried, or by width."
+        "", help="Peak rate of adapters, or one for each rank. Default: the best of --rates, without these by width."
     ),
     train: int = typer.Option(8192, min=1, help="Training examples of each embedded task."),
     valid: int = typer.Option(256, min=1, help="Examples of each validation."),

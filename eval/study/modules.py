@@ -43,13 +43,17 @@ class Tuned:
 
     @property
     def kind(self) -> str:
-        """What has one rate in a task: sun, full, lora16 or full-lora16."""
-        return "-".join(["full"] * self.full + [f"lora{self.lora_rank}"] * bool(self.lora_rank)) or "sun"
+        """What it is tuned as, sun, full, lora16 or full-lora16: the modules of a task that share a rate."""
+        if self.lora_rank:
+            return f"full-lora{self.lora_rank}" if self.full else f"lora{self.lora_rank}"
+        return "full" if self.full else "sun"
 
     def config(self, study: Study, seed: int, chosen: float = 0.0) -> TuneConfig:
         """Return the settings of tuning it. chosen: the best of the rates tried, if any were."""
-        by_default = study.full_lr if self.full else study.lr
-        rate = self.rate or chosen or study.lora_rates.get(self.lora_rank, by_default)
+        rate = self.rate or chosen
+        if not rate:
+            of_all_weights = study.full_lr if self.full else study.lr
+            rate = study.lora_rates[self.lora_rank] if self.lora_rank else of_all_weights
         if self.init:
             rate *= study.align_share
         values = {"steps": self.steps, "batch_size": study.batch_size, "lr": rate, "seed": seed, "dtype": study.dtype}
@@ -78,7 +82,7 @@ def chosen_rate(study: Study, out: Path, task: str, kind: str) -> float:
     best = min(study.rates, key=loss, default=0.0)
     if best and loss(best) == math.inf:
         raise QsunError(
-            f"{task}: the loss is not finite at any of the rates tried; choose another folder and lower --rates"
+            f"{task}, {kind}: the loss is not finite at any of the rates tried; choose another folder and lower --rates"
         )
     return best
 

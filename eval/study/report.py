@@ -6,7 +6,7 @@ from typing import Any
 
 from qsun.eval.output.table import Table
 from qsun.eval.report.paired import Paired, compare
-from qsun.eval.study.study import aligned_method
+from qsun.eval.study.study import aligned_method, rates_by_rank
 from qsun.figure import new_figure
 
 
@@ -59,19 +59,9 @@ def markdown(scores: Scores) -> str:
 def _head(scores: Scores) -> str:
     study, first = scores.study, scores.first
     counts = ", ".join(f"{task} {len(first[task]['sun'])}" for task in scores.tasks)
-    rates = " and ".join(f"{rate:g}" if rate else "by width" for rate in (study["lr"], study["full_lr"]))
-    rates = f"peak rates of SUN and full fine-tune: {rates}"
-    if scores.rates:
-        best = "; ".join(
-            ", ".join(f"{_label(scores, _variant(kind))} {rate:g}" for kind, rate in found.items()) + f" on {task}"
-            for task, found in scores.rates.items()
-        )
-        rates = (
-            f"peak rates, the best of {', '.join(f'{rate:g}' for rate in study['rates'])} on validation data: {best}"
-        )
     text = (
         f"Right answers, %, of base {study['base']}; test examples: {counts}; seeds: {study['seeds']}. "
-        f"{study['steps']} steps of {study['batch_size']} examples; {rates}. "
+        f"{study['steps']} steps of {study['batch_size']} examples; peak rates: {_rates(scores)}. "
         "The column all counts every example alike, and the spread is its standard deviation over seeds; intervals are "
         "95%, by the paired bootstrap over all examples; p is of McNemar's test. Both hold for these modules; the "
         "spread says how much other training runs differ."
@@ -79,6 +69,25 @@ def _head(scores: Scores) -> str:
     if study["seeds"] > 1 and any(task["train"] for task in study["tasks"]):
         text += " All seeds answer the same test files, whose answers count once a seed: intervals are somewhat narrow."
     return text
+
+
+def _rates(scores: Scores) -> str:
+    study = scores.study
+    given = {"SUN": study["lr"], "full fine-tune": study["full_lr"]}
+    given |= {f"adapters of rank {r}": v for r, v in rates_by_rank(study["lora_ranks"], study["lora_lr"]).items()}
+    if not scores.rates:
+        return ", ".join(f"{rate:g} ({of})" if rate else f"by width ({of})" for of, rate in given.items())
+    ends = {min(study["rates"]), max(study["rates"])}
+    best = [
+        f"on {task} "
+        + ", ".join(
+            f"{rate:g}{'*' * (rate in ends)} ({_label(scores, _variant(kind))})" for kind, rate in found.items()
+        )
+        for task, found in scores.rates.items()
+    ]
+    tried = ", ".join(f"{rate:g}" for rate in study["rates"])
+    marked = "; *: the lowest or the highest tried, so others may be better" if "*" in str(best) else ""
+    return f"the best of {tried} on validation data: {'; '.join(best)}{marked}"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -97,7 +106,7 @@ def _variant(kind: str) -> str:
 def _label(scores: Scores, variant: str) -> str:
     steps = scores.study["align_steps"]
     labels = {"base": "base, not tuned", "full": "full fine-tune", "sun longer": f"SUN, {steps} steps more"}
-    labels |= {f"full lora{rank}": f"ordinary LoRA, rank {rank}" for rank in scores.study.get("lora_ranks", ())}
+    labels |= {f"full lora{rank}": f"ordinary LoRA of rank {rank}" for rank in scores.study.get("lora_ranks", ())}
     return labels.get(variant, variant.replace("sun", "SUN") if variant.startswith("sun") else f"QSUN {variant}")
 
 

@@ -23,7 +23,7 @@ from qsun.model.pairing import weights_fingerprint
 from qsun.progress import Progress
 
 # More of these adds what is missing.
-_GROWS = ("seeds", "bits", "curve", "lora_ranks", "lora_lr", "distill", "text", "contents")
+_GROWS = ("seeds", "bits", "curve", "lora_ranks", "lora_lr", "distill", "text", "contents", "tried")
 
 
 def run_study(study: Study, out: Path, processes: int = 2, progress: Progress = lambda *_: None) -> dict[str, Any]:
@@ -41,10 +41,9 @@ def run_study(study: Study, out: Path, processes: int = 2, progress: Progress = 
     out.mkdir(parents=True, exist_ok=True)
     with take_lock(out / "lock", "ab", fcntl.LOCK_EX):
         write_json(out / "study.json", settings)
-        answers = {work.result for work in scoring(study, out)}
-        # Of what can begin, answers come first: a study that is stopped has those of all its modules.
-        missing = sorted(_missing(study, out), key=lambda work: work.result not in answers)
-        run_pieces(missing, processes, progress)
+        # Of what can begin, answers come first, but for the base's: a stopped study has those of all its modules.
+        made = {work.result for work in scoring(study, out) if set(work.needs) - {Path(study.base)}}
+        run_pieces(sorted(_missing(study, out), key=lambda work: work.result not in made), processes, progress)
     right = {
         str(seed): {task.name: _answers(study, out, seed, task) for task in study.tasks_of(seed)}
         for seed in study.all_seeds
@@ -103,22 +102,32 @@ def _check_same(study: Study, out: Path) -> dict[str, Any]:
     contents = {f"base {study.base}": weights_fingerprint(find_model(study.base))}
     files = [Path(name) for task in study.tasks for name in task.files]
     contents |= {f"file {file}": file_sha256(file) for file in files if file.is_file()}
-    settings, file = json.loads(json.dumps(asdict(study))) | {"contents": contents}, out / "study.json"
+    tried = sorted({trial.kind for trial in trials(study, hard=False)})
+    settings = json.loads(json.dumps(asdict(study))) | {"contents": contents, "tried": tried}
+    file = out / "study.json"
     if file.exists():
         before = json.loads(json.dumps(asdict(Study()))) | read_json(file)  # an older one has fewer
+        before.setdefault("tried", ["full", "sun"] if before["rates"] else [])
         for name, value in settings.items():
             if before.get(name) != value and name not in _GROWS:
                 shown = f"holds a study with {name} {before.get(name)}, not {value}"
                 raise QsunError(f"{out} {shown[:300]}; choose another folder")
-        rates = rates_by_rank(before["lora_ranks"], before["lora_lr"])
-        for rank in rates.keys() & study.lora_rates.keys():
-            if rates[rank] != study.lora_rates[rank]:
-                shown = f"holds adapters of rank {rank} with lora_lr {rates[rank]:g}, not {study.lora_rates[rank]:g}"
+        rates, wanted = _adapter_rates(before), _adapter_rates(settings)
+        for rank in rates.keys() & wanted.keys():
+            if rates[rank] != wanted[rank]:
+                shown = f"holds adapters of rank {rank} with lora_lr {rates[rank]}, not {wanted[rank]}"
                 raise QsunError(f"{out} {shown}; choose another folder")
         for name, digest in contents.items():
             if before.get("contents", {}).get(name, digest) != digest:
                 raise QsunError(f"{name} has changed since the study in {out} was started; choose another folder")
     return settings
+
+
+def _adapter_rates(settings: dict[str, Any]) -> dict[int, str]:
+    """Return where the rate of each adapter rank comes from, in words."""
+    tried, rates = settings["tried"], rates_by_rank(settings["lora_ranks"], settings["lora_lr"])
+    given = {rank: f"{rate:g}" if rate else "by width" for rank, rate in rates.items()}
+    return given | {rank: "of --rates" for rank in rates if f"lora{rank}" in tried}
 
 
 def scores_table(found: Sequence[dict[str, Any]]) -> str:

@@ -1,6 +1,7 @@
 """`qsun bench tasks`: what SUN, and then QSUN, cost in accuracy against full fine-tuning.
 
-    tune (SUN and full, by seed, task and budget) -> quantize (method, bits, calibration) -> align -> distill -> score
+    try rates -> tune (SUN, full, adapters; by seed, task and budget) -> quantize (method, bits, calibration)
+        -> align -> distill; each is scored as soon as it is there
 
 Every step leaves a directory or a file and is skipped if that exists, so that a stopped study can be resumed, and a
 larger one adds only what is missing.
@@ -29,7 +30,7 @@ class Study:
         lora_ranks: of adapters, tuned on the base's weights and on each quantized decode module's.
         text: calibrate every decode module with the packaged text too.
         lr, full_lr, lora_lr: peak rates of prefill modules, full fine-tunes, adapters, chosen on validation data; 0: by
-            width. Of adapters, one for each rank, or one for all; none: by width.
+            width. Of adapters, one for each rank, or one for all; none: as tried, without `rates` by width.
         rates: peak rates to try in place of lr and full_lr, and of lora_lr where there is none, with the first seed:
             each kind of module (sun, full, adapters by rank) of each task takes the one with the least validation loss
             after rate_steps steps; 0: a quarter of `steps`.
@@ -85,8 +86,9 @@ class Study:
         if self.lora_lr and len(self.lora_lr) not in {1, len(self.lora_ranks)}:
             counts = f"{len(self.lora_lr)} rates for {len(self.lora_ranks)} adapter ranks"
             raise QsunError(f"lora_lr has {counts}; give one, or one for each")
-        if self.align_share != 1 and not (self.rates or (self.lr and (self.lora_lr or not self.lora_ranks))):
-            raise QsunError(f"align_share {self.align_share:g} is a share of lr and lora_lr; give them")
+        of_adapters = all(self.lora_lr) and (self.lora_lr or self.rates) if self.lora_ranks else True
+        if self.align_share != 1 and not ((self.lr or self.rates) and of_adapters):
+            raise QsunError(f"align_share {self.align_share:g} is a share of lr and lora_lr; give them, or rates")
         if any(rate <= 0 for rate in self.rates) or len(set(self.rates)) < len(self.rates):
             shown = ", ".join(f"{rate:g}" for rate in self.rates)
             raise QsunError(f"rates {shown} must be different numbers above 0")

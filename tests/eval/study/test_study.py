@@ -145,10 +145,22 @@ def test_rates_are_tried_first_and_the_best_of_each_is_taken(tmp_path):
     further = {t.name: t.config(study, 1, best[t.kind]).lr for t in after_quantizing(study)}
     assert (further["longer"], further["aligned-int2"], further["lora4-on-int2"]) == (2e-3, 2e-3, 1e-3)
     assert [t.config(study, 0).lr for t in trials(study, False) if t.kind == "lora4"] == [1e-3, 4e-3, 2e-3]
-    assert {t.kind for t in trials(replace(study, lora_lr=(1e-3,)), False)} == {"sun", "full"}
     text = markdown(Scores(invented(study, tmp_path) | {"rates": {"math": best}}))
-    assert "peak rates, the best of 0.001, 0.004, 0.002 on validation data: SUN 0.004, full fine-tune 0.002, " in text
-    assert "SUN lora4 0.001, ordinary LoRA, rank 4 0.004 on math. " in text
+    found = (
+        "0.004* (SUN), 0.002 (full fine-tune), 0.001* (SUN lora4), 0.004* (ordinary LoRA of rank 4); *: the lowest or"
+    )
+    assert f"peak rates: the best of 0.001, 0.004, 0.002 on validation data: on math {found}" in text
+
+
+def test_adapters_with_a_rate_of_their_own_try_none(tmp_path):
+    study = Study(seeds=1, test=20, rates=(1e-3, 2e-3), lora_ranks=(4, 16), lora_lr=(5e-4, 3e-4))
+    assert {t.kind for t in trials(study, hard=False)} == {"sun", "full"}
+    made = {work.result.name: work.needs for work in STAGES[1](study, tmp_path)}
+    assert len(made["sun"]) == 2 and not made["lora4"] and not made["full-lora16"]
+    tuned = {t.name: t.config(study, 0).lr for t in before_quantizing(study, 0, hard=False) if t.lora_rank}
+    assert tuned == {"lora4": 5e-4, "full-lora4": 5e-4, "lora16": 3e-4, "full-lora16": 3e-4}
+    text = markdown(Scores(invented(replace(study, rates=()), tmp_path)))
+    assert "peak rates: 0.003 (SUN), 0.003 (full fine-tune), 0.0005 (adapters of rank 4), 0.0003 (adapters of r" in text
 
 
 def test_every_piece_needs_what_its_modules_are_made_of(tmp_path):
@@ -200,6 +212,10 @@ def test_an_embedded_task_by_its_name():
         (("--lora-ranks", "0,4"), "lora-ranks has 0; use whole numbers from 1 up"),
         (("--lora-ranks", "4,16", "--lora-lr", "1e-3,2e-3,3e-3"), "lora_lr has 3 rates for 2 adapter ranks; give one"),
         (("--lora-ranks", "4", "--align-share", 0.2), "align_share 0.2 is a share of lr and lora_lr; give them"),
+        (
+            ("--rates", "1e-3", "--lora-ranks", "4", "--lora-lr", "0", "--align-share", 0.2),
+            "align_share 0.2 is a share of lr and lora_lr; give them, or rates",
+        ),
         (("--rates", "1e-3,0"), "rates 0.001, 0 must be different numbers above 0"),
         (("--rate-steps", 5), "--rate-steps 5 are steps of a trial; give the --rates to try"),
         (("--rates", "1e-3", "--lr", "1e-3"), "--rates are tried in place of --lr and --full-lr; give either"),
@@ -290,7 +306,7 @@ def test_a_rate_at_which_the_loss_is_not_finite_is_the_worst(tmp_path, monkeypat
     (works["sun-at-0.001"].result).mkdir()
     (works["sun-at-0.001"].result / "report.json").write_text(json.dumps({"best_valid_loss": 3.0}))
     assert chosen_rate(study, tmp_path, "math", "sun") == 1e-3
-    with pytest.raises(QsunError, match="math: the loss is not finite at any of the rates tried"):
+    with pytest.raises(QsunError, match="math, full: the loss is not finite at any of the rates tried"):
         chosen_rate(study, tmp_path, "math", "full")
 
 
@@ -301,6 +317,36 @@ def test_adapter_rates_belong_to_ranks_in_a_resumed_study(tmp_path):
     assert missing_work(grown, tmp_path)
     with pytest.raises(QsunError, match=r"holds adapters of rank 16 with lora_lr 0.003, not 0.006; choose another"):
         missing_work(replace(study, lora_ranks=(16, 4)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("lora_lr", "tried", "now", "message"),
+    [
+        ((), ["full", "sun"], (), "by width, not of --rates"),  # begun when adapters were never tried
+        ((), None, (), "by width, not of --rates"),  # and when studies did not say
+        ((), ["full", "full-lora4", "lora4", "sun"], (0.0,), "of --rates, not by width"),
+        ((2e-3,), ["full", "sun"], (), "0.002, not of --rates"),
+    ],
+)
+def test_adapters_of_a_resumed_study_have_rates_of_one_origin(lora_lr, tried, now, message, tmp_path):
+    study = Study(seeds=1, rates=(1e-3, 2e-3), lora_ranks=(4,), lora_lr=lora_lr)
+    settings = json.loads(json.dumps(asdict(study))) | ({} if tried is None else {"tried": tried})
+    (tmp_path / "study.json").write_text(json.dumps(settings))
+    with pytest.raises(QsunError, match=f"holds adapters of rank 4 with lora_lr {message}; choose another folder"):
+        missing_work(replace(study, lora_lr=now), tmp_path)
+
+
+def test_answers_of_tuned_modules_come_first_and_the_bases_last(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr("qsun.eval.study.run.run_pieces", lambda pieces, *_: begun.extend(pieces))
+    study = Study(seeds=1, bits=(4,), methods=("gptq",), text=False, curve=())
+    with pytest.raises(FileNotFoundError):  # nothing was scored
+        run_study(study, tmp_path)
+    kinds = [
+        "base" if work.result.name == "base.json" else "answers" if work.result.parent.name == "answers" else "made"
+        for work in begun
+    ]
+    assert kinds == sorted(kinds, key=["answers", "made", "base"].index) and len(set(kinds)) == 3
 
 
 def test_one_study_at_a_time_in_a_folder(tmp_path):
