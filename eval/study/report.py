@@ -74,7 +74,8 @@ def _head(scores: Scores) -> str:
 def _rates(scores: Scores) -> str:
     study = scores.study
     given = {"SUN": study["lr"], "full fine-tune": study["full_lr"]}
-    given |= {f"adapters of rank {r}": v for r, v in rates_by_rank(study["lora_ranks"], study["lora_lr"]).items()}
+    of_adapters = rates_by_rank(study.get("lora_ranks", ()), study.get("lora_lr", ()))
+    given |= {f"adapters of rank {rank}": rate for rank, rate in of_adapters.items()}
     if not scores.rates:
         return ", ".join(f"{rate:g} ({of})" if rate else f"by width ({of})" for of, rate in given.items())
     ends = {min(study["rates"]), max(study["rates"])}
