@@ -152,6 +152,22 @@ def test_rates_are_tried_first_and_the_best_of_each_is_taken(tmp_path):
     assert f"peak rates: the best of 0.001, 0.004, 0.002 on validation data: on math {found}" in text
 
 
+def test_a_result_has_the_rates_of_what_was_tried_and_none_of_adapters_of_hard_tasks(tmp_path, monkeypatch):
+    monkeypatch.setattr("qsun.eval.study.run.run_pieces", lambda *_: None)
+    tasks = (StudyTask("math"), StudyTask(next(iter(HARD_TASKS)), hard=True))
+    study = Study(tasks=tasks, seeds=1, rates=(1e-3, 2e-3), lora_ranks=(4,), bits=(4,), methods=("gptq",), curve=())
+    for work in STAGES[-1](study, tmp_path):
+        work.result.parent.mkdir(parents=True, exist_ok=True)
+        work.result.write_text('"01"')
+    for work in STAGES[0](study, tmp_path):
+        work.result.mkdir(parents=True)
+        loss = 0.1 if work.result.name in {"sun-at-0.002", "lora4-at-0.001"} else 0.2
+        (work.result / "report.json").write_text(json.dumps({"best_valid_loss": loss}))
+    of_all_weights = {"sun": 2e-3, "full": 1e-3}
+    rates = run_study(study, tmp_path)["rates"]
+    assert rates == {"math": of_all_weights | {"lora4": 1e-3, "full-lora4": 1e-3}, tasks[1].name: of_all_weights}
+
+
 def test_adapters_with_a_rate_of_their_own_try_none(tmp_path):
     study = Study(seeds=1, test=20, rates=(1e-3, 2e-3), lora_ranks=(4, 16), lora_lr=(5e-4, 3e-4))
     assert {t.kind for t in trials(study, hard=False)} == {"sun", "full"}
@@ -452,7 +468,8 @@ def test_a_study_grows_by_adapters_and_distillation(cli, tmp_path):
     assert second.code == 0, second.err
     rates = json.loads(second.out)["rates"]["mine"]
     assert rates == {"sun": 3e-3, "full": 3e-3, "lora2": 3e-3, "full-lora2": 3e-3}
-    assert json.loads((out / "seed0/mine/full/report.json").read_text())["plan"]["peak_lr"] == 3e-3
+    for name in ("full", "lora2", "lora2-on-int4"):
+        assert json.loads((out / "seed0/mine" / name / "report.json").read_text())["plan"]["peak_lr"] == 3e-3
     before, after = (json.loads(answer.out)["right"]["0"]["mine"] for answer in (first, second))
     assert before == {name: after[name] for name in before}
     assert set(after) - set(before) == {
